@@ -1,0 +1,219 @@
+"""Every setting of a recipe. Unknown keys are refused with the nearest known name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else value
+
+
+def _as_float(value: object) -> object:
+    # YAML reads 1 as an integer and, without a dot, 1e-4 as text: both mean a number here.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_as_path)]
+Real = Annotated[float, BeforeValidator(_as_float)]
+Positive = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+StepsOrShare = Steps | Share
+"""A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
+
+
+class DataFile(Section):
+    """One JSONL file of samples. `weight` is how many times an epoch passes over it (2.0: twice,
+    0.5: a different half each epoch); `limit` takes only its first samples."""
+
+    path: FilePath
+    weight: Annotated[Real, Field(gt=0.0)] = 1.0
+    limit: Positive | None = None
+
+
+def _as_files(value: object) -> object:
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str | Path) else item for item in items)
+
+
+DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files)]
+
+
+class Data(Section):
+    """What to learn from and what to measure on."""
+
+    train: DataFiles
+    eval: DataFiles = ()
+    system: str | None = None
+    max_length: Positive = 8192
+    unusable: Literal["drop", "refuse"] = "drop"
+
+
+class PixelRange(Section):
+    """The families' own rule: keep the shape, stay within this many pixels."""
+
+    min_pixels: Positive
+    max_pixels: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PixelRange:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+
+class ExactSize(Section):
+    """Every picture to one size, rounded to what the family's patches allow."""
+
+    height: Positive
+    width: Positive
+
+
+class LongestSide(Section):
+    """Scale so that the longer side has this many pixels, keep the shape."""
+
+    longest_side: Positive
+
+
+PictureRule = PixelRange | ExactSize | LongestSide
+
+Tuning = Literal["frozen", "lora", "full"]
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): scale is alpha / rank; `targets` narrows the linear
+    layers of a part by the last piece of their hub name, by default all of them."""
+
+    rank: Positive = 64
+    alpha: Annotated[Real, Field(gt=0.0)] = 16.0
+    dropout: Annotated[Real, Field(ge=0.0, lt=1.0)] = 0.05
+    targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+
+
+class Tune(Section):
+    """How each part of the model learns."""
+
+    vision: Tuning = "frozen"
+    merger: Tuning = "frozen"
+    language: Tuning = "lora"
+    embeddings: Literal["frozen", "full"] = "frozen"
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Tune:
+        if {self.vision, self.merger, self.language, self.embeddings} == {"frozen"}:
+            raise ValueError("every part is frozen: set at least one to lora or full")
+        return self
+
+
+Rate = Annotated[Real, Field(gt=0.0)]
+
+
+class Rates(Section):
+    """Learning rates by part; a part left out takes `default`."""
+
+    default: Rate
+    vision: Rate | None = None
+    merger: Rate | None = None
+    language: Rate | None = None
+    embeddings: Rate | None = None
+
+
+def _as_rates(value: object) -> object:
+    return value if isinstance(value, dict | Rates) else {"default": value}
+
+
+class Train(Section):
+    """The optimisation: AdamW (Loshchilov & Hutter 2019) over packed micro-batches.
+
+    `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
+    of one packed micro-batch (a longer sample stands alone).
+    """
+
+    epochs: Annotated[Real, Field(gt=0.0)] | None = None
+    steps: Positive | None = None
+    batch: Positive = 16
+    pack_tokens: Positive = 4096
+    learning_rate: Annotated[Rates, BeforeValidator(_as_rates)] = Rates(default=1e-4)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: StepsOrShare = 0.03
+    weight_decay: Annotated[Real, Field(ge=0.0)] = 0.0
+    betas: Annotated[tuple[Real, Real], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    clip: Annotated[Real, Field(gt=0.0)] | None = 1.0
+    recompute: bool = False
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Steps = 0
+    data_seed: Steps = 0
+    workers: Steps | None = None
+    save_every: StepsOrShare | None = None
+    keep: Positive = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both set: give one of them")
+        return self
+
+
+Metric = Literal["captions", "latex", "ocr", "grounding"]
+
+
+class Eval(Section):
+    """Measuring by generation on held-out samples, before the first step and after the last;
+    `every` adds measurements in between."""
+
+    metric: Metric
+    every: StepsOrShare | None = None
+    limit: Positive | None = None
+    max_new_tokens: Positive = 512
+    batch: Positive = 32
+
+
+class SwanLab(Section):
+    """A SwanLab experiment: in the cloud with a key, otherwise offline."""
+
+    project: str = "finesight"
+    name: str | None = None
+
+
+class Track(Section):
+    """Trackers beside `metrics.jsonl`, which is always written."""
+
+    swanlab: SwanLab | None = None
+    tensorboard: bool = False
+
+
+class Recipe(Section):
+    """One run, from pictures to a tuned model."""
+
+    model: str
+    adapter: FilePath | None = None
+    data: Data
+    picture: PictureRule | None = None
+    tune: Tune = Tune()
+    train: Train = Train()
+    eval: Eval | None = None
+    track: Track = Track()
+    output: FilePath

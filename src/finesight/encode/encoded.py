@@ -1,0 +1,73 @@
+"""What a sample becomes: first an outline (tokens, no pixels), then with its patches, then a pack.
+
+Shapes: T tokens of a sequence or pack, N patches, D numbers of a patch, M placeholder tokens of
+pictures, L learned tokens, S sequences of a pack, G pictures and videos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Grid = tuple[int, int, int]
+"""Patches along time, height and width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One picture or video among the tokens: its placeholders stand at [start, stop)."""
+
+    kind: Literal["image", "video"]
+    start: int
+    stop: int
+    grid: Grid
+    files: tuple[Path, ...]
+    original: Size
+    resized: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A sample as tokens, made from its text and the headers of its pictures alone.
+
+    `learned_T` marks the tokens that carry loss; `positions_3T` are the rows time, height and
+    width of M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1).
+    """
+
+    id: str
+    ids_T: NDArray[np.int32]
+    learned_T: NDArray[np.bool_]
+    positions_3T: NDArray[np.int32]
+    spans: tuple[Span, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids_T)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss. The first token of a sequence has no predecessor to learn from."""
+        return int(self.learned_T[1:].sum())
+
+    @property
+    def patches(self) -> int:
+        return sum(t * h * w for t, h, w in (span.grid for span in self.spans))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An outline with the patches of all its pictures, end to end.
+
+    `patches_ND` is uint8 in the reference processor's own order: patches of each picture grouped
+    by merge block, D = channels x temporal patch x patch x patch.
+    """
+
+    outline: Outline
+    patches_ND: NDArray[np.uint8]

@@ -53,7 +53,7 @@ class Outline:
 
     @property
     def supervised(self) -> int:
-        """Tokens that carry loss. The first token of a sequence has no predecessor to learn from."""
+        """Tokens that carry loss; the first one has no predecessor that could predict it."""
         return int(self.learned_T[1:].sum())
 
     @property

@@ -26,5 +26,6 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
-        outputs = F.linear(x, self.weight, self.bias).split(list(self.outputs.values()), dim=-1)
-        return outputs if self.adapter is None else self.adapter(x, outputs)
+        y = F.linear(x, self.weight, self.bias)
+        outputs: tuple[Tensor, ...] = torch.split(y, list(self.outputs.values()), dim=-1)
+        return outputs if self.adapter is None else tuple(self.adapter(x, outputs))

@@ -38,7 +38,7 @@ FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Real = Annotated[float, BeforeValidator(_as_float)]
 Positive = Annotated[int, Field(gt=0)]
 Steps = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
 StepsOrShare = Steps | Share
 """A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
 

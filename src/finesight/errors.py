@@ -25,11 +25,11 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments do not survive the way back from a worker process.
-        return _rebuild, (self.what, self.where, self.expected, self.remedy)
+        return _rebuild, (type(self), self.what, self.where, self.expected, self.remedy)
 
 
-def _rebuild(what: str, where: str, expected: str, remedy: str) -> UserError:
-    return UserError(what, where=where, expected=expected, remedy=remedy)
+def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:
+    return kind(what, where=where, expected=expected, remedy=remedy)
 
 
 class Interrupted(Exception):

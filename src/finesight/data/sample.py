@@ -6,9 +6,17 @@ A JSONL file holds one sample a line. Paths are relative to the file's folder; b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+)
 
 
 class Record(BaseModel):
@@ -35,13 +43,21 @@ class VideoPart(Record):
     fps: float = Field(default=2.0, gt=0)
 
 
+def _shortest(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
+
+
+Pixels = Annotated[float, PlainSerializer(_shortest, when_used="json")]
+"""A coordinate; whole numbers are written without a point."""
+
+
 class BoxPart(Record):
     """A box in picture number `image` of the sample (from 0, counting image parts only)."""
 
     type: Literal["box"] = "box"
     image: int = Field(default=0, ge=0)
     label: str | None = None
-    xyxy: tuple[float, float, float, float]
+    xyxy: tuple[Pixels, Pixels, Pixels, Pixels]
 
 
 Part = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminator("type")]
@@ -63,3 +79,32 @@ class Sample(Record):
     messages: tuple[Message, ...] = Field(min_length=1)
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = {}
+
+    def parts(self) -> Iterator[Part]:
+        """The parts of all messages, in order."""
+        return (part for message in self.messages for part in message.content)
+
+    def with_files(self, renamed: Callable[[str], str]) -> Sample:
+        """The same sample with every path of a picture or frame replaced by `renamed(path)`."""
+        messages = tuple(
+            message.model_copy(
+                update={"content": tuple(_renamed(part, renamed) for part in message.content)}
+            )
+            for message in self.messages
+        )
+        return self.model_copy(update={"messages": messages})
+
+
+def files_of(part: Part) -> tuple[str, ...]:
+    """The paths of the picture or of the video's frames; none for text and boxes."""
+    if isinstance(part, ImagePart):
+        return (part.image,)
+    return part.frames if isinstance(part, VideoPart) else ()
+
+
+def _renamed(part: Part, renamed: Callable[[str], str]) -> Part:
+    if isinstance(part, ImagePart):
+        return ImagePart(image=renamed(part.image))
+    if isinstance(part, VideoPart):
+        return VideoPart(frames=tuple(renamed(path) for path in part.frames), fps=part.fps)
+    return part

@@ -1,0 +1,65 @@
+"""A question with all its right answers, before it is known whether to train or to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from finesight.data.sample import Message, Part, Sample, TextPart
+from finesight.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one row of a foreign file says.
+
+    `turns` are all messages but the last; `answers` are the right contents of the last, at least
+    one; `references` are further right answers that serve scoring alone.
+    """
+
+    id: str
+    turns: tuple[Message, ...]
+    answers: tuple[tuple[Part, ...], ...]
+    references: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def for_training(self) -> list[Sample]:
+        """One sample for each answer."""
+        if len(self.answers) == 1:
+            return [self._sample(self.id, self.answers[0], self.references)]
+        return [
+            self._sample(f"{self.id}-{number}", answer, self.references)
+            for number, answer in enumerate(self.answers, start=1)
+        ]
+
+    def for_evaluation(self) -> Sample:
+        """One sample: the first answer is its last turn, the others' texts are references."""
+        first, *others = self.answers
+        references = (*(text_of(answer).rstrip("\n") for answer in others), *self.references)
+        return self._sample(self.id, first, references)
+
+    def renamed(self, name: str) -> Case:
+        """The same case with another id."""
+        return replace(self, id=name)
+
+    def _sample(self, name: str, answer: tuple[Part, ...], references: tuple[str, ...]) -> Sample:
+        last = Message(role="assistant", content=answer)
+        messages = (*self.turns, last)
+        return Sample(id=name, messages=messages, references=references, meta=self.meta)
+
+
+def case_of(name: str, messages: Sequence[Message], meta: dict[str, Any]) -> Case:
+    """A case with the last message as its one answer. Raises UserError if it is not one."""
+    if not messages or messages[-1].role != "assistant":
+        raise UserError(
+            f"{len(messages)} messages without an answer at the end",
+            expected="an assistant's message at the end",
+            remedy="add the answer, or leave the row out",
+        )
+    return Case(name, tuple(messages[:-1]), (messages[-1].content,), meta=meta)
+
+
+def text_of(content: tuple[Part, ...]) -> str:
+    """The words of a message, without its pictures and boxes."""
+    return "".join(part.text for part in content if isinstance(part, TextPart))

@@ -1,0 +1,72 @@
+"""Readers of foreign formats, one file each; the first that recognises a file reads it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from finesight.data.formats import (
+    conversations,
+    picture_path,
+    query,
+    qwen_vl,
+    samples,
+    table,
+)
+from finesight.data.formats.format import Format
+from finesight.data.rows import Record
+from finesight.errors import UserError
+
+FORMATS = (
+    samples.FORMAT,
+    qwen_vl.FORMAT,
+    picture_path.FORMAT,
+    query.FORMAT,
+    conversations.FORMAT,
+    table.FORMAT,
+)
+"""The particular before the general: any turns are `conversations`, anything is a `table`."""
+
+
+def format_named(name: str) -> Format:
+    """The format that the user chose. Raises UserError with the nearest name and all others."""
+    for form in FORMATS:
+        if form.name == name:
+            return form
+    names = [form.name for form in FORMATS]
+    near = difflib.get_close_matches(name, names, n=1)
+    raise UserError(
+        f"unknown format {name!r}",
+        where="--format",
+        expected=f"one of {', '.join(names)}",
+        remedy=f"did you mean {near[0]}?" if near else "leave --format out to have it detected",
+    )
+
+
+def recognised(records: Sequence[Record], where: str) -> tuple[Format, str]:
+    """The format of the first records and what it was known by.
+
+    Raises UserError with the nearest format when none of them is sure.
+    """
+    for form in FORMATS:
+        reason = form.detect(records)
+        if reason is not None:
+            return form, reason
+    seen = _keys_of(records[0])
+    nearest = max(FORMATS, key=lambda form: (len(form.keys & seen), form is table.FORMAT))
+    advice = f"--format {nearest.name}, for rows such as {nearest.looks}"
+    if nearest is table.FORMAT:
+        advice = f"name its columns, perhaps with {table.suggestion(records[0])}"
+    raise UserError(
+        f"the format cannot be told from rows with the keys {', '.join(map(str, records[0]))}",
+        where=where,
+        expected=f"one of {', '.join(form.name for form in FORMATS)}",
+        remedy=f"the nearest is {nearest.name}: {advice}",
+    )
+
+
+def _keys_of(record: Record) -> set[str]:
+    """A record's keys and those of its first turn, if it has turns."""
+    turns = record.get("conversations")
+    first = turns[0] if isinstance(turns, list) and turns else {}
+    return {*record, *(first if isinstance(first, dict) else {})}

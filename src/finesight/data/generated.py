@@ -1,0 +1,129 @@
+"""Pictures drawn on the spot, with labels in a foreign file: a task for trying the whole path."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from finesight.storage import write_folder
+
+SIDE = 112
+"""Pixels of a picture's side."""
+
+LABELS = "labels.csv"
+"""The foreign file: a row for each picture."""
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 200),
+    "yellow": (245, 210, 40),
+    "orange": (255, 127, 14),
+    "purple": (140, 60, 190),
+}
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+_FINER = 4
+"""Drawn so many times larger and then reduced, for smooth edges."""
+
+Corners = tuple[int, int, int, int]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A coloured shape that fills the box `xyxy` (pixels, origin top left)."""
+
+    colour: str
+    name: str
+    xyxy: Corners
+
+    @property
+    def words(self) -> str:
+        return f"{self.colour} {self.name}"
+
+
+def draw_shapes(target: Path, pictures: int, seed: int) -> Path:
+    """Write `pictures` pictures of one shape each and `labels.csv` into the new folder `target`.
+
+    The columns are picture (path relative to the file), shape, and x, y, width, height of its box
+    in pixels. The same seed draws the same. Raises UserError when `target` exists.
+    """
+    rng = random.Random(seed)
+    with write_folder(target) as folder:
+        (folder / "pictures").mkdir()
+        with (folder / LABELS).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("picture", "shape", "x", "y", "width", "height"))
+            for number in range(pictures):
+                shape = _random_shape(rng)
+                name = f"pictures/{number:04}.png"
+                draw(shape, _pale(rng)).save(folder / name)
+                x1, y1, x2, y2 = shape.xyxy
+                writer.writerow((name, shape.words, x1, y1, x2 - x1, y2 - y1))
+    return target
+
+
+def _random_shape(rng: random.Random) -> Shape:
+    size = rng.randint(SIDE // 4, SIDE // 2)
+    x, y = rng.randint(0, SIDE - size), rng.randint(0, SIDE - size)
+    colour, name = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+    return Shape(colour, name, (x, y, x + size, y + size))
+
+
+def _pale(rng: random.Random) -> tuple[int, int, int]:
+    """A background that no shape's colour drowns in."""
+    return rng.randint(205, 255), rng.randint(205, 255), rng.randint(205, 255)
+
+
+def draw(shape: Shape, background: tuple[int, int, int]) -> Image.Image:
+    """An RGB picture, SIDE by SIDE, of one shape."""
+    large = Image.new("RGB", (SIDE * _FINER, SIDE * _FINER), background)
+    canvas = ImageDraw.Draw(large)
+    x1, y1, x2, y2 = (number * _FINER for number in shape.xyxy)
+    fill = COLOURS[shape.colour]
+    box = (x1, y1, x2 - 1, y2 - 1)
+    if shape.name == "circle":
+        canvas.ellipse(box, fill=fill)
+    elif shape.name == "ring":
+        canvas.ellipse(box, outline=fill, width=(x2 - x1) // 5)
+    else:
+        points = [(x1 + u * (x2 - x1), y1 + v * (y2 - y1)) for u, v in _outline(shape.name)]
+        canvas.polygon(points, fill=fill)
+    return large.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _outline(name: str) -> Sequence[Point]:
+    """Corners of a shape in a box from (0, 0) to (1, 1)."""
+    if name == "star":
+        return _fitted(list(_star()))
+    near, far = 0.34, 0.66
+    return {
+        "square": ((0, 0), (1, 0), (1, 1), (0, 1)),
+        "triangle": ((0.5, 0), (1, 1), (0, 1)),
+        "cross": (
+            *((near, 0), (far, 0), (far, near), (1, near), (1, far), (far, far)),
+            *((far, 1), (near, 1), (near, far), (0, far), (0, near), (near, near)),
+        ),
+    }[name]
+
+
+def _star() -> Iterator[Point]:
+    for corner in range(10):
+        angle = math.pi * (corner / 5 - 0.5)
+        reach = 1.0 if corner % 2 == 0 else 0.45
+        yield reach * math.cos(angle), reach * math.sin(angle)
+
+
+def _fitted(points: Sequence[Point]) -> list[Point]:
+    """Moved and stretched so that they touch all four sides of the unit box."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    return [((x - min(xs)) / width, (y - min(ys)) / height) for x, y in points]

@@ -1,0 +1,106 @@
+"""The size of a picture from its header alone, before any pixel is decoded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from finesight.errors import UserError
+
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused: a 12 KB file can unpack to gigabytes (8000 x 8000 is the limit)."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""The formats that are opened at all; Pillow's others can start programs (EPS) or hold no pixels.
+JPEG comes first and includes MPO, the container of phone cameras."""
+
+ORIENTATION = 0x0112
+SIDEWAYS = frozenset({5, 6, 7, 8})
+
+# The limit above is checked on every picture and refuses; Pillow's own is a warning above 89 Mpx.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class DamagedPicture(UserError):
+    """A picture that cannot be used: missing, no picture, cut off, or over the limit of pixels."""
+
+
+def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture at `path`, opened but not decoded: its size is as stored, before the EXIF turn.
+
+    Raises DamagedPicture for a missing file, one that is no picture and one over `max_pixels`.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError as error:
+        raise DamagedPicture(
+            "no such picture",
+            where=str(path),
+            expected="an existing file",
+            remedy="correct the path; a relative one starts at the folder of the data file",
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, "more than 178 million", max_pixels) from error
+    except UnidentifiedImageError as error:
+        empty = path.stat().st_size == 0
+        raise DamagedPicture(
+            "an empty file" if empty else "not a picture",
+            where=str(path),
+            expected=f"one of {', '.join(FORMATS)}",
+            remedy="fetch or export the picture again, or take it out of the data",
+        ) from error
+    except Exception as error:  # a broken header can raise nearly anything inside Pillow
+        raise DamagedPicture(
+            f"cannot be opened ({error})",
+            where=str(path),
+            expected="a readable picture",
+            remedy="fetch or export the picture again, or take it out of the data",
+        ) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise _too_large(path, f"{width} x {height} = {width * height}", max_pixels)
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF turn (1 to 8, 1 is none) that a picture, opened and not yet decoded, still needs.
+
+    For PNG, Pillow's own method decodes the whole picture to look for EXIF after the pixels;
+    the base class's reads what the header held, which is what this package goes by everywhere.
+    A TIFF needs none: Pillow reports its turned size and turns it when decoding.
+    """
+    if image.format == "TIFF":
+        return 1
+    value = Image.Image.getexif(image).get(ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
+def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width in pixels after the EXIF turn, from the header alone.
+
+    Raises DamagedPicture for a missing file, one that is no picture and one over `max_pixels`.
+    """
+    with open_header(path, max_pixels) as image:
+        width, height = image.size
+        try:
+            turned = orientation(image) in SIDEWAYS
+        except Exception as error:  # EXIF that is not EXIF: struct, Syntax, Type and other errors
+            raise DamagedPicture(
+                f"its EXIF data cannot be read ({error})",
+                where=str(path),
+                expected="sound EXIF data, or none",
+                remedy="save the picture again without metadata",
+            ) from error
+    return (width, height) if turned else (height, width)
+
+
+def _too_large(path: Path, pixels: str, max_pixels: int) -> DamagedPicture:
+    return DamagedPicture(
+        f"{pixels} pixels",
+        where=str(path),
+        expected=f"at most {max_pixels} pixels",
+        remedy="scale the picture down first",
+    )

@@ -1,0 +1,152 @@
+"""Samples in files: JSON Lines, one sample a line, UTF-8."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finesight import storage
+from finesight.data.rules import check_sample
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.errors import UserError
+
+KEYS = tuple(
+    dict.fromkeys(
+        name
+        for kind in (Sample, Message, TextPart, ImagePart, VideoPart, BoxPart)
+        for name in kind.model_fields
+    )
+)
+"""Every key that a sample or one of its pieces may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A sample and the folder that its paths are relative to."""
+
+    sample: Sample
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        """Where a picture or frame of the sample lies."""
+        return self.folder / name
+
+
+def read_samples(path: Path, *, answered: bool = True) -> list[Sample]:
+    """The samples of a JSONL file, their paths as written; blank lines are passed over.
+
+    Without `answered`, the last turn may be the user's, as prediction needs no answer. Raises
+    UserError naming file and line for anything that `check_sample` or the types refuse.
+    """
+    samples = []
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            samples.append(_parse(line, where))
+            check_sample(samples[-1], where, answered=answered)
+    if not samples:
+        raise UserError(
+            "holds no samples",
+            where=str(path),
+            expected="one sample a line",
+            remedy="make the file with `finesight data import`",
+        )
+    return samples
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write samples so that `read_samples` gives them back; the file appears in one piece."""
+    lines = [json.dumps(as_record(sample), ensure_ascii=False) + "\n" for sample in samples]
+    storage.write_file(path, "".join(lines).encode())
+
+
+def as_record(sample: Sample) -> dict[str, Any]:
+    """The sample as JSON data, without the keys that say nothing (no label, no references)."""
+    record = sample.model_dump(mode="json", exclude_none=True, exclude={"references", "meta"})
+    if sample.references:
+        record["references"] = list(sample.references)
+    if sample.meta:
+        record["meta"] = sample.meta
+    return record
+
+
+def sample_from(record: dict[str, Any], where: str) -> Sample:
+    """A sample from JSON data that is already parsed. Raises UserError at `where`."""
+    try:
+        return Sample.model_validate(record)
+    except ValidationError as error:
+        raise _explained(error, where) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a data file without a byte order mark. Raises UserError when unreadable."""
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        raise UserError(
+            "no such file",
+            where=str(path),
+            expected="an existing data file",
+            remedy=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            expected="a data file",
+            remedy="check the path and its permissions",
+        ) from error
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _parse(line: bytes, where: str) -> Sample:
+    try:
+        return Sample.model_validate_json(line)
+    except ValidationError as error:
+        raise _explained(error, where) from error
+
+
+def _explained(error: ValidationError, where: str) -> UserError:
+    """What pydantic refuses, said in the terms of a sample.
+
+    Of several errors an unknown key is told first: it is often the misspelt name of a missing one.
+    """
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda details: details["type"] != "extra_forbidden")
+    kind, value, place = first["type"], first["input"], first["loc"]
+    # messages.0.content.1 is followed by the type of part that was tried, which no one wrote.
+    key = ".".join(map(str, (*place[:4], *place[5:])))
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    remedy = "correct the line, or make the file anew with `finesight data import`"
+    if kind == "json_invalid":
+        return UserError(
+            f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
+            where=where,
+            expected="one whole JSON object on each line",
+            remedy=remedy,
+        )
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), KEYS, n=1)
+        return UserError(
+            f"unknown key {key} with the value {shown}",
+            where=where,
+            expected=f"the keys {', '.join(KEYS)}",
+            remedy=f"did you mean {near[0]}?" if near else "remove it; `meta` holds free notes",
+        )
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind == "union_tag_invalid":
+        expected = f"a part with a type of {first['ctx']['expected_tags']}"
+    if kind == "missing":
+        expected = f"the keys {', '.join(KEYS)}, each where it belongs"
+    what = f"the key {key} is missing" if kind == "missing" else f"{key or 'the line'} is {shown}"
+    return UserError(what, where=where, expected=expected, remedy=remedy)

@@ -1,0 +1,113 @@
+"""The pictures that rows of a foreign file speak of: found, checked, and saved out of tables."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from finesight.data.headers import DamagedPicture, picture_size
+from finesight.errors import UserError
+from finesight.storage import digest
+
+FOLDER = "pictures"
+"""Where pictures lie that an import saves or copies, inside of its output folder."""
+
+_SUFFIXES = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+}
+
+
+class Pictures:
+    """Pictures named by paths relative to `folder`, or given as bytes and saved in `target`."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self._folder, self._target = folder, target / FOLDER
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        self._saved: dict[str, Path] = {}
+
+    def take(self, value: object) -> Path:
+        """The picture that a cell means: a path, its bytes, or {bytes, path} as datasets store it.
+
+        Raises DamagedPicture when it is missing or no picture, UserError for anything else.
+        """
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return self._save(value)
+        if isinstance(value, str) and value.strip():
+            return self._find(value.strip())
+        raise UserError(
+            f"a picture given as {type(value).__name__} {str(value)[:60]!r}",
+            expected="a path, or a column of pictures in Parquet",
+            remedy="correct the row, or name another column",
+        )
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """Height and width of a picture that was taken; see `picture_size`."""
+        if path not in self._sizes:
+            self._sizes[path] = picture_size(path)
+        return self._sizes[path]
+
+    def _find(self, name: str) -> Path:
+        if "://" in name and not name.startswith("file://"):
+            raise DamagedPicture(
+                f"{name} is an address on the web, not a file",
+                expected="a path",
+                remedy="download the pictures and put their paths into the data",
+            )
+        path = Path(os.path.abspath(self._folder / name.removeprefix("file://")))
+        self.size(path)
+        return path
+
+    def _save(self, data: bytes) -> Path:
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._saved:
+            suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), "")
+            path = self._target / f"{len(self._saved) + 1:06d}{suffix}"
+            self._target.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            self.size(path)
+            self._saved[key] = path
+        return self._saved[key]
+
+
+def same_pictures(paths: Iterable[Path]) -> dict[Path, str]:
+    """A key for each picture, equal for files of equal content.
+
+    Only files that share their length are read. The same picture saved twice in different ways
+    (scaled, another JPEG quality) is not recognised.
+    """
+    by_length: defaultdict[int, set[Path]] = defaultdict(set)
+    resolved = {path: path.resolve() for path in paths}
+    for file in resolved.values():
+        by_length[file.stat().st_size].add(file)
+    keys = {
+        file: digest(file) if len(files) > 1 else str(file)
+        for files in by_length.values()
+        for file in files
+    }
+    return {path: keys[file] for path, file in resolved.items()}
+
+
+def copy_all(paths: Iterable[Path], target: Path) -> dict[Path, Path]:
+    """Copy each picture once into `target`/pictures; two of the same name get numbers."""
+    folder = target / FOLDER
+    folder.mkdir(exist_ok=True)
+    copies: dict[Path, Path] = {}
+    for path in paths:
+        copy, number = folder / path.name, 2
+        while copy.exists():
+            copy, number = folder / f"{path.stem}-{number}{path.suffix}", number + 1
+        shutil.copyfile(path, copy)
+        copies[path] = copy
+    return copies

@@ -1,0 +1,198 @@
+"""Rows of foreign files: JSON, JSON Lines, CSV and Parquet as plain records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finesight.data.jsonl import read_bytes
+from finesight.errors import UserError
+
+Record = dict[str, Any]
+"""One row as JSON-like data; Parquet adds bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record and where it stands: `number` from 1 is its line (JSONL) or its place."""
+
+    number: int
+    place: str
+    record: Record
+    stem: str
+
+    @property
+    def id(self) -> str:
+        """The record's own id, or one made of the file's name and the row's number."""
+        own = self.record.get("id")
+        return str(own) if isinstance(own, str | int) else f"{self.stem}-{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A file of rows; `select(start, stop)` gives those from `start` (0 is the first) on."""
+
+    total: int
+    select: Callable[[int, int], Iterator[Row]]
+
+
+def open_rows(source: Path) -> Rows:
+    """The rows of a .json, .jsonl, .csv, .tsv or .parquet file.
+
+    Raises UserError for another suffix, a file that cannot be read, and one without rows.
+    """
+    suffix = source.suffix.lower()
+    if suffix == ".parquet":
+        rows = _parquet(source)
+    elif suffix in (".csv", ".tsv"):
+        rows = _in_memory(_csv(source, "\t" if suffix == ".tsv" else ","))
+    elif suffix in (".json", ".jsonl"):
+        rows = _in_memory(_json(source))
+    else:
+        raise UserError(
+            f"a file of type {suffix or '(no suffix)'}",
+            where=str(source),
+            expected=".json, .jsonl, .csv, .tsv or .parquet",
+            remedy="rename the file if it is one of these, or convert it",
+        )
+    if rows.total == 0:
+        raise UserError(
+            "holds no rows", where=str(source), expected="at least one", remedy="check the file"
+        )
+    return rows
+
+
+def _in_memory(rows: list[Row]) -> Rows:
+    return Rows(len(rows), lambda start, stop: itertools.islice(rows, start, stop))
+
+
+def _text(source: Path) -> str:
+    content = read_bytes(source)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=f"{source}:{line}",
+            expected="a file in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
+
+
+def _json(source: Path) -> list[Row]:
+    """A JSON array of objects, or one object a line, whatever the suffix says."""
+    text = _text(source)
+    if text.lstrip().startswith("["):
+        array = _parsed(text, source, 1)
+        return [_row(record, n, f"row {n}", source) for n, record in enumerate(array, start=1)]
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            record = _parsed(line, source, number)
+            rows.append(_row(record, number, f"line {number}", source))
+    return rows
+
+
+def _parsed(text: str, source: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
+        raise UserError(
+            f"broken JSON: {error}",
+            where=f"{source}:{at}",
+            expected="a JSON array of objects, or one object on each line",
+            remedy="correct this line or the one above it",
+        ) from error
+
+
+def _row(record: object, number: int, place: str, source: Path) -> Row:
+    if not isinstance(record, dict):
+        raise UserError(
+            f"holds {type(record).__name__} {str(record)[:60]!r}",
+            where=f"{source}, {place}",
+            expected="an object with named values",
+            remedy="correct the row",
+        )
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text with half of a character, {error.object[error.start]!r}",
+            where=f"{source}, {place}",
+            expected="escapes such as \\ud83d\\ude00 in pairs",
+            remedy="correct the row: it was probably cut in the middle of a character",
+        ) from error
+    return Row(number, place, record, source.stem)
+
+
+def _csv(source: Path, delimiter: str) -> list[Row]:
+    rows = []
+    reader = csv.DictReader(io.StringIO(_text(source), newline=""), delimiter=delimiter)
+    try:
+        for number, record in enumerate(reader, start=1):
+            if None in record or None in record.values():
+                raise UserError(
+                    f"row {number} has more or fewer cells than the head of the table",
+                    where=f"{source}:{reader.line_num}",
+                    expected=f"{len(reader.fieldnames or ())} cells",
+                    remedy="put cells that hold a separator or a line break in double quotes",
+                )
+            rows.append(Row(number, f"row {number}", record, source.stem))
+    except csv.Error as error:
+        raise UserError(
+            f"broken CSV: {error}",
+            where=f"{source}:{reader.reader.line_num}",
+            expected="cells of at most 131072 characters, quoted with double quotes",
+            remedy="correct the line, or save the table as JSONL or Parquet",
+        ) from error
+    return rows
+
+
+def _parquet(source: Path) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(
+            f"reading {source.name} needs pyarrow, which is not installed",
+            where=str(source),
+            remedy="pip install 'finesight[hub]'",
+        ) from error
+    try:
+        total = parquet.read_metadata(source).num_rows
+    except FileNotFoundError:
+        read_bytes(source)  # says it in our words
+        raise
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"cannot be read as Parquet: {error}",
+            where=str(source),
+            expected="a whole Parquet file",
+            remedy="fetch or export the file again",
+        ) from error
+
+    def select(start: int, stop: int) -> Iterator[Row]:
+        with parquet.ParquetFile(source) as table:
+            position = 0
+            for group in range(table.num_row_groups):
+                size = table.metadata.row_group(group).num_rows
+                if position < stop and start < position + size:
+                    yield from _batches(table, group, position, start, stop)
+                position += size
+
+    def _batches(table: Any, group: int, position: int, start: int, stop: int) -> Iterator[Row]:
+        for batch in table.iter_batches(batch_size=64, row_groups=[group]):
+            for record in batch.to_pylist():
+                if start <= position < stop:
+                    yield Row(position + 1, f"row {position + 1}", record, source.stem)
+                position += 1
+
+    return Rows(total, select)

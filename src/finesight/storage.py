@@ -1,0 +1,313 @@
+"""Files that exist whole or not at all.
+
+Everything that must survive a crash is written here: into a hidden neighbour first, flushed to the
+disk, listed with SHA-256 digests, and only then given its name by one rename. Limits: the file
+system must rename atomically within a folder and honour fsync (local Linux and macOS file systems
+do; network file systems may not).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from finesight.errors import UserError
+
+DIGESTS = "sha256.json"
+"""The manifest of a folder: file name to SHA-256, in hexadecimal."""
+
+_PARTIAL = ".partial"
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another output folder, then start again",
+    errno.EDQUOT: "free some of your quota or choose another output folder, then start again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another file system",
+    errno.EROFS: "choose an output folder on a file system that can be written",
+    errno.EACCES: "choose an output folder that you may write to, or change its permissions",
+    errno.EPERM: "choose an output folder that you may write to, or change its permissions",
+    errno.ENOTDIR: "choose an output folder whose parents are folders",
+    errno.ENAMETOOLONG: "choose a shorter output name",
+}
+
+
+class Disk:
+    """The file operations beneath this module, one method each.
+
+    Tests put another one in force with `using` to fail, or to die, at a chosen operation.
+    """
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+
+    def create(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def open_to_append(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, file: int, data: memoryview) -> int:
+        return os.write(file, data)
+
+    def sync(self, file: int) -> None:
+        os.fsync(file)
+
+    def sync_path(self, path: Path) -> None:
+        """Flush a file that another writer closed, or the entries of a folder."""
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def truncate(self, path: Path, size: int) -> None:
+        os.truncate(path, size)
+
+    def remove_file(self, path: Path) -> None:
+        path.unlink()
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+
+_DISK: ContextVar[Disk] = ContextVar("disk", default=Disk())  # noqa: B039 (it has no state)
+
+
+@contextlib.contextmanager
+def using(disk: Disk) -> Iterator[None]:
+    """Within the block, carry out every file operation through `disk`."""
+    token = _DISK.set(disk)
+    try:
+        yield
+    finally:
+        _DISK.reset(token)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a refusal of the machine (full, read-only, forbidden) into a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise _refusal(path, error.errno) from error
+    except SafetensorError as error:
+        # Its writer reports errors of the system as text only.
+        found = re.search(r"os error (\d+)", str(error))
+        if not found or int(found[1]) not in _REMEDIES:
+            raise
+        raise _refusal(path, int(found[1])) from error
+
+
+def _refusal(path: Path, number: int) -> UserError:
+    return UserError(
+        f"cannot be written: {os.strerror(number).lower()}",
+        where=str(path),
+        remedy=_REMEDIES[number],
+    )
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and its missing parents, each entry flushed."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with explained(path):
+        for folder in reversed(missing):
+            _DISK.get().make_folder(folder)
+            _DISK.get().sync_path(folder.parent)
+
+
+@contextlib.contextmanager
+def write_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden empty folder; when the block ends well it becomes `target`, complete.
+
+    Every file in it is flushed and listed in `sha256.json`. An error in the block, or a crash at
+    any point, leaves no `target`. Raises UserError when `target` exists or cannot be written.
+    """
+    _refuse_existing(target)
+    make_folder(target.parent)
+    disk, partial = _DISK.get(), _hidden(target)
+    with explained(target):
+        if partial.exists():
+            disk.remove_tree(partial)
+        disk.make_folder(partial)
+        try:
+            yield partial
+            _seal(partial)
+            _refuse_existing(target)
+            disk.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        disk.sync_path(target.parent)
+
+
+def _seal(folder: Path) -> None:
+    disk = _DISK.get()
+    files = _files(folder)
+    assert files, f"nothing was written into {folder}"
+    for file in files:
+        disk.sync_path(file)
+    digests = {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    _write_new(folder / DIGESTS, (json.dumps(digests, indent=1) + "\n").encode())
+    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        disk.sync_path(inner)
+
+
+def verify_folder(path: Path) -> None:
+    """Read every file of a folder made by `write_folder` and compare it with the manifest.
+
+    Raises UserError naming a missing file, or a changed file with both digests.
+    """
+    where, remedy = str(path), "restore the folder from a copy, or delete it and make it again"
+    manifest = path / DIGESTS
+    if not path.is_dir():
+        raise UserError("there is no such folder", where=where, remedy="check the path")
+    if not manifest.is_file():
+        raise UserError(
+            f"{DIGESTS} is missing: the folder is incomplete", where=where, remedy=remedy
+        )
+    for name, expected in _read_digests(manifest, remedy).items():
+        if not (path / name).is_file():
+            raise UserError(f"the file {name} is missing", where=where, remedy=remedy)
+        found = digest(path / name)
+        if found != expected:
+            raise UserError(
+                f"the file has changed since it was written, its SHA-256 is {found}",
+                where=str(path / name),
+                expected=str(expected),
+                remedy=remedy,
+            )
+
+
+def _read_digests(manifest: Path, remedy: str) -> dict[str, object]:
+    try:
+        digests = json.loads(manifest.read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"not readable as JSON: {error}", where=str(manifest), remedy=remedy
+        ) from error
+    if not isinstance(digests, dict) or not digests:
+        raise UserError(
+            f"holds {type(digests).__name__} of {len(str(digests))} characters",
+            where=str(manifest),
+            expected="file names with their SHA-256",
+            remedy=remedy,
+        )
+    return digests
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one rename; a file that was there stays whole until then."""
+    disk, partial = _DISK.get(), _hidden(path)
+    make_folder(path.parent)
+    with explained(path):
+        try:
+            _write_new(partial, data)
+            disk.rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        disk.sync_path(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` and a line end to a file that its reader may find torn after a crash.
+
+    Not flushed to the disk: a power failure loses the last lines. When the disk is full nothing
+    of the line stays, and a UserError says so.
+    """
+    disk, data = _DISK.get(), f"{line}\n".encode()
+    with explained(path):
+        size = path.stat().st_size if path.exists() else 0
+        file = disk.open_to_append(path)
+        try:
+            _write_all(file, data)
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+        finally:
+            os.close(file)
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Shorten the file to its first `size` bytes, flushed."""
+    with explained(path):
+        _DISK.get().truncate(path, size)
+        _DISK.get().sync_path(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder made by `write_folder`.
+
+    It loses its name first, in one rename: a crash at any point leaves it complete or not seen.
+    """
+    disk, hidden = _DISK.get(), _hidden(path)
+    with explained(path):
+        if hidden.exists():
+            disk.remove_tree(hidden)
+        disk.rename(path, hidden)
+        disk.sync_path(path.parent)
+        disk.remove_tree(hidden)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes and deletions that never finished left in `folder`."""
+    if not folder.is_dir():
+        return
+    with explained(folder):
+        for leftover in folder.glob(f".*{_PARTIAL}"):
+            if leftover.is_dir():
+                _DISK.get().remove_tree(leftover)
+            else:
+                _DISK.get().remove_file(leftover)
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    file = _DISK.get().create(path)
+    try:
+        _write_all(file, data)
+        _DISK.get().sync(file)
+    finally:
+        os.close(file)
+
+
+def _write_all(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[_DISK.get().write(file, rest) :]
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(
+            "exists already and is never overwritten",
+            where=str(target),
+            remedy="choose another name, or move it away first",
+        )

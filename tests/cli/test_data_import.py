@@ -1,0 +1,117 @@
+"""`finesight data import`, through its command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from click.testing import Result
+from scenery import paint, write_jsonl
+from typer.testing import CliRunner
+
+from finesight.cli.data_import import import_data
+from finesight.data.jsonl import read_samples
+from finesight.errors import UserError
+
+app = typer.Typer()
+app.command()(import_data)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    rows = [
+        {
+            "image": paint(tmp_path / f"{n}.png", shade=n).name,
+            "box": [n, 0, 10, 10],
+            "n": n,
+            "text": [f"first {n}", f"second {n}"],
+        }
+        for n in range(6)
+    ]
+    return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+def test_says_what_it_did(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(
+        *(source, out, "--map", "image=image", "--map", "answer=text"),
+        *("--prompt", "Read.", "--eval-last", "2", "--limit", "5"),
+    )
+    assert result.exit_code == 0, result.output
+    assert f"{source}: 6 rows, read as table (--map)" in result.output
+    assert f"{out / 'train.jsonl'}: 6 samples from 3 rows" in result.output
+    assert f"{out / 'eval.jsonl'}: 2 samples from 2 rows" in result.output
+    assert "left out: 1 rows, not selected" in result.output
+    assert "columns not used: box, n" in result.output
+    assert read_samples(out / "eval.jsonl")[1].references == ("second 4",)
+
+
+def test_json(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(
+        *(source, out, "--map", "image=image", "--map", "box=box", "--prompt", "", "--json"),
+        *("--rows", "1:4", "--box-format", "xywh", "--box-units", "pixel", "--copy-pictures"),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output) == {
+        "format": "table",
+        "known_by": "--map",
+        "rows": 6,
+        "written": [{"file": str(out / "data.jsonl"), "rows": 3, "samples": 3}],
+        "left_out": {"not selected by --rows and --limit": 3},
+        "pictures": 3,
+        "clipped_boxes": 0,
+        "unused_columns": ["n", "text"],
+    }
+    sample = read_samples(out / "data.jsonl")[0]
+    assert sample.messages[0].content[0].image == "pictures/1.png"
+    assert sample.messages[1].content[0].xyxy == (1, 0, 11, 10)
+
+
+def test_detected_format_shows_its_reason(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    turns = [
+        {"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat?"},
+        {"from": "assistant", "value": "A square."},
+    ]
+    source = tmp_path / "data.json"
+    source.write_text(json.dumps([{"conversations": turns}]))
+    result = run(source, tmp_path / "out", "--seed", "1")
+    assert "read as qwen-vl (a turn holds 'Picture 1: <img>a.png</img>')" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["--map", "image"], "--map"),
+        (["--map", "image="], "--map"),
+        (["--map", "image=a", "--map", "image=b"], "--map"),
+        (["--map", "foto=image"], "--map"),
+        (["--rows", "5"], "--rows"),
+        (["--rows", "a:b"], "--rows"),
+        (["--format", "csv"], "--format"),
+        (["--map", "image=image", "--split", "2"], "--split"),
+    ],
+)
+def test_refused(source: Path, tmp_path: Path, arguments: list[str], where: str) -> None:
+    result = run(source, tmp_path / "out", *arguments)
+    assert isinstance(result.exception, UserError)
+    assert result.exception.where == where
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--box-format", "corners"], ["--limit", "0"], ["--box-units", "px"]]
+)
+def test_refused_by_the_command_line(source: Path, tmp_path: Path, arguments: list[str]) -> None:
+    assert run(source, tmp_path / "out", *arguments).exit_code == 2
+
+
+def test_help_has_an_example() -> None:
+    assert "Example: finesight data import" in run("--help").output

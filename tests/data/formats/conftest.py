@@ -1,0 +1,16 @@
+"""Pictures for the readers of formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scenery import paint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a.png of 40 x 20 pixels and b.png of 1000 x 500."""
+    paint(tmp_path / "a.png", 40, 20)
+    paint(tmp_path / "b.png", 1000, 500)
+    return tmp_path

@@ -1,0 +1,110 @@
+"""Conversations of from/value with `<|vision_start|>path<|vision_end|>` (two of the tutorials)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import read, talk
+
+from finesight.data.formats import recognised
+from finesight.data.formats.conversations import FORMAT
+from finesight.errors import UserError
+
+A = "<|vision_start|>a.png<|vision_end|>"
+
+
+def record(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": who, "value": text} for who, text in turns], **more}
+
+
+def test_the_prompt_of_the_file_is_kept(folder: Path) -> None:
+    rows = record(("user", f"COCO Yes: {A}"), ("assistant", "A dog."))
+    case = read(FORMAT, {"id": "identity_1", **rows}, folder)
+    assert case.id == "identity_1"
+    assert talk(case) == [
+        ("user", ["COCO Yes: ", folder / "a.png"]),
+        ("assistant", ["A dog."]),
+    ]
+    assert recognised([rows], "here")[0] is FORMAT
+
+
+def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
+    absolute = folder / "b.png"
+    rows = record(
+        (
+            "human",
+            f"<|vision_start|>a.png<|vision_end|>or <|vision_start|>{absolute}<|vision_end|>?",
+        ),
+        ("gpt", "The second."),
+        ("user", f"And {A}now?"),
+        ("assistant", "No."),
+        system="Be brief.",
+        licence="CC0",
+    )
+    case = read(FORMAT, rows, folder)
+    assert case.id == "rows-3"
+    assert talk(case) == [
+        ("system", ["Be brief."]),
+        ("user", [folder / "a.png", "or ", absolute, "?"]),
+        ("assistant", ["The second."]),
+        ("user", ["And ", folder / "a.png", "now?"]),
+        ("assistant", ["No."]),
+    ]
+    assert case.meta == {"licence": "CC0"}
+
+
+def test_pictures_named_beside_the_turns(folder: Path) -> None:
+    rows = record(("human", "<image>\nthen <image>"), ("gpt", "Two."), images=["a.png", "b.png"])
+    assert talk(read(FORMAT, rows, folder))[0] == (
+        "user",
+        [folder / "a.png", "\nthen ", folder / "b.png"],
+    )
+
+
+def test_no_picture_is_a_conversation_too(folder: Path) -> None:
+    rows = record(("user", "Hello"), ("assistant", "Hi"))
+    assert talk(read(FORMAT, rows, folder)) == [("user", ["Hello"]), ("assistant", ["Hi"])]
+    assert recognised([rows], "here")[0] is FORMAT
+
+
+def test_a_prompt_is_added_to_the_first_question_only(folder: Path) -> None:
+    rows = record(("user", A), ("assistant", "x"), ("user", "y"), ("assistant", "z"))
+    turns = talk(read(FORMAT, rows, folder, prompt="What?"))
+    assert turns[0] == ("user", [folder / "a.png", "What?"])
+    assert turns[2] == ("user", ["y"])
+    with pytest.raises(UserError, match="without words"):
+        read(FORMAT, rows, folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (
+            record(("user", A.replace("a.png", "c.png") + "?"), ("gpt", "a")),
+            "no such picture",
+        ),
+        (record(("user", "q <image>"), ("gpt", "a")), "a mark without a picture"),
+        (record(("user", "q"), ("gpt", "a"), image="a.png"), "no `<image>` in the text"),
+        (record(("user", "q <img>a.png</img>"), ("gpt", "a")), "the mark '<img>'"),
+        (record(("user", "q <|image_pad|>"), ("gpt", "a")), "the mark"),
+        (record(("user", "q <|vision_start|>a.png"), ("gpt", "a")), "the mark"),
+        (record(("user", "q")), "without an answer"),
+        (record(("boss", "q"), ("gpt", "a")), "the turn"),
+        (record(("user", "q"), ("gpt", "a"), videos=["a.mp4"]), "the key 'videos'"),
+        ({"conversations": []}, "conversations is"),
+        ({"conversations": [{"from": "user", "value": 5}]}, "the turn"),
+    ],
+)
+def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        read(FORMAT, rows, folder)
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_an_address_on_the_web_is_no_path(folder: Path) -> None:
+    mark = "<|vision_start|>https://example.org/a.png<|vision_end|>"
+    with pytest.raises(UserError, match="an address on the web"):
+        read(FORMAT, record(("user", f"q {mark}"), ("gpt", "a")), folder)

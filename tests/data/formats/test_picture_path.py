@@ -1,0 +1,48 @@
+"""Conversations of role/value where the user's value is a path (the LaTeX tutorial)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import read, talk
+
+from finesight.data.formats import recognised
+from finesight.data.formats.picture_path import FORMAT
+from finesight.errors import UserError
+
+
+def record(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"role": role, "value": text} for role, text in turns]}
+
+
+ROWS = record(("user", "a.png"), ("assistant", "x ^ { 2 } < y"))
+
+
+def test_path_and_prompt(folder: Path) -> None:
+    assert talk(read(FORMAT, ROWS, folder, prompt="转换成LaTex公式。")) == [
+        ("user", [folder / "a.png", "转换成LaTex公式。"]),
+        ("assistant", ["x ^ { 2 } < y"]),
+    ]
+    assert recognised([ROWS], "here")[0] is FORMAT
+
+
+def test_no_prompt_must_be_said(folder: Path) -> None:
+    with pytest.raises(UserError, match="without words") as caught:
+        read(FORMAT, ROWS, folder)
+    assert "--prompt" in caught.value.remedy
+    assert talk(read(FORMAT, ROWS, folder, prompt=""))[0] == ("user", [folder / "a.png"])
+
+
+def test_later_turns_are_text_unless_a_path(folder: Path) -> None:
+    rows = record(("user", "a.png"), ("assistant", "x"), ("user", "sure?"), ("assistant", "yes"))
+    turns = talk(read(FORMAT, rows, folder, prompt="Read."))
+    assert turns[2:] == [("user", ["sure?"]), ("assistant", ["yes"])]
+    rows = record(("user", "a.png"), ("assistant", "x"), ("user", "b.png"), ("assistant", "y"))
+    assert talk(read(FORMAT, rows, folder, prompt="Read."))[2] == ("user", [folder / "b.png"])
+
+
+def test_a_sentence_is_not_taken_for_a_path() -> None:
+    rows = record(("user", "Tell me about dogs"), ("assistant", "They bark."))
+    assert recognised([ROWS, rows], "here")[0] is not FORMAT

@@ -1,0 +1,116 @@
+"""Rows of query/response/image with `bbox_2d` in the response (the grounding tutorial)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import read, talk
+
+from finesight.data.formats import recognised
+from finesight.data.formats.query import FORMAT
+from finesight.errors import UserError
+
+ASKED = "what is written? Examples of coordinate value formats: [x1,y1,x2,y2]"
+
+
+def record(response: str, **more: Any) -> dict[str, Any]:
+    return {"image": ["b.png"], "query": ASKED, "response": response, **more}
+
+
+def answer(folder: Path, response: str, **said: Any) -> list[object]:
+    return talk(read(FORMAT, record(response), folder, **said))[-1][1]
+
+
+def test_corners_in_pixels(folder: Path) -> None:
+    rows = record('{"bbox_2d": [467.0, 128.0, 521.0, 161.0]}')
+    assert talk(read(FORMAT, rows, folder)) == [
+        ("user", [folder / "b.png", ASKED]),
+        ("assistant", [(0, None, (467.0, 128.0, 521.0, 161.0))]),
+    ]
+    form, reason = recognised([rows], "here")
+    assert form is FORMAT
+    assert "bbox_2d in 1" in reason
+
+
+def test_declared_as_corner_and_size(folder: Path) -> None:
+    response = '{"bbox_2d": [467.0, 128.0, 54.0, 33.0]}'
+    assert answer(folder, response, box_format="xywh") == [(0, None, (467.0, 128.0, 521.0, 161.0))]
+    with pytest.raises(UserError, match="reversed") as caught:
+        answer(folder, response)
+    assert "--box-format xywh" in caught.value.remedy
+
+
+def test_declared_units(folder: Path) -> None:
+    response = '{"bbox_2d": [100, 200, 300, 400]}'
+    assert answer(folder, response, box_units="1000") == [
+        (0, None, pytest.approx((100.0, 100.0, 300.0, 200.0)))
+    ]
+
+
+@pytest.mark.parametrize("fence", ["{}", "```json\n{}\n```", "```\n{}```"])
+def test_lists_and_fences(folder: Path, fence: str) -> None:
+    boxes = [
+        {"bbox_2d": [1, 2, 3, 4], "label": "a [b]"},
+        {"bbox_2d": [5, 6, 7, 8], "text_content": "c"},
+        {"bbox_2d": [5, 6, 7, 9]},
+    ]
+    assert answer(folder, fence.format(json.dumps(boxes, indent=1))) == [
+        (0, "a [b]", (1.0, 2.0, 3.0, 4.0)),
+        (0, "c", (5.0, 6.0, 7.0, 8.0)),
+        (0, None, (5.0, 6.0, 7.0, 9.0)),
+    ]
+
+
+def test_text_around_is_kept(folder: Path) -> None:
+    response = 'In [1] and {2}: {"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 5]} [end'
+    assert answer(folder, response) == [
+        "In [1] and {2}: ",
+        (0, None, (1.0, 2.0, 3.0, 4.0)),
+        ", ",
+        (0, None, (1.0, 2.0, 3.0, 5.0)),
+        " [end",
+    ]
+
+
+def test_no_box_is_an_answer_too(folder: Path) -> None:
+    assert answer(folder, "A ghost.") == ["A ghost."]
+
+
+def test_places_of_pictures(folder: Path) -> None:
+    rows = {
+        "images": ["a.png", "b.png"],
+        "query": "<image>or <image>?",
+        "response": "b",
+        "system": "Be brief.",
+    }
+    assert talk(read(FORMAT, rows, folder))[:2] == [
+        ("system", ["Be brief."]),
+        ("user", [folder / "a.png", "or ", folder / "b.png", "?"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (record('{"bbox_2d": [1, 2, 3]}'), r"the box '\[1, 2, 3\]'"),
+        (record('{"bbox_2d": [1, 2, 3, 4], "score": 1}'), "the box"),
+        (record('{"found": {"bbox_2d": [1, 2, 3, 4]}}'), "the box"),
+        (record('{"bbox_2d": [1, 2, 3, 4]'), "bbox_2d outside of JSON"),
+        (record('{"bbox_2d": [1, 2, 3, 4]}', image=["a.png", "b.png"]), "2 pictures"),
+        (record('{"bbox_2d": [1, 2, 3, 4]}', image=None), "0 pictures"),
+        (record('{"bbox_2d": [0, 0, 1005, 4]}'), "outside of its picture"),
+        (record("x", query="<image><image>"), "2 `<image>` in the query for 1 pictures"),
+        (record("x", query=None), "query is None"),
+        (record("x", image=5), "a picture given as int"),
+        (record("x", objects={}), "the key 'objects'"),
+        (record("x", history=[["q", "r"]]), "the key 'history'"),
+    ],
+)
+def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        read(FORMAT, rows, folder)
+    assert caught.value.expected
+    assert caught.value.remedy

@@ -1,0 +1,97 @@
+"""The first Qwen-VL's conversations: `<img>`, `<ref>` and `<box>` on a grid of 1000."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import read, talk
+
+from finesight.data.formats import recognised
+from finesight.data.formats.qwen_vl import FORMAT
+from finesight.errors import UserError
+
+
+def record(*texts: str) -> dict[str, Any]:
+    speakers = ("user", "assistant")
+    turns = [{"from": speakers[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns}
+
+
+PLAIN = record("Hello", "I am Qwen-VL.")
+BOXED = record(
+    "Picture 1: <img>b.png</img>\nWhat breed is the dog?",
+    "A labrador.",
+    "Frame the shirt",
+    "<ref>the shirt</ref><box>(588,499),(725,789)</box>",
+)
+SEVERAL = record(
+    "Picture 1: <img>a.png</img>\nPicture 2: <img>b.png</img>\nWhich is which?", "Guess."
+)
+
+
+def test_boxes_become_pixels_of_the_original(folder: Path) -> None:
+    turns = talk(read(FORMAT, BOXED, folder))
+    assert turns[0] == ("user", [folder / "b.png", "What breed is the dog?"])
+    ((picture, label, corners),) = turns[3][1]
+    assert (picture, label) == (0, "the shirt")
+    assert corners == pytest.approx((588.0, 249.5, 725.0, 394.5))
+
+
+def test_several_pictures(folder: Path) -> None:
+    assert talk(read(FORMAT, SEVERAL, folder))[0] == (
+        "user",
+        [folder / "a.png", folder / "b.png", "Which is which?"],
+    )
+
+
+def test_a_box_belongs_to_the_last_picture_before_it(folder: Path) -> None:
+    rows = record(
+        "Picture 1: <img>a.png</img>\nDog?",
+        "<box>(0,0),(500,500)</box>",
+        "Picture 2: <img>b.png</img>\nNot <ref>the cat</ref> at <box>(1,2),(3,4)</box>?",
+        "See <ref>dogs</ref><box>(0,0),(500,500)</box><box>(10, 20), (30, 40)</box>!",
+    )
+    turns = talk(read(FORMAT, rows, folder))
+    assert turns[1] == ("assistant", [(0, None, (0.0, 0.0, 20.0, 10.0))])
+    assert turns[2][1] == [
+        folder / "b.png",
+        "Not ",
+        "the cat",
+        " at ",
+        (1, None, pytest.approx((1.0, 1.0, 3.0, 2.0))),
+        "?",
+    ]
+    assert turns[3][1] == [
+        "See ",
+        (1, "dogs", (0.0, 0.0, 500.0, 250.0)),
+        (1, "dogs", pytest.approx((10.0, 10.0, 30.0, 20.0))),
+        "!",
+    ]
+
+
+def test_declared_units_beat_the_grid(folder: Path) -> None:
+    rows = record("<img>a.png</img>Dog?", "<box>(1,2),(3,4)</box>")
+    case = read(FORMAT, rows, folder, box_format="xywh", box_units="pixel")
+    assert talk(case)[1] == ("assistant", [(0, None, (1.0, 2.0, 4.0, 6.0))])
+
+
+def test_recognised_when_only_a_later_row_has_marks() -> None:
+    form, reason = recognised([PLAIN, BOXED, SEVERAL], "here")
+    assert form is FORMAT
+    assert "Picture 1: <img>b.png</img>" in reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (record("Dog?", "<box>(1,2),(3,4)</box>"), "before any picture"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "reversed"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the mark '<box>"),
+        (record("<img>c.png</img>Dog?", "Yes"), "no such picture"),
+    ],
+)
+def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        read(FORMAT, rows, folder)

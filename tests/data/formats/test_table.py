@@ -1,0 +1,130 @@
+"""Any table, read by the columns that the user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import brief, read, talk
+
+from finesight.data.case import Case
+from finesight.data.formats.table import FORMAT, suggestion
+from finesight.errors import UserError
+
+
+def case(folder: Path, record: dict[str, Any], columns: str, **said: Any) -> Case:
+    mapped = dict(pair.split("=") for pair in columns.split())
+    return read(FORMAT, {"image": "b.png", **record}, folder, columns=mapped, **said)
+
+
+def test_question_and_prompt_after_the_picture(folder: Path) -> None:
+    found = case(
+        folder, {"q": "who?", "a": 7}, "image=image question=q answer=a", prompt="One word."
+    )
+    assert talk(found) == [
+        ("user", [folder / "b.png", "who?\nOne word."]),
+        ("assistant", ["7"]),
+    ]
+    assert talk(case(folder, {"a": "x"}, "image=image answer=a", prompt="Read."))[0] == (
+        "user",
+        [folder / "b.png", "Read."],
+    )
+
+
+def test_a_list_of_answers(folder: Path) -> None:
+    found = case(folder, {"a": ["x", "y", "x"]}, "image=image answer=a", prompt="?")
+    samples = found.for_training()
+    assert [sample.id for sample in samples] == ["rows-3-1", "rows-3-2", "rows-3-3"]
+    assert [brief(sample.messages[-1].content) for sample in samples] == [["x"], ["y"], ["x"]]
+    assert all(not sample.references for sample in samples)
+    measured = found.for_evaluation()
+    assert measured.id == "rows-3"
+    assert brief(measured.messages[-1].content) == ["x"]
+    assert measured.references == ("y", "x")
+
+
+@pytest.mark.parametrize(
+    "box", [[1, 2, 3, 4], [[1, 2, 3, 4]], "1 2 3 4", "1, 2; 3,4", "[1, 2, 3, 4]", "[[1,2,3,4]]"]
+)
+def test_a_box_is_the_answer_when_there_is_no_other(folder: Path, box: object) -> None:
+    found = case(folder, {"b": box, "l": "cat"}, "image=image box=b label=l", prompt="?")
+    assert talk(found)[1] == ("assistant", [(0, "cat", (1.0, 2.0, 3.0, 4.0))])
+
+
+def test_box_format_and_units(folder: Path) -> None:
+    found = case(
+        folder,
+        {"b": [0.5, 0.5, 0.1, 0.2]},
+        "image=image box=b",
+        prompt="?",
+        box_format="cxcywh",
+        box_units="1",
+    )
+    assert talk(found)[1][1] == [(0, None, pytest.approx((450.0, 200.0, 550.0, 300.0)))]
+
+
+def test_several_boxes_with_labels(folder: Path) -> None:
+    record = {"b": [[1, 2, 3, 4], [5, 6, 7, 8]], "l": ["cat", "dog"]}
+    assert talk(case(folder, record, "image=image box=b label=l", prompt="?"))[1][1] == [
+        (0, "cat", (1.0, 2.0, 3.0, 4.0)),
+        (0, "dog", (5.0, 6.0, 7.0, 8.0)),
+    ]
+
+
+def test_boxes_in_columns_of_their_own(folder: Path) -> None:
+    record = {"x": "1", "y": "2", "w": "3", "h": "4"}
+    found = case(folder, record, "image=image box=x,y,w,h", prompt="?", box_format="xywh")
+    assert talk(found)[1][1] == [(0, None, (1.0, 2.0, 4.0, 6.0))]
+
+
+def test_with_an_answer_the_box_stands_on_the_next_line(folder: Path) -> None:
+    found = case(
+        folder, {"a": ["stop", "Stop"], "b": [1, 2, 3, 4]}, "image=image answer=a box=b", prompt="?"
+    )
+    box = (0, None, (1.0, 2.0, 3.0, 4.0))
+    assert [brief(answer) for answer in found.answers] == [["stop\n", box], ["Stop\n", box]]
+    assert found.for_evaluation().references == ("Stop",)
+
+
+def test_several_pictures(folder: Path) -> None:
+    record = {"image": ["a.png", "b.png"], "a": "x"}
+    assert talk(case(folder, record, "image=image answer=a", prompt="?"))[0][1] == [
+        folder / "a.png",
+        folder / "b.png",
+        "?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "what"),
+    [
+        ({"a": "x"}, "image=picture answer=a", "no column 'picture'"),
+        ({"a": ""}, "image=image answer=a", "the answer is ''"),
+        ({"a": ["x", None]}, "image=image answer=a", "the answer is 'None'"),
+        ({"a": {"raw": "x"}}, "image=image answer=a", "the answer is"),
+        ({"a": []}, "image=image answer=a", "no answer"),
+        ({"b": None}, "image=image box=b", "no answer"),
+        ({"a": "x", "q": " "}, "image=image answer=a question=q", "the question is"),
+        ({"b": "1 2 3"}, "image=image box=b", "the box"),
+        ({"b": "left"}, "image=image box=b", "the box 'left'"),
+        ({"b": [[1, 2, 3, 4], [5]]}, "image=image box=b", r"the box '\[5\]'"),
+        ({"b": [1, 2, 3, 4], "l": ["a", "b"]}, "image=image box=b label=l", "2 labels for 1"),
+        ({"b": [1, 2, 3, 4], "image": ["a.png"] * 2}, "image=image box=b", "2 pictures"),
+        ({"b": [1, 2, 3, 4]}, "box=b", "0 pictures"),
+        ({"image": "", "a": "x"}, "image=image answer=a", "a picture given as str"),
+    ],
+)
+def test_refused(folder: Path, record: dict[str, Any], columns: str, what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        case(folder, record, columns, prompt="?")
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_columns_are_suggested() -> None:
+    names = ["image_path", "captions", "bbox_xyxy", "n"]
+    assert suggestion(dict.fromkeys(names)) == (
+        "--map image=image_path --map answer=captions --map box=bbox_xyxy"
+    )
+    assert suggestion({"n": 1}) == "--map image=COLUMN --map answer=COLUMN"

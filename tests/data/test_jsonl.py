@@ -1,0 +1,161 @@
+"""Samples go into files and come back; everything else is refused with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finesight.data.jsonl import Located, read_samples, write_samples
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.errors import UserError
+
+SAMPLE = Sample(
+    id="été",
+    messages=(
+        Message(role="system", content=(TextPart(text="Be brief."),)),
+        Message(
+            role="user",
+            content=(
+                ImagePart(image="a/b.png"),
+                TextPart(text="line\u2028separator\x85 and \n newline"),
+                VideoPart(frames=("1.png", "2.png"), fps=4),
+            ),
+        ),
+        Message(role="assistant", content=(BoxPart(label="cat", xyxy=(1, 2.5, 3, 4)),)),
+    ),
+    references=("other",),
+    meta={"licence": None, "nested": [1, {"a": 2}]},
+)
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    base = {
+        "id": "1",
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+            {"role": "assistant", "content": "a cat"},
+        ],
+    }
+    return {**base, **changes}
+
+
+def talk(*roles: str) -> dict[str, Any]:
+    return record(messages=[{"role": role, "content": "words"} for role in roles])
+
+
+def answer(**part: Any) -> dict[str, Any]:
+    user = record()["messages"][0]
+    return record(messages=[user, {"role": "assistant", "content": [part]}])
+
+
+def refused(path: Path, line: str | bytes, *, answered: bool = True) -> UserError:
+    """The refusal of a file whose third line is `line`; it names that line."""
+    data = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(json.dumps(record()).encode() + b"\n\n" + data + b"\n")
+    with pytest.raises(UserError) as caught:
+        read_samples(path, answered=answered)
+    assert caught.value.where.startswith(f"{path}:3")
+    assert caught.value.expected
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_samples(path, [SAMPLE, SAMPLE])
+    assert read_samples(path) == [SAMPLE, SAMPLE]
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_whole_pixels_are_written_without_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_samples(path, [SAMPLE])
+    assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(record()).encode() + b"\r\n\r\n")
+    assert [sample.id for sample in read_samples(path)] == ["1"]
+
+
+def test_located_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
+    assert Located(SAMPLE, tmp_path).path("a/b.png") == tmp_path / "a" / "b.png"
+    assert Located(SAMPLE, tmp_path).path("/else/c.png") == Path("/else/c.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"id": "a", "messages"', "broken JSON"),
+        (b'{"id": "\xff"}', "broken JSON"),
+        ("[1, 2]", r"the line is \[1, 2\]"),
+        (json.dumps(record(id=5)), "id is 5"),
+        (json.dumps({"id": "a"}), "the key messages is missing"),
+        (json.dumps(record(messages=[])), "messages is"),
+        (json.dumps(answer(type="picture")), "messages.1.content.0 is"),
+        (json.dumps(answer(type="text", text=7)), "messages.1.content.0.text is 7"),
+        (json.dumps(answer(type="box", xyxy=[1, 2, 3])), "xyxy"),
+        (json.dumps(answer(type="box", xyxy=[9, 2, 3, 4])), r"the box \[9.0, 2.0, 3.0, 4.0\]"),
+        (json.dumps(answer(type="box", xyxy=[1, 4, 3, 4])), "the box"),
+        (json.dumps(answer(type="box", xyxy=[-9, 1, 3, 4])), "the box"),
+        ('{"id": "a", "messages": [{"role": "user", "content": "NaN"}], "meta": NaN}', "meta is"),
+        (json.dumps(answer(type="box", image=1, xyxy=[1, 2, 3, 4])), "picture number 1"),
+        (json.dumps(answer(type="image", image="a.png")), "a picture in a turn of the assistant"),
+        (json.dumps(answer(type="text", text=" ")), "an empty turn of the assistant"),
+        (json.dumps(talk("system")), "roles are system"),
+        (json.dumps(talk("assistant")), "roles are assistant"),
+        (json.dumps(talk("user", "user", "assistant")), "roles are user, user, assistant"),
+        (json.dumps(talk("user", "system", "assistant")), "roles are user, system"),
+        (json.dumps(talk("user")), "there is no answer"),
+    ],
+)
+def test_refused_with_the_line(tmp_path: Path, line: str | bytes, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        raise refused(tmp_path / "a.jsonl", line)
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    error = refused(tmp_path / "a.jsonl", json.dumps(record(refrences=["x"])))
+    assert "refrences" in error.what
+    assert error.remedy == "did you mean references?"
+
+
+def test_misspelt_key_is_told_before_the_missing_one(tmp_path: Path) -> None:
+    error = refused(
+        tmp_path / "a.jsonl", json.dumps(record(messages=[{"role": "user", "contents": "x"}]))
+    )
+    assert "messages.0.contents" in error.what
+    assert error.remedy == "did you mean content?"
+
+
+def test_prediction_needs_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(talk("user")))
+    assert read_samples(path, answered=False)[0].messages[-1].role == "user"
+    path.write_text(json.dumps(talk("user", "assistant")))
+    assert read_samples(path, answered=False)[0].messages[-1].role == "assistant"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no samples") as caught:
+        read_samples(path)
+    assert caught.value.where == str(path)
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(UserError, match="no such file") as caught:
+        read_samples(tmp_path / "trian.jsonl")
+    assert caught.value.remedy == f"did you mean {tmp_path / 'train.jsonl'}?"
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_samples(tmp_path)

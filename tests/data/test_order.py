@@ -1,0 +1,88 @@
+"""The order of data: a pure function of seed, epoch and position, faithful to the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+
+from finesight.data.order import Order
+
+
+def epochs(order: Order, count: int) -> list[list[int]]:
+    return [order.epoch_indices(epoch).tolist() for epoch in range(count)]
+
+
+def test_the_ids_in_order() -> None:
+    # Written down so that a change of the order cannot pass unseen: runs resume by it.
+    order = Order([5, 4, 3], [2, 0.5, 1 / 3], seed=0)
+    assert epochs(order, 2) == [
+        [2, 1, 4, 1, 4, 2, 3, 3, 0, 0, 6, 7, 11],
+        [3, 1, 4, 1, 3, 8, 10, 2, 2, 4, 0, 5, 0],
+    ]
+    assert Order([8], [1.0], seed=3).epoch_indices(5).tolist() != list(range(8))
+
+
+def test_positions_run_through_the_epochs_in_any_order_of_asking() -> None:
+    order = Order([5, 4], [1.0, 0.5], seed=1)
+    expected = [*chain(*epochs(order, 4))]
+    assert [order.index(position) for position in range(28)] == expected
+    asked = [27, 0, 13, 13, 6, 7, 20, 1]
+    assert [Order([5, 4], [1.0, 0.5], seed=1).index(at) for at in asked] == [
+        expected[at] for at in asked
+    ]
+    assert [order.index(at) for at in asked] == [expected[at] for at in asked]
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    first, second = epochs(Order([50], [1.0], seed=0), 2)
+    assert first != second
+    assert first != Order([50], [1.0], seed=1).epoch_indices(0).tolist()
+
+
+def test_weight_one_gives_every_sample_once_an_epoch() -> None:
+    for indices in epochs(Order([7, 3], [1.0, 1.0], seed=0), 5):
+        assert sorted(indices) == list(range(10))
+
+
+def test_weight_two_gives_every_sample_twice_an_epoch() -> None:
+    for indices in epochs(Order([7, 3], [2.0, 1.0], seed=0), 5):
+        assert Counter(indices) == {i: 2 if i < 7 else 1 for i in range(10)}
+
+
+def test_half_the_weight_gives_the_other_half_next_epoch() -> None:
+    order = Order([8], [0.5], seed=4)
+    halves = [set(indices) for indices in epochs(order, 6)]
+    assert order.epoch_length == 4
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        assert first | second == set(range(8))
+        assert not first & second
+    assert halves[0] != halves[2]
+
+
+def test_half_of_an_odd_number_rounds_up_and_two_epochs_cover_all() -> None:
+    order = Order([9], [0.5], seed=4)
+    first, second = epochs(order, 2)
+    assert order.epoch_length == 5
+    assert {*first, *second} == set(range(9))
+
+
+@pytest.mark.parametrize(("weight", "size"), [(1.1, 50), (1.3, 10), (0.1, 30), (2.5, 4)])
+def test_fractional_weights_are_exact_over_many_epochs(weight: float, size: int) -> None:
+    order = Order([size], [weight], seed=0)
+    assert order.epoch_length == round(weight * size)
+    seen = Counter(chain(*epochs(order, 10)))
+    assert {seen[i] for i in range(size)} == {round(10 * weight)}
+
+
+def test_a_small_weight_still_gives_a_sample() -> None:
+    assert Order([10, 3], [1.0, 0.01], seed=0).epoch_length == 11
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [([], []), ([0], [1.0]), ([3], [0.0]), ([3, 4], [1.0])]
+)
+def test_nothing_to_order(sizes: list[int], weights: list[float]) -> None:
+    with pytest.raises(AssertionError):
+        Order(sizes, weights, seed=0)

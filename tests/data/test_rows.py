@@ -1,0 +1,119 @@
+"""Rows of JSON, JSON Lines, CSV and Parquet files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scenery import write_jsonl
+
+from finesight.data.rows import Row, open_rows
+from finesight.errors import UserError
+
+RECORDS = [{"id": n, "text": f'row {n}, \u2028 "quoted"\nline'} for n in range(5)]
+
+
+def everything(path: Path) -> list[Row]:
+    rows = open_rows(path)
+    return list(rows.select(0, rows.total))
+
+
+def as_csv(path: Path, records: list[dict[str, Any]], delimiter: str = ",") -> Path:
+    def cell(value: object) -> str:
+        return '"' + str(value).replace('"', '""') + '"'
+
+    lines = [records[0].keys(), *(record.values() for record in records)]
+    text = "".join(delimiter.join(map(cell, line)) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return path
+
+
+def as_parquet(path: Path, records: list[dict[str, Any]], group: int = 2) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
+    return path
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = everything(write_jsonl(tmp_path / "a.jsonl", RECORDS))
+    assert [row.record for row in rows] == RECORDS
+    assert (rows[1].number, rows[1].place, rows[1].id) == (2, "line 2", "1")
+
+
+def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    rows = everything(path)
+    assert [(row.place, row.id) for row in rows] == [("line 1", "a-1"), ("line 3", "a-3")]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_array_whatever_the_suffix(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(json.dumps(RECORDS, indent=2))
+    rows = everything(path)
+    assert [row.record for row in rows] == RECORDS
+    assert rows[1].place == "row 2"
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_csv(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    rows = everything(as_csv(tmp_path / f"a.{suffix}", RECORDS, delimiter))
+    assert [row.record for row in rows] == [{**r, "id": str(r["id"])} for r in RECORDS]
+    assert rows[4].place == "row 5"
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
+def test_parquet_by_row_groups(tmp_path: Path, start: int, stop: int) -> None:
+    rows = open_rows(as_parquet(tmp_path / "a.parquet", RECORDS))
+    assert rows.total == 5
+    chosen = list(rows.select(start, stop))
+    assert [row.record for row in chosen] == RECORDS[start:stop]
+    assert [row.place for row in chosen] == [f"row {n + 1}" for n in range(start, stop)]
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="needs pyarrow") as caught:
+        open_rows(tmp_path / "a.parquet")
+    assert caught.value.remedy == "pip install 'finesight[hub]'"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "what"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2", "broken JSON"),
+        ("a.json", b'[{"a": 1},\n {"a": }]', "a.json:2", "broken JSON"),
+        ("a.json", b'{"a": 1}\n\xff', "a.json:2", "not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n"b"\n', "a.jsonl, line 2", "holds str 'b'"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d!"}', "a.jsonl, line 2", "half of a character"),
+        ("a.json", b"[" * 100_000, "a.json:1", "broken JSON"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3", "more or fewer cells"),
+        ("a.csv", b"a,b\n1,2\n1\n", "a.csv:3", "more or fewer cells"),
+        ("a.csv", b"a,b\n1," + b"x" * 200_000, "a.csv:2", "broken CSV"),
+        ("a.csv", b"a,b\n", "a.csv", "holds no rows"),
+        ("a.json", b"[]", "a.json", "holds no rows"),
+        ("a.jsonl", b"\n", "a.jsonl", "holds no rows"),
+        ("a.parquet", b"nonsense", "a.parquet", "cannot be read as Parquet"),
+        ("a.xlsx", b"", "a.xlsx", "a file of type .xlsx"),
+        ("a", b"", "a", "a file of type (no suffix)"),
+    ],
+)
+def test_refused(tmp_path: Path, name: str, content: bytes, where: str, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_rows(tmp_path / name)
+    assert what in caught.value.what
+    assert caught.value.where == str(tmp_path / where)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_missing_file(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        open_rows(tmp_path / f"a.{suffix}")

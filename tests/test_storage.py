@@ -1,0 +1,240 @@
+"""Files exist whole or not at all: killed at every operation, full disk, flipped bits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dying_disk import DyingDisk
+from safetensors.numpy import load_file, save_file
+
+from finesight import storage
+from finesight.errors import UserError
+
+OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
+
+
+class FailingDisk(storage.Disk):
+    """Refuses one kind of operation with an error number of the system."""
+
+    def __init__(self, operation: str, number: int) -> None:
+        self.operation, self.number = operation, number
+
+    def _refuse(self, operation: str) -> None:
+        if operation == self.operation:
+            raise OSError(self.number, os.strerror(self.number))
+
+    def write(self, file: int, data: memoryview) -> int:
+        # A disk fills up in the middle of a write.
+        if self.operation == "write":
+            super().write(file, data[: len(data) // 2])
+        self._refuse("write")
+        return super().write(file, data)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._refuse("rename")
+        super().rename(source, target)
+
+    def sync(self, file: int) -> None:
+        self._refuse("sync")
+        super().sync(file)
+
+    def make_folder(self, path: Path) -> None:
+        self._refuse("make_folder")
+        super().make_folder(path)
+
+
+def write_all(target: Path, contents: dict[str, bytes]) -> None:
+    with storage.write_folder(target) as folder:
+        for name, data in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+
+
+def visible(store: Path) -> dict[str, dict[str, bytes]]:
+    """Folders that a reader sees, each verified, with their contents."""
+    folders = [path for path in store.iterdir() if not path.name.startswith(".")]
+    for folder in folders:
+        storage.verify_folder(folder)
+    return {
+        folder.name: {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != storage.DIGESTS
+        }
+        for folder in folders
+    }
+
+
+def replace_generation(store: Path) -> None:
+    """What a run does at a checkpoint: write the new folder, delete the old one, note a line."""
+    write_all(store / "new", NEW)
+    storage.remove_folder(store / "old")
+
+
+def in_dying_child(last: int, action: Callable[[Path], None], store: Path) -> bool:
+    """Whether `action` got through in a child that dies before its operation number `last`."""
+    child = os.fork()
+    if child == 0:
+        with storage.using(DyingDisk(last)):
+            action(store)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL, f"child ended {status}"
+    return os.WIFEXITED(status)
+
+
+def test_killed_at_every_operation_leaves_a_legal_state(tmp_path: Path) -> None:
+    legal = [{"old": OLD}, {"old": OLD, "new": NEW}, {"new": NEW}]
+    seen = []
+    for last in range(1, 100):
+        store = tmp_path / str(last)
+        write_all(store / "old", OLD)
+        done = in_dying_child(last, replace_generation, store)
+        assert visible(store) in legal, f"illegal state when killed before operation {last}"
+        seen.append(legal.index(visible(store)))
+        if done:
+            break
+        # A new process finishes the work after any crash.
+        storage.sweep(store)
+        assert not list(store.glob(".*")), f"leftovers after operation {last}"
+        if "new" not in visible(store):
+            write_all(store / "new", NEW)
+    assert done
+    assert last > 10, f"only {last} operations: the harness misses some"
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1, 2}
+
+
+def rewrite_file(store: Path) -> None:
+    storage.write_file(store / "file", b"new" * 1000)
+
+
+def test_killed_at_every_operation_a_file_is_old_or_new(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    seen = set()
+    for last in range(1, 20):
+        done = in_dying_child(last, rewrite_file, tmp_path)
+        seen.add((tmp_path / "file").read_bytes())
+        if done:
+            break
+        if seen != {b"old"}:
+            (tmp_path / "file").write_bytes(b"old")
+    assert seen == {b"old", b"new" * 1000}
+
+
+def test_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_all(tmp_path / "x", {"a": b"1", "missing/folder/b": b"2"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_overwrites(tmp_path: Path) -> None:
+    write_all(tmp_path / "x", OLD)
+    with pytest.raises(UserError, match="never overwritten"):
+        write_all(tmp_path / "x", NEW)
+    assert visible(tmp_path) == {"x": OLD}
+
+
+@pytest.mark.parametrize("operation", ["write", "rename", "sync", "make_folder"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_refused_operation_is_explained_and_leaves_nothing(
+    tmp_path: Path, operation: str, number: int
+) -> None:
+    with (
+        storage.using(FailingDisk(operation, number)),
+        pytest.raises(UserError, match=r"cannot be written[\s\S]*remedy") as caught,
+    ):
+        write_all(tmp_path / "x", NEW)
+    assert str(tmp_path / "x") in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_no_torn_line_and_no_torn_file(tmp_path: Path) -> None:
+    storage.append_line(tmp_path / "lines", "first")
+    storage.write_file(tmp_path / "file", b"old")
+    with storage.using(FailingDisk("write", errno.ENOSPC)):
+        with pytest.raises(UserError, match="no space left"):
+            storage.append_line(tmp_path / "lines", "second")
+        with pytest.raises(UserError, match="no space left"):
+            storage.write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "lines").read_bytes() == b"first\n"
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lines"]
+
+
+def test_other_writers_refusals_are_explained_too(tmp_path: Path) -> None:
+    """The system itself refuses: files of at most 64 KiB, in a child process."""
+    script = f"""
+import numpy, resource
+from pathlib import Path
+from safetensors.numpy import save_file
+from finesight import storage
+from finesight.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+for kind in ("tensors", "bytes"):
+    try:
+        with storage.write_folder(Path({str(tmp_path)!r}) / kind) as folder:
+            if kind == "tensors":
+                save_file({{"x": numpy.zeros(100_000)}}, folder / "x.safetensors")
+            else:
+                (folder / "x").write_bytes(bytes(100_000))
+    except UserError as error:
+        print(error.what, "|", error.remedy)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.count("cannot be written: file too large") == 2, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 65536
+
+
+def test_every_flipped_bit_is_named_with_both_digests(tmp_path: Path) -> None:
+    with storage.write_folder(tmp_path / "x") as folder:
+        save_file({"w": np.arange(6, dtype=np.float32)}, folder / "w.safetensors")
+    file = tmp_path / "x" / "w.safetensors"
+    good = file.read_bytes()
+    expected = json.loads((tmp_path / "x" / storage.DIGESTS).read_text())["w.safetensors"]
+    for at in range(0, len(good), 7):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(UserError) as caught:
+            storage.verify_folder(tmp_path / "x")
+        assert str(file) in str(caught.value)
+        assert expected in str(caught.value)
+        assert storage.digest(file) in str(caught.value)
+    file.write_bytes(good)
+    storage.verify_folder(tmp_path / "x")
+    assert load_file(file)["w"].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "a").unlink(), "the file a is missing"),
+        (lambda folder: (folder / storage.DIGESTS).unlink(), "is missing: the folder is incomp"),
+        (lambda folder: (folder / storage.DIGESTS).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / storage.DIGESTS).write_text("{}"), "expected: file names"),
+    ],
+)
+def test_incomplete_folder_is_refused(tmp_path: Path, break_it: object, message: str) -> None:
+    write_all(tmp_path / "x", OLD)
+    assert callable(break_it)
+    break_it(tmp_path / "x")
+    with pytest.raises(UserError, match=message):
+        storage.verify_folder(tmp_path / "x")
+
+
+def test_cut_file_keeps_the_beginning(tmp_path: Path) -> None:
+    for line in ("one", "two"):
+        storage.append_line(tmp_path / "lines", line)
+    storage.cut_file(tmp_path / "lines", 4)
+    storage.append_line(tmp_path / "lines", "three")
+    assert (tmp_path / "lines").read_text() == "one\nthree\n"

@@ -9,16 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def only(outputs: tuple[Tensor, ...]) -> Tensor:
+    """The output of a group of one layer."""
+    (y,) = outputs
+    return y
+
+
 class GroupedLinear(nn.Module):
     """One or more linear layers of the same input, stacked along their outputs.
 
     `outputs` maps the last piece of each layer's hub name to its width, in order: a group of
-    q_proj, k_proj and v_proj holds one weight of shape [sum(outputs), inputs]. `adapter` is set
-    by `model.lora` and adds a low-rank update to each layer it covers.
+    q_proj, k_proj and v_proj holds one weight of shape [sum(outputs), inputs]. A layer alone has
+    its own name as the module's. `adapter` is set by `model.lora`; it computes the
+    group's product together with its low-rank updates.
     """
 
     def __init__(self, inputs: int, outputs: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
+        self.inputs = inputs
         self.outputs = dict(outputs)
         self.weight = nn.Parameter(torch.empty(sum(self.outputs.values()), inputs))
         self.bias = nn.Parameter(torch.empty(len(self.weight))) if bias else None
@@ -26,6 +34,14 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
+        if self.adapter is not None:
+            return tuple(self.adapter(x, self.weight, self.bias))
         y = F.linear(x, self.weight, self.bias)
+        if len(self.outputs) == 1:
+            # A split into one piece would cost a copy of its gradient on the way back.
+            return (y,)
         outputs: tuple[Tensor, ...] = torch.split(y, list(self.outputs.values()), dim=-1)
-        return outputs if self.adapter is None else tuple(self.adapter(x, outputs))
+        return outputs
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"

@@ -1,0 +1,230 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) of groups of linear layers.
+
+Legend of the shape suffixes: T rows (tokens or patches), I inputs, O outputs of one layer,
+R rank of one layer, S ranks of a whole group end to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finesight.model.linear import GroupedLinear
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one layer is `scale * B A`, with `scale = alpha / rank`."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        return self.alpha / self.rank
+
+
+class Band(NamedTuple):
+    """Where one adapted layer lies: columns of the group's output, rows of the stacked A."""
+
+    output: int
+    columns: slice
+    rows: slice
+    scale: float
+
+
+class Factors(NamedTuple):
+    """The two matrices of one layer's update: A [rank, inputs] and B [outputs, rank]."""
+
+    a: Tensor
+    b: Tensor
+
+
+class Layout(NamedTuple):
+    """The widths of all layers of a group, and the bands of those that are adapted."""
+
+    widths: tuple[int, ...]
+    bands: tuple[Band, ...]
+
+
+class LoraGroup(nn.Module):
+    """The adapter of a `GroupedLinear`, of all its layers or some of them.
+
+    `a` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
+    group's input is read once; `b` holds one up-projection [outputs, rank] for each. In training
+    the input is dropped out once for the group: q_proj, k_proj and v_proj share their mask,
+    where peft draws one each. The base weight has to be frozen.
+    """
+
+    def __init__(
+        self,
+        group: GroupedLinear,
+        layers: Mapping[str, LowRank],
+        dropout: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert layers, "an adapter without layers"
+        unknown = [name for name in layers if name not in group.outputs]
+        assert not unknown, f"no layer {unknown} in the group {list(group.outputs)}"
+        # The group's own order, whatever order the layers were named in.
+        self.layers = {name: layers[name] for name in group.outputs if name in layers}
+        self.dropout = dropout
+        like, rank_sum = group.weight, sum(low.rank for low in self.layers.values())
+        self.a = nn.Parameter(like.new_zeros(rank_sum, like.shape[1], dtype=dtype))
+        # One by one: given a dict, ParameterDict sorts the names.
+        self.b = nn.ParameterDict()
+        for name, low in self.layers.items():
+            shape = group.outputs[name], low.rank
+            self.b[name] = nn.Parameter(like.new_zeros(shape, dtype=dtype))
+        self.bands = self._lay_out(group.outputs)
+        self._layout = Layout(tuple(group.outputs.values()), tuple(self.bands.values()))
+
+    def _lay_out(self, outputs: Mapping[str, int]) -> dict[str, Band]:
+        bands, column, row = {}, 0, 0
+        for index, (name, width) in enumerate(outputs.items()):
+            if name in self.layers:
+                low = self.layers[name]
+                columns, rows = slice(column, column + width), slice(row, row + low.rank)
+                bands[name] = Band(index, columns, rows, low.scale)
+                row += low.rank
+            column += width
+        return bands
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """[..., I] to one [..., O] for each layer of the group, the base product included."""
+        assert not weight.requires_grad, "the base of an adapter is trained as well"
+        dropout = self.dropout if self.training else 0.0
+        outputs = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            self.a,
+            self._layout,
+            dropout,
+            *(self.b[name] for name in self.bands),
+        )
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    def factors(self) -> dict[str, Factors]:
+        """A (a view of the stacked one) and B of each adapted layer."""
+        return {name: Factors(self.a[band.rows], self.b[name]) for name, band in self.bands.items()}
+
+    @torch.no_grad()
+    def start(self, seed: int, path: str) -> None:
+        """A from the uniform distribution on +-1/sqrt(I), B zero, as LoRA and peft start.
+
+        The draw depends on the seed and on the layer's hub name alone (the group is at `path`),
+        and is made in fp32 on the CPU: it is the same for any dtype and device, and whatever
+        else is adapted.
+        """
+        for name, (a_RI, b_OR) in self.factors().items():
+            generator = torch.Generator().manual_seed(_seed_of(seed, hub_name(path, name)))
+            bound = a_RI.shape[1] ** -0.5
+            drawn = torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator)
+            a_RI.copy_(drawn)
+            b_OR.zero_()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """y_i = x W_i^T + bias_i + scale_i drop(x) A_i^T B_i^T for the layers i of a group.
+
+    One node for base and update: the update is added into the product in place, forwards and
+    backwards, so that neither the outputs nor the gradient of the input are copied; and the
+    outputs' gradients come in one by one, so that they need not be joined first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_SI: Tensor,
+        layout: Layout,
+        dropout: float,
+        *bs_OR: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y_TO = F.linear(x_TI, weight_OI, bias_O)
+        kept_TI: Tensor | None = None
+        if dropout > 0.0:
+            x_TI, kept_TI = torch.native_dropout(x_TI, dropout, True)
+        low_TS = F.linear(x_TI, a_SI)
+        for band, b_OR in zip(layout.bands, bs_OR, strict=True):
+            y_TO[:, band.columns].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
+        ctx.save_for_backward(x_TI, kept_TI, low_TS, weight_OI, a_SI, *bs_OR)
+        ctx.layout, ctx.dropout = layout, dropout
+        # Split after the last change in place: autograd tells a view's version by its making.
+        return torch.split(y_TO, list(layout.widths), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, kept_TI, low_TS, weight_OI, a_SI, *bs_OR = ctx.saved_tensors
+        needs_x, _, _, needs_a, _, _, *needs_b = ctx.needs_input_grad
+        dlow_TS = torch.empty_like(low_TS)
+        dbs_OR: list[Tensor | None] = []
+        for band, b_OR, needed in zip(ctx.layout.bands, bs_OR, needs_b, strict=True):
+            dy_TO = dys_TO[band.output]
+            # With beta 0 the first operand only gives the place, its content is not read.
+            dlow_TS[:, band.rows].addmm_(dy_TO, b_OR, beta=0, alpha=band.scale)
+            low_TR = low_TS[:, band.rows]
+            db_OR = torch.addmm(b_OR, dy_TO.T, low_TR, beta=0, alpha=band.scale) if needed else None
+            dbs_OR.append(db_OR)
+        da_SI = dlow_TS.T @ x_TI if needs_a else None
+        dx_TI: Tensor | None = None
+        if needs_x:
+            dx_TI = torch.empty_like(x_TI)
+            dx_TI.addmm_(dlow_TS, a_SI, beta=0, alpha=1.0 / (1.0 - ctx.dropout))
+            if kept_TI is not None:
+                dx_TI.mul_(kept_TI)
+            for dy_TO, rows_OI in zip(dys_TO, weight_OI.split(ctx.layout.widths), strict=True):
+                dx_TI.addmm_(dy_TO, rows_OI)
+        return dx_TI, None, None, da_SI, None, None, *dbs_OR
+
+
+class Place(NamedTuple):
+    """Where a linear layer of the hub's names lives: its group, the group's path, its piece."""
+
+    group: GroupedLinear
+    path: str
+    output: str
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, Place]:
+    """The linear layers that may carry an adapter, by their hub name without `.weight`.
+
+    The head and the patch embedding (published as a convolution) are none of them: the first is
+    trained whole or not at all (`tune.embeddings`), the second is as small as an adapter.
+    """
+    layers: dict[str, Place] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GroupedLinear) and not path.startswith(("lm_head", "visual.patch_")):
+            for output in module.outputs:
+                layers[hub_name(path, output)] = Place(module, path, output)
+    return layers
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, GroupedLinear, LoraGroup]]:
+    """(path of the group, group, adapter) of each group that carries an adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, GroupedLinear) and isinstance(module.adapter, LoraGroup):
+            yield path, module, module.adapter
+
+
+def hub_name(path: str, output: str) -> str:
+    """The hub's name of one layer of the group at `path`, without `.weight`."""
+    return f"{path.rpartition('.')[0]}.{output}"

@@ -1,0 +1,88 @@
+"""Adapters added into the weights: a model folder that needs nothing of LoRA to be served."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.model.adapter import install_adapter
+from finesight.model.lora import adapters
+from finesight.model.weights import load_model, save_model
+from finesight.storage import write_folder
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+@torch.no_grad()
+def merge_into(model: nn.Module) -> int:
+    """Add every adapter's `scale * B A` into its weight and take the adapter off.
+
+    The sum is made in fp32 and rounded once to the weight's type. Returns how many layers changed.
+    """
+    merged = 0
+    for _, group, adapter in list(adapters(model)):
+        for name, (a_RI, b_OR) in adapter.factors().items():
+            band = adapter.bands[name]
+            rows_OI = group.weight[band.columns]
+            rows_OI.copy_(rows_OI.float().addmm_(b_OR.float(), a_RI.float(), alpha=band.scale))
+            merged += 1
+        group.adapter = None
+    return merged
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_folder` wrote: where, how many layers changed, and the type of the weights."""
+
+    folder: Path
+    layers: int
+    precision: str
+
+
+def merge_folder(
+    base: ModelFolder, adapter: Path, out: Path, precision: Precision = "auto"
+) -> Merged:
+    """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
+
+    `precision` auto keeps the type of the base's weights. Computed on the CPU. Raises UserError
+    for an existing `out`, an adapter that does not fit (another base's fingerprint included) and
+    a full disk; then nothing is left at `out`.
+    """
+    with write_folder(out) as folder:
+        stored = stored_precision(base)
+        kept = stored if precision == "auto" else precision
+        # In another type than the base's the sum would be rounded twice, unless kept in fp32.
+        computed = _DTYPES[stored] if kept == stored else torch.float32
+        model = load_model(base, computed, torch.device("cpu"))
+        install_adapter(model, adapter, base=base, dtype=torch.float32)
+        layers = merge_into(model)
+        save_model(model, base, folder, _DTYPES[kept])
+    return Merged(out, layers, kept)
+
+
+def stored_precision(folder: ModelFolder) -> str:
+    """The type of most tensors in the first weight file: bf16, fp16 or fp32."""
+    file = folder.weight_files()[0]
+    with safe_open(file, framework="pt") as weights:
+        names = weights.keys()
+        types = Counter(weights.get_slice(name).get_dtype() for name in names)
+    usual = types.most_common(1)[0][0]
+    if usual not in _STORED:
+        raise UserError(
+            f"weights of type {usual}",
+            where=str(file),
+            expected=f"one of {', '.join(_STORED)}",
+            remedy="take a model whose weights are not quantised",
+        )
+    return _STORED[usual]

@@ -1,0 +1,150 @@
+"""The four parts of a model: what belongs to each, and how a recipe lets each learn."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from finesight.config import Lora, Tune
+from finesight.errors import UserError
+from finesight.model.lora import LoraGroup, LowRank, adaptable_layers, adapters
+
+Part = Literal["vision", "merger", "language", "embeddings"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+_PREFIXES: tuple[tuple[str, Part], ...] = (
+    ("visual.merger.", "merger"),
+    ("visual.patch_embed.", "vision"),
+    ("visual.blocks.", "vision"),
+    ("model.layers.", "language"),
+    ("model.norm.", "language"),
+    ("model.embed_tokens.", "embeddings"),
+    ("lm_head.", "embeddings"),
+)
+
+
+def part_of(name: str) -> Part:
+    """The one part that a parameter or a linear layer of this (native or hub) name belongs to.
+
+    The head goes with the embeddings: many models tie the two. An unknown name is refused, so
+    that a model with more to it cannot be trained in part by accident.
+    """
+    for prefix, part in _PREFIXES:
+        if name.startswith(prefix):
+            return part
+    raise AssertionError(f"the parameter {name} belongs to no part: {[p for p, _ in _PREFIXES]}")
+
+
+def apply_tuning(model: nn.Module, tune: Tune, seed: int) -> None:
+    """Set what learns: `requires_grad` of every parameter, and new adapters where asked.
+
+    The adapters of a `lora` part cover its linear layers, narrowed by `tune.lora.targets`; their
+    starting values depend on `seed` and on each layer's name only. Raises UserError for a target
+    that no layer of these parts has, and for a part that the targets leave without any.
+    """
+    assert not list(adapters(model)), "the model carries adapters already"
+    modes = _modes(tune)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(modes[part_of(name)] == "full")
+    adapted = [part for part in PARTS if modes[part] == "lora"]
+    if adapted:
+        places = adaptable_layers(model)
+        chosen = _targeted([n for n in places if part_of(n) in adapted], adapted, tune.lora.targets)
+        low = LowRank(tune.lora.rank, tune.lora.alpha)
+        _install(model, dict.fromkeys(chosen, low), tune.lora, seed)
+
+
+def _modes(tune: Tune) -> dict[Part, str]:
+    return {
+        "vision": tune.vision,
+        "merger": tune.merger,
+        "language": tune.language,
+        "embeddings": tune.embeddings,
+    }
+
+
+def _install(model: nn.Module, layers: dict[str, LowRank], lora: Lora, seed: int) -> None:
+    places = adaptable_layers(model)
+    for path in dict.fromkeys(places[name].path for name in layers):
+        own = [name for name in layers if places[name].path == path]
+        group = places[own[0]].group
+        adapter = LoraGroup(group, {places[n].output: layers[n] for n in own}, lora.dropout)
+        adapter.start(seed, path)
+        adapter.train(group.training)
+        group.adapter = adapter
+
+
+def _targeted(
+    names: list[str], parts: Collection[Part], targets: tuple[str, ...] | None
+) -> list[str]:
+    if targets is None:
+        return names
+    for target in targets:
+        if not any(_is_target(name, target) for name in names):
+            raise UserError(
+                f"{target!r} names no linear layer of {' or '.join(parts)}",
+                where="tune.lora.targets",
+                expected=f"some of {', '.join(_nearest(target, _pieces(names)))}",
+                remedy="correct the name, or leave targets out to adapt every linear layer",
+            )
+    chosen = [name for name in names if any(_is_target(name, target) for target in targets)]
+    for part in parts:
+        if not any(part_of(name) == part for name in chosen):
+            own = [name for name in names if part_of(name) == part]
+            raise UserError(
+                f"tune.{part} is lora, but none of {', '.join(targets)} is a layer of it",
+                where="tune.lora.targets",
+                expected=f"also some of {', '.join(_pieces(own))}",
+                remedy=f"add a target, or set tune.{part}=frozen",
+            )
+    return chosen
+
+
+def _is_target(name: str, target: str) -> bool:
+    return name.endswith(f".{target}")
+
+
+def _pieces(names: Iterable[str]) -> list[str]:
+    """The shortest telling endings: the last piece, or the last two where it is a number."""
+    endings: dict[str, None] = {}
+    for name in names:
+        pieces = name.split(".")
+        endings[".".join(pieces[-2:]) if pieces[-1].isdigit() else pieces[-1]] = None
+    return list(endings)
+
+
+def _nearest(word: str, names: list[str]) -> list[str]:
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, word, name).ratio()
+
+    return sorted(names, key=likeness, reverse=True)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by native name, in the model's order; a tied one once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Counts of numbers in one part: of the model itself, of its adapters, and what learns."""
+
+    part: Part
+    model: int
+    adapters: int
+    trainable: int
+
+
+def part_sizes(model: nn.Module) -> list[PartSize]:
+    """One entry for each part, in the order of `PARTS`; a tied head is counted once."""
+    own, added, learning = (dict.fromkeys(PARTS, 0) for _ in range(3))
+    lora = {id(p) for _, _, adapter in adapters(model) for p in adapter.parameters()}
+    for name, parameter in model.named_parameters():
+        counts = added if id(parameter) in lora else own
+        counts[part_of(name)] += parameter.numel()
+        learning[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+    return [PartSize(part, own[part], added[part], learning[part]) for part in PARTS]

@@ -1,0 +1,234 @@
+"""What `adapter_config.json` says of an adapter, as peft reads it, and what is refused of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finesight.errors import UserError
+from finesight.model.lora import LowRank
+
+_INERT = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+"""Settings that do not change what a trained adapter computes, or only with another one set."""
+
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to start A and B that leave the base weight as it is (PiSSA and others change it)."""
+
+
+Value = TypeVar("Value")
+
+
+class PeftSettings(BaseModel):
+    """The settings that are honoured; any other one that is in force is refused by name."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, int | float] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    def targets(self, module: str) -> bool:
+        """Whether peft would adapt the linear layer `module` of a model (never the head)."""
+        if self.target_modules is None or _names(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            return self.target_modules == "all-linear" or _names(self.target_modules, module)
+        if not _names(self.target_modules, module):
+            return False
+        chosen = self.layers_to_transform
+        if chosen is None or chosen == [] or module in self.target_modules:
+            return True
+        number = self._layer_number(module)
+        return number == chosen if isinstance(chosen, int) else number in chosen
+
+    def _layer_number(self, module: str) -> int | None:
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else None
+        for pattern in patterns or self.layers_pattern or ["[^.]*"]:
+            if match := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module):
+                return int(match[1])
+        return None
+
+    def patterns(self) -> list[str]:
+        """The regular expressions among the settings."""
+        rules = [self.target_modules, self.exclude_modules]
+        layers = self.layers_pattern or []
+        return [
+            *(rule for rule in rules if isinstance(rule, str)),
+            *([layers] if isinstance(layers, str) else layers),
+            *(self.rank_pattern or {}),
+            *(self.alpha_pattern or {}),
+        ]
+
+    def low_rank(self, module: str) -> LowRank:
+        """Rank and alpha of one layer: the first pattern that fits the end of its name counts.
+
+        Rank-stabilised adapters (Kalajdzievski 2023) scale with alpha / sqrt(rank); their alpha
+        is converted.
+        """
+        rank = _first_fit(self.rank_pattern or {}, module, self.r)
+        alpha = float(_first_fit(self.alpha_pattern or {}, module, self.lora_alpha))
+        return LowRank(rank, alpha * math.sqrt(rank) if self.use_rslora else alpha)
+
+
+def _names(rule: str | list[str] | None, module: str) -> bool:
+    """A regular expression has to match the whole name; an item of a list its last pieces."""
+    if not rule:
+        return False
+    if isinstance(rule, str):
+        return re.fullmatch(rule, module) is not None
+    return any(module == item or module.endswith(f".{item}") for item in rule)
+
+
+def _first_fit(patterns: Mapping[str, Value], module: str, otherwise: Value) -> Value:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+_CURRENT = (("model.layers.", "model.language_model.layers."), ("visual.", "model.visual."))
+"""Native beginning of a layer's name, and the one in transformers since release 5."""
+
+
+def module_name(layer: str) -> str:
+    """The name of a layer's module in transformers since release 5."""
+    for native, current in _CURRENT:
+        if layer.startswith(native):
+            return current + layer.removeprefix(native)
+    raise AssertionError(f"no adapter is published for a layer named {layer}")
+
+
+def layer_name(module: str) -> str:
+    """The native (and hub) name of a module of transformers, of release 4 or 5."""
+    for native, current in _CURRENT:
+        if module.startswith(current):
+            return native + module.removeprefix(current)
+    return module
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """An adapter's description: its base as named when it was trained and, where finesight wrote
+    it, that base's fingerprint; the dropout of its training; rank and alpha of each layer by
+    native name."""
+
+    base: str
+    base_fingerprint: str | None
+    dropout: float
+    layers: Mapping[str, LowRank]
+    settings: PeftSettings
+    current_names: bool
+
+    def asks_for(self, layer: str) -> bool:
+        """Whether peft would adapt the native layer `layer` by `target_modules` and its kin."""
+        return self.settings.targets(module_name(layer) if self.current_names else layer)
+
+
+def parse_config(path: Path, ranks: Mapping[str, int], fingerprint: str | None) -> LoraSpec:
+    """Read the configuration at `path` of an adapter whose file holds layers of these `ranks`
+    (by the module's name there).
+
+    Raises UserError for a missing or broken file, a setting that finesight does not honour, and
+    a rank that differs from the file's.
+    """
+    settings = _settings(path)
+    layers = {}
+    for module, rank in ranks.items():
+        low = settings.low_rank(module)
+        if low.rank != rank:
+            raise UserError(
+                f"{module} has rank {low.rank}, but {rank} in the adapter's tensors",
+                where=str(path),
+                expected="r and rank_pattern as the adapter was trained",
+                remedy="take both files from the same training",
+            )
+        layers[layer_name(module)] = low
+    return LoraSpec(
+        base=settings.base_model_name_or_path or "",
+        base_fingerprint=fingerprint,
+        dropout=settings.lora_dropout,
+        layers=layers,
+        settings=settings,
+        current_names=all(module != layer_name(module) for module in ranks),
+    )
+
+
+def _settings(path: Path) -> PeftSettings:
+    remedy = "give the folder of an adapter saved by finesight or peft"
+    if not path.is_file():
+        raise UserError(f"{path.name} is missing", where=str(path.parent), remedy=remedy)
+    try:
+        settings = PeftSettings.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting = ".".join(map(str, first["loc"])) or "the file"
+        value = "" if first["type"] == "json_invalid" else f" (found {first['input']!r:.200})"
+        raise UserError(
+            f"{setting}: {first['msg']}{value}", where=str(path), remedy=remedy
+        ) from error
+    _refuse_unsupported(settings, path)
+    for pattern in settings.patterns():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{pattern!r} is not a regular expression: {error}", where=str(path), remedy=remedy
+            ) from error
+    return settings
+
+
+def _refuse_unsupported(settings: PeftSettings, path: Path) -> None:
+    in_force = {
+        name: value
+        for name, value in (settings.model_extra or {}).items()
+        if value and name not in _INERT
+    }
+    if settings.peft_type != "LORA":
+        in_force["peft_type"] = settings.peft_type
+    if settings.bias != "none":
+        in_force["bias"] = settings.bias
+    if settings.init_lora_weights not in _PLAIN_STARTS:
+        in_force["init_lora_weights"] = settings.init_lora_weights
+    if settings.r <= 0:
+        in_force["r"] = settings.r
+    if in_force:
+        shown = ", ".join(f"{name}={value!r:.80}" for name, value in in_force.items())
+        raise UserError(
+            f"the adapter was made with {shown}, which finesight does not support",
+            where=str(path),
+            expected="plain LoRA of linear layers (rank-stabilised scale, rank_pattern and "
+            "alpha_pattern included)",
+            remedy="merge the adapter with peft and start from the merged model",
+        )

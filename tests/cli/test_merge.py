@@ -1,0 +1,150 @@
+"""`finesight merge` on runs and adapters: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from oracle import CPU
+from tuned import tuned
+from typer.testing import CliRunner, Result
+
+from finesight.cli.merge import merge
+from finesight.config import PixelRange, Tune
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.manifest import Manifest
+from finesight.model.adapter import write_adapter
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
+from finesight.storage import verify_folder
+
+TUNE = Tune.model_validate({"language": "lora", "lora": {"rank": 2}})
+
+
+def run_command(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(merge)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    result = run_command(*arguments)
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> ModelFolder:
+    return ModelFolder(make_tiny(tmp_path / "base"))
+
+
+@pytest.fixture
+def adapter(base: ModelFolder, tmp_path: Path) -> Path:
+    model = tuned(load_model(base, torch.float32, CPU), {"language": "lora", "lora": {"rank": 2}})
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    write_adapter(folder, model, base=str(base.path), base_fingerprint=base.fingerprint())
+    return folder
+
+
+@pytest.fixture
+def run(base: ModelFolder, adapter: Path) -> Path:
+    manifest = Manifest(
+        family="qwen2_vl",
+        base=str(base.path),
+        base_fingerprint=base.fingerprint(),
+        picture=PixelRange(min_pixels=784, max_pixels=7840),
+        system="You are a helpful assistant.",
+        end_token="<|im_end|>",
+        tune=TUNE,
+        versions={},
+    )
+    (adapter.parent / "manifest.json").write_text(manifest.model_dump_json())
+    return adapter.parent
+
+
+def test_a_run_is_merged_into_a_whole_model_folder(
+    run: Path, base: ModelFolder, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    result = run_command(run, out)
+    assert result.exit_code == 0, result.exception
+    assert result.output == f"14 layers merged into {out}, fp32\n"
+    verify_folder(out)
+    written = {path.name for path in out.iterdir()}
+    assert written == {path.name for path in base.path.iterdir()}
+    assert (out / "model.safetensors").read_bytes() != base.weight_files()[0].read_bytes()
+
+
+def test_an_adapter_folder_is_merged_as_its_run_is(
+    run: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert run_command(run, tmp_path / "a").exit_code == 0
+    result = run_command(adapter, tmp_path / "b", "--json")
+    assert json.loads(result.output) == {
+        "folder": str(tmp_path / "b"),
+        "layers": 14,
+        "precision": "fp32",
+    }
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_base_that_moved_is_found_by_option(run: Path, base: ModelFolder, tmp_path: Path) -> None:
+    moved = base.path.rename(tmp_path / "moved")
+    assert "no folder" in refused(run, tmp_path / "merged")
+    result = run_command(run, tmp_path / "merged", "--base", moved, "--precision", "bf16")
+    assert result.exit_code == 0, result.exception
+    assert "bf16" in result.output
+
+
+@pytest.mark.parametrize("source", ["run", "run/adapter"])
+def test_another_base_is_refused_with_the_two_fingerprints(
+    run: Path, base: ModelFolder, source: str, tmp_path: Path
+) -> None:
+    other = ModelFolder(make_tiny(tmp_path / "other", "qwen2_5_vl"))
+    message = refused(tmp_path / source, tmp_path / "merged", "--base", other.path)
+    assert base.fingerprint() in message
+    assert other.fingerprint() in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_existing_folder_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    assert "exists already" in refused(run, tmp_path / "merged")
+
+
+def test_what_has_no_adapter_is_refused(base: ModelFolder, tmp_path: Path) -> None:
+    message = refused(base.path, tmp_path / "merged")
+    assert f"{base.path} has no adapter" in message
+    assert "is a model of its own" in refused(base.path, tmp_path / "m", "--base", base.path)
+
+
+def test_a_run_with_its_own_whole_model_takes_no_base(
+    run: Path, base: ModelFolder, tmp_path: Path
+) -> None:
+    make_tiny(run / "model")
+    message = refused(run, tmp_path / "merged", "--base", base.path)
+    assert "holds its own whole model in model/" in message
+    assert run_command(run, tmp_path / "merged").exit_code == 0
+
+
+def test_a_flipped_bit_in_the_adapter_is_refused(
+    run: Path, adapter: Path, base: ModelFolder, tmp_path: Path
+) -> None:
+    from finesight.storage import write_folder
+
+    sealed = tmp_path / "sealed"
+    with write_folder(sealed) as folder:
+        for file in adapter.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    content = bytearray((sealed / "adapter_model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (sealed / "adapter_model.safetensors").write_bytes(content)
+    message = refused(sealed, tmp_path / "merged")
+    assert "has changed since it was written" in message
+    assert not (tmp_path / "merged").exists()

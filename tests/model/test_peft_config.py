@@ -1,0 +1,126 @@
+"""The configuration of an adapter: what is honoured as peft does, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuned import reconfigured, written
+
+from finesight.errors import UserError
+from finesight.model.adapter import CONFIG, read_adapter
+from finesight.model.peft_config import PeftSettings, layer_name, module_name
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_adapter(folder)
+    assert str(folder / CONFIG) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1, 2]},
+        {"a_setting_of_tomorrow": {"x": 1}},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_that_change_the_arithmetic_are_refused_by_name_and_value(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    name, value = next(iter(settings.items()))
+    assert f"{name}={value!r}" in refused(reconfigured(written(tmp_path), **settings))
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    reconfigured(
+        written(tmp_path),
+        peft_version="0.21.0",
+        use_dora=False,
+        layer_replication=None,
+        megatron_core="megatron.core",
+        init_lora_weights="gaussian",
+        loftq_config={},
+        a_setting_of_tomorrow=None,
+    )
+    spec, _ = read_adapter(tmp_path)
+    assert {(low.rank, low.scale) for low in spec.layers.values()} == {(4, 1.5)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 8}, "has rank 8, but 4 in the adapter's tensors"),
+        ({"r": "4"}, "r: Input should be a valid integer (found '4')"),
+        ({"target_modules": "("}, "'(' is not a regular expression"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    assert message in refused(reconfigured(written(tmp_path), **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["proj"]}, False),
+        ({"target_modules": ["model.language_model.layers.12.self_attn.q_proj"]}, True),
+        ({"target_modules": "q_proj"}, False),
+        ({"target_modules": ".*q_proj"}, True),
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": None}, False),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, False),
+        ({"target_modules": ["q_proj"], "exclude_modules": ".*visual.*"}, True),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 12}, True),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, False),
+        ({"target_modules": ["q_proj"], "layers_to_transform": []}, True),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": [12],
+                "layers_pattern": ["blocks", "layers"],
+            },
+            True,
+        ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": [12],
+                "layers_pattern": "blocks",
+            },
+            False,
+        ),
+    ],
+)
+def test_targets_are_those_of_peft(settings: dict[str, Any], expected: bool) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    name = "model.language_model.layers.12.self_attn.q_proj"
+    assert PeftSettings(**settings).targets(name) == expected
+    if settings["target_modules"] not in (None, "all-linear"):  # peft resolves these elsewhere
+        found = check_target_module_exists(LoraConfig(**settings), name)
+        assert (bool(found) and type(found).__name__ != "_ExcludedModule") == expected
+
+
+def test_names_of_both_releases_mean_the_same_layer() -> None:
+    for layer, current in [
+        ("model.layers.3.mlp.up_proj", "model.language_model.layers.3.mlp.up_proj"),
+        ("visual.merger.mlp.0", "model.visual.merger.mlp.0"),
+    ]:
+        assert module_name(layer) == current
+        assert layer_name(current) == layer_name(layer) == layer
+    with pytest.raises(AssertionError, match="lm_head"):
+        module_name("lm_head")

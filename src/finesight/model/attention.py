@@ -1,0 +1,153 @@
+"""Attention over sequences that lie end to end.
+
+Shapes: T tokens of the pack, K keys, H heads, D numbers of a head, S sequences, N sequences of
+one length, L that length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
+
+
+class Attention(Protocol):
+    """How the decoder's layers look at tokens: at a pack, or at a cache while generating."""
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Queries, keys and values of the new tokens, with fewer heads K than H where grouped,
+        to what each query takes from the values: [T, H, D]."""
+        ...
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array on `device`, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Segments in an order where those of one length stand together: `(length, count)` pairs.
+
+    `order_T` brings the tokens into that order and `back_T` undoes it; both None where the
+    segments already stand so.
+    """
+
+    lengths: tuple[tuple[int, int], ...]
+    order_T: Tensor | None
+    back_T: Tensor | None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where sequences begin and end: `bounds_S1` is the running sum of `lengths` from 0 (int32,
+    on the tensors' device), `longest` the largest of them."""
+
+    lengths: tuple[int, ...]
+    bounds_S1: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device) -> Segments:
+        """Segments of these lengths, their bounds copied to `device`."""
+        lengths = tuple(lengths)
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return cls(lengths, upload(bounds, device), max(lengths))
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Segments grouped by length, the tokens reordered only if that makes fewer groups."""
+        inline = tuple((length, len(list(group))) for length, group in groupby(self.lengths))
+        if len(inline) == len(set(self.lengths)):
+            return Runs(inline, None, None)
+        lengths = np.array(self.lengths)
+        by_length = np.argsort(lengths, kind="stable")
+        sorted_lengths = lengths[by_length]
+        starts = np.cumsum(lengths) - lengths
+        new_starts = np.cumsum(sorted_lengths) - sorted_lengths
+        shift = np.repeat(starts[by_length] - new_starts, sorted_lengths)
+        order = np.arange(lengths.sum()) + shift
+        device = self.bounds_S1.device
+        return Runs(
+            tuple((length, len(list(group))) for length, group in groupby(sorted_lengths.tolist())),
+            upload(order, device),
+            upload(np.argsort(order), device),
+        )
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Causal attention within each sequence of a pack: training, and scoring without a cache."""
+
+    segments: Segments
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """`Attention`, the same for every layer."""
+        return attend(q_THD, k_TKD, v_TKD, self.segments, causal=True)
+
+
+def attend(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, *, causal: bool
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it."""
+    if not has_varlen(q_THD):
+        return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
+    bounds_S1, longest = segments.bounds_S1, segments.longest
+    window = (-1, 0) if causal else (-1, -1)
+    inputs = (q_THD, k_TKD, v_TKD, bounds_S1, bounds_S1, longest, longest)
+    if _TORCH >= (2, 12):
+        o_THD = varlen_attn(*inputs, window_size=window, enable_gqa=True)
+    else:
+        # The kernel reads grouped heads as they are; only later releases want that said.
+        o_THD = varlen_attn(*inputs, window_size=window)
+    assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
+    return o_THD
+
+
+def has_varlen(q_THD: Tensor) -> bool:
+    """Whether variable-length flash attention takes these queries: 16-bit numbers, heads of a
+    multiple of 8, and a card of compute capability 8.0 or newer."""
+    if q_THD.device.type != "cuda" or q_THD.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return q_THD.shape[-1] % 8 == 0 and _capability(q_THD.device) >= (8, 0)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def attend_by_segment(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, runs: Runs, causal: bool
+) -> Tensor:
+    """The same without a variable-length kernel: segments of one length in one call."""
+    # The fused kernels for CPU and older cards want as many key heads as query heads.
+    repeats = q_THD.shape[1] // k_TKD.shape[1]
+    if repeats > 1:
+        k_TKD = k_TKD.repeat_interleave(repeats, dim=1)
+        v_TKD = v_TKD.repeat_interleave(repeats, dim=1)
+    packed = [q_THD, k_TKD, v_TKD]
+    if runs.order_T is not None:
+        packed = [x_THD.index_select(0, runs.order_T) for x_THD in packed]
+    sizes = [length * count for length, count in runs.lengths]
+    pieces = []
+    for (length, count), *run in zip(
+        runs.lengths, *(torch.split(x, sizes) for x in packed), strict=True
+    ):
+        q, k, v = (torch.unflatten(x, 0, (count, length)).transpose(1, 2) for x in run)
+        o_NHLD = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        pieces.append(o_NHLD.transpose(1, 2).flatten(0, 1))
+    o_THD = torch.cat(pieces)
+    return o_THD if runs.back_T is None else o_THD.index_select(0, runs.back_T)

@@ -1,0 +1,252 @@
+"""The sizes of a model, read from its config.json in the hub's style and in transformers 5's.
+
+The hub's files keep the language model's keys at the top; transformers 5 writes them into
+`text_config` and merges `rope_theta` and `rope_scaling` into `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from finesight.errors import UserError
+
+
+class Settings:
+    """A JSON object read with types; what is missing or wrong is refused by its full key."""
+
+    def __init__(self, values: Mapping[str, object], file: str = "config.json", at: str = ""):
+        self._values, self.file, self._at = values, file, at
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        """Raise the UserError that shows the value of `key` and what it should have been."""
+        value = self._values.get(key)
+        raise UserError(
+            f"{self._at}{key} is {'missing' if value is None else repr(value)}",
+            where=self.file,
+            expected=expected,
+            remedy="take the file from the model's own folder",
+        )
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is there and not null."""
+        return self._values.get(key) is not None
+
+    def section(self, key: str) -> Settings:
+        """The object under `key`."""
+        value = self._values.get(key)
+        if not isinstance(value, Mapping):
+            self.refuse(key, "an object")
+        return Settings(value, self.file, f"{self._at}{key}.")
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number of at least `least`; `default` stands in for a missing one."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(key, f"a whole number of at least {least}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; `default` stands in for a missing one."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            self.refuse(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, "true or false")
+        return value
+
+    def wholes(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers of at least 0."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple):
+            self.refuse(key, "a list of whole numbers")
+        whole = tuple(item for item in value if isinstance(item, int) and item >= 0)
+        if len(whole) != len(value):
+            self.refuse(key, "a list of whole numbers of at least 0")
+        return whole
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple) or len(value) != count:
+            self.refuse(key, f"a list of {count} numbers")
+        numbers = tuple(float(item) for item in value if isinstance(item, int | float))
+        if len(numbers) != count:
+            self.refuse(key, f"a list of {count} numbers")
+        return numbers
+
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self._values.get(key)
+        if not isinstance(value, str):
+            self.refuse(key, "a text")
+        return value
+
+    def require(self, key: str, default: object, supported: tuple[object, ...]) -> None:
+        """Refuse a value of `key` that changes the arithmetic in a way that is not built."""
+        if self._values.get(key, default) not in supported:
+            self.refuse(key, " or ".join(repr(value) for value in supported))
+
+
+@dataclass(frozen=True)
+class LanguageGeometry:
+    """A Qwen2 decoder. `sections` splits the frequencies of a head between the position rows
+    time, height and width; `tied` says that the head shares the embedding's weight."""
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    norm_eps: float
+    theta: float
+    sections: tuple[int, ...]
+    tied: bool
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """A vision tower: patches of `frames` x `patch` x `patch` pixels in, one feature of the
+    language model's width out for each square of `merge` x `merge` patches."""
+
+    width: int
+    mlp_width: int
+    depth: int
+    heads: int
+    out_width: int
+    channels: int
+    patch: int
+    frames: int
+    merge: int
+    theta: float
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        return (self.channels, self.frames, self.patch, self.patch)
+
+    @property
+    def patch_numbers(self) -> int:
+        return self.channels * self.frames * self.patch**2
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How bytes of a picture become numbers: (byte x scale - mean) / std for each channel."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids that stand for pictures and videos."""
+
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All sizes of a vision-language model."""
+
+    family: str
+    language: LanguageGeometry
+    vision: VisionGeometry
+    ids: SpecialIds
+
+
+def read_language(config: Settings) -> LanguageGeometry:
+    """The decoder's sizes, from either style of config.json."""
+    text = config.section("text_config") if config.has("text_config") else config
+    text.require("hidden_act", "silu", ("silu",))
+    text.require("use_sliding_window", False, (False, None))
+    text.require("attention_dropout", 0.0, (0.0,))
+    rope = text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
+    # Published files say type mrope, transformers 5 says rope_type default beside it.
+    rope.require("type", "mrope", ("mrope", "default"))
+    rope.require("rope_type", "default", ("mrope", "default"))
+    width, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
+    kv_heads = text.whole("num_key_value_heads", heads)
+    sections = rope.wholes("mrope_section")
+    if width % heads or (width // heads) % 2:
+        text.refuse("num_attention_heads", f"a divisor of hidden_size {width}, even shares")
+    text.require("head_dim", None, (None, width // heads))
+    if heads % kv_heads:
+        text.refuse("num_key_value_heads", f"a divisor of {heads} heads")
+    if len(sections) != 3 or sum(sections) * 2 != width // heads:
+        rope.refuse("mrope_section", f"three numbers that add up to {width // heads // 2}")
+    return LanguageGeometry(
+        vocabulary=text.whole("vocab_size"),
+        width=width,
+        mlp_width=text.whole("intermediate_size"),
+        depth=text.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        norm_eps=text.number("rms_norm_eps"),
+        theta=(rope if rope.has("rope_theta") else text).number("rope_theta"),
+        sections=sections,
+        tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
+    )
+
+
+def read_vision(vision: Settings, *, width: str, mlp_width: int, out_width: str) -> VisionGeometry:
+    """A vision tower's sizes from `vision_config`; the families name some keys differently."""
+    rope_theta = 10000.0
+    if vision.has("rope_parameters"):
+        rope_theta = vision.section("rope_parameters").number("rope_theta", rope_theta)
+    geometry = VisionGeometry(
+        width=vision.whole(width),
+        mlp_width=mlp_width,
+        depth=vision.whole("depth"),
+        heads=vision.whole("num_heads"),
+        out_width=vision.whole(out_width),
+        channels=vision.whole("in_channels", 3),
+        patch=vision.whole("patch_size"),
+        frames=vision.whole("temporal_patch_size"),
+        merge=vision.whole("spatial_merge_size"),
+        theta=rope_theta,
+    )
+    vision.require("in_channels", 3, (3,))
+    vision.require("in_chans", 3, (3,))
+    if geometry.width % geometry.heads or geometry.head_width % 4:
+        vision.refuse("num_heads", f"a divisor of {width} in shares of a multiple of 4")
+    return geometry
+
+
+def read_ids(config: Settings) -> SpecialIds:
+    """The special token ids, which both styles keep at the top."""
+    return SpecialIds(
+        image=config.whole("image_token_id", least=0),
+        video=config.whole("video_token_id", least=0),
+        vision_start=config.whole("vision_start_token_id", least=0),
+        vision_end=config.whole("vision_end_token_id", least=0),
+    )
+
+
+def read_pixels(settings: Settings, channels: int = 3) -> Pixels:
+    """Scale, mean and deviation of each channel, from preprocessor_config.json."""
+    settings.require("do_normalize", True, (True,))
+    settings.require("do_rescale", True, (True,))
+    return Pixels(
+        scale=settings.number("rescale_factor", 1 / 255),
+        mean=settings.numbers("image_mean", channels),
+        std=settings.numbers("image_std", channels),
+    )

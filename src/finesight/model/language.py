@@ -1,0 +1,78 @@
+"""The Qwen2 decoder that both families speak with.
+
+Shapes: T tokens, D width, H heads, K key heads.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model.attention import Attention
+from finesight.model.geometry import LanguageGeometry
+from finesight.model.layers import GatedMlp, run_layer
+from finesight.model.linear import GroupedLinear, only
+from finesight.model.rope import Rotation, language_rotation, rotate
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023); `layer` is its number in the decoder."""
+
+    def __init__(self, geometry: LanguageGeometry, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = geometry.head_width
+        inner, shared = geometry.width, geometry.kv_heads * geometry.head_width
+        outputs = {"q_proj": inner, "k_proj": shared, "v_proj": shared}
+        self.qkv_proj = GroupedLinear(geometry.width, outputs, bias=True)
+        self.o_proj = GroupedLinear(inner, {"o_proj": geometry.width}, bias=False)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """[T, width] to [T, width]."""
+        shape = (len(x_TD), -1, self.head_width)
+        q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
+        q_THD, k_TKD = rotate(q_THD, rotation), rotate(k_TKD, rotation)
+        o_THD = attention(self.layer, q_THD, k_TKD, v_TKD)
+        return only(self.o_proj(o_THD.flatten(1)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the MLP, each on the norm of what it is added to."""
+
+    def __init__(self, geometry: LanguageGeometry, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+        self.self_attn = SelfAttention(geometry, layer)
+        self.post_attention_layernorm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+        self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=False)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """[T, width] to [T, width]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
+        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return y_TD
+
+
+class Decoder(nn.Module):
+    """Embedded tokens to hidden states; the last norm is a step of its own, so that it runs only
+    where logits are wanted."""
+
+    def __init__(self, geometry: LanguageGeometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.embed_tokens = nn.Embedding(geometry.vocabulary, geometry.width)
+        self.layers = nn.ModuleList(DecoderLayer(geometry, n) for n in range(geometry.depth))
+        self.norm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Ids to [T, D]."""
+        return F.embedding(ids_T, self.embed_tokens.weight)
+
+    def forward(
+        self, x_TD: Tensor, positions_3T: Tensor, attention: Attention, recompute: bool = False
+    ) -> Tensor:
+        """[T, D] to [T, D], before the last norm."""
+        rotation = language_rotation(positions_3T, self.geometry, x_TD.dtype)
+        for layer in self.layers:
+            x_TD = run_layer(layer, recompute, x_TD, rotation, attention)
+        return x_TD

@@ -1,0 +1,102 @@
+"""Pieces that the decoder and the vision towers are made of.
+
+Shapes: T tokens, N patches, D width, M squares of merged patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finesight.model.attention import Segments, attend
+from finesight.model.geometry import Pixels, VisionGeometry
+from finesight.model.linear import GroupedLinear, only
+from finesight.model.rope import Rotation, rotate
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
+    """The layer's output; with `recompute` its inner activations are made again in the backward
+    pass instead of kept, from the same random numbers."""
+    if recompute and torch.is_grad_enabled():
+        kept: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+        return kept
+    y: Tensor = layer(*inputs)
+    return y
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, width: int, mlp_width: int, *, bias: bool) -> None:
+        super().__init__()
+        outputs = {"gate_proj": mlp_width, "up_proj": mlp_width}
+        self.gate_up_proj = GroupedLinear(width, outputs, bias=bias)
+        self.down_proj = GroupedLinear(mlp_width, {"down_proj": width}, bias=bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, width] to [T, width]."""
+        gate, up = self.gate_up_proj(x_TD)
+        return only(self.down_proj(F.silu(gate) * up))
+
+
+class PatchEmbed(nn.Module):
+    """Bytes of patches to the tower's width.
+
+    The published weight is that of a 3-D convolution whose stride is its size: on patches that are
+    already cut out, a linear layer, and a much faster one.
+    """
+
+    def __init__(self, geometry: VisionGeometry, pixels: Pixels) -> None:
+        super().__init__()
+        self.pixels = pixels
+        self.proj = nn.Linear(geometry.patch_numbers, geometry.width, bias=False)
+
+    def forward(self, patches_ND: Tensor) -> Tensor:
+        """uint8 [N, channels x frames x patch x patch] to [N, width]."""
+        scale, mean, std = self.pixels.scale, self.pixels.mean, self.pixels.std
+        channels = patches_ND.chunk(len(mean), dim=1)
+        # Python numbers turn the bytes into fp32, and nothing has to travel to the device.
+        normal = [x * (scale / std[c]) - mean[c] / std[c] for c, x in enumerate(channels)]
+        y_ND: Tensor = self.proj(torch.cat(normal, 1).to(self.proj.weight.dtype))
+        return y_ND
+
+
+class VisionAttention(nn.Module):
+    """Every patch of a segment looks at all patches of it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = GroupedLinear(width, {"qkv": 3 * width}, bias=True)
+        self.proj = GroupedLinear(width, {"proj": width}, bias=True)
+
+    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+        """[N, width] to [N, width]."""
+        heads = self.heads
+        qkv_NHD = only(self.qkv(x_ND)).view(len(x_ND), 3 * heads, -1)
+        qk_NHD, v_NHD = torch.split(qkv_NHD, [2 * heads, heads], dim=1)
+        q_NHD, k_NHD = rotate(qk_NHD, rotation).chunk(2, dim=1)
+        o_NHD = attend(q_NHD, k_NHD, v_NHD, segments, causal=False)
+        return only(self.proj(o_NHD.flatten(1)))
+
+
+class PatchMerger(nn.Module):
+    """merge x merge neighbouring patches to one feature of the language model's width."""
+
+    def __init__(self, geometry: VisionGeometry, norm: nn.Module) -> None:
+        super().__init__()
+        self.ln_q = norm
+        self.merged_width = geometry.width * geometry.merge**2
+        self.mlp = nn.ModuleDict(
+            {
+                "0": GroupedLinear(self.merged_width, {"0": self.merged_width}, bias=True),
+                "2": GroupedLinear(self.merged_width, {"2": geometry.out_width}, bias=True),
+            }
+        )
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, width], patches of a square next to each other, to [M, out_width]."""
+        hidden = only(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_width)))
+        return only(self.mlp["2"](F.gelu(hidden)))

@@ -1,0 +1,98 @@
+"""Qwen2.5-VL's vision tower (Bai et al. 2025): gated MLPs, RMS norms, and attention within windows
+of 112 x 112 pixels except in a few blocks that see the whole frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finesight.encode.encoded import Grid
+from finesight.model.attention import Segments, upload
+from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_vision
+from finesight.model.layers import GatedMlp, VisionAttention
+from finesight.model.rope import Rotation
+from finesight.model.tower import Route, VisionTower, frame_segments, positions_by_square
+
+_norm = partial(nn.RMSNorm, eps=1e-6)
+
+
+class Block(nn.Module):
+    """Attention within a window or frame, then the MLP, each on the norm of what it is added to."""
+
+    def __init__(self, geometry: VisionGeometry) -> None:
+        super().__init__()
+        self.norm1 = _norm(geometry.width)
+        self.norm2 = _norm(geometry.width)
+        self.attn = VisionAttention(geometry.width, geometry.heads)
+        self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=True)
+
+    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+        """[N, width] to [N, width]."""
+        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
+        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
+        return y_ND
+
+
+class WindowedTower(VisionTower):
+    """`window` is the side of a window in squares of merged patches; the blocks numbered in
+    `whole_frame` attend over frames instead."""
+
+    def __init__(
+        self, geometry: VisionGeometry, pixels: Pixels, window: int, whole_frame: tuple[int, ...]
+    ) -> None:
+        super().__init__(geometry, pixels, Block, _norm)
+        self.window = window
+        self.whole_frame = whole_frame
+
+    def route(self, grids: Sequence[Grid], device: torch.device) -> Route:
+        """Squares of a window next to each other; frames stay whole in that order."""
+        merge, orders, lengths, positions, seen = self.geometry.merge, [], [], [], 0
+        for grid in grids:
+            order, squares = windows(grid, merge, self.window)
+            positions.append(positions_by_square(grid, merge)[order])
+            orders.append(order + seen)
+            lengths.append(squares * merge**2)
+            seen += len(order)
+        order = np.concatenate(orders)
+        frames = frame_segments(grids, device)
+        inside = Segments.of(np.concatenate(lengths).tolist(), device)
+        depth = range(self.geometry.depth)
+        return Route(
+            upload(np.concatenate(positions).reshape(-1, 2), device),
+            tuple(frames if block in self.whole_frame else inside for block in depth),
+            upload(order, device),
+            upload(np.argsort(order), device),
+        )
+
+
+@lru_cache(maxsize=256)
+def windows(grid: Grid, merge: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The squares of a picture or video window by window (frame, then windows in reading order,
+    then squares in reading order), and how many each window holds; those at the right and bottom
+    edge hold what is left."""
+    frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
+    frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
+    across, down = -(-width // window), -(-height // window)
+    number = (frame * down + row // window) * across + column // window
+    return np.argsort(number, kind="stable"), np.bincount(number)
+
+
+def vision_tower(vision: Settings, pixels: Pixels) -> VisionTower:
+    """From `vision_config`; window_size is in pixels."""
+    vision.require("hidden_act", "silu", ("silu",))
+    geometry = read_vision(
+        vision,
+        width="hidden_size",
+        mlp_width=vision.whole("intermediate_size"),
+        out_width="out_hidden_size",
+    )
+    square = geometry.patch * geometry.merge
+    window = vision.whole("window_size") // square
+    if window < 1:
+        vision.refuse("window_size", f"at least {square} pixels")
+    return WindowedTower(geometry, pixels, window, vision.wholes("fullatt_block_indexes"))

@@ -1,0 +1,309 @@
+"""A small model of a family, made on the spot: real files, random weights, its own tokenizer.
+
+It is what the quickstart starts from and what the tests compute with. The folder has the hub's
+layout, so everything that reads a published model reads this one too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import nn
+
+from finesight.hub import ModelFolder
+from finesight.model.linear import GroupedLinear
+from finesight.model.weights import random_model, save_model
+from finesight.storage import write_folder
+
+TinyFamily = Literal["qwen2_vl", "qwen2_5_vl"]
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """Geometry: widths in numbers, depths in layers, `vocabulary` tokens before the special ones
+    (fewer where the built-in text runs out of merges).
+
+    The width of a head must be a multiple of 4 in the vision tower and of 8 in the language model.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+
+
+SIZES = {
+    "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
+    "quickstart": TinySize(512, 256, 6, 4, 2, 768, 192, 4, 4),
+}
+"""`test`: 0.2 M parameters; `quickstart`: about 6 M."""
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where the tokenizers of both families cut text before merging (from their tokenizer.json)."""
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+"""In the order of the published tokenizers: their ids follow one another."""
+
+_CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- set parts = turn['content'] -%}
+{%- if parts is string -%}
+{{ parts }}
+{%- else -%}
+{%- for part in parts -%}
+{%- if part['type'] == 'image' -%}
+{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'video' -%}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+def make_tiny(
+    target: Path,
+    family: TinyFamily = "qwen2_vl",
+    seed: int = 0,
+    size: Literal["test", "quickstart"] | TinySize = "test",
+) -> Path:
+    """Write a complete model folder with random fp32 weights at `target`, the same for the same
+    arguments. Raises UserError when `target` exists."""
+    geometry = SIZES[size] if isinstance(size, str) else size
+    with write_folder(target) as folder:
+        tokenizer = _tokenizer(geometry.vocabulary)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        config = _config(family, geometry, tokenizer)
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
+        _write_json(folder / "preprocessor_config.json", _preprocessor_config(family))
+        _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
+        _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+        model = random_model(config, seed, torch.float32, torch.device("cpu"))
+        _spread(model)
+        save_model(model, ModelFolder(folder), folder, torch.float32)
+    return target
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> None:
+    """Widen the weights of the linear layers to a deviation of 1 / sqrt(inputs).
+
+    The families' 0.02 is made for wide layers: narrow ones hand almost nothing of a picture on,
+    and learn many times slower.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | GroupedLinear):
+            inputs = module.weight.shape[1]
+            module.weight.mul_(1 / (0.02 * inputs**0.5))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(vocabulary: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016) on the built-in text, cut like the families'."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def training_text() -> list[str]:
+    """The sentences that the tiny tokenizer learns from: roles, pictures, shapes and formulas."""
+    colours = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white", "grey")
+    shapes = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "picture")
+    places = ("top", "bottom", "left", "right", "middle", "above", "below", "beside")
+    chat = [
+        "system\nYou are a helpful assistant.\nuser\nassistant\n",
+        "What is in this picture? Describe the picture. Read the formula. Name every shape.",
+        "Where is the shape? Find it. How many are there? There are one, two, three, four, five.",
+        '{"bbox_2d": [0, 0, 0, 0], "label": "shape"}\n(0,0),(0,0)',
+        r"\frac { x } { y } = \sqrt { a } + \alpha _ { i } ^ { 2 } \left( \sum \right)",
+    ]
+    scenes = [
+        f" a {colour} {shape} at the {place}, and a {shape} on {colour} in the {place}"
+        for colour, shape, place in product(colours, shapes, places)
+    ]
+    # The chat's words must win merges against the many scenes.
+    return chat * 200 + scenes
+
+
+def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[str, Any]:
+    """`config.json` in the hub's flat style."""
+    half = size.width // size.heads // 2
+    temporal = half // 4
+    rows = (half - temporal) // 2
+    sections = [temporal, rows, half - temporal - rows]
+    return {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
+        "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
+        "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
+        "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": size.width,
+        "initializer_range": 0.02,
+        "intermediate_size": size.inner,
+        "max_position_embeddings": 32768,
+        "max_window_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "vision_config": _vision_config(family, size),
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+
+
+_ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+
+
+def _vision_config(family: TinyFamily, size: TinySize) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "depth": size.vision_layers,
+        "num_heads": size.vision_heads,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    }
+    if family == "qwen2_vl":
+        return common | {
+            "embed_dim": size.vision_width,
+            "hidden_size": size.width,
+            "mlp_ratio": 4,
+        }
+    return common | {
+        "hidden_act": "silu",
+        "hidden_size": size.vision_width,
+        "intermediate_size": 2 * size.vision_width,
+        "out_hidden_size": size.width,
+        "window_size": 56,
+        "fullatt_block_indexes": [size.vision_layers - 1],
+        "tokens_per_second": 2,
+    }
+
+
+def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
+    """The published values of both families, but a smaller limit on pixels."""
+    return {
+        "min_pixels": 56 * 56,
+        "max_pixels": 448 * 448,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": re.sub("ForConditionalGeneration", "Processor", _ARCHITECTURES[family]),
+    }
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token in SPECIAL_TOKENS
+        },
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "bos_token": None,
+        "chat_template": _CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    ends = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    return {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[1]}

@@ -1,0 +1,260 @@
+"""Weights in and out of hub folders: safetensors, published names, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finesight.errors import UserError
+from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.model.geometry import Settings
+from finesight.model.linear import GroupedLinear
+from finesight.model.network import VisionLanguageModel, build
+from finesight.storage import DIGESTS
+
+_HEAD = "lm_head.weight"
+_PATCH_EMBED = "visual.patch_embed.proj.weight"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_DESCRIPTIONS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+_REMEDY = "download the model again"
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """A tensor under its published name and shape; `data` is the stretch of a parameter that holds
+    it (a group holds several, and the patch embedding is kept flat)."""
+
+    name: str
+    data: Tensor
+    shape: tuple[int, ...]
+
+
+def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
+    """Every tensor of the model as the hub knows it, without adapters. A tied head has none."""
+    adapters: list[str] = []
+    for path, module in model.named_modules():
+        if any(path == adapter or path.startswith(f"{adapter}.") for adapter in adapters):
+            continue
+        if isinstance(module, GroupedLinear):
+            adapters.append(f"{path}.adapter")
+            yield from _group_tensors(path, module)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                name, data = f"{path}.{key}", parameter.detach()
+                shape = tuple(data.shape)
+                if name == _PATCH_EMBED:
+                    shape = (len(data), *model.geometry.vision.patch_shape)
+                yield HubTensor(name, data, shape)
+
+
+def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
+    parent, start = path.rpartition(".")[0], 0
+    for output, width in group.outputs.items():
+        for key, parameter in (("weight", group.weight), ("bias", group.bias)):
+            if parameter is not None:
+                data = parameter.detach()[start : start + width]
+                yield HubTensor(f"{parent}.{output}.{key}", data, tuple(data.shape))
+        start += width
+
+
+def published_name(stored: str) -> str:
+    """The hub's name of a tensor that transformers 5 may have written under its own."""
+    for prefix, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if stored.startswith(prefix):
+            return published + stored.removeprefix(prefix)
+    return stored
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a file's header says of a tensor."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def published(self) -> str:
+        return published_name(self.name)
+
+
+def load_model(
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device
+) -> VisionLanguageModel:
+    """The model of a hub folder, every tensor read exactly once.
+
+    Raises UserError for a damaged file and for missing, unknown, repeated or wrongly shaped
+    tensors.
+    """
+    config = Settings(folder.config, str(folder.path / "config.json"))
+    preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
+    files = folder.weight_files()
+    model = build(config, preprocessor, dtype, device)
+    wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
+    stored = [tensor for file in files for tensor in _header(file)]
+    if model.geometry.language.tied:
+        # A tied head may be written out; the embedding is what it is tied to.
+        stored = [tensor for tensor in stored if tensor.published != _HEAD]
+    _check(stored, wanted, folder.path)
+    for file in files:
+        with _open(file) as weights:
+            for tensor in stored:
+                if tensor.file == file:
+                    data = wanted[tensor.published].data
+                    data.copy_(weights.get_tensor(tensor.name).view(data.shape))
+    return model
+
+
+def _header(file: Path) -> list[_Stored]:
+    with _open(file) as weights:
+        pieces = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        return [
+            _Stored(file, name, tuple(piece.get_shape()), piece.get_dtype())
+            for name, piece in pieces.items()
+        ]
+
+
+def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
+    """Every wanted tensor once and nothing else, found by the headers before any number is read."""
+    unknown = [t for t in stored if t.published not in wanted]
+    if unknown:
+        names = [t.name for t in unknown]
+        raise _misfit(names, "unknown to this model", "those of config.json", unknown[0].file)
+    counts = Counter(t.published for t in stored)
+    repeated = [t for t in stored if counts[t.published] > 1]
+    if repeated:
+        raise _misfit([t.name for t in repeated], "there twice", "each once", repeated[-1].file)
+    misshapen = [t for t in stored if t.shape != wanted[t.published].shape]
+    if misshapen:
+        shapes = [f"{t.name} {t.shape} not {wanted[t.published].shape}" for t in misshapen]
+        raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
+    strange = [t for t in stored if t.dtype not in _DTYPES]
+    if strange:
+        types = [f"{t.name} {t.dtype}" for t in strange]
+        raise _misfit(types, "of another type", f"one of {', '.join(_DTYPES)}", strange[0].file)
+    missing = [name for name in wanted if name not in counts]
+    if missing:
+        raise _misfit(missing, "missing", "all those of config.json", folder)
+
+
+def _misfit(names: list[str], what: str, expected: str, where: Path) -> UserError:
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return UserError(
+        f"{len(names)} tensors are {what}: {shown}",
+        where=str(where),
+        expected=expected,
+        remedy=_REMEDY,
+    )
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"not a whole safetensors file ({error})",
+            where=str(file),
+            expected="a safetensors file as it was published",
+            remedy=_REMEDY,
+        ) from error
+
+
+def save_model(
+    model: VisionLanguageModel,
+    folder: ModelFolder,
+    target: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write the weights under their published names into the folder `target`, in shards of at
+    most `max_shard_bytes`, beside the configuration and tokenizer files of `folder`.
+
+    `target` comes from `storage.write_folder`, which makes it appear whole. Adapters must be
+    merged before.
+    """
+    groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
+    adapters = sum(group.adapter is not None for group in groups)
+    assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
+    _copy_descriptions(folder, target, dtype)
+    shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
+    names: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = (
+            "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        # Copied even where nothing changes: safetensors refuses stretches of a shared parameter.
+        tensors = {t.name: t.data.to("cpu", dtype, copy=True).view(t.shape) for t in shard}
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        size = sum(t.data.numel() for shard in shards for t in shard) * dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(tensors: Sequence[HubTensor], itemsize: int, most: float) -> list[list[HubTensor]]:
+    shards: list[list[HubTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        bytes_ = tensor.data.numel() * itemsize
+        if shards[-1] and size + bytes_ > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += bytes_
+    return shards
+
+
+def _copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    for path in sorted(folder.path.iterdir()):
+        wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
+        source = folder.file(path.name) if wanted else None
+        if source is None or path.name in (DIGESTS, _INDEX, "config.json"):
+            continue
+        (target / path.name).write_bytes(source.read_bytes())
+    kind = str(dtype).removeprefix("torch.")
+    config = {
+        key: kind if key in ("dtype", "torch_dtype") else value
+        for key, value in folder.config.items()
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def random_model(
+    config: Mapping[str, object],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    preprocessor: Mapping[str, object] = PREPROCESSOR_DEFAULTS,
+) -> VisionLanguageModel:
+    """A model of this config.json with weights and biases from N(0, 0.02) and norms at one, drawn
+    on `device`: a function of the seed, the type and the kind of device."""
+    model = build(
+        Settings(config), Settings(preprocessor, "preprocessor_config.json"), dtype, device
+    )
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        for key, parameter in module.named_parameters(recurse=False):
+            if norm:
+                parameter.fill_(1.0 if key == "weight" else 0.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model

@@ -1,0 +1,143 @@
+"""On a card: variable-length attention, the segment-wise path, 16-bit numbers, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from oracle import config, conversation, distance, native, packed, reference, reference_logits
+from torch import Tensor
+
+from finesight.encode.pack import PackedBatch
+from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
+from finesight.model.network import VisionLanguageModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+SAMPLES = [
+    conversation(1, 3, ("image", (1, 10, 12)), 4),
+    conversation(2, 19),
+    conversation(3, 1, ("video", (3, 4, 6)), 2, ("image", (1, 2, 4)), 5),
+    conversation(4, 2, ("image", (1, 18, 10)), 1),
+]
+LENGTHS = [33, 64, 1, 64, 130, 64]
+HOST = {"ids_T", "positions_3T", "bounds_S1", "patches_ND", "visual_at_M", "predict_L", "target_L"}
+HALF = [torch.bfloat16, torch.float16]
+
+
+def wide(family: str) -> dict[str, Any]:
+    """Heads of 16 numbers in the language model and in the tower, which the kernel takes."""
+    return config(
+        family,
+        hidden_size=64,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        vision={"out_hidden_size" if family == "qwen2_5_vl" else "hidden_size": 64},
+    )
+
+
+def on_card(theirs: Any, dtype: torch.dtype) -> Any:
+    """The reference on the card; only its parameters in `dtype`, its rotary tables stay fp32, and
+    its convolution in fp32 is not cut to TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return theirs.to(CUDA)
+
+
+def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    sizes = (4, kv_heads, kv_heads)
+    return [torch.randn(total, n, width, generator=generator).to(CUDA, dtype) for n in sizes]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("kv_heads", "width"), [(4, 80), (2, 128), (1, 16)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_attention_in_16_bits_is_that_of_the_processor_in_32(
+    causal: bool, kv_heads: int, width: int, dtype: torch.dtype, by_segment: bool
+) -> None:
+    inputs = [x.requires_grad_() for x in heads(kv_heads, width, dtype)]
+    assert has_varlen(inputs[0])
+    segments = Segments.of(LENGTHS, CUDA)
+    if by_segment:
+        found = attend_by_segment(*inputs, segments.runs, causal)
+    else:
+        found = attend(*inputs, segments, causal=causal)
+    exact = [x.detach().float().cpu().requires_grad_() for x in inputs]
+    expected = attend(*exact, Segments.of(LENGTHS, torch.device("cpu")), causal=causal)
+    assert distance(found.cpu(), expected) < 0.01
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((found * weights.to(found)).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights).sum(), exact)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert distance(mine.cpu(), other) < 0.02
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_bf16_is_as_near_to_fp32_as_the_reference_is(family: str) -> None:
+    exact = on_card(reference(wide(family)), torch.float32)
+    batch = packed(exact, SAMPLES).to(CUDA)
+    with torch.no_grad():
+        expected = torch.cat([reference_logits(exact, sample) for sample in SAMPLES])
+        fine = native(wide(family), exact)
+        assert distance(fine.logits(fine(batch)), expected) <= 1e-5
+        rough = on_card(exact, torch.bfloat16)
+        ours = native(wide(family), rough)
+        found = ours.logits(ours(batch))
+        theirs = torch.cat([reference_logits(rough, sample) for sample in SAMPLES])
+    off = (found - expected).float().square().mean()
+    assert off <= 1.5 * (theirs - expected).float().square().mean()
+    assert off > 0
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_cards_without_the_kernel_compute_the_same_model(family: str, dtype: torch.dtype) -> None:
+    # Heads of 12 numbers take the segment-wise path, as all heads do on a T4.
+    exact = on_card(reference(config(family)), torch.float32)
+    batch = packed(exact, SAMPLES).to(CUDA)
+    with torch.no_grad():
+        fine = native(config(family), exact)
+        expected = fine.logits(fine(batch))
+        model = native(config(family), on_card(exact, dtype))
+        assert not has_varlen(torch.zeros(1, 1, 12, device=CUDA, dtype=dtype))
+        assert distance(model.logits(model(batch)), expected) < 0.05
+
+
+def step(model: VisionLanguageModel, batch: PackedBatch) -> None:
+    model(batch).float().square().mean().backward()
+
+
+def see_alone(model: VisionLanguageModel, batch: PackedBatch) -> None:
+    with torch.inference_mode():
+        model.see(batch.patches_ND, batch.grids)
+
+
+@pytest.mark.parametrize("work", [step, see_alone])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_nothing_waits_for_the_card(
+    family: str, work: Callable[[VisionLanguageModel, PackedBatch], None]
+) -> None:
+    theirs = reference(wide(family))
+    batch = packed(theirs, SAMPLES)
+    model = native(wide(family), on_card(theirs, torch.bfloat16))
+    batch = replace(
+        batch,
+        **{name: tensor.pin_memory() for name, tensor in asdict(batch).items() if name in HOST},
+    )
+    work(model, batch.to(CUDA))  # the first call fills the tables that are kept
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work(model, batch.to(CUDA))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import CPU, config
+
+from finesight.errors import UserError
+from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.model.geometry import Geometry, Settings, read_pixels
+from finesight.model.network import build
+
+META = torch.device("meta")
+
+
+def geometry(settings: dict[str, Any]) -> Geometry:
+    return build(Settings(settings), Settings(PREPROCESSOR_DEFAULTS), torch.float32, META).geometry
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads", "kv_heads", "tied", "parameters"),
+    [
+        ("Qwen2-VL-2B-Instruct", 1536, 28, 12, 2, True, 2208985600),
+        ("Qwen2.5-VL-3B-Instruct", 2048, 36, 16, 2, True, 3754622976),
+        ("Qwen2.5-VL-7B-Instruct", 3584, 28, 28, 4, False, 8292166656),
+    ],
+)
+def test_published_configurations(
+    shared: Path,
+    name: str,
+    width: int,
+    depth: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool,
+    parameters: int,
+) -> None:
+    folder = ModelFolder(shared / "qwen_assets" / name)
+    model = build(Settings(folder.config), Settings(folder.preprocessor), torch.bfloat16, META)
+    language, vision = model.geometry.language, model.geometry.vision
+    assert (language.width, language.depth, language.heads) == (width, depth, heads)
+    assert (language.kv_heads, language.tied, language.head_width) == (kv_heads, tied, 128)
+    assert (vision.width, vision.depth, vision.heads, vision.merge) == (1280, 32, 16, 2)
+    assert vision.out_width == width
+    assert vision.patch_numbers == 1176
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_style_of_transformers_5_says_the_same(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    flat = config(family, rope_theta=5000.0, tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "nested")
+    nested = json.loads((tmp_path / "nested" / "config.json").read_text())
+    assert "hidden_size" not in nested
+    assert nested["text_config"]["hidden_size"] == 48
+    assert geometry(nested) == geometry(flat)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "48"}, "hidden_size is '48'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_attention_heads": 5}, "num_attention_heads is 5"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"rope_scaling": None}, "rope_scaling is missing"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'"),
+        ({"rope_scaling": {"mrope_section": [1, 2]}}, "rope_scaling.mrope_section is [1, 2]"),
+        ({"rope_scaling": {"mrope_section": [2, 2, "2"]}}, "rope_scaling.mrope_section is"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"image_token_id": -1}, "image_token_id is -1"),
+        ({"vision_config": None}, "vision_config is missing"),
+        ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
+        ({"model_type": None}, "model_type is missing"),
+        ({"hidden_size": 96, "num_attention_heads": 8}, "features of pictures are 48 wide"),
+        ({"vision": {"num_heads": 5}}, "vision_config.num_heads is 5"),
+        ({"vision": {"depth": 1.5}}, "vision_config.depth is 1.5"),
+        ({"vision": {"patch_size": [14, 14]}}, "vision_config.patch_size is [14, 14]"),
+        ({"vision": {"in_chans": 1}}, "vision_config.in_chans is 1"),
+        ({"vision": {"hidden_act": "relu"}}, "vision_config.hidden_act is 'relu'"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(family: str, change: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        geometry(config(family, **dict(change)))
+    assert key in refused.value.what
+    assert refused.value.where == "config.json"
+    assert refused.value.expected
+
+
+@pytest.mark.parametrize("change", [{"window_size": 27}, {"fullatt_block_indexes": [-1]}])
+def test_windows_that_hold_nothing_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"vision_config.{next(iter(change))}"):
+        geometry(config("qwen2_5_vl", vision=change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_mean": [0.5]}, {"image_std": "0.5"}, {"rescale_factor": 0}, {"do_normalize": False}],
+)
+def test_pixel_settings_that_cannot_be_followed_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(change))):
+        read_pixels(Settings({**PREPROCESSOR_DEFAULTS, **change}))
+
+
+def test_building_sets_the_type_and_the_place() -> None:
+    model = build(
+        Settings(config("qwen2_vl")), Settings(PREPROCESSOR_DEFAULTS), torch.bfloat16, CPU
+    )
+    assert {(p.dtype, p.device) for p in model.parameters()} == {(torch.bfloat16, CPU)}
+    assert not list(model.buffers())

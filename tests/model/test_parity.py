@@ -1,0 +1,117 @@
+"""The native models against transformers: logits and gradients on random small models in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    config,
+    conversation,
+    distance,
+    gradients,
+    native,
+    packed,
+    reference,
+    reference_logits,
+)
+
+from finesight.model.weights import published_name
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": config("qwen2_vl"),
+    "qwen2 untied, one key head, odd depth": config(
+        "qwen2_vl", num_key_value_heads=1, num_hidden_layers=3, tie_word_embeddings=False
+    ),
+    "qwen2 ungrouped, wider heads": config(
+        "qwen2_vl",
+        hidden_size=64,
+        num_key_value_heads=4,
+        rope_theta=10000.0,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        vision={"embed_dim": 48, "num_heads": 3, "hidden_size": 64, "mlp_ratio": 4, "depth": 3},
+    ),
+    "qwen2.5": config("qwen2_5_vl"),
+    "qwen2.5 small windows, no whole frames, untied": config(
+        "qwen2_5_vl",
+        tie_word_embeddings=False,
+        num_key_value_heads=4,
+        vision={"window_size": 56, "fullatt_block_indexes": []},
+    ),
+    "qwen2.5 six heads on three, odd depths, whole frames first and last": config(
+        "qwen2_5_vl",
+        hidden_size=72,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_hidden_layers=1,
+        vision={
+            "depth": 3,
+            "fullatt_block_indexes": [0, 2],
+            "window_size": 100,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "out_hidden_size": 72,
+        },
+    ),
+}
+
+TEXT = conversation(1, 11)
+PICTURE = conversation(2, 5, ("image", (1, 4, 6)), 7)
+PICTURES = conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
+FILM = conversation(4, 3, ("video", (3, 6, 4)), 6)
+BOTH = conversation(5, 1, ("video", (2, 12, 8)), 2, ("image", (1, 18, 2)), 1)
+
+
+@pytest.fixture(params=list(MODELS), scope="module")
+def pair(request: pytest.FixtureRequest) -> Any:
+    theirs = reference(MODELS[request.param])
+    return native(MODELS[request.param], theirs), theirs
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [TEXT],
+        [TEXT, conversation(6, 4), conversation(7, 23)],
+        [PICTURE],
+        [FILM, TEXT],
+        [PICTURES, TEXT, PICTURE, BOTH, FILM],
+    ],
+    ids=["text", "texts", "picture", "film", "all"],
+)
+def test_logits_of_a_pack_are_those_of_the_reference_sample_by_sample(
+    pair: Any, samples: list[Any]
+) -> None:
+    ours, theirs = pair
+    batch = packed(theirs, samples)
+    with torch.no_grad():
+        expected = torch.cat([reference_logits(theirs, sample) for sample in samples])
+        assert distance(ours.logits(ours(batch)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_every_parameter_are_those_of_the_reference(name: str) -> None:
+    # Relative to the largest gradient of each tensor on its own, which is the stricter reading.
+    theirs = reference(MODELS[name])
+    ours = native(MODELS[name], theirs)
+    samples = [PICTURES, TEXT, BOTH]
+    expected = torch.cat([reference_logits(theirs, sample) for sample in samples])
+    found = ours.logits(ours(packed(theirs, samples)))
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    mine = gradients(ours)
+    reference_gradients = {published_name(n): p.grad for n, p in theirs.named_parameters()}
+    off = {n: distance(mine[n], g) for n, g in reference_gradients.items() if g is not None}
+    assert len(off) == len(reference_gradients)
+    assert max(off.values()) <= 1e-4, sorted(off.items(), key=lambda item: -item[1])[:5]
+
+
+def test_pictures_matter_to_the_logits_that_are_compared(pair: Any) -> None:
+    ours, theirs = pair
+    batch = packed(theirs, [PICTURE])
+    other = replace(batch, patches_ND=255 - batch.patches_ND)
+    with torch.no_grad():
+        assert distance(ours.logits(ours(other)), ours.logits(ours(batch))) > 1e-2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.encode.encoded import Grid
+from finesight.encode.encoded import Encoded, Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +48,60 @@ class PackedBatch:
             predict_L=self.predict_L.to(device, non_blocking=True),
             target_L=self.target_L.to(device, non_blocking=True),
         )
+
+
+def pack(encoded: Sequence[Encoded]) -> PackedBatch:
+    """Lay samples end to end, in the order given, on the CPU.
+
+    A learned token is predicted by the token before it in its own sequence; the first token of a
+    sequence has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32
+    (what variable-length attention takes), patches stay uint8.
+    """
+    assert encoded, "a pack of no samples"
+    outlines = [one.outline for one in encoded]
+    lengths = [outline.tokens for outline in outlines]
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    starts = bounds[:-1]
+    ids_T = np.concatenate([outline.ids_T for outline in outlines]).astype(np.int64)
+    learned_T = np.concatenate([outline.learned_T for outline in outlines])
+    learned_T[starts] = False
+    targets_at = np.flatnonzero(learned_T)
+    visual_at = [
+        np.arange(start + span.start, start + span.stop)
+        for start, outline in zip(starts, outlines, strict=True)
+        for span in outline.spans
+    ]
+    none = np.empty(0, dtype=np.int64)
+    positions_3T = np.concatenate([outline.positions_3T for outline in outlines], axis=1)
+    return PackedBatch(
+        sample_ids=tuple(outline.id for outline in outlines),
+        lengths=tuple(lengths),
+        grids=tuple(span.grid for outline in outlines for span in outline.spans),
+        ids_T=torch.from_numpy(ids_T),
+        positions_3T=torch.from_numpy(positions_3T.astype(np.int64)),
+        bounds_S1=torch.from_numpy(bounds.astype(np.int32)),
+        patches_ND=torch.from_numpy(np.concatenate([one.patches_ND for one in encoded])),
+        visual_at_M=torch.from_numpy(np.concatenate([none, *visual_at])),
+        predict_L=torch.from_numpy(targets_at - 1),
+        target_L=torch.from_numpy(ids_T[targets_at]),
+    )
+
+
+def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Share samples of these lengths out to packs of at most `budget` tokens: lists of indices.
+
+    First fit: each sample, in order, joins the first pack with room for it. A pure function of
+    its arguments; within a pack the order is kept, and packs are in the order of their first
+    sample. A sample longer than the budget stands alone.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index, length in enumerate(lengths):
+        fitting = (pack for pack, left in enumerate(room) if left >= length)
+        chosen = next(fitting, len(packs))
+        if chosen == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[chosen].append(index)
+        room[chosen] -= length
+    return packs

@@ -1,0 +1,69 @@
+"""Text to token ids: what users write never becomes a special token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+
+from finesight.errors import UserError
+
+REMEMBERED = 8192
+"""Texts whose ids are kept: prompts return in sample after sample."""
+
+
+class Tokenizer:
+    """A `tokenizer.json` that reads the special tokens in a text as the characters they are.
+
+    `<|im_end|>` or `<|image_pad|>` typed in a caption would otherwise end a turn or claim a
+    picture that is not there. Special ids come from `id_of` alone. Words that the tokenizer adds
+    to its vocabulary without calling them special, such as `<tool_call>`, stay words.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"not a tokenizer ({error})",
+                where=str(path),
+                expected="the tokenizer.json of the tokenizers library",
+                remedy="download the model's tokenizer.json again",
+            ) from error
+        self._tokenizer.encode_special_tokens = True
+        self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        # Pickled, the library's object forgets how to treat special tokens; worker processes
+        # that are started afresh read the file again.
+        return Tokenizer, (self.path,)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of a text that holds no special token, whatever it spells."""
+        return self._ids(text) if text else ()
+
+    def id_of(self, token: str) -> int:
+        """The id of a token by its name. Raises UserError when the tokenizer has none."""
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise UserError(
+                f"no token {token}",
+                where=str(self.path),
+                expected="the tokenizer of a Qwen2-VL or Qwen2.5-VL model",
+                remedy="download the model's tokenizer.json again",
+            )
+        return int(found)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of ids; a character that is cut in the middle becomes U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+    def name_of(self, token_id: int) -> str:
+        """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,271 @@
+"""A model's folder as hubs lay it out: configuration, tokenizer, preprocessor, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finesight.errors import UserError
+
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*")
+"""What is fetched of a hub repository: data files, never code or pickled weights."""
+
+PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 56 * 56,
+    "max_pixels": 16384 * 28 * 28,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""What the published Qwen2-VL and Qwen2.5-VL folders say, for folders that say nothing. Mean and
+deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled to 0..1."""
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format for the header of a file."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LONGEST_LINK = 1024
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder in the hub's layout; nothing is read before it is asked for."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`. Raises UserError when it is missing or broken."""
+        return self._json("config.json")
+
+    @cached_property
+    def family(self) -> str:
+        """The `model_type` of the configuration; the folder's name says nothing."""
+        family = self.config.get("model_type")
+        if not isinstance(family, str):
+            raise UserError(
+                f"model_type is {family!r}",
+                where=str(self.path / "config.json"),
+                expected="the name of the model's family, such as qwen2_vl",
+                remedy="take the config.json of the published model",
+            )
+        return family
+
+    @cached_property
+    def preprocessor(self) -> dict[str, Any]:
+        """The picture settings, with PREPROCESSOR_DEFAULTS for those that are not given.
+
+        The pixel limits are found under `min_pixels` and `max_pixels`, as published, or under
+        `size`, as transformers 5 writes them.
+        """
+        name = "preprocessor_config.json"
+        given = {} if self.file(name) is None else self._json(name)
+        size = given.get("size")
+        sizes = size if isinstance(size, dict) else {}
+        renamed = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        found = {ours: sizes[theirs] for ours, theirs in renamed.items() if theirs in sizes}
+        present = {key: value for key, value in given.items() if value is not None}
+        merged = {**PREPROCESSOR_DEFAULTS, **found, **present}
+        for key in ("patch_size", "merge_size", "temporal_patch_size", *renamed):
+            value = merged[key]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"{key} is {value!r}",
+                    where=str(self.path / name),
+                    expected="a whole number from 1 upwards",
+                    remedy="take the preprocessor_config.json of the published model",
+                )
+        if merged["min_pixels"] > merged["max_pixels"]:
+            raise UserError(
+                f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
+                where=str(self.path / name),
+                expected="a range of pixels",
+                remedy="take the preprocessor_config.json of the published model",
+            )
+        return merged
+
+    @cached_property
+    def tokenizer_file(self) -> Path:
+        """`tokenizer.json`, the form that holds the whole tokenizer. UserError without it."""
+        return self._required("tokenizer.json")
+
+    def file(self, name: str) -> Path | None:
+        """Where the content of the folder's file `name` stands, or None without such a file.
+
+        Some folders share files through symbolic links. A checkout that cannot make links (git
+        on Windows, some archives) writes in their place a small text file with the target's
+        path; that is followed as the link it stands for.
+        """
+        path = self.path / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _LONGEST_LINK:
+            return path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path
+        is_link = Path(text).name == name and "/" in text and "\n" not in text
+        return path.parent / text if is_link and (path.parent / text).is_file() else path
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the weights, by the index or the single file.
+
+        Raises UserError for a folder without weights and for an index with a missing file.
+        """
+        single = self.file("model.safetensors")
+        index = self._index()
+        if index is not None:
+            return [self._required(name) for name in self._shards(index)]
+        if single is not None:
+            return [single]
+        pickled = sorted(path.name for path in self.path.glob("*.bin"))
+        raise UserError(
+            f"a model folder without weights: {self.path.name} has no safetensors file",
+            where=str(self.path),
+            expected="model.safetensors, or model.safetensors.index.json and the files it names",
+            remedy=(
+                f"convert {pickled[0]} to safetensors (pickled weights are not read)"
+                if pickled
+                else "download the model again, weights included"
+            ),
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the headers of the weight files and the index: names, types, shapes and
+        offsets, not the numbers themselves, so it takes milliseconds."""
+        total = hashlib.sha256()
+        index = self._index()
+        if index is not None:
+            total.update(index.read_bytes())
+        for path in self.weight_files():
+            total.update(path.name.encode())
+            total.update(_header(path))
+        return total.hexdigest()
+
+    def _index(self) -> Path | None:
+        return self.file("model.safetensors.index.json")
+
+    def _shards(self, index: Path) -> list[str]:
+        names = _read_json(index).get("weight_map")
+        sound = isinstance(names, dict) and all(
+            isinstance(name, str) and Path(name).name == name for name in names.values()
+        )
+        if not isinstance(names, dict) or not names or not sound:
+            raise UserError(
+                f"weight_map is {_shown(names)}, not names and the files that hold them",
+                where=str(index),
+                expected='{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}',
+                remedy="download the index again",
+            )
+        return sorted(set(names.values()))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return _read_json(self._required(name))
+
+    def _required(self, name: str) -> Path:
+        path = self.file(name)
+        if path is None:
+            raise UserError(
+                f"no {name}",
+                where=str(self.path),
+                expected="a model folder with config.json, tokenizer.json and safetensors weights",
+                remedy="download the model again, or correct the path",
+            )
+        return path
+
+
+def locate(name_or_path: str) -> ModelFolder:
+    """The model folder at a path, or the hub's model of that name, downloaded if need be.
+
+    Only a name that is no existing folder touches the network or the hub's cache. Raises
+    UserError for a missing folder and for a model that cannot be had (unknown, gated, offline).
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path and path.is_dir():
+        return ModelFolder(path)
+    if path.is_file():
+        raise UserError(
+            f"{name_or_path} is a file",
+            where="model",
+            expected="a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct",
+            remedy=f"give the folder, {path.parent}",
+        )
+    if not _HUB_NAME.fullmatch(name_or_path) or name_or_path.startswith("."):
+        raise UserError(
+            f"no folder {name_or_path!r}",
+            where="model",
+            expected="a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct",
+            remedy="correct the path",
+        )
+    return ModelFolder(_download(name_or_path))
+
+
+def _download(name: str) -> Path:
+    # Imported here: it is slow to import, and local folders never need it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # the hub's, the HTTP client's and the system's errors have no base
+        raise UserError(
+            f"{name} is no local folder and cannot be had from the hub"
+            f" ({type(error).__name__}: {_first_line(error)})",
+            where="model",
+            expected="an existing folder, or the name of a public model and a connection",
+            remedy="check the name and the connection, log in for a gated model, or download the"
+            " model elsewhere and give its folder",
+        ) from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"not readable as JSON ({error})",
+            where=str(path),
+            expected="a JSON object",
+            remedy="download the file again",
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"holds a {type(content).__name__}",
+            where=str(path),
+            expected="a JSON object",
+            remedy="download the file again",
+        )
+    return content
+
+
+def _header(path: Path) -> bytes:
+    """The header of a safetensors file: 8 bytes of length, little endian, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= LARGEST_HEADER else b""
+    if not header or len(header) < length:
+        raise UserError(
+            f"{path.stat().st_size} bytes that do not start with a safetensors header",
+            where=str(path),
+            expected="a whole safetensors file",
+            remedy="download the file again (a pointer of Git LFS is not the file itself)",
+        )
+    return header

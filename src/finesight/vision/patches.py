@@ -1,0 +1,104 @@
+"""Pictures cut into the patches that a vision tower reads, kept as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.vision.resize import Size
+
+Grid = tuple[int, int, int]
+"""Patches along time, height and width."""
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGeometry:
+    """`patch` pixels a side, `temporal` frames deep; `merge` x `merge` patches become one token."""
+
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+
+    @property
+    def factor(self) -> int:
+        """What both sides of a resized picture are multiples of."""
+        return self.patch * self.merge
+
+    @property
+    def numbers(self) -> int:
+        """D, the numbers of one patch."""
+        return CHANNELS * self.temporal * self.patch**2
+
+    def grid(self, size: Size, frames: int = 1) -> Grid:
+        """Patches along time, height and width; an odd frame is filled up with its repetition."""
+        height, width = size
+        return -(-frames // self.temporal), height // self.patch, width // self.patch
+
+    def tokens(self, grid: Grid) -> int:
+        """Placeholder tokens of a picture or video with that grid."""
+        t, h, w = grid
+        return t * h * w // self.merge**2
+
+
+def geometry_of(folder: ModelFolder) -> PatchGeometry:
+    """The patch sizes of a model. Raises UserError when its two files contradict each other."""
+    preprocessor = folder.preprocessor
+    vision = folder.config.get("vision_config", {})
+    names = {
+        "patch_size": "patch_size",
+        "merge_size": "spatial_merge_size",
+        "temporal_patch_size": "temporal_patch_size",
+    }
+    for ours, theirs in names.items():
+        if vision.get(theirs, preprocessor[ours]) != preprocessor[ours]:
+            raise UserError(
+                f"{ours} {preprocessor[ours]} in preprocessor_config.json, but {theirs}"
+                f" {vision[theirs]} under vision_config in config.json",
+                where=str(folder.path),
+                expected="the same number in both files",
+                remedy="take both files from the same model",
+            )
+    return PatchGeometry(
+        patch=preprocessor["patch_size"],
+        merge=preprocessor["merge_size"],
+        temporal=preprocessor["temporal_patch_size"],
+    )
+
+
+def to_patches(
+    frames: Sequence[Image.Image], size: Size, geometry: PatchGeometry
+) -> NDArray[np.uint8]:
+    """Resize RGB frames to `size` and cut them: uint8 [N, D] in the published processor's order.
+
+    Patches follow time, then the rows and columns of merge blocks, then the rows and columns
+    within a block. The numbers of a patch follow channel, frame, row, column. Frames short of a
+    multiple of the temporal depth are filled up by repeating the last, so one still picture
+    is its frame repeated. The resize is one bicubic step of Pillow, straight from the original.
+    """
+    t, h, w = geometry.grid(size, len(frames))
+    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+    shape = (t, h // m, w // m, m, m, CHANNELS, depth, p, p)
+    patches = np.empty(shape, dtype=np.uint8)
+    for place in range(t * depth):
+        if place < len(frames):
+            planes_CHW = _planes(frames[place], size)
+            blocks = planes_CHW.reshape(CHANNELS, h // m, m, p, w // m, m, p)
+            ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
+        patches[place // depth, :, :, :, :, :, place % depth] = ordered
+    return patches.reshape(t * h * w, geometry.numbers)
+
+
+def _planes(frame: Image.Image, size: Size) -> NDArray[np.uint8]:
+    """One resized frame as contiguous planes [C, H, W]; rows of a patch are then whole runs."""
+    assert frame.mode == "RGB", f"a frame of mode {frame.mode}, not RGB"
+    height, width = size
+    resized = frame.resize((width, height), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))

@@ -1,0 +1,68 @@
+"""`finesight data show`, from a recipe to its lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from conversations import make_folder
+from PIL import Image
+from typer.testing import CliRunner
+
+from finesight.cli.data_show import show
+from finesight.errors import UserError
+
+app = typer.Typer()
+app.command()(show)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model = make_folder(tmp_path / "model", "qwen2_5_vl")
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    lines = [
+        {
+            "id": f"s{number}",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "x"}]},
+            ],
+        }
+        for number in range(3)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {model}\ndata: {{train: {data}}}\noutput: {tmp_path / 'run'}\n")
+    return path
+
+
+def test_lines(recipe: Path) -> None:
+    result = CliRunner().invoke(app, [str(recipe), "--samples", "2"], catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("sample")] == ["sample s0", "sample s1"]
+    (picture, _) = [line for line in lines if "<|image_pad|>" in line]
+    assert "8 x <|image_pad|>" in picture
+    assert "a.png, 100x50 as 112x56, grid 1 x 4 x 8" in picture
+    assert sum(line.endswith("'<|im_end|>'") and "*" in line for line in lines) == 2
+
+
+def test_json_and_settings_in_place_of_the_recipe_s(recipe: Path) -> None:
+    arguments = [str(recipe), "picture.height=28", "picture.width=28", "--json", "--samples", "9"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["id"] for record in records] == ["s0", "s1", "s2"]
+    assert records[0]["pictures"][0]["resized"] == [28, 28]
+    (learned,) = {sum(row["learned"] for row in record["rows"]) for record in records}
+    assert learned == records[0]["learned"] == 2
+
+
+def test_held_out_samples(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.eval of recipe\.yaml names no file"):
+        CliRunner().invoke(app, [str(recipe), "--eval"], catch_exceptions=False)

@@ -1,0 +1,261 @@
+"""The published way from a conversation to a model's inputs, through transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from finesight.data.jsonl import Located
+from finesight.data.sample import BoxPart, ImagePart, TextPart, VideoPart
+from finesight.hub import ModelFolder
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference makes of a conversation."""
+
+    text: str
+    ids_T: np.ndarray
+    learned_T: np.ndarray
+    positions_3T: np.ndarray
+    published_3T: np.ndarray
+    patches_ND: np.ndarray
+    grids: list[tuple[int, int, int]]
+
+
+class Reference:
+    """Chat template, tokenizer, picture processor and rope index of one model folder."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
+        given = folder.preprocessor
+        self.processor = Qwen2VLImageProcessorPil(
+            min_pixels=given["min_pixels"], max_pixels=given["max_pixels"]
+        )
+        self.ids = {
+            name: self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+            for name in ("im_start", "im_end", "image_pad", "video_pad")
+        }
+
+    def expected(self, located: Located) -> Expected:
+        """Ids, learned marks, positions and patches of the whole conversation."""
+        visuals = [self._visual(part, located) for part in located.sample.parts()]
+        seen = [visual for visual in visuals if visual is not None]
+        sizes = [(v.original, v.resized) for v in seen if v.kind == "image"]
+        messages = [
+            {
+                "role": message.role,
+                "content": [_as_content(run, self.folder.family, sizes) for run in _runs(message)],
+            }
+            for message in located.sample.messages
+        ]
+        text = self._template(messages)
+        for visual in seen:
+            pad = f"<|{visual.kind}_pad|>"
+            count = math.prod(visual.grid) // 4
+            text = text.replace(pad, f"<|taken {visual.kind}|>" * count, 1)
+        for kind in ("image", "video"):
+            text = text.replace(f"<|taken {kind}|>", f"<|{kind}_pad|>")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        patches = [visual.patches for visual in seen] or [np.empty((0, 1176))]
+        return Expected(
+            text=text,
+            ids_T=np.array(ids),
+            learned_T=self._learned(ids),
+            positions_3T=self._rope_index(ids, seen),
+            published_3T=self._published(ids, seen),
+            patches_ND=np.concatenate(patches),
+            grids=[visual.grid for visual in seen],
+        )
+
+    def _template(self, messages: list[dict[str, Any]]) -> str:
+        template = self.folder.file("chat_template.json")
+        if template is None:
+            return in_words(messages)
+        chat = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        text = self.tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False)
+        assert text == in_words(messages)
+        return str(text)
+
+    def _visual(self, part: object, located: Located) -> Visual | None:
+        if isinstance(part, ImagePart):
+            image = Image.open(located.path(part.image))
+            original, patches, grid = image.size[::-1], *self._processed(image)
+            return Visual("image", original, (grid[1] * 14, grid[2] * 14), grid, patches, 0.0)
+        if isinstance(part, VideoPart):
+            # No video processor without torchvision: each frame goes through the pictures' own.
+            frames = [Image.open(located.path(name)) for name in part.frames]
+            frames += frames[-1:] * (len(frames) % 2)
+            processed = [self._processed(frame) for frame in frames]
+            stills = np.stack([patches for patches, _ in processed])
+            t, (_, h, w) = len(frames) // 2, processed[0][1]
+            pairs = stills.reshape(t, 2, h * w, 3, 2, 14, 14)[:, :, :, :, 0]
+            patches = pairs.transpose(0, 2, 3, 1, 4, 5).reshape(t * h * w, 1176)
+            size = (h * 14, w * 14)
+            return Visual("video", frames[0].size[::-1], size, (t, h, w), patches, 2 / part.fps)
+        return None
+
+    def _processed(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Patches before rescaling and normalising: whole numbers from 0 to 255."""
+        out = self.processor(
+            images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
+        )
+        t, h, w = (int(number) for number in out["image_grid_thw"][0])
+        return out["pixel_values"], (t, h, w)
+
+    def _learned(self, ids: list[int]) -> np.ndarray:
+        """From each `<|im_start|>assistant` and newline to the next `<|im_end|>` included."""
+        opening = self.tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
+        learned = np.zeros(len(ids), dtype=bool)
+        inside = False
+        for at, token in enumerate(ids):
+            head = ids[at - len(opening) - 1 : at]
+            inside = inside or head == [self.ids["im_start"], *opening]
+            learned[at] = inside
+            inside = inside and token != self.ids["im_end"]
+        return learned
+
+    def _rope_index(self, ids: list[int], seen: list[Visual]) -> np.ndarray:
+        """transformers' own positions."""
+        kinds = {self.ids["image_pad"]: 1, self.ids["video_pad"]: 2}
+        arguments: dict[str, Any] = {
+            f"{kind}_grid_thw": torch.tensor([v.grid for v in seen if v.kind == kind])
+            for kind in ("image", "video")
+            if any(v.kind == kind for v in seen)
+        }
+        if "video_grid_thw" in arguments and self.folder.family == "qwen2_5_vl":
+            seconds = [v.seconds for v in seen if v.kind == "video"]
+            arguments["second_per_grid_ts"] = torch.tensor(seconds)
+        positions, _ = rope_model(self.folder.family).get_rope_index(
+            input_ids=torch.tensor([ids]),
+            mm_token_type_ids=torch.tensor([[kinds.get(token, 0) for token in ids]]),
+            **arguments,
+        )
+        return positions[:, 0].numpy()
+
+    def _published(self, ids: list[int], seen: list[Visual]) -> np.ndarray:
+        """The rule of the published code in words of one syllable: one token at a time; after a
+        picture or video, text goes on at one more than the largest position of any row."""
+        rows: list[tuple[int, int, int]] = []
+        left, at, following = list(seen), 0, 0
+        while at < len(ids):
+            if ids[at] not in (self.ids["image_pad"], self.ids["video_pad"]):
+                rows.append((following, following, following))
+                at, following = at + 1, following + 1
+                continue
+            visual = left.pop(0)
+            t, h, w = visual.grid[0], visual.grid[1] // 2, visual.grid[2] // 2
+            by_time = self.folder.family == "qwen2_5_vl" and visual.kind == "video"
+            step = torch.tensor(visual.seconds) if by_time else torch.tensor(0.5)
+            for i in range(t):
+                moment = int((torch.tensor(i) * step * 2).long())
+                rows += [
+                    (following + moment, following + j, following + k)
+                    for j in range(h)
+                    for k in range(w)
+                ]
+            at += t * h * w
+            following = max(max(row) for row in rows) + 1
+        return np.array(rows).T
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A picture or video as the reference processes it."""
+
+    kind: str
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    grid: tuple[int, int, int]
+    patches: np.ndarray
+    seconds: float
+
+
+def in_words(messages: list[dict[str, Any]]) -> str:
+    """The published chat template, said as code."""
+    turns = [] if messages[0]["role"] == "system" else [("system", DEFAULT_SYSTEM)]
+    for message in messages:
+        pieces = [
+            part["text"]
+            if part["type"] == "text"
+            else f"<|vision_start|><|{part['type']}_pad|><|vision_end|>"
+            for part in message["content"]
+        ]
+        turns.append((message["role"], "".join(pieces)))
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+
+
+@cache
+def rope_model(family: str) -> Any:
+    """A model of the family without numbers in its weights, for its rule of positions."""
+    vision = {"depth": 1, "spatial_merge_size": 2, "tokens_per_second": 2}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    with torch.device("meta"):
+        if family == "qwen2_vl":
+            del vision["tokens_per_second"]
+            return Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision))
+        return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def _runs(message: Any) -> list[Any]:
+    """The parts of a turn, adjacent boxes gathered in lists."""
+    runs: list[Any] = []
+    for part in message.content:
+        if isinstance(part, BoxPart) and runs and isinstance(runs[-1], list):
+            runs[-1].append(part)
+        else:
+            runs.append([part] if isinstance(part, BoxPart) else part)
+    return runs
+
+
+def _as_content(run: Any, family: str, sizes: list[Any]) -> dict[str, str]:
+    if isinstance(run, TextPart):
+        return {"type": "text", "text": run.text}
+    if not isinstance(run, list):
+        return {"type": run.type}
+    if family == "qwen2_vl":
+        return {"type": "text", "text": "".join(_in_thousandths(box, sizes) for box in run)}
+    items = ", ".join(_in_json(box, sizes) for box in run)
+    return {"type": "text", "text": f"[{items}]" if len(run) > 1 else items}
+
+
+def _in_thousandths(box: BoxPart, sizes: list[Any]) -> str:
+    (height, width), _ = sizes[box.image]
+    whole = (Fraction(width), Fraction(height)) * 2
+    x1, y1, x2, y2 = (
+        math.floor(Fraction(value) * 1000 / side + Fraction(1, 2))
+        for value, side in zip(box.xyxy, whole, strict=True)
+    )
+    name = "" if box.label is None else f"<|object_ref_start|>{box.label}<|object_ref_end|>"
+    return f"{name}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+
+
+def _in_json(box: BoxPart, sizes: list[Any]) -> str:
+    (height, width), (new_height, new_width) = sizes[box.image]
+    scales = (Fraction(new_width, width), Fraction(new_height, height)) * 2
+    numbers = ", ".join(
+        str(math.floor(Fraction(value) * scale + Fraction(1, 2)))
+        for value, scale in zip(box.xyxy, scales, strict=True)
+    )
+    label = "" if box.label is None else f', "label": {json.dumps(box.label, ensure_ascii=False)}'
+    return f'{{"bbox_2d": [{numbers}]{label}}}'

@@ -1,0 +1,97 @@
+"""Samples end to end: who predicts whom, where the pictures stand, what a budget holds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conversations import make_conversation, make_folder, make_pictures
+
+from finesight.encode.encoded import Encoded, Outline
+from finesight.encode.pack import pack, plan_packs
+from finesight.encode.render import Renderer
+from finesight.hub import ModelFolder
+
+
+def plain(name: str, ids: list[int], learned: list[bool]) -> Encoded:
+    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
+    outline = Outline(name, np.array(ids, dtype=np.int32), np.array(learned), positions, ())
+    return Encoded(outline, np.empty((0, 1176), dtype=np.uint8))
+
+
+def test_a_first_token_has_no_predecessor() -> None:
+    batch = pack(
+        [
+            plain("a", [5, 6, 7], [True, False, True]),
+            plain("b", [8], [True]),
+            plain("c", [9, 10], [True, True]),
+        ]
+    )
+    assert batch.sample_ids == ("a", "b", "c")
+    assert batch.lengths == (3, 1, 2)
+    assert batch.bounds_S1.tolist() == [0, 3, 4, 6]
+    assert batch.bounds_S1.dtype == torch.int32
+    assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.positions_3T[0].tolist() == [0, 1, 2, 0, 0, 1]
+    assert batch.predict_L.tolist() == [1, 4]
+    assert batch.target_L.tolist() == [7, 10]
+    assert batch.supervised == 2
+    assert batch.visual_at_M.tolist() == []
+    assert batch.patches_ND.shape == (0, 1176)
+
+
+def test_a_pack_holds_what_its_samples_held(tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path)
+    renderer = Renderer(ModelFolder(make_folder(tmp_path / "model", "qwen2_5_vl")))
+    encoded = [
+        renderer.encode(make_conversation(number, pictures, videos=True)) for number in range(12)
+    ]
+    batch = pack(encoded)
+    pads = [renderer.tokenizer.id_of(name) for name in ("<|image_pad|>", "<|video_pad|>")]
+    placeholders = torch.isin(batch.ids_T, torch.tensor(pads)).nonzero()[:, 0]
+    assert batch.visual_at_M.tolist() == placeholders.tolist()
+    assert len(batch.visual_at_M) == sum(t * h * w // 4 for t, h, w in batch.grids)
+    assert len(batch.patches_ND) == 4 * len(batch.visual_at_M)
+    assert batch.patches_ND.dtype == torch.uint8
+    assert batch.supervised == sum(one.outline.supervised for one in encoded)
+    start = 0
+    for one, length in zip(encoded, batch.lengths, strict=True):
+        stop = start + length
+        outline = one.outline
+        assert batch.ids_T[start:stop].tolist() == outline.ids_T.tolist()
+        assert batch.positions_3T[:, start:stop].tolist() == outline.positions_3T.tolist()
+        mine = (batch.predict_L >= start) & (batch.predict_L < stop)
+        at = batch.predict_L[mine] + 1
+        assert (at - start).tolist() == outline.learned_T.nonzero()[0].tolist()
+        assert batch.target_L[mine].tolist() == batch.ids_T[at].tolist()
+        start = stop
+    assert batch.to(torch.device("cpu")).ids_T.tolist() == batch.ids_T.tolist()
+
+
+def test_an_empty_pack_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="no samples"):
+        pack([])
+
+
+def test_packs_are_filled_first_fit() -> None:
+    assert plan_packs([4, 3, 5, 2, 9, 1, 20, 1], 10) == [[0, 1, 3, 5], [2, 7], [4], [6]]
+    assert plan_packs([], 10) == []
+    assert plan_packs([10, 10], 10) == [[0], [1]]
+
+
+def test_every_sample_is_in_one_pack_within_the_budget() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        lengths = [chance.randint(1, 600) for _ in range(chance.randint(1, 64))]
+        packs = plan_packs(lengths, 500)
+        assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
+        for members in packs:
+            assert members == sorted(members)
+            assert sum(lengths[index] for index in members) <= 500 or len(members) == 1
+        assert [members[0] for members in packs] == sorted(members[0] for members in packs)
+        # First fit leaves at most one pack half empty.
+        halves = [sum(lengths[index] for index in members) <= 250 for members in packs]
+        assert sum(halves) <= 1

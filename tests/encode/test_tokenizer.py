@@ -1,0 +1,64 @@
+"""Text stays text, whatever it spells."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from conversations import SPECIALS, WORDS, make_folder
+
+from finesight.encode.tokenizer import Tokenizer
+from finesight.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model"), "qwen2_vl") / "tokenizer.json"
+
+
+def test_special_names_in_text_are_text(path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    for special in SPECIALS:
+        text = f"before {special} after"
+        ids = tokenizer.encode(text)
+        assert tokenizer.id_of(special) not in ids
+        assert tokenizer.decode(ids, skip_special=True) == text
+
+
+def test_text_comes_back(path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    for text in WORDS:
+        composed = text.replace("e\u0301", "é")
+        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == composed
+    assert tokenizer.encode("") == ()
+
+
+def test_decode_with_and_without_special_tokens(path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    ids = [*tokenizer.encode("x"), tokenizer.id_of("<|im_end|>")]
+    assert tokenizer.decode(ids, skip_special=True) == "x"
+    assert tokenizer.decode(ids, skip_special=False) == "x<|im_end|>"
+    assert tokenizer.name_of(ids[-1]) == "<|im_end|>"
+    assert tokenizer.name_of(10**6) == ""
+
+
+def test_a_pickled_tokenizer_still_reads_text_as_text(path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert sent.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
+
+
+def test_unknown_token_and_broken_file(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no token <\|none\|>"):
+        Tokenizer(path).id_of("<|none|>")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer") as raised:
+        Tokenizer(tmp_path / "tokenizer.json")
+    assert raised.value.where == str(tmp_path / "tokenizer.json")
+
+
+def test_published_tokenizers_keep_words_that_are_not_special(shared: Path) -> None:
+    newer = Tokenizer(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct" / "tokenizer.json")
+    assert newer.encode("<tool_call>") == (151657,)
+    assert 151655 not in newer.encode("<|image_pad|>")

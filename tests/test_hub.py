@@ -1,0 +1,204 @@
+"""Model folders: what is read of them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finesight.errors import UserError
+from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder, locate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def shard(path: Path, *names: str) -> None:
+    save_file({name: np.zeros(2, dtype=np.float32) for name in names}, path)
+
+
+def index(folder: Path, **names: str) -> Path:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": names}))
+    return path
+
+
+def test_a_local_folder_needs_no_network(folder: Path) -> None:
+    found = locate(str(folder))
+    assert found == ModelFolder(folder)
+    assert found.config == {"model_type": "qwen2_vl"}
+    assert found.family == "qwen2_vl"
+    assert found.tokenizer_file == folder / "tokenizer.json"
+    assert found.preprocessor == dict(PREPROCESSOR_DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", ""])
+def test_a_missing_folder_is_named(name: str) -> None:
+    with pytest.raises(UserError, match="no folder") as raised:
+        locate(name)
+    assert name in raised.value.what
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(UserError, match="is a file") as raised:
+        locate(str(folder / "config.json"))
+    assert str(folder) in raised.value.remedy
+
+
+def test_a_hub_name_without_a_connection(tmp_path: Path) -> None:
+    # In a process of its own: huggingface_hub reads these settings when it is imported.
+    code = """
+from finesight.errors import UserError
+from finesight.hub import locate
+try:
+    locate("Nobody/no-such-model")
+except UserError as error:
+    print(error.what)
+"""
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("Nobody/no-such-model is no local folder and cannot be had")
+
+
+def test_a_hub_name_is_downloaded_without_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    hub = types.ModuleType("huggingface_hub")
+    vars(hub)["snapshot_download"] = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert locate("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
+    ((name, patterns),) = asked
+    assert name == "Qwen/Qwen2-VL-2B-Instruct"
+    assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in patterns[:-1])
+
+
+def test_links_are_followed_as_links_and_as_text(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    real = tmp_path / "other" / "preprocessor_config.json"
+    real.write_text('{"min_pixels": 4000}')
+    link = folder / "preprocessor_config.json"
+    link.symlink_to(real)
+    assert ModelFolder(folder).preprocessor["min_pixels"] == 4000
+    link.unlink()
+    link.write_text("../other/preprocessor_config.json")
+    assert ModelFolder(folder).file(link.name) == folder / "../other" / link.name
+    assert ModelFolder(folder).preprocessor["min_pixels"] == 4000
+    link.write_text("../gone/preprocessor_config.json")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        _ = ModelFolder(folder).preprocessor
+    assert ModelFolder(folder).file("none.json") is None
+
+
+def test_preprocessor_of_transformers_4_and_5(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "min_pixels": null}')
+    found = ModelFolder(folder).preprocessor
+    assert (found["min_pixels"], found["max_pixels"], found["patch_size"]) == (100, 200, 14)
+    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "max_pixels": 300}')
+    found = ModelFolder(folder).preprocessor
+    assert (found["min_pixels"], found["max_pixels"]) == (100, 300)
+    path.write_text('{"patch_size": "14"}')
+    with pytest.raises(UserError, match="patch_size is '14'"):
+        _ = ModelFolder(folder).preprocessor
+    path.write_text('{"min_pixels": 9, "max_pixels": 8}')
+    with pytest.raises(UserError, match="min_pixels 9 is above max_pixels 8"):
+        _ = ModelFolder(folder).preprocessor
+
+
+@pytest.mark.parametrize("content", ['{"model_type": 3}', "{}", '{"model_type": null}'])
+def test_a_folder_that_names_no_family(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match="model_type is"):
+        _ = ModelFolder(folder).family
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not readable"), ("[]", "holds a list"), ("\x80", "holds|not")]
+)
+def test_broken_json(folder: Path, content: str, message: str) -> None:
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as raised:
+        _ = ModelFolder(folder).config
+    assert raised.value.where == str(folder / "config.json")
+
+
+def test_missing_files(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        _ = ModelFolder(folder).config
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        _ = ModelFolder(folder).tokenizer_file
+
+
+def test_weights_by_index_or_single_file(folder: Path) -> None:
+    with pytest.raises(UserError, match="a model folder without weights") as raised:
+        ModelFolder(folder).weight_files()
+    assert raised.value.where == str(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        ModelFolder(folder).weight_files()
+    shard(folder / "model.safetensors", "a")
+    assert ModelFolder(folder).weight_files() == [folder / "model.safetensors"]
+    index(folder, b="two.safetensors", a="one.safetensors", c="two.safetensors")
+    shard(folder / "one.safetensors", "a")
+    with pytest.raises(UserError, match=r"no two\.safetensors"):
+        ModelFolder(folder).weight_files()
+    shard(folder / "two.safetensors", "b", "c")
+    expected = [folder / "one.safetensors", folder / "two.safetensors"]
+    assert ModelFolder(folder).weight_files() == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'],
+)
+def test_a_broken_index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="weight_map is"):
+        ModelFolder(folder).weight_files()
+
+
+def test_fingerprint_is_of_headers_and_index(folder: Path) -> None:
+    index(folder, a="one.safetensors", b="two.safetensors")
+    shard(folder / "one.safetensors", "a")
+    shard(folder / "two.safetensors", "b")
+    first = ModelFolder(folder).fingerprint()
+    assert len(first) == 64
+    assert ModelFolder(folder).fingerprint() == first
+    shard(folder / "two.safetensors", "bb")
+    assert ModelFolder(folder).fingerprint() != first
+    shard(folder / "two.safetensors", "b")
+    assert ModelFolder(folder).fingerprint() == first
+    index(folder, b="one.safetensors", a="two.safetensors")
+    assert ModelFolder(folder).fingerprint() != first
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
+def test_a_damaged_weight_file(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="do not start with a safetensors header") as raised:
+        ModelFolder(folder).fingerprint()
+    assert raised.value.where == str(folder / "model.safetensors")

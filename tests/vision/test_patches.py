@@ -1,0 +1,97 @@
+"""Patches against the published processor, as whole numbers and so exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from finesight.config import PixelRange
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.vision.patches import PatchGeometry, geometry_of, to_patches
+from finesight.vision.picture import open_picture
+from finesight.vision.resize import resized_size
+
+RULE = PixelRange(min_pixels=3136, max_pixels=200704)
+PROCESSOR = Qwen2VLImageProcessorPil(min_pixels=RULE.min_pixels, max_pixels=RULE.max_pixels)
+
+
+def expected(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The processor's patches before it rescales and normalises, and its grid."""
+    out = PROCESSOR(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+    return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "YCbCr"])
+def test_patches_equal_the_published_processor(mode: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(len(mode))
+    geometry = PatchGeometry()
+    for number in range(32):
+        height, width = (int(side) for side in rng.integers(4, 700 if number % 8 == 0 else 300, 2))
+        pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert("RGBA" if mode == "LA" else "RGB").convert(mode)
+        path = tmp_path / f"{number}.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}"
+        image.save(path)
+        size = resized_size((height, width), RULE, geometry.factor)
+        ours = to_patches([open_picture(path)], size, geometry)
+        theirs, grid = expected(Image.open(path))
+        assert geometry.grid(size) == grid
+        assert ours.dtype == np.uint8
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_real_pictures_equal_the_published_processor(shared: Path) -> None:
+    geometry = PatchGeometry()
+    for kind in ("captions", "grounding", "latex_ocr"):
+        for path in sorted((shared / "data" / kind / "images").iterdir())[:25]:
+            image = open_picture(path)
+            size = resized_size(image.size[::-1], RULE, geometry.factor)
+            theirs, _ = expected(Image.open(path))
+            np.testing.assert_array_equal(to_patches([image], size, geometry), theirs)
+
+
+@pytest.mark.parametrize("geometry", [PatchGeometry(4, 2, 2), PatchGeometry(8, 1, 1)])
+def test_order_of_the_numbers(geometry: PatchGeometry) -> None:
+    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+    size = (p * m * 2, p * m * 3)
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(3)]
+    patches = to_patches([Image.fromarray(frame) for frame in frames], size, geometry)
+    t, h, w = geometry.grid(size, 3)
+    assert patches.shape == (t * h * w, geometry.numbers)
+    assert geometry.tokens((t, h, w)) == t * 6
+    filled = [*frames, frames[-1]]
+    at = 0
+    for time in range(t):
+        for block_row in range(h // m):
+            for block_column in range(w // m):
+                for row in range(block_row * m, block_row * m + m):
+                    for column in range(block_column * m, block_column * m + m):
+                        patch = [
+                            filled[time * depth + d][row * p : row * p + p, column * p :][:, :p, c]
+                            for c in range(3)
+                            for d in range(depth)
+                        ]
+                        np.testing.assert_array_equal(patches[at], np.stack(patch).ravel())
+                        at += 1
+
+
+def test_geometry_is_the_model_s(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen2_vl",
+        "vision_config": {"patch_size": 14, "spatial_merge_size": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert geometry_of(ModelFolder(tmp_path)) == PatchGeometry(14, 2, 2)
+    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    with pytest.raises(UserError, match=r"patch_size 16 in .* patch_size 14 under"):
+        geometry_of(ModelFolder(tmp_path))
+    config["vision_config"] = {"patch_size": 16, "spatial_merge_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"merge_size 2 in .* spatial_merge_size 1 under"):
+        geometry_of(ModelFolder(tmp_path))

@@ -1,0 +1,190 @@
+"""Any picture becomes upright RGB on white, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finesight.data.headers import DamagedPicture, picture_size
+from finesight.vision.picture import open_picture
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = open_picture(path)
+    assert image.mode == "RGB"
+    assert image.size[::-1] == picture_size(path)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_turn(tmp_path: Path, turn: int, kind: str) -> None:
+    # A bright top left corner of the upright picture, 40 wide and 24 high.
+    upright = np.zeros((24, 40, 3), dtype=np.uint8)
+    upright[:8, :8] = 255
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[turn]
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = tmp_path / f"turned.{kind}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    found = pixels(path)
+    assert found.shape == (24, 40, 3)
+    assert np.abs(found.astype(int) - upright).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "clear.png"
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (2, 1), (0,) * (len(mode) - 1) + (255,))
+        image.putpixel((1, 0), (0,) * len(mode))
+        image.save(path)
+    elif mode == "PA":
+        path = tmp_path / "clear.gif"
+        image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+        image.putpixel((1, 0), (0, 0, 0, 0))
+        image.save(path)
+    else:
+        # Black and dark pixels, the dark one named as the transparent colour.
+        image = Image.new("RGB", (2, 1), (0, 0, 0))
+        image.putpixel((1, 0), (5, 5, 5))
+        image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
+        clear = {"P": image.getpixel((1, 0)), "L": 5, "RGB": (5, 5, 5)}[mode]
+        image.save(path, transparency=clear)
+    assert pixels(path).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_half_transparent_is_blended(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (200, 0, 100, 128)).save(tmp_path / "half.png")
+    found = pixels(tmp_path / "half.png")[0, 0]
+    share = 128 / 255
+    expected = [200 * share + 255 * (1 - share), 255 * (1 - share), 100 * share + 255 * (1 - share)]
+    np.testing.assert_allclose(found, expected, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, kind: str) -> None:
+    ramp = np.linspace(0, 65535, 300).round().astype(np.uint16)[None]
+    path = tmp_path / f"ramp.{kind}"
+    if kind == "pgm":
+        path.write_bytes(b"P5 300 1 65535\n" + ramp.astype(">u2").tobytes())
+    else:
+        Image.fromarray(ramp).save(path)
+    expected = np.rint(ramp / 257.0)
+    np.testing.assert_array_equal(pixels(path)[:, :, 0], expected)
+    assert (np.ptp(pixels(path), axis=2) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], dtype=np.float32), [0, 128, 255]),
+        (np.array([[-3.0, 0.0, 3.0]], dtype=np.float32), [0, 128, 255]),
+        (np.array([[0, 100000, 200000]], dtype=np.int32), [0, 128, 255]),
+        (np.array([[0, 257, 65535]], dtype=np.int32), [0, 1, 255]),
+        (np.array([[7.0, 7.0, 7.0]], dtype=np.float32), [0, 0, 0]),
+    ],
+)
+def test_wide_pixels_are_scaled(tmp_path: Path, values: np.ndarray, expected: list[int]) -> None:
+    Image.fromarray(values).save(tmp_path / "wide.tif")
+    assert pixels(tmp_path / "wide.tif")[0, :, 0].tolist() == expected
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    # Pillow writes CMYK JPEG the way Adobe does, inverted and marked as such.
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.tif")
+    for name in ("red.jpg", "red.tif"):
+        np.testing.assert_allclose(pixels(tmp_path / name)[8, 8], [255, 0, 0], atol=6)
+
+
+def test_one_bit_and_palette(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    assert pixels(tmp_path / "bits.png")[0, :, 1].tolist() == [255, 0]
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png")
+    assert pixels(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / f"moving.{kind}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(pixels(path)[4, 4], [255, 0, 0], atol=3)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "gif", "bmp"])
+def test_a_file_that_was_cut_off_is_told_apart(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    whole = BytesIO()
+    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image.save(whole, format={"jpg": "jpeg"}.get(kind, kind))
+    path = tmp_path / f"cut.{kind}"
+    path.write_bytes(whole.getvalue()[: whole.tell() // 2])
+    with pytest.raises(DamagedPicture) as raised:
+        open_picture(path)
+    assert raised.value.where == str(path)
+    assert "not a picture" not in raised.value.what
+    assert ("cut off" in raised.value.what) == (kind != "webp")
+
+
+def test_flipped_bytes_are_damage(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "flipped.png"
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[3000:3100] = bytes(100)
+    path.write_bytes(data)
+    with pytest.raises(DamagedPicture, match="damaged"):
+        open_picture(path)
+
+
+def test_not_a_picture_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("no picture")
+    with pytest.raises(DamagedPicture, match="not a picture"):
+        open_picture(tmp_path / "notes.jpg")
+    with pytest.raises(DamagedPicture, match="no such picture"):
+        open_picture(tmp_path / "missing.jpg")
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(10_000, 10_000))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(DamagedPicture, match="10000 x 10000 = 100000000 pixels"):
+        open_picture(path)
+    Image.new("RGB", (20, 10)).save(path)
+    with pytest.raises(DamagedPicture, match="20 x 10 = 200 pixels"):
+        open_picture(path, max_pixels=199)
+    assert open_picture(path, max_pixels=200).size == (20, 10)
+
+
+def bomb(height: int, width: int) -> bytes:
+    """A black one-bit PNG of that size, a few kilobytes long."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + -(-width // 8)) * height, 9)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

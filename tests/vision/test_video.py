@@ -1,0 +1,74 @@
+"""Videos as frames: sizes, pairs along time, the published video processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finesight.data.headers import DamagedPicture
+from finesight.vision.patches import PatchGeometry, to_patches
+from finesight.vision.video import frame_size, video_patches
+
+
+def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> list[Path]:
+    rng = np.random.default_rng(count)
+    files = [folder / f"{number}.png" for number in range(count)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    return files
+
+
+def test_frames_go_in_pairs_and_the_last_fills_up(tmp_path: Path) -> None:
+    files, geometry = write_frames(tmp_path, 3), PatchGeometry()
+    patches = video_patches(files, (56, 84), geometry)
+    assert patches.shape == (2 * 4 * 6, 1176)
+    by_frame = patches.reshape(2, 24, 3, 2, 196).transpose(0, 3, 1, 2, 4)
+    stills = [to_patches([Image.open(file)], (56, 84), geometry) for file in (*files, files[-1])]
+    for number, still in enumerate(stills):
+        one = still.reshape(24, 3, 2, 196)[:, :, 0]
+        np.testing.assert_array_equal(by_frame[number // 2, number % 2], one)
+
+
+def test_one_frame_is_a_picture(tmp_path: Path) -> None:
+    (file,) = write_frames(tmp_path, 1)
+    geometry = PatchGeometry()
+    still = to_patches([Image.open(file)], (56, 56), geometry)
+    np.testing.assert_array_equal(video_patches([file], (56, 56), geometry), still)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_patches_equal_the_published_video_processor(tmp_path: Path, count: int) -> None:
+    # torchvision resizes by its own arithmetic, so frames come at their final size.
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    import torch
+    from transformers import Qwen2VLVideoProcessor
+
+    files = write_frames(tmp_path, count)
+    frames = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+    out = Qwen2VLVideoProcessor()(
+        videos=[frames.permute(0, 3, 1, 2)],
+        do_resize=False,
+        do_rescale=False,
+        do_normalize=False,
+        return_tensors="pt",
+    )
+    ours = video_patches(files, (56, 84), PatchGeometry())
+    np.testing.assert_array_equal(ours, out["pixel_values_videos"].numpy())
+    assert tuple(out["video_grid_thw"][0].tolist()) == PatchGeometry().grid((56, 84), count)
+
+
+def test_frames_share_a_size(tmp_path: Path) -> None:
+    files = write_frames(tmp_path, 3)
+    assert frame_size(files) == (56, 84)
+    Image.new("RGB", (84, 57)).save(files[2])
+    with pytest.raises(
+        DamagedPicture, match="84 x 57 pixels, but the first frame has 84 x 56"
+    ) as raised:
+        frame_size(files)
+    assert raised.value.where == str(files[2])
+    files[1].unlink()
+    with pytest.raises(DamagedPicture):
+        frame_size(files)

@@ -1,0 +1,71 @@
+"""Scores of boxes: how well the boxes of an answer cover those of the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finesight.data.sample import BoxPart
+
+XYXY = tuple[float, float, float, float]
+
+
+def iou(a: XYXY, b: XYXY) -> float:
+    """Intersection over union of two boxes, in [0, 1]. Corners in the wrong order make an empty
+    box: they are the answer's mistake and are not put right here."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0 or _area(a) == 0 or _area(b) == 0:
+        return 0.0
+    common = width * height
+    return common / (_area(a) + _area(b) - common)
+
+
+def match(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[tuple[int, int, float]]:
+    """Pairs (index in found, index in truth, IoU), each box in at most one pair.
+
+    Greedy, best overlap first, as detection benchmarks do; only boxes of the same picture can be
+    a pair. Labels have to agree (without regard to case) only where the truth tells several apart:
+    a single target is named by the question already.
+    """
+    several = len({_name(t) for t in truth}) > 1
+    pairs = [
+        (iou(f.xyxy, t.xyxy), i, j)
+        for i, f in enumerate(found)
+        for j, t in enumerate(truth)
+        if f.image == t.image and (not several or _name(f) == _name(t))
+    ]
+    free_found, free_truth = set(range(len(found))), set(range(len(truth)))
+    chosen = []
+    for overlap, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
+        if overlap > 0 and i in free_found and j in free_truth:
+            free_found.remove(i)
+            free_truth.remove(j)
+            chosen.append((i, j, overlap))
+    return chosen
+
+
+def box_scores(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> dict[str, float]:
+    """`parsed` (1 if the answer holds a box at all), `iou` and `hit` of one answer.
+
+    Both are sums over the pairs of `match`, overlaps and overlaps of at least 0.5, over the
+    larger number of boxes: a missed target and a superfluous box cost the same, so an answer
+    gains nothing by naming many boxes. With one target and one box they are the IoU and
+    the accuracy at 0.5 of referring expressions. A truth without boxes wants an empty answer.
+    """
+    most = max(len(found), len(truth))
+    if most == 0:
+        return {"parsed": 1.0, "iou": 1.0, "hit": 1.0}
+    overlaps = [overlap for _, _, overlap in match(found, truth)]
+    return {
+        "parsed": float(len(found) > 0),
+        "iou": sum(overlaps) / most,
+        "hit": sum(overlap >= 0.5 for overlap in overlaps) / most,
+    }
+
+
+def _area(box: XYXY) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _name(target: BoxPart) -> str:
+    return " ".join((target.label or "").casefold().split())

@@ -1,0 +1,59 @@
+"""What to measure on, and how: as told, and for what is left out as the run's recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finesight.config import Eval, Metric
+from finesight.data.jsonl import Located, read_samples
+from finesight.data.sources import load_sources
+from finesight.errors import UserError
+from finesight.recipe import load_recipe
+
+RECIPE = "recipe.yaml"
+
+
+def held_out(
+    run_or_model: str,
+    *,
+    data: Path | None = None,
+    metric: Metric | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[list[Located], Eval]:
+    """Samples and settings of an evaluation.
+
+    For a run folder, what is None comes from its recipe. Raises UserError when data or metric is
+    neither given nor in a recipe.
+    """
+    path = Path(run_or_model) / RECIPE
+    recipe = load_recipe(path) if path.is_file() else None
+    given: dict[str, Any] = {
+        "metric": metric,
+        "limit": limit,
+        "batch": batch,
+        "max_new_tokens": max_new_tokens,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if recipe is not None and recipe.eval is not None:
+        settings = recipe.eval.model_dump() | settings
+    if "metric" not in settings:
+        raise _missing("--metric", "captions, latex, ocr or grounding", run_or_model)
+    if data is not None:
+        samples = [Located(sample, data.parent) for sample in read_samples(data)]
+    elif recipe is not None and recipe.data.eval:
+        samples = list(load_sources(recipe.data.eval).samples)
+    else:
+        raise _missing("--data", "a JSONL file of held-out samples", run_or_model)
+    return samples, Eval.model_validate(settings)
+
+
+def _missing(option: str, expected: str, run_or_model: str) -> UserError:
+    return UserError(
+        f"{run_or_model} has no recipe that says it",
+        where=option,
+        expected=expected,
+        remedy=f"give {option}",
+    )

@@ -1,0 +1,169 @@
+"""Greedy generation in batches, through the same modules as training.
+
+Prompts are packed end to end and run once (prefill), filling a key/value cache; then every
+sequence grows by one token a step. Shapes: R rows (sequences), V vocabulary, W model width.
+
+There is no repetition penalty and no setting for one: it lowers the odds of every token that the
+prompt or the answer holds already, and so damages exactly what repeats rightly, digits of boxes
+and commands of formulas. Qwen2.5-VL's generation config asks for 1.05; it is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from finesight.encode.encoded import Encoded
+from finesight.encode.pack import pack, plan_packs
+from finesight.infer.cache import KeyValueCache, PrefillAttention, StepAttention
+from finesight.model.attention import Segments
+from finesight.model.network import VisionLanguageModel
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens run at once: bounds the memory of activations, pictures included."""
+
+CACHE_TOKENS = 1 << 18
+"""Tokens of the cache of one batch, padding included: about 7.5 GB for Qwen2-VL-2B in bf16."""
+
+
+class Session:
+    """Sequences that grow together: a cache, and what the next step needs to know of each row."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        prompts: Sequence[Encoded],
+        max_new_tokens: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        self._model = model
+        self._prefill_tokens = prefill_tokens
+        weight = model.head_weight
+        language = model.geometry.language
+        self._device = weight.device
+        self._cache = KeyValueCache(
+            layers=language.depth,
+            rows=len(prompts),
+            # The last token is never fed back, so its keys need no room.
+            room=max(prompt.outline.tokens for prompt in prompts) + max_new_tokens - 1,
+            heads=language.kv_heads,
+            width=language.head_width,
+            dtype=weight.dtype,
+            device=self._device,
+        )
+        # M-RoPE goes on from the largest position of any row, in all three rows alike.
+        ends = [int(prompt.outline.positions_3T.max()) for prompt in prompts]
+        self._position_R = torch.tensor(ends, device=self._device)
+        self._nowhere = torch.empty(0, dtype=torch.int64, device=self._device)
+        self._prompts = prompts
+
+    def prefill(self) -> Tensor:
+        """Run all prompts; logits [R, V] of the token after each."""
+        lengths = [prompt.outline.tokens for prompt in self._prompts]
+        order: list[int] = []
+        logits: list[Tensor] = []
+        for rows in plan_packs(lengths, self._prefill_tokens):
+            batch = pack([self._prompts[row] for row in rows]).to(self._device)
+            segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
+            features = self._model.see(batch.patches_ND, batch.grids) if batch.grids else None
+            x_TW = self._model.embed(batch.ids_T, features, batch.visual_at_M)
+            attention = PrefillAttention(self._cache, rows, segments)
+            h_TW = self._model.decode(x_TW, batch.positions_3T, attention)
+            last_S = batch.bounds_S1[1:].long() - 1
+            logits.append(self._model.logits(self._model.normed(h_TW[last_S])))
+            order += rows
+        in_order = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(logits)[torch.tensor(in_order, device=self._device)]
+
+    def step(self, ids_R: Tensor) -> Tensor:
+        """Append one token to every row; logits [R, V] of the one after it."""
+        self._position_R += 1
+        x_RW = self._model.embed(ids_R, None, self._nowhere)
+        positions_3R = self._position_R.expand(3, -1)
+        h_RW = self._model.decode(x_RW, positions_3R, StepAttention(self._cache))
+        return self._model.logits(self._model.normed(h_RW))
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Go on with these rows only; returns which old row each new one is."""
+        order = self._cache.keep(rows)
+        self._position_R = self._position_R[torch.tensor(order, device=self._device)]
+        return order
+
+
+def generate(
+    model: VisionLanguageModel,
+    prompts: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    batch: int,
+) -> list[list[int]]:
+    """The most probable next token, again and again: the token ids of each answer.
+
+    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
+    1). Prompts run at most `batch` at a time, those of similar length together; the answers
+    come in the order of the prompts and do not depend on which ran together (but for rounding).
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    lengths = [prompt.outline.tokens for prompt in prompts]
+    for members in plan_batches(lengths, batch, max_new_tokens):
+        together = [prompts[i] for i in members]
+        grown = generate_together(model, together, max_new_tokens, end_ids)
+        for i, answer in zip(members, grown, strict=True):
+            answers[i] = answer
+    return answers
+
+
+def plan_batches(lengths: Sequence[int], batch: int, max_new_tokens: int) -> list[list[int]]:
+    """Indices of the prompts that run together, longest first: a machine that is too small
+    fails at once and not at the end."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches:
+            room = lengths[batches[-1][0]] + max_new_tokens
+            fits = (len(batches[-1]) + 1) * room <= CACHE_TOKENS
+            if fits and len(batches[-1]) < batch:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def generate_together(
+    model: VisionLanguageModel,
+    prompts: Sequence[Encoded],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    ended: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """`generate` for prompts that all run at once. `ended` is told after each token how many
+    answers ended with it, often 0: what it raises stops the generation."""
+    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
+    session = Session(model, prompts, max_new_tokens)
+    answers: list[list[int]] = [[] for _ in prompts]
+    owner = list(range(len(prompts)))
+    running = set(owner)
+    logits_RV = session.prefill()
+    while True:
+        next_R = logits_RV.argmax(dim=-1)
+        # The one wait for the device in a step. A row whose sequence has ended grows on unread
+        # until enough have ended to make moving the others together worthwhile.
+        before = len(running)
+        for row, token in enumerate(next_R.tolist()):
+            if owner[row] in running:
+                answer = answers[owner[row]]
+                answer.append(token)
+                if token in end_ids or len(answer) == max_new_tokens:
+                    running.remove(owner[row])
+        if ended is not None:
+            ended(before - len(running))
+        if not running:
+            return answers
+        if 4 * len(running) <= 3 * len(owner):
+            order = session.keep([row for row, who in enumerate(owner) if who in running])
+            owner = [owner[row] for row in order]
+            next_R = next_R[torch.tensor(order, device=next_R.device)]
+        logits_RV = session.step(next_R)

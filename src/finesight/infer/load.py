@@ -1,0 +1,206 @@
+"""From a run, a model folder, an adapter or a hub name to something that answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.hub import ModelFolder, locate
+from finesight.manifest import Manifest
+from finesight.model.adapter import install_adapter
+from finesight.model.network import VisionLanguageModel
+from finesight.model.weights import load_model
+from finesight.storage import DIGESTS, verify_folder
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """A model in evaluation mode with its renderer; `manifest` is that of a run, else None."""
+
+    model: VisionLanguageModel
+    renderer: Renderer
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What has to be loaded: weights from `folder`, then `adapter` on them."""
+
+    folder: ModelFolder
+    adapter: Path | None
+    manifest: Manifest | None
+
+
+def load_answerer(
+    run_or_model: str, device: Device = "auto", precision: Precision = "auto"
+) -> Answerer:
+    """Load what `finesight predict` and `finesight eval` speak to.
+
+    `run_or_model` is a run folder (its manifest fixes picture sizes, system prompt and base), a
+    model folder in the hub's layout, a folder with a PEFT adapter that names its base, or a hub
+    name. `precision` auto is bf16 on cards that compute in it, fp16 on older ones, fp32 on CPU.
+    Raises UserError for what is missing, half-written, or not the base that the run started from.
+    """
+    parts = find_parts(run_or_model)
+    where = resolve_device(device)
+    manifest = parts.manifest
+    # The renderer first: it reads small files, and refuses a wrong family before any weights.
+    renderer = Renderer(
+        parts.folder,
+        manifest.picture if manifest else None,
+        manifest.system if manifest else None,
+    )
+    model = load_model(parts.folder, resolve_precision(precision, where), where)
+    if parts.adapter is not None:
+        install_adapter(model, parts.adapter, base=parts.folder)
+    model.eval()
+    return Answerer(model, renderer, manifest)
+
+
+def resolve_device(device: Device) -> torch.device:
+    """`auto` is CUDA where there is a card. Raises UserError when cuda is asked for in vain."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device is {device}, and torch {torch.__version__} finds no CUDA device",
+            where="device",
+            expected="a card and a torch build that sees it (torch.cuda.is_available())",
+            remedy="use --device cpu, or install torch for your driver",
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type to compute in: `auto` is bf16 from compute capability 8.0 on, fp16 below, fp32 on
+    a CPU."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def read_manifest(run: Path) -> Manifest:
+    """The manifest of a run folder. Raises UserError when it is missing or broken."""
+    path = run / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no {MANIFEST}",
+            where=str(run),
+            expected="a run folder, as `finesight train` writes it",
+            remedy="correct the path",
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{key} is {first['input']!r:.80}",
+            where=str(path),
+            expected=first["msg"],
+            remedy="restore the manifest of the run, or train again",
+        ) from error
+
+
+def find_parts(run_or_model: str, base: str | None = None) -> Parts:
+    """What a run, an adapter or a model is made of; nothing is loaded yet.
+
+    `base` says where the base of a run or of an adapter is now, if not where it was. Raises
+    UserError for what is missing, half-written or no base of the run, and for a `base` that is
+    not needed.
+    """
+    path = Path(run_or_model).expanduser()
+    if (path / MANIFEST).is_file():
+        return _parts_of_run(path, base)
+    if (path / ADAPTER_CONFIG).is_file():
+        return Parts(locate(base or _base_of_adapter(path)), path, None)
+    _refuse_base(base, run_or_model, "is a model of its own")
+    return Parts(locate(run_or_model), None, None)
+
+
+def _refuse_base(base: str | None, source: str, why: str) -> None:
+    if base is not None:
+        raise UserError(
+            f"{source} {why}, it takes no base {base}",
+            where="base",
+            expected="a base only for an adapter, or a run with nothing but an adapter",
+            remedy="leave base out",
+        )
+
+
+def _parts_of_run(run: Path, base: str | None) -> Parts:
+    manifest = read_manifest(run)
+    adapter, model = run / "adapter", run / "model"
+    if not adapter.is_dir() and not model.is_dir():
+        raise UserError(
+            f"{run.name} has no adapter/ and no model/: it has not come to its end",
+            where=str(run),
+            expected="a finished run",
+            remedy=f"go on with it: finesight train {run / 'recipe.yaml'} --resume",
+        )
+    for written in (adapter, model):
+        if (written / DIGESTS).is_file():
+            verify_folder(written)
+    if model.is_dir():
+        _refuse_base(base, str(run), "holds its own whole model in model/")
+        folder = ModelFolder(model)
+    else:
+        folder = locate(base or manifest.base)
+        _check_base(manifest, folder, run)
+    if folder.family != manifest.family:
+        raise UserError(
+            f"{folder.path} is of the family {folder.family}",
+            where=str(run / MANIFEST),
+            expected=f"the family {manifest.family}, which the run trained",
+            remedy="restore the model that the run started from",
+        )
+    return Parts(folder, adapter if adapter.is_dir() else None, manifest)
+
+
+def _check_base(manifest: Manifest, folder: ModelFolder, run: Path) -> None:
+    found = folder.fingerprint()
+    if found != manifest.base_fingerprint:
+        raise UserError(
+            f"the base {folder.path} has the fingerprint {found}",
+            where=str(run / MANIFEST),
+            expected=f"{manifest.base_fingerprint}, the model that the run started from",
+            remedy="restore that version of the model; an adapter fits no other",
+        )
+
+
+def _base_of_adapter(folder: Path) -> str:
+    path = folder / ADAPTER_CONFIG
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"not readable as an adapter's configuration ({error})",
+            where=str(path),
+            expected="a JSON object, as PEFT writes it",
+            remedy="copy the adapter again",
+        ) from error
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"base_model_name_or_path is {base!r}",
+            where=str(path),
+            expected="the folder or hub name of the model that the adapter belongs to",
+            remedy="write it there",
+        )
+    return base

@@ -1,0 +1,210 @@
+"""Questions to answers: encoding, generation in batches, and reading boxes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finesight.data.headers import DamagedPicture, picture_size
+from finesight.data.jsonl import Located
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, files_of
+from finesight.encode.encoded import Encoded
+from finesight.encode.render import Renderer
+from finesight.infer.engine import generate_together, plan_batches
+from finesight.model.network import VisionLanguageModel
+
+T = TypeVar("T")
+
+READERS = 4
+"""Threads that open and resize pictures while the model generates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer: `answer` as a person reads it, `raw` with its special tokens (the end token too,
+    where the model stopped by itself), `boxes` in pixels of the original pictures."""
+
+    id: str
+    images: tuple[Path, ...]
+    prompt: str
+    answer: str
+    raw: str
+    boxes: tuple[BoxPart, ...]
+    tokens: int
+    stopped: bool
+    seconds: float
+    """A share of the time its batch took, encoding not counted."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `finesight predict --json` prints: `image` is a path, a list of several, or null."""
+        paths = [str(path) for path in self.images]
+        return {
+            "id": self.id,
+            "image": None if not paths else paths[0] if len(paths) == 1 else paths,
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "raw": self.raw,
+            "boxes": [as_box(box) for box in self.boxes],
+        }
+
+    def as_text(self) -> str:
+        """What `finesight predict` prints: pictures, the answer, then its boxes, one a line."""
+        head = "".join(f"{path}: " for path in self.images)
+        cut = "" if self.stopped else f" [cut off after {self.tokens} tokens]"
+        boxes = [
+            f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
+            + (f"  {box.label}" if box.label else "")
+            for box in self.boxes
+        ]
+        return head + self.answer + cut + "".join(boxes)
+
+
+def as_box(box: BoxPart) -> dict[str, Any]:
+    """A box as JSON data, to a hundredth of a pixel."""
+    corners = [round(number, 2) for number in box.xyxy]
+    return {"image": box.image, "label": box.label, "xyxy": corners}
+
+
+def questions(pictures: Sequence[Path], prompt: str) -> list[Located]:
+    """The same question about each picture in turn; the question alone without any.
+
+    Raises DamagedPicture for what is missing or no picture, before any model is loaded.
+    """
+    asked = []
+    for path in pictures:
+        picture_size(path)
+        parts = (ImagePart(image=str(path)), TextPart(text=prompt))
+        message = Message(role="user", content=parts)
+        asked.append(Located(Sample(id=str(path), messages=(message,)), Path()))
+    if not pictures:
+        message = Message(role="user", content=(TextPart(text=prompt),))
+        asked.append(Located(Sample(id=prompt, messages=(message,)), Path()))
+    return asked
+
+
+def predict(
+    model: VisionLanguageModel,
+    renderer: Renderer,
+    samples: Sequence[Located],
+    *,
+    max_new_tokens: int,
+    batch: int,
+    advance: Callable[[int], None] | None = None,
+    damaged: Callable[[int, DamagedPicture], None] | None = None,
+) -> list[Prediction]:
+    """Answers to the last turns of the samples, in their order.
+
+    The model is left in the mode (train or eval) it was in. `advance` is told after each token
+    how many answers ended with it, and may raise to stop. A picture that cannot be read raises
+    DamagedPicture, unless `damaged` is given: then it is told the sample's index, and the sample
+    has no prediction.
+    """
+    was_training = model.training
+    model.eval()
+    predictions: dict[int, Prediction] = {}
+    reader = _Reader(renderer, samples, damaged)
+    try:
+        for prompts in reader.batches(batch, max_new_tokens):
+            start = time.perf_counter()
+            together = list(prompts.values())
+            ids = generate_together(model, together, max_new_tokens, renderer.end_ids, advance)
+            seconds = (time.perf_counter() - start) / len(prompts)
+            for (i, prompt), answer in zip(prompts.items(), ids, strict=True):
+                predictions[i] = _read(renderer, samples[i], prompt, answer, seconds)
+    finally:
+        model.train(was_training)
+    return [predictions[i] for i in sorted(predictions)]
+
+
+class _Reader:
+    """Prompts in batches of similar length, the next one being read while one is answered."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        samples: Sequence[Located],
+        damaged: Callable[[int, DamagedPicture], None] | None,
+    ) -> None:
+        self._renderer, self._samples, self._damaged = renderer, samples, damaged
+
+    def batches(self, batch: int, max_new_tokens: int) -> Iterator[dict[int, Encoded]]:
+        """Prompts by the index of their sample; damaged ones are left out."""
+        outlines = self._collected(
+            (i, partial(self._renderer.prompt_outline, sample))
+            for i, sample in enumerate(self._samples)
+        )
+        which = list(outlines)
+        lengths = [outline.tokens for outline in outlines.values()]
+        plan = [[which[i] for i in group] for group in plan_batches(lengths, batch, max_new_tokens)]
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            ahead: list[tuple[int, Future[Encoded]]] = []
+            for members in [*plan, []]:
+                now = ahead
+                ahead = [
+                    (i, pool.submit(self._renderer.with_patches, outlines[i])) for i in members
+                ]
+                prompts = self._collected((i, future.result) for i, future in now)
+                if prompts:
+                    yield prompts
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _collected(self, made: Iterable[tuple[int, Callable[[], T]]]) -> dict[int, T]:
+        """What each call gives, by index, those with a damaged picture told and left out."""
+        results: dict[int, T] = {}
+        for i, make in made:
+            try:
+                results[i] = make()
+            except DamagedPicture as error:
+                if self._damaged is None:
+                    raise
+                self._damaged(i, error)
+        return results
+
+
+def _read(
+    renderer: Renderer, located: Located, prompt: Encoded, ids: list[int], seconds: float
+) -> Prediction:
+    answer, raw = renderer.text(ids)
+    picture = _picture_meant(located.sample)
+    return Prediction(
+        id=located.sample.id,
+        images=tuple(_pictures(located)),
+        prompt=_last_question(located.sample),
+        answer=answer,
+        raw=raw,
+        boxes=tuple(
+            BoxPart(image=picture, label=box.label, xyxy=box.xyxy)
+            for box in renderer.boxes(raw, prompt.outline.spans, picture)
+        ),
+        tokens=len(ids),
+        stopped=bool(ids) and ids[-1] in renderer.end_ids,
+        seconds=seconds,
+    )
+
+
+def _pictures(sample: Located) -> Iterator[Path]:
+    """Pictures in order, for a video its first frame."""
+    for part in sample.sample.parts():
+        yield from (sample.path(name) for name in files_of(part)[:1])
+
+
+def _picture_meant(sample: Sample) -> int:
+    """Which picture the boxes of an answer are read for: no dialect says it, so the first one, or
+    in a sample with an answer the one that its boxes are all in."""
+    boxes = [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+    meant = {box.image for box in boxes} if sample.messages[-1].role == "assistant" else set()
+    return meant.pop() if len(meant) == 1 else 0
+
+
+def _last_question(sample: Sample) -> str:
+    for message in reversed(sample.messages):
+        if message.role == "user":
+            return "".join(p.text for p in message.content if isinstance(p, TextPart))
+    return ""

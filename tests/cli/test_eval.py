@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from asking import ask, noise
+from click.testing import Result
+from typer.testing import CliRunner
+
+from finesight.cli.evaluate import evaluate
+from finesight.data.jsonl import write_samples
+from finesight.errors import UserError
+from finesight.model.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny", "qwen2_5_vl")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    noise(tmp_path / "a.png", 80, 60)
+    noise(tmp_path / "b.png", 60, 120, seed=1)
+    asked = [
+        ask("s0", tmp_path, "a.png", "What?", answer="noise"),
+        ask("s1", tmp_path, "b.png", "What?", answer="more noise"),
+    ]
+    write_samples(tmp_path / "data.jsonl", [sample.sample for sample in asked])
+    return tmp_path / "data.jsonl"
+
+
+def _run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(evaluate)
+    words = [str(argument) for argument in (*arguments, "--device", "cpu", "--max-new-tokens", 3)]
+    return CliRunner().invoke(app, words)
+
+
+def test_scores_as_json_and_answers_in_a_file(tiny, data, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    result = _run(tiny, "--data", data, "--metric", "captions", "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert (figures["metric"], figures["samples"]) == ("captions", 2)
+    assert {"bleu_4", "rouge_l", "cider_d", "stopped"} <= set(figures["scores"])
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_table_for_people_marks_the_headline(tiny, data):
+    result = _run(tiny, "--data", data, "--metric", "latex", "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert "latex: 1 samples" in result.stdout
+    assert "similarity*" in result.stdout
+
+
+def test_samples_with_damaged_pictures_are_named(tiny, data, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"broken")
+    result = _run(tiny, "--data", data, "--metric", "ocr")
+    assert result.exit_code == 0, result.output
+    assert "left out: sample s0" in result.stderr
+    assert "1 left out" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--metric", "--data"])
+def test_without_a_recipe_both_are_needed(tiny, data, option):
+    given = {"--metric": "ocr", "--data": data}
+    del given[option]
+    result = _run(tiny, *(piece for pair in given.items() for piece in pair))
+    assert isinstance(result.exception, UserError)
+    assert option in str(result.exception)

@@ -45,7 +45,10 @@ def test_a_local_folder_needs_no_network(folder: Path) -> None:
     assert found.preprocessor == dict(PREPROCESSOR_DEFAULTS)
 
 
-@pytest.mark.parametrize("name", ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", "", "~nobody-at-all/a", "a" * 5000],
+)
 def test_a_missing_folder_is_named(name: str) -> None:
     with pytest.raises(UserError, match="no folder") as raised:
         locate(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,10 +190,11 @@ def locate(name_or_path: str) -> ModelFolder:
     Only a name that is no existing folder touches the network or the hub's cache. Raises
     UserError for a missing folder and for a model that cannot be had (unknown, gated, offline).
     """
-    path = Path(name_or_path).expanduser()
-    if name_or_path and path.is_dir():
+    # os.path's functions also stand what cannot be a path: a home of nobody, a name too long.
+    path = Path(os.path.expanduser(name_or_path))
+    if name_or_path and os.path.isdir(path):
         return ModelFolder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(
             f"{name_or_path} is a file",
             where="model",

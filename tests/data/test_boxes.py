@@ -61,5 +61,14 @@ def test_not_four_numbers(value: object) -> None:
         four_numbers(value)
 
 
+def test_a_number_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(UserError, match="the box"):
+        four_numbers([1, 2, 3, 10**400])
+
+
+def test_thousandths_give_the_nearest_float() -> None:
+    assert BoxForm(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
+
+
 def test_numbers_may_be_text() -> None:
     assert four_numbers(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]

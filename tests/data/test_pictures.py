@@ -13,6 +13,7 @@ from finesight.data.pictures import Pictures, copy_all, same_pictures
 
 def test_a_path_starts_at_the_folder_of_the_rows(tmp_path: Path) -> None:
     picture = paint(tmp_path / "in" / "a.png", 40, 20)
+    (tmp_path / "rows").mkdir()
     pictures = Pictures(tmp_path / "rows", tmp_path / "out")
     for value in ("../in/a.png", str(picture), f"file://{picture}", {"path": str(picture)}):
         assert pictures.take(value) == picture
@@ -32,8 +33,40 @@ def test_bytes_are_saved_once_with_the_suffix_of_their_kind(tmp_path: Path) -> N
 
 def test_bytes_that_are_no_picture(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(DamagedPicture, match="not a picture"):
+    with pytest.raises(DamagedPicture, match="the picture of 4 bytes: not a picture") as caught:
         Pictures(tmp_path, tmp_path / "out").take({"bytes": b"text", "path": None})
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_path_may_start_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # data/train.jsonl with ./data/train/1.png in it: a tutorial's script ran one folder higher.
+    picture = paint(tmp_path / "data" / "train" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    pictures = Pictures(Path("data"), Path("out"))
+    assert pictures.take("./data/train/1.png") == picture
+    nearer = paint(tmp_path / "data" / "data" / "train" / "1.png")
+    assert pictures.take("./data/train/1.png") == nearer
+    with pytest.raises(DamagedPicture, match="no such picture") as caught:
+        pictures.take("train/2.png")
+    assert f"{tmp_path / 'data'}, the folder of the data file" in caught.value.expected
+    assert f"or at {tmp_path}, the current one" in caught.value.expected
+
+
+def test_a_path_steps_out_of_where_a_link_leads(tmp_path: Path) -> None:
+    picture = paint(tmp_path / "real" / "a.png")
+    (tmp_path / "real" / "rows").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "rows")
+    assert Pictures(tmp_path / "link", tmp_path).take("../a.png") == picture
+    assert Pictures(tmp_path, tmp_path).take("link/../a.png") == picture
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "a\0/b.png", "A" * 50_000, "a" * 300 + "/b.png"])
+def test_what_cannot_be_a_name_is_told_in_few_words(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DamagedPicture, match="no such picture") as caught:
+        Pictures(tmp_path, tmp_path).take(name)
+    assert len(caught.value.where) <= 200
 
 
 def test_equal_content_is_one_picture(tmp_path: Path) -> None:

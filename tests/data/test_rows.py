@@ -96,6 +96,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3", "more or fewer cells"),
         ("a.csv", b"a,b\n1,2\n1\n", "a.csv:3", "more or fewer cells"),
         ("a.csv", b"a,b\n1," + b"x" * 200_000, "a.csv:2", "broken CSV"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:3", "broken CSV: unexpected end"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1", "more than one column is called 'a'"),
         ("a.csv", b"a,b\n", "a.csv", "holds no rows"),
         ("a.json", b"[]", "a.json", "holds no rows"),
         ("a.jsonl", b"\n", "a.jsonl", "holds no rows"),

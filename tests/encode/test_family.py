@@ -21,6 +21,14 @@ def test_every_family_is_known_by_its_name() -> None:
     assert family_of("qwen2_5_vl", config) == Qwen25VL(tokens_per_second=25)
 
 
+@pytest.mark.parametrize("value", ["2", 0, True, None])
+def test_a_wrong_measure_of_time_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match=f"tokens_per_second is {value!r}"):
+        family_of("qwen2_5_vl", {"vision_config": {"tokens_per_second": value}})
+    # Whether there is a vision_config at all is the model's to say.
+    assert family_of("qwen2_5_vl", {"vision_config": None}) == Qwen25VL()
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "llama", ""])
 def test_another_family_is_refused(tmp_path: Path, name: str) -> None:
     # The folder's name is no evidence.

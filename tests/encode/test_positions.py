@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from finesight.encode.qwen2_vl import Qwen2VL
 FPS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, 23.976, 24.0, 29.97, 60.0)
 
 
-def span(start: int, grid: tuple[int, int, int], kind: str = "image") -> Span:
+def span(start: int, grid: tuple[int, int, int], kind: Literal["image", "video"] = "image") -> Span:
     t, h, w = grid
     stop = start + t * h * w // 4
-    return Span(kind, start, stop, grid, (Path("a"),), (h, w), (h * 14, w * 14))  # type: ignore[arg-type]
+    return Span(kind, start, stop, grid, (Path("a"),), (h, w), (h * 14, w * 14))
 
 
 def test_text_counts_up() -> None:

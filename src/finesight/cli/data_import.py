@@ -72,6 +72,8 @@ def import_data(
 ) -> None:
     """Turn pictures with labels into samples: OUT/data.jsonl, or train.jsonl and eval.jsonl.
 
+    Paths of pictures in SOURCE start at its folder or, if there is no such file, where you are.
+
     A list of answers becomes one training sample each, and one evaluation sample with the others
     as references.
 

@@ -42,14 +42,14 @@ class BoxForm:
         whole = float(self.units)
         height, width = size
         x1, y1, x2, y2 = corners
-        return (x1 / whole * width, y1 / whole * height, x2 / whole * width, y2 / whole * height)
+        return (x1 * width / whole, y1 * height / whole, x2 * width / whole, y2 * height / whole)
 
 
 def four_numbers(value: object) -> list[float]:
     """A list of four numbers, whole, broken or as text. Raises UserError for anything else."""
     try:
         numbers = [float(item) for item in value] if isinstance(value, list | tuple) else []
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 4:
         raise UserError(
@@ -77,7 +77,7 @@ def fitted(box: Box, size: tuple[int, int], form: BoxForm) -> Box:
     raise UserError(
         f"the box [{numbers}] in pixels (read as {form.format} in units of {form.units}) "
         + ("lies outside of its picture" if sound else "is reversed or has no area"),
-        expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}",
+        expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after the EXIF turn",
         remedy=_guess(form),
     )
 

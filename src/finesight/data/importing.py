@@ -121,7 +121,8 @@ def import_file(source: Path, out: Path, request: Request) -> Summary:
         )
         cases = _with_own_ids(_read(rows.select(start, stop), form, reading, source))
         parts = _parts(cases, request)
-        names = _names(_pictures(parts), staging, out, copy=request.copy_pictures)
+        pictures = _pictures(sample for part in parts for sample in part.samples())
+        names = _names(pictures, staging, out, copy=request.copy_pictures)
         written = [_write(part, names, staging, out) for part in parts]
     used = sum(part.rows for part in written)
     left_out = {UNSELECTED: rows.total - len(cases), SHOWN_IN_EVAL: len(cases) - used}
@@ -238,7 +239,7 @@ def _parts(cases: list[Case], request: Request) -> list[_Part]:
     """The files to write. Nothing held out: one; everything held out: eval.jsonl alone."""
     if request.eval_last is None and request.split is None:
         return [_Part("data.jsonl", cases)]
-    per_case = [_pictures([_Part("", [case])]) for case in cases]
+    per_case = [_pictures([case.for_evaluation()]) for case in cases]
     keys = same_pictures(path for paths in per_case for path in paths)
     shown = [frozenset(keys[path] for path in paths) for paths in per_case]
     if request.split is not None:
@@ -253,9 +254,8 @@ def _parts(cases: list[Case], request: Request) -> list[_Part]:
     return parts if train else parts[1:]
 
 
-def _pictures(parts: Iterable[_Part]) -> list[Path]:
+def _pictures(samples: Iterable[Sample]) -> list[Path]:
     """Every picture and frame once, in order."""
-    samples = (sample for part in parts for sample in part.samples())
     files = (file for sample in samples for piece in sample.parts() for file in files_of(piece))
     return [Path(file) for file in dict.fromkeys(files)]
 
@@ -271,9 +271,7 @@ def _names(pictures: list[Path], staging: Path, out: Path, *, copy: bool) -> dic
         if inside.is_relative_to(staging):
             names[str(path)] = inside.relative_to(staging).as_posix()
         else:
-            # Resolved, as `..` steps out of where a link leads to, not of where it stands.
-            place = path.parent.resolve() / path.name
-            names[str(path)] = Path(os.path.relpath(place, home)).as_posix()
+            names[str(path)] = Path(os.path.relpath(path, home)).as_posix()
     return names
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from finesight.data.headers import DamagedPicture, picture_size
@@ -28,7 +29,10 @@ _SUFFIXES = {
 
 
 class Pictures:
-    """Pictures named by paths relative to `folder`, or given as bytes and saved in `target`."""
+    """Pictures named by paths, or given as bytes and saved in `target`.
+
+    A relative path starts at `folder` or, where no picture lies there, at the current folder.
+    """
 
     def __init__(self, folder: Path, target: Path) -> None:
         self._folder, self._target = folder, target / FOLDER
@@ -61,11 +65,24 @@ class Pictures:
     def _find(self, name: str) -> Path:
         if "://" in name and not name.startswith("file://"):
             raise DamagedPicture(
-                f"{name} is an address on the web, not a file",
+                f"{name[:200]} is an address on the web, not a file",
                 expected="a path",
                 remedy="download the pictures and put their paths into the data",
             )
-        path = Path(os.path.abspath(self._folder / name.removeprefix("file://")))
+        # Scripts write paths that start at the folder they were run in, not at their file's.
+        places = [folder / name.removeprefix("file://") for folder in (self._folder, Path.cwd())]
+        # os.path's test also stands names that cannot be one, too long or with a zero byte.
+        place = next(filter(os.path.exists, places), None)
+        if place is None:
+            raise DamagedPicture(
+                "no such picture",
+                where=name[:200],
+                expected=f"an existing file; a relative path starts at {self._folder.resolve()},"
+                f" the folder of the data file, or at {Path.cwd()}, the current one",
+                remedy="correct the path, or change to the folder where the paths start",
+            )
+        # The folder resolved, as `..` steps out of where a link leads to, not of where it stands.
+        path = place.parent.resolve() / place.name
         self.size(path)
         return path
 
@@ -76,7 +93,15 @@ class Pictures:
             path = self._target / f"{len(self._saved) + 1:06d}{suffix}"
             self._target.mkdir(exist_ok=True)
             path.write_bytes(data)
-            self.size(path)
+            try:
+                self.size(path)
+            except DamagedPicture as error:
+                # Where it was saved is gone by the time that anyone reads this.
+                raise DamagedPicture(
+                    f"the picture of {len(data)} bytes: {error.what}",
+                    expected=error.expected,
+                    remedy=error.remedy,
+                ) from error
             self._saved[key] = path
         return self._saved[key]
 
@@ -88,7 +113,7 @@ def same_pictures(paths: Iterable[Path]) -> dict[Path, str]:
     (scaled, another JPEG quality) is not recognised.
     """
     by_length: defaultdict[int, set[Path]] = defaultdict(set)
-    resolved = {path: path.resolve() for path in paths}
+    resolved = {path: path.resolve() for path in set(paths)}
     for file in resolved.values():
         by_length[file.stat().st_size].add(file)
     keys = {
@@ -104,10 +129,11 @@ def copy_all(paths: Iterable[Path], target: Path) -> dict[Path, Path]:
     folder = target / FOLDER
     folder.mkdir(exist_ok=True)
     copies: dict[Path, Path] = {}
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     for path in paths:
-        copy, number = folder / path.name, 2
+        copy = folder / path.name
         while copy.exists():
-            copy, number = folder / f"{path.stem}-{number}{path.suffix}", number + 1
+            copy = folder / f"{path.stem}-{next(numbers[path.name])}{path.suffix}"
         shutil.copyfile(path, copy)
         copies[path] = copy
     return copies

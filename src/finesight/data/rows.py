@@ -6,7 +6,8 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,11 @@ def _row(record: object, number: int, place: str, source: Path) -> Row:
 
 def _csv(source: Path, delimiter: str) -> list[Row]:
     rows = []
-    reader = csv.DictReader(io.StringIO(_text(source), newline=""), delimiter=delimiter)
+    text = io.StringIO(_text(source), newline="")
+    # Strict, as a quote that is never closed would otherwise swallow the rest of the file.
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
+        _refuse_twins(reader.fieldnames or (), source)
         for number, record in enumerate(reader, start=1):
             if None in record or None in record.values():
                 raise UserError(
@@ -154,6 +158,17 @@ def _csv(source: Path, delimiter: str) -> list[Row]:
             remedy="correct the line, or save the table as JSONL or Parquet",
         ) from error
     return rows
+
+
+def _refuse_twins(names: Sequence[str], source: Path) -> None:
+    twins = [name for name, uses in Counter(names).items() if uses > 1]
+    if twins:
+        raise UserError(
+            f"more than one column is called {twins[0]!r}",
+            where=f"{source}:1",
+            expected="a name of its own for each column",
+            remedy="rename the columns in the first line",
+        )
 
 
 def _parquet(source: Path) -> Rows:

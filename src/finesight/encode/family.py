@@ -47,14 +47,26 @@ def family_of(model_type: str, config: dict[str, Any] | None = None, where: str 
     if model_type == "qwen2_vl":
         return Qwen2VL()
     if model_type == "qwen2_5_vl":
-        vision = (config or {}).get("vision_config", {})
-        return Qwen25VL(tokens_per_second=vision.get("tokens_per_second", 2))
+        return Qwen25VL(_tokens_per_second(config or {}, where))
     raise UserError(
         f"a model of the family {model_type}",
         where=where,
         expected=f"one of {', '.join(FAMILIES)}",
         remedy="choose a Qwen2-VL or Qwen2.5-VL model",
     )
+
+
+def _tokens_per_second(config: dict[str, Any], where: str) -> float:
+    vision = config.get("vision_config")
+    value = vision.get("tokens_per_second", 2) if isinstance(vision, dict) else 2
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise UserError(
+            f"vision_config.tokens_per_second is {value!r}",
+            where=where,
+            expected="a number above 0",
+            remedy="take the config.json of the published model",
+        )
+    return value
 
 
 def family_of_folder(folder: ModelFolder) -> Family:

@@ -89,7 +89,12 @@ def _boxes_within(value: object) -> Iterator[tuple[str | None, Corners | None]]:
         for item in value:
             yield from _boxes_within(item)
     elif isinstance(value, dict) and "bbox_2d" in value:
-        labels = [value[key] for key in _LABELS if isinstance(value.get(key), str)]
+        # JSON may escape half of a surrogate pair, which no file in UTF-8 can hold.
+        labels = [
+            value[key].encode("utf-8", "replace").decode()
+            for key in _LABELS
+            if isinstance(value.get(key), str)
+        ]
         yield (labels[0] if labels else None), _corners(value["bbox_2d"])
     elif isinstance(value, dict):
         for item in value.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,9 +65,12 @@ class Qwen2VL:
         for match in _BOX.finditer(text):
             adjacent = boxes and not text[end : match.start()].strip()
             label = match["label"] if match["label"] is not None else label if adjacent else None
-            x1, y1, x2, y2 = (float(number) for number in match.groups()[1:])
-            boxes.append(Box(label, scaled((x1, y1, x2, y2), THOUSANDTHS, original)))
             end = match.end()
+            x1, y1, x2, y2 = (float(number) for number in match.groups()[1:])
+            corners = scaled((x1, y1, x2, y2), THOUSANDTHS, original)
+            # A model that repeats a digit for ever writes numbers beyond what floats hold.
+            if all(map(math.isfinite, corners)):
+                boxes.append(Box(label, corners))
         return boxes
 
     def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import PictureRule
+from finesight.data.boxes import ROUNDING
 from finesight.data.headers import picture_size
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
@@ -30,9 +31,6 @@ from finesight.vision.video import frame_size, video_patches
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 TEXT_END = "<|endoftext|>"
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-
-ROUNDING = 1.0
-"""Pixels that a box may stand out of its picture before it is taken for a mistake."""
 
 
 @dataclass(frozen=True, slots=True)

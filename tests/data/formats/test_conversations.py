@@ -78,6 +78,25 @@ def test_a_prompt_is_added_to_the_first_question_only(folder: Path) -> None:
         read(FORMAT, rows, folder)
 
 
+def test_boxes_as_json_in_an_answer_become_boxes(folder: Path) -> None:
+    rows = record(
+        ("human", "<image>\nLocate it, report bbox_2d as JSON."),
+        ("gpt", 'There: {"bbox_2d": [10, 5, 20, 10], "label": "a dog"}'),
+        image="a.png",
+    )
+    assert talk(read(FORMAT, rows, folder)) == [
+        ("user", [folder / "a.png", "\nLocate it, report bbox_2d as JSON."]),
+        ("assistant", ["There: ", (0, "a dog", (10.0, 5.0, 20.0, 10.0))]),
+    ]
+    declared = read(FORMAT, rows, folder, box_format="xywh")
+    assert talk(declared)[1][1][1] == (0, "a dog", (10.0, 5.0, 30.0, 15.0))
+
+
+def test_one_turn_without_text_is_no_reason_to_doubt_the_format() -> None:
+    empty = {"conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": None}]}
+    assert recognised([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is FORMAT
+
+
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
@@ -92,6 +111,9 @@ def test_a_prompt_is_added_to_the_first_question_only(folder: Path) -> None:
         (record(("user", "q <|vision_start|>a.png"), ("gpt", "a")), "the mark"),
         (record(("user", "q")), "without an answer"),
         (record(("boss", "q"), ("gpt", "a")), "the turn"),
+        ({"conversations": [{"from": ["user"], "value": "q"}]}, "the turn"),
+        (record(("user", " b.png"), ("gpt", "a")), "nothing but a path, 'b.png'"),
+        (record(("user", f"{A}{A}?"), ("gpt", '{"bbox_2d": [1, 2, 3, 4]}')), "2 pictures"),
         (record(("user", "q"), ("gpt", "a"), videos=["a.mp4"]), "the key 'videos'"),
         ({"conversations": []}, "conversations is"),
         ({"conversations": [{"from": "user", "value": 5}]}, "the turn"),

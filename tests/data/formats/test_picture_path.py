@@ -28,6 +28,12 @@ def test_path_and_prompt(folder: Path) -> None:
     assert recognised([ROWS], "here")[0] is FORMAT
 
 
+def test_boxes_as_json_in_an_answer_become_boxes(folder: Path) -> None:
+    rows = record(("user", "a.png"), ("assistant", '{"bbox_2d": [1, 2, 3, 4]}'))
+    turns = talk(read(FORMAT, rows, folder, prompt="Where?"))
+    assert turns[1] == ("assistant", [(0, None, (1.0, 2.0, 3.0, 4.0))])
+
+
 def test_no_prompt_must_be_said(folder: Path) -> None:
     with pytest.raises(UserError, match="without words") as caught:
         read(FORMAT, ROWS, folder)

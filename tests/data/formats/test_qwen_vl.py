@@ -89,6 +89,8 @@ def test_recognised_when_only_a_later_row_has_marks() -> None:
         (record("Dog?", "<box>(1,2),(3,4)</box>"), "before any picture"),
         (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "reversed"),
         (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the mark '<box>"),
+        (record("<img>a.png</img>Dog?", "<quad>(1,2),(3,4),(5,6)</quad>"), "the mark '<quad>"),
+        ({"image": "a.png", **record("<ref>Dog</ref>?", "Yes")}, "the key 'image' with a.png"),
         (record("<img>c.png</img>Dog?", "Yes"), "no such picture"),
     ],
 )

@@ -45,7 +45,18 @@ def test_a_list_of_answers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "box", [[1, 2, 3, 4], [[1, 2, 3, 4]], "1 2 3 4", "1, 2; 3,4", "[1, 2, 3, 4]", "[[1,2,3,4]]"]
+    "box",
+    [
+        [1, 2, 3, 4],
+        [[1, 2, 3, 4]],
+        "1 2 3 4",
+        "1, 2; 3,4",
+        "[1, 2, 3, 4]",
+        "[[1,2,3,4]]",
+        "(1, 2, 3, 4)",
+        "[ 1.  2.\n 3.  4.]",
+        "1e0 2 .3e1 +4",
+    ],
 )
 def test_a_box_is_the_answer_when_there_is_no_other(folder: Path, box: object) -> None:
     found = case(folder, {"b": box, "l": "cat"}, "image=image box=b label=l", prompt="?")
@@ -70,6 +81,22 @@ def test_several_boxes_with_labels(folder: Path) -> None:
         (0, "cat", (1.0, 2.0, 3.0, 4.0)),
         (0, "dog", (5.0, 6.0, 7.0, 8.0)),
     ]
+
+
+@pytest.mark.parametrize("text", ["[1,2,3,4],[5,6,7,8]", "[[1 2 3 4]\n [5 6 7 8]]"])
+def test_several_boxes_in_a_cell_of_text(folder: Path, text: str) -> None:
+    found = talk(case(folder, {"b": text}, "image=image box=b", prompt="?"))[1][1]
+    assert found == [(0, None, (1.0, 2.0, 3.0, 4.0)), (0, None, (5.0, 6.0, 7.0, 8.0))]
+
+
+def test_boxes_as_json_in_an_answer_become_boxes(folder: Path) -> None:
+    found = case(folder, {"a": '{"bbox_2d": [1, 2, 3, 4]}'}, "image=image answer=a", prompt="?")
+    assert talk(found)[1][1] == [(0, None, (1.0, 2.0, 3.0, 4.0))]
+
+
+def test_an_empty_list_is_no_picture(folder: Path) -> None:
+    found = case(folder, {"image": [], "a": "x"}, "image=image answer=a", prompt="?")
+    assert talk(found)[0][1] == ["?"]
 
 
 def test_boxes_in_columns_of_their_own(folder: Path) -> None:
@@ -106,7 +133,14 @@ def test_several_pictures(folder: Path) -> None:
         ({"a": []}, "image=image answer=a", "no answer"),
         ({"b": None}, "image=image box=b", "no answer"),
         ({"a": "x", "q": " "}, "image=image answer=a question=q", "the question is"),
+        ({"a": float("nan")}, "image=image answer=a", "the answer is 'nan'"),
+        ({"a": "see <|vision_start|>"}, "image=image answer=a", "the mark"),
+        ({"image": None, "a": "x"}, "image=image answer=a", "a picture given as NoneType"),
         ({"b": "1 2 3"}, "image=image box=b", "the box"),
+        ({"b": "1 2 3 4 5 6 7 8"}, "image=image box=b", "the box"),
+        ({"b": "None", "a": "x"}, "image=image box=b answer=a", "the box 'None'"),
+        ({"b": "[" * 5000}, "image=image box=b", "the box"),
+        ({"b": "1 2 3 1" + "0" * 400}, "image=image box=b", "the box"),
         ({"b": "left"}, "image=image box=b", "the box 'left'"),
         ({"b": [[1, 2, 3, 4], [5]]}, "image=image box=b", r"the box '\[5\]'"),
         ({"b": [1, 2, 3, 4], "l": ["a", "b"]}, "image=image box=b label=l", "2 labels for 1"),

@@ -53,7 +53,8 @@ def recognised(records: Sequence[Record], where: str) -> tuple[Format, str]:
         if reason is not None:
             return form, reason
     seen = _keys_of(records[0])
-    nearest = max(FORMATS, key=lambda form: (len(form.keys & seen), form is table.FORMAT))
+    # Of equally near ones the most general.
+    nearest = max(reversed(FORMATS), key=lambda form: len(form.keys & seen))
     advice = f"--format {nearest.name}, for rows such as {nearest.looks}"
     if nearest is table.FORMAT:
         advice = f"name its columns, perhaps with {table.suggestion(records[0])}"

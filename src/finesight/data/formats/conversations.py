@@ -4,7 +4,8 @@
                    {"from": "assistant", "value": "A dog on a lawn."}]}
 
 Any number of turns, several pictures anywhere in the text. Where a record names its pictures under
-`image` or `images`, each `<image>` in the text is the next of them.
+`image` or `images`, each `<image>` in the text is the next of them. See `boxed_text` for what is
+read of boxes in the answers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from finesight.data.case import Case
+from finesight.data.formats.boxed_text import answer_parts
 from finesight.data.formats.format import (
     PICTURE_KEYS,
     Format,
@@ -22,7 +24,8 @@ from finesight.data.formats.format import (
     pieces,
     plain,
 )
-from finesight.data.formats.turns import Role, read_turns, texts_in
+from finesight.data.formats.picture_path import is_path
+from finesight.data.formats.turns import Role, read_turns, said_in
 from finesight.data.rows import Record, Row
 from finesight.data.sample import Part
 from finesight.errors import UserError
@@ -32,10 +35,10 @@ MARK = re.compile(r"<\|vision_start\|>(?P<path>.*?)<\|vision_end\|>|<image>", re
 
 def detect(records: Sequence[Record]) -> str | None:
     """Turns whatever they hold: formats with marks of their own are asked first."""
-    texts = texts_in(records)
-    if texts is None:
+    said = [said_in(record) for record in records]
+    if not all(said):
         return None
-    marks = sum(len(MARK.findall(text)) for text in texts)
+    marks = sum(len(MARK.findall(text)) for turns in said for _, text in turns)
     return f"turns with text under `value`, {marks} pictures marked in the first {len(records)}"
 
 
@@ -46,11 +49,19 @@ def read(row: Row, reading: Reading) -> Case:
     unplaced = iter(named)
 
     def parts_of(role: Role, text: str) -> Iterator[Part]:
+        if role == "user" and is_path(text):
+            raise UserError(
+                f"the user says nothing but a path, {text.strip()[:60]!r}",
+                expected="a question, with the path in a mark if it is a picture",
+                remedy="choose --format picture-path if all rows are so, or correct the row",
+            )
         for piece in pieces(text, MARK):
-            if isinstance(piece, str):
-                yield plain(piece)
-            else:
+            if not isinstance(piece, str):
                 yield scene.picture(piece["path"] or _next(unplaced, text))
+            elif role == "assistant":
+                yield from answer_parts(piece, scene)
+            else:
+                yield plain(piece)
 
     case = read_turns(row, reading, parts_of, *PICTURE_KEYS)
     left = len(list(unplaced))
@@ -79,5 +90,5 @@ FORMAT = Format(
     keys=frozenset({"conversations", "from", "value"}),
     detect=detect,
     read=read,
-    takes=frozenset({"prompt"}),
+    takes=frozenset({"prompt", "boxes"}),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from finesight.data.sample import BoxPart, ImagePart, Part, TextPart
 from finesight.errors import UserError
 
 PICTURE_KEYS = ("image", "images")
-UNREAD_KEYS = frozenset(
-    {"video", "videos", "audio", "audios", "tools", "objects", "history", "rejected_response"}
+UNREAD_KEYS = (
+    *("video", "videos", "audio", "audios"),
+    *("tools", "objects", "history", "rejected_response"),
 )
 """Keys by which other programs add to a conversation what would be lost here."""
 
-_MARKS = re.compile(r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<box>\s*\(|<image>")
+_MARKS = re.compile(
+    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\(|<image>"
+)
 
 
 @dataclass(slots=True)
@@ -59,7 +62,7 @@ class Reading:
         said = any(isinstance(part, TextPart) and part.text.strip() for part in parts)
         if self.prompt is None and not said:
             raise UserError(
-                f"a question of {len(parts)} pictures without words",
+                f"a question without words (pictures: {len(parts)})",
                 expected="something that the model is asked about the picture",
                 remedy='give --prompt "..." (or --prompt "" to ask by the picture alone)',
             )
@@ -146,9 +149,9 @@ def plain(text: str) -> TextPart:
     return TextPart(text=text)
 
 
-def refuse_unread(record: Record) -> None:
-    """Raise UserError for keys that hold more than notes and would be lost."""
-    lost = sorted(UNREAD_KEYS & record.keys())
+def refuse_unread(record: Record, keys: Iterable[str] = UNREAD_KEYS) -> None:
+    """Raise UserError where one of `keys` holds anything: it would be lost."""
+    lost = sorted(key for key in keys if record.get(key))
     if lost:
         raise UserError(
             f"the key {lost[0]!r} with {str(record[lost[0]])[:60]}",

@@ -14,8 +14,16 @@ from collections.abc import Iterator, Sequence
 
 from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
-from finesight.data.formats.format import Format, Reading, Scene, pieces, plain
-from finesight.data.formats.turns import Role, read_turns, texts_in
+from finesight.data.formats.format import (
+    PICTURE_KEYS,
+    Format,
+    Reading,
+    Scene,
+    pieces,
+    plain,
+    refuse_unread,
+)
+from finesight.data.formats.turns import Role, read_turns, said_in
 from finesight.data.rows import Record, Row
 from finesight.data.sample import Part
 
@@ -31,8 +39,8 @@ GRID = BoxForm(format="xyxy", units="1000")
 
 def detect(records: Sequence[Record]) -> str | None:
     """A picture, box or reference in Qwen-VL's marks, in any turn."""
-    found = (match[0] for text in texts_in(records) or () for match in MARK.finditer(text))
-    first = next(found, None)
+    texts = (text for record in records for _, text in said_in(record))
+    first = next((match[0] for text in texts for match in MARK.finditer(text)), None)
     return f"a turn holds {first.strip()[:60]!r}" if first else None
 
 
@@ -52,7 +60,10 @@ def read(row: Row, reading: Reading) -> Case:
                 for box in re.findall(_BOX, piece["boxes"]):
                     yield scene.box(re.findall(r"[\d.]+", box), piece["label"], GRID)
 
-    return read_turns(row, reading, parts_of)
+    case = read_turns(row, reading, parts_of)
+    if not scene.pictures:
+        refuse_unread(row.record, PICTURE_KEYS)
+    return case
 
 
 FORMAT = Format(

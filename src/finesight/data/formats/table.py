@@ -2,24 +2,29 @@
 
 The user's turn is the picture (or several, from a list), then the question, then the prompt on a
 line of its own. A list of answers becomes a training sample each. Boxes without an answer are the
-answer; with both, the answer's text comes first and the boxes on the next line.
+answer; with both, the answer's text comes first and the boxes on the next line. See `boxed_text`
+for boxes within the text of an answer.
 """
 
 from __future__ import annotations
 
-import json
+import ast
 import re
 from collections.abc import Iterator, Sequence
 
 from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
+from finesight.data.formats.boxed_text import answer_parts
 from finesight.data.formats.format import Format, Reading, Scene, listed, plain
 from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, Message, Part, TextPart
+from finesight.data.sample import BoxPart, Message, Part
 from finesight.errors import UserError
 
 COLUMNS = ("image", "answer", "question", "box", "label")
 """What a column can be mapped to."""
+
+_GAP = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
+"""White space or a semicolon that parts two numbers or two boxes."""
 
 _USUAL_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
@@ -48,16 +53,16 @@ def suggestion(record: Record) -> str:
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
     scene = Scene(reading)
-    parts: list[Part] = [scene.picture(value) for value in listed(_cell(row, reading, "image"))]
+    parts: list[Part] = list(_pictures(row, reading, scene))
     question = _cell(row, reading, "question")
     if question is not None:
         parts.append(plain(_words(question, "question")))
     user = Message(role="user", content=reading.asked(parts))
     boxes = tuple(_boxes(row, reading, scene))
     texts = [_words(answer, "answer") for answer in listed(_cell(row, reading, "answer"))]
-    answers: list[tuple[Part, ...]] = [(TextPart(text=text),) for text in texts]
-    if boxes:
-        answers = [(TextPart(text=f"{text}\n"), *boxes) for text in texts] or [boxes]
+    answers = [(*answer_parts(f"{text}\n" if boxes else text, scene), *boxes) for text in texts]
+    if boxes and not texts:
+        answers = [boxes]
     if not answers:
         raise UserError(
             f"no answer in {', '.join(reading.columns.values())}",
@@ -65,6 +70,13 @@ def read(row: Row, reading: Reading) -> Case:
             remedy="give --map answer=COLUMN or --map box=COLUMN, or leave the row out",
         )
     return Case(row.id, (user,), tuple(answers))
+
+
+def _pictures(row: Row, reading: Reading, scene: Scene) -> Iterator[Part]:
+    """An empty list says that there is no picture; an empty cell leaves it open, and is refused."""
+    if "image" in reading.columns:
+        values = _cell(row, reading, "image")
+        yield from map(scene.picture, values if isinstance(values, list) else [values])
 
 
 def _cell(row: Row, reading: Reading, role: str) -> object:
@@ -88,7 +100,7 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
 
 
 def _words(value: object, role: str) -> str:
-    text = "" if value is None else str(value)
+    text = "" if value is None or value != value else str(value)  # only NaN is not itself
     if not text.strip() or isinstance(value, dict | list | bytes):
         raise UserError(
             f"the {role} is {str(value)[:60]!r}",
@@ -114,13 +126,16 @@ def _boxes(row: Row, reading: Reading, scene: Scene) -> Iterator[BoxPart]:
 
 
 def _box_list(value: object) -> list[object]:
-    """One box or a list of them; in a CSV cell as "1, 2, 3, 4" or in brackets."""
+    """One box or a list of them; in a cell of text as "1, 2, 3, 4", with or without brackets and
+    commas, as Python and numpy print them."""
     if isinstance(value, str) and value.strip():
-        text = re.sub(r"[,;\s]+", ",", value.strip())
         try:
-            value = json.loads(text if text.startswith("[") else f"[{text}]")
-        except ValueError:
+            parsed = ast.literal_eval(_GAP.sub(",", value.strip()))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, list | tuple):
             return [value]  # refused with its text by whoever reads the four numbers
+        value = parsed
     items = listed(value or None)
     return items if not items or isinstance(items[0], list | tuple) else [items]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from finesight.data.case import Case, case_of
@@ -34,7 +34,7 @@ def read_turns(
     refuse_unread(row.record)
     messages: list[Message] = []
     asked = False
-    for role, text in turns_of(row.record):
+    for role, text in _turns_of(row.record):
         parts = tuple(parts_of(role, text))
         if role == "user" and not asked:
             parts, asked = reading.asked(parts), True
@@ -42,7 +42,7 @@ def read_turns(
     return case_of(row.id, messages, notes_of(row.record, "conversations", "system", *read))
 
 
-def turns_of(record: Record) -> list[tuple[Role, str]]:
+def _turns_of(record: Record) -> list[tuple[Role, str]]:
     """Who says what, the record's own system prompt first. Raises UserError for other shapes."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -58,10 +58,9 @@ def turns_of(record: Record) -> list[tuple[Role, str]]:
 
 def _turn(turn: object) -> tuple[Role, str]:
     if isinstance(turn, dict):
-        speaker = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
-        text = turn.get("value")
-        if isinstance(text, str) and speaker in ROLES:
-            return ROLES[str(speaker)], text
+        role, text = _role(turn), turn.get("value")
+        if role is not None and isinstance(text, str):
+            return role, text
     raise UserError(
         f"the turn {str(turn)[:80]}",
         expected=f"{{from: ..., value: text}} said by one of {', '.join(ROLES)}",
@@ -69,18 +68,22 @@ def _turn(turn: object) -> tuple[Role, str]:
     )
 
 
-def texts_in(records: Sequence[Record]) -> list[str] | None:
-    """All texts of the records' turns; None when a record has no turns with `value`."""
-    texts = []
-    for record in records:
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not turns:
-            return None
-        for turn in turns:
-            if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-                return None
-            texts.append(turn["value"])
-    return texts
+def _role(turn: Record) -> Role | None:
+    speaker = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
+    return ROLES.get(speaker) if isinstance(speaker, str) else None
+
+
+def said_in(record: Record) -> list[tuple[Role | None, str]]:
+    """Who says what in a record's turns, to tell formats apart by.
+
+    Turns without text are passed over here; they are refused, with their row, when it is read.
+    """
+    turns = record.get("conversations")
+    return [
+        (_role(turn), turn["value"])
+        for turn in (turns if isinstance(turns, list) else [])
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+    ]
 
 
 def notes_of(record: Record, *read: str) -> Record:

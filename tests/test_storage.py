@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dying_disk import DyingDisk
+from dying_disk import DyingDisk, PowerCut
 from safetensors.numpy import load_file, save_file
 
 from finesight import storage
@@ -81,25 +81,34 @@ def replace_generation(store: Path) -> None:
     storage.remove_folder(store / "old")
 
 
-def in_dying_child(last: int, action: Callable[[Path], None], store: Path) -> bool:
-    """Whether `action` got through in a child that dies before its operation number `last`."""
+def in_dying_child(
+    last: int, action: Callable[[Path], None], store: Path, crash: str = "process"
+) -> bool:
+    """Whether `action` got through in a child that dies before its operation number `last`, alone
+    or with the power; when it got through, the power goes off after it."""
     child = os.fork()
     if child == 0:
-        with storage.using(DyingDisk(last)):
+        disk = PowerCut(last, store) if crash == "power" else DyingDisk(last)
+        with storage.using(disk):
             action(store)
+        if crash == "power" and os.fork() == 0:
+            disk.die()
+        elif crash == "power":
+            os.wait()
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL, f"child ended {status}"
     return os.WIFEXITED(status)
 
 
-def test_killed_at_every_operation_leaves_a_legal_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crash", ["process", "power"])
+def test_killed_at_every_operation_leaves_a_legal_state(tmp_path: Path, crash: str) -> None:
     legal = [{"old": OLD}, {"old": OLD, "new": NEW}, {"new": NEW}]
     seen = []
     for last in range(1, 100):
         store = tmp_path / str(last)
         write_all(store / "old", OLD)
-        done = in_dying_child(last, replace_generation, store)
+        done = in_dying_child(last, replace_generation, store, crash)
         assert visible(store) in legal, f"illegal state when killed before operation {last}"
         seen.append(legal.index(visible(store)))
         if done:
@@ -119,11 +128,12 @@ def rewrite_file(store: Path) -> None:
     storage.write_file(store / "file", b"new" * 1000)
 
 
-def test_killed_at_every_operation_a_file_is_old_or_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crash", ["process", "power"])
+def test_killed_at_every_operation_a_file_is_old_or_new(tmp_path: Path, crash: str) -> None:
     (tmp_path / "file").write_bytes(b"old")
     seen = set()
     for last in range(1, 20):
-        done = in_dying_child(last, rewrite_file, tmp_path)
+        done = in_dying_child(last, rewrite_file, tmp_path, crash)
         seen.add((tmp_path / "file").read_bytes())
         if done:
             break

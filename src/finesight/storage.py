@@ -174,7 +174,7 @@ def verify_folder(path: Path) -> None:
     where, remedy = str(path), "restore the folder from a copy, or delete it and make it again"
     manifest = path / DIGESTS
     if not path.is_dir():
-        raise UserError("there is no such folder", where=where, remedy="check the path")
+        raise UserError(f"there is no folder {path.name}", where=where, remedy="check the path")
     if not manifest.is_file():
         raise UserError(
             f"{DIGESTS} is missing: the folder is incomplete", where=where, remedy=remedy
@@ -307,7 +307,7 @@ def _write_all(file: int, data: bytes) -> None:
 def _refuse_existing(target: Path) -> None:
     if target.exists():
         raise UserError(
-            "exists already and is never overwritten",
+            f"{target.name} exists already and is never overwritten",
             where=str(target),
             remedy="choose another name, or move it away first",
         )

@@ -1,0 +1,42 @@
+"""`finesight train`: a recipe becomes a tuned model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file of settings.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings in place of the recipe's: train.batch=8"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint, or begin where there is none."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON object at the end.")
+    ] = False,
+) -> None:
+    """Tune a model as a recipe says, and measure it before and after.
+
+    SIGINT (Ctrl-C) and SIGTERM stop it after writing a checkpoint, with exit code 75; the same
+    command with --resume goes on from there as if nothing had happened.
+
+    Example: finesight train recipes/latex.yaml train.epochs=1 output=runs/short
+    """
+    from finesight.recipe import load_recipe
+    from finesight.train.loop import train as run
+
+    result = run(load_recipe(recipe, overrides or ()), resume=resume)
+    if as_json:
+        typer.echo(json.dumps(result.as_json()))

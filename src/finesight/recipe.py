@@ -1,0 +1,384 @@
+"""A recipe file becomes typed settings, or one message that names every mistake in it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from finesight.config import Recipe, Section
+from finesight.errors import UserError
+
+Key = tuple[str | int, ...]
+"""A place in a recipe: names of groups and settings, numbers in lists."""
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number, such as 0.1",
+    "float_parsing": "a number, such as 0.1",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "path_type": "a path",
+    "is_instance_of": "a path",
+    "finite_number": "a finite number",
+    "literal_error": "one of {expected}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number from {ge} upwards",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number up to {le}",
+    "too_short": "at least {min_length} items",
+    "too_long": "at most {max_length} items",
+}
+"""What a setting should have been, by pydantic's error types; the braces are filled from them."""
+
+_EXAMPLES = {
+    "model": "Qwen/Qwen2-VL-2B-Instruct",
+    "data": "{train: my/train.jsonl, eval: my/eval.jsonl}",
+    "train": "my/train.jsonl",
+    "path": "my/train.jsonl",
+    "output": "runs/first",
+    "metric": "captions",
+    "default": "1.0e-4",
+    "height": "280",
+    "width": "280",
+    "longest_side": "512",
+    "min_pixels": "3136",
+    "max_pixels": "401408",
+}
+"""Something to write for each setting that has no default."""
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """One wrong setting, in the pieces of a UserError."""
+
+    key: Key
+    what: str
+    expected: str
+    remedy: str
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `group.setting=value` overrides, the values read as YAML.
+
+    Paths inside stay as written: relative ones are relative to the current working directory, not
+    to the recipe's folder. Raises UserError for a file that cannot be read, broken YAML, a key
+    given twice, and for settings that are unknown, missing or of a wrong type (all in one message).
+    """
+    text = _read(path)
+    lines = _lines_of_keys(text, path)
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"holds {_shown(content)}, which is not a recipe",
+            where=str(path),
+            expected="settings by name, such as model, data, output",
+            remedy="start from one of the files in recipes/",
+        )
+    changed = {_override(content, override): override for override in overrides}
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes = _mistakes(error.errors(include_url=False), content)
+        places = [_place(path, m.key, lines, changed) for m in mistakes]
+        raise _as_user_error(path, mistakes, places) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Every setting in force, defaults included, as YAML that `load_recipe` reads back."""
+    content = recipe.model_dump(mode="json")
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def setting_names(section: type[Section] = Recipe) -> list[str]:
+    """Dotted names of all settings, groups opened up: `model`, `data.train.path`, ..."""
+    names = []
+    for name, field in section.model_fields.items():
+        groups = list(_sections_in(field.annotation))
+        inner = [f"{name}.{leaf}" for group in groups for leaf in setting_names(group)]
+        names += inner or [name]
+    return names
+
+
+def _sections_in(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in _neighbours(path)], n=1)
+        raise UserError(
+            "no such recipe",
+            where=str(path),
+            expected="a YAML file",
+            remedy=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(path),
+            expected="a YAML file in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            expected="a YAML file",
+            remedy="check the path and its permissions",
+        ) from error
+
+
+def _neighbours(path: Path) -> Iterable[Path]:
+    return path.parent.iterdir() if path.parent.is_dir() else ()
+
+
+def _lines_of_keys(text: str, path: Path) -> dict[Key, int]:
+    """The line of every key, counted from 1; refuses broken YAML and keys given twice."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[Key, int] = {}
+        if root is not None:
+            _collect_lines(root, (), path, lines)
+        yaml.safe_load(text)  # tags that SafeLoader does not know show only when it builds
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(
+            f"broken YAML: {error.problem or error.context}",
+            where=f"{path}:{mark.line + 1}" if mark else str(path),
+            expected="settings as `name: value`, groups indented by spaces",
+            remedy="correct this line or the one above it",
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"broken YAML: {error}",
+            where=str(path),
+            expected="settings as `name: value`, groups indented by spaces",
+            remedy="remove what YAML cannot hold",
+        ) from error
+    return lines
+
+
+def _collect_lines(node: yaml.Node, key: Key, path: Path, lines: dict[Key, int]) -> None:
+    if len(key) > 16:  # a YAML alias may point at its own parent
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*key, index)] = item.start_mark.line + 1
+            _collect_lines(item, (*key, index), path, lines)
+    elif isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            line, inner = name.start_mark.line + 1, (*key, str(name.value))
+            if inner in lines:
+                raise UserError(
+                    f"{_dotted(inner)} is given twice, first on line {lines[inner]}",
+                    where=f"{path}:{line}",
+                    expected="each setting once",
+                    remedy="remove one of the two",
+                )
+            lines[inner] = line
+            _collect_lines(value, inner, path, lines)
+
+
+def _override(content: dict[str, Any], override: str) -> Key:
+    """Set one `a.b=value` in the content; gives the key it set."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise UserError(
+            f"{override!r} is not an override",
+            where="command line",
+            expected="group.setting=value",
+            remedy="for example train.batch=8",
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{text!r} cannot be read as YAML",
+            where=f"override {name}",
+            expected="a value such as 8, 1e-4, lora, [a, b] or {height: 112, width: 504}",
+            remedy="put quotes around text with special characters",
+        ) from error
+    key: Key = tuple(int(p) if p.isdigit() else p for p in name.strip().split("."))
+    node: Any = content
+    for depth, piece in enumerate(key):
+        if not _can_hold(node, piece):
+            raise UserError(
+                f"{_dotted(key[:depth])} is {_shown(node)}, which has no {piece!r} inside",
+                where=f"override {override}",
+                expected=f"a group with the setting {piece!r}",
+                remedy=f"override {_dotted(key[:depth])} as a whole, or change the recipe",
+            )
+        if depth == len(key) - 1:
+            node[piece] = value
+        elif isinstance(node, dict) and node.get(piece) is None:
+            node[piece] = {}
+        node = node[piece]
+    return key
+
+
+def _can_hold(node: object, piece: str | int) -> bool:
+    if isinstance(piece, int):
+        return isinstance(node, list) and piece < len(node)
+    return isinstance(node, dict)
+
+
+def _mistakes(errors: Sequence[ErrorDetails], content: dict[str, Any]) -> list[_Mistake]:
+    """Pydantic's errors, one for each place. Where a setting may take several forms, pydantic
+    reports every form's errors: the form with the fewest is the one that was meant."""
+    forms: dict[Key, dict[str | int, list[ErrorDetails]]] = {}
+    for error in errors:
+        key, choice, form = _split(error, content)
+        # Errors inside one group of several possible forms compete as a whole.
+        forms.setdefault(key[:choice], {}).setdefault(form, []).append(error)
+    found: dict[Key, list[ErrorDetails]] = {}
+    for by_form in forms.values():
+        fewest = min(len(group) for group in by_form.values())
+        for group in by_form.values():
+            if len(group) == fewest:
+                for error in group:
+                    found.setdefault(_split(error, content)[0], []).append(error)
+    return [_mistake(key, group) for key, group in found.items()]
+
+
+def _split(error: ErrorDetails, content: dict[str, Any]) -> tuple[Key, int, str | int]:
+    """The error's place as the user wrote it, how deep a choice of forms was in it (its whole
+    length where there was none), and the form that was tried.
+
+    Pydantic mixes the names of a union's members into the place; they are what cannot be found in
+    the content.
+    """
+    node: Any = content
+    key: list[str | int] = []
+    choice: int | None = None
+    form: str | int = ""
+    for index, piece in enumerate(error["loc"]):
+        last = index == len(error["loc"]) - 1
+        if _can_hold(node, piece) and (isinstance(piece, int) or piece in node):
+            node = node[piece]
+            key.append(piece)
+        elif last and error["type"] == "missing" and isinstance(node, dict):
+            key.append(piece)
+        elif choice is None:
+            choice, form = len(key), piece
+    return tuple(key), len(key) if choice is None else choice, form
+
+
+def _mistake(key: Key, errors: Sequence[ErrorDetails]) -> _Mistake:
+    first = errors[0]
+    value = _shown(first["input"])
+    if first["type"] == "extra_forbidden":
+        near = _nearest(key)
+        siblings = ", ".join(_names_in(key[:-1]))
+        remedy = f"did you mean {near}?" if near else "remove it or correct its name"
+        return _Mistake(key, f"unknown setting, given {value}", f"one of {siblings}", remedy)
+    if first["type"] == "missing" and first["loc"][-1] == key[-1]:
+        example = _EXAMPLES[str(key[-1])]
+        remedy = f"add {key[-1]} {_inside(key[:-1])}"
+        return _Mistake(key, "this setting is missing", f"for example {example}", remedy)
+    if first["type"] == "value_error":
+        reason = first["msg"].removeprefix("Value error, ")
+        return _Mistake(key, reason, "settings that agree with each other", "change one of them")
+    expected = " or ".join(dict.fromkeys(_expected(key, error) for error in errors))
+    remedy = f"change {_dotted(key)}" if key else "correct the name"
+    return _Mistake(key, f"has the wrong value {value}", expected, remedy)
+
+
+def _expected(key: Key, error: ErrorDetails) -> str:
+    if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"a group with {', '.join(_names_in(key))}"
+    if error["type"] == "missing":  # in a list of fixed length
+        return f"a list with an item number {error['loc'][-1]}, counted from 0"
+    template = _EXPECTED.get(error["type"])
+    return template.format(**error.get("ctx", {})) if template else error["msg"]
+
+
+def _names_in(group: Key) -> list[str]:
+    """Names of the settings and groups directly inside a group."""
+    start = "".join(f"{piece}." for piece in group if isinstance(piece, str))
+    inner = (n.removeprefix(start) for n in setting_names() if n.startswith(start))
+    return list(dict.fromkeys(name.split(".")[0] for name in inner))
+
+
+def _nearest(key: Key) -> str | None:
+    """The known setting most like an unknown one: in its own group, else anywhere."""
+    wanted = str(key[-1])
+    beside = _most_like(wanted, _names_in(key[:-1]))
+    if beside:
+        return _dotted((*key[:-1], beside))
+    pieces = [name.split(".") for name in setting_names()]
+    by_end = {
+        p[depth]: ".".join(p[: depth + 1])
+        for depth in (3, 2, 1, 0)
+        for p in reversed(pieces)
+        if depth < len(p)
+    }
+    elsewhere = _most_like(wanted, by_end)
+    return by_end[elsewhere] if elsewhere else None
+
+
+def _most_like(wanted: str, names: Iterable[str]) -> str | None:
+    """The name most like the wanted one; also the one it abbreviates (lr for learning_rate)."""
+    named = {"".join(word[0] for word in name.split("_")): name for name in names}
+    if len(wanted) > 1 and wanted in named:
+        return named[wanted]
+    near = difflib.get_close_matches(wanted, list(names), n=1)
+    return near[0] if near else None
+
+
+def _inside(group: Key) -> str:
+    return f"under {_dotted(group)}" if group else "at the top level"
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(piece) for piece in key)
+
+
+def _shown(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _place(path: Path, key: Key, lines: dict[Key, int], changed: dict[Key, str]) -> str:
+    """Where a key was written: an override, or the file and the nearest line known."""
+    for depth in range(len(key), 0, -1):
+        if key[:depth] in changed:
+            return f"override {changed[key[:depth]]}"
+        inside = [override for k, override in changed.items() if k[:depth] == key]
+        if inside and key not in lines:
+            return f"override {inside[0]}"
+        if key[:depth] in lines:
+            return f"{path}:{lines[key[:depth]]}"
+    return str(path)
+
+
+def _as_user_error(path: Path, mistakes: list[_Mistake], places: list[str]) -> UserError:
+    errors = [
+        UserError(
+            f"{_dotted(m.key)}: {m.what}" if m.key else m.what,
+            where=place,
+            expected=m.expected,
+            remedy=m.remedy,
+        )
+        for m, place in zip(mistakes, places, strict=True)
+    ]
+    if len(errors) == 1:
+        return errors[0]
+    listed = "\n".join(str(error) for error in errors)
+    return UserError(f"{len(errors)} settings are wrong\n{listed}", where=str(path))

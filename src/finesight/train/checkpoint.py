@@ -1,0 +1,166 @@
+"""Where a run stands, on disk: `checkpoints/step-N`, each whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finesight.errors import UserError
+from finesight.storage import remove_folder, sweep, verify_folder, write_folder
+
+VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+
+FORMAT = 1
+
+
+class Best(BaseModel):
+    """The checkpoint with the lowest held-out loss so far."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    loss: float
+
+
+class State(BaseModel):
+    """`state.json`: everything beside tensors that a run needs to go on.
+
+    `step` steps are finished, and `samples` is the position in the order of the data, counted in
+    samples since the start. `measured` is the step of the last measurement. `identity` holds the
+    settings and fingerprints that a run which goes on must share, by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    step: int
+    samples: int
+    measured: int
+    best: Best | None
+    loss_scale: dict[str, float]
+    identity: dict[str, Any]
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file, each tensor read when asked for. Raises UserError when damaged."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = _opened(path)
+            self._names: list[str] = list(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"not readable as safetensors: {error}",
+                where=str(path),
+                expected="a file as `finesight train` wrote it",
+                remedy=f"delete {path.parent} to resume from the checkpoint before it",
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _opened(path: Path) -> Any:
+    # Its methods are untyped.
+    return safe_open(path, framework="pt")
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last `keep` of them and the best one stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order."""
+        names = [path.name for path in self.folder.glob("step-*")]
+        numbers = [name.removeprefix("step-") for name in names]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """Its folder."""
+        return self.folder / f"step-{step}"
+
+    def save(
+        self, state: State, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    ) -> None:
+        """Write a checkpoint, then delete those that are not to be kept. One that is there already
+        stays as it is: it was made from the same steps."""
+        if state.step not in self.steps():
+            with write_folder(self.path(state.step)) as folder:
+                save_file(dict(values), folder / VALUES)
+                save_file(dict(moments), folder / MOMENTS)
+                (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
+        wanted = {*self.steps()[-self.keep :], state.best.step if state.best else state.step}
+        for step in self.steps():
+            if step not in wanted:
+                remove_folder(self.path(step))
+
+    def newest(self) -> tuple[State, TensorFile, TensorFile] | None:
+        """The last checkpoint, every byte verified: state, values and moments. None without one.
+
+        Raises UserError naming what is damaged or missing, and where else the run could go on.
+        """
+        sweep(self.folder)
+        steps = self.steps()
+        if not steps:
+            return None
+        folder = self.path(steps[-1])
+        before = f"resume from step {steps[-2]}" if len(steps) > 1 else "start from the beginning"
+        remedy = f"delete {folder} to {before}"
+        try:
+            verify_folder(folder)
+        except UserError as error:
+            raise UserError(
+                error.what, where=error.where, expected=error.expected, remedy=remedy
+            ) from error
+        state = _read_state(folder / STATE, remedy)
+        return state, TensorFile(folder / VALUES), TensorFile(folder / MOMENTS)
+
+
+def _read_state(path: Path, remedy: str) -> State:
+    try:
+        state = State.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(
+            f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
+            where=str(path),
+            expected=f"a state of format {FORMAT}",
+            remedy=f"continue with the finesight that wrote it, or {remedy}",
+        ) from error
+    if state.format != FORMAT:
+        raise UserError(
+            f"the checkpoint has format {state.format}",
+            where=str(path),
+            expected=f"format {FORMAT}",
+            remedy=f"continue with the finesight that wrote it, or {remedy}",
+        )
+    return state
+
+
+def check_identity(stored: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError naming every setting or fingerprint in which the two differ."""
+    now = json.loads(json.dumps(now))
+    different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    if different:
+        raise UserError(
+            "; ".join(f"{name} is {now.get(name)!r} now" for name in different),
+            where=str(where),
+            expected="; ".join(f"{name}={stored.get(name)!r}" for name in different),
+            remedy="resume with the recipe and data the run began with, or give another output",
+        )

@@ -1,0 +1,106 @@
+"""The arithmetic of a step, counted from shapes, and how fast the device can do it.
+
+Counted are the products a training step needs: forwards for everything, backwards to the inputs
+where something before or beside them learns, backwards to the weights that learn. What is computed
+a second time to save memory is not work done, and does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from finesight.encode.encoded import Grid
+from finesight.encode.pack import PackedBatch
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import PARTS, Part, part_of
+from finesight.model.qwen2_5_vl import WindowedTower
+
+
+class Arithmetic:
+    """Counts floating-point operations of training steps of one model."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self._geometry = model.geometry
+        self._windows = _windows_of(model)
+        self._per_row = dict.fromkeys(PARTS, 0)
+        learning: set[Part] = set()
+        reached = False
+        # In the order in which a sample passes the matrices: from the first that learns on, a
+        # gradient has to come back to the input of each.
+        for _, own in groupby(model.named_parameters(), lambda named: _layer_of(named[0])):
+            learns = False
+            for name, parameter in own:
+                part, learns = part_of(name), learns or parameter.requires_grad
+                if parameter.requires_grad:
+                    learning.add(part)
+                # The embedding is looked up, not multiplied; the head comes below.
+                if parameter.dim() == 2 and part != "embeddings":
+                    back = reached or ".adapter.b." in name
+                    self._per_row[part] += _passes(parameter, back) * parameter.numel()
+            reached = reached or learns
+        head = model.head_weight
+        self._per_row["embeddings"] = _passes(head, back=True) * head.numel()
+        self._seeing = 3 if "vision" in learning else 1
+        self._speaking = 3 if learning else 1
+
+    def of(self, batch: PackedBatch) -> float:
+        """Operations of one forward and backward pass over a pack."""
+        return float(self.products(batch) + self.attention(batch.lengths, batch.grids))
+
+    def products(self, batch: PackedBatch) -> int:
+        """Those of the products with weights."""
+        patches = sum(t * h * w for t, h, w in batch.grids)
+        rows: dict[Part, int] = {
+            "vision": patches,
+            "merger": patches // self._geometry.vision.merge**2,
+            "language": sum(batch.lengths),
+            "embeddings": batch.supervised,
+        }
+        return 2 * sum(rows[part] * self._per_row[part] for part in PARTS)
+
+    def attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> int:
+        """Scores and values: 4 x queries x keys x width, half of it where causal, and twice as
+        much again on the way back."""
+        language, vision = self._geometry.language, self._geometry.vision
+        inside, window = self._windows
+        causal = sum(length**2 for length in lengths) * 2 * language.width * language.depth
+        whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
+        windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
+        return causal * self._speaking + 4 * vision.width * (whole + windowed) * self._seeing
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a parameter belongs to, together with its adapter."""
+    return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
+
+
+def _passes(parameter: torch.Tensor, back: bool) -> int:
+    """Forwards; to the input, if a gradient is wanted there; to the weight, if it learns."""
+    return 1 + int(back) + int(parameter.requires_grad)
+
+
+def _windows_of(model: VisionLanguageModel) -> tuple[int, int]:
+    """Blocks of the tower that attend within windows, and the patches of a window."""
+    tower = model.visual
+    if not isinstance(tower, WindowedTower):
+        return 0, 0
+    inside = tower.geometry.depth - len(tower.whole_frame)
+    return inside, (tower.window * tower.geometry.merge) ** 2
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on this device: the limit in practice."""
+    side, rounds = (8192, 8) if device.type == "cuda" else (768, 3)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return float(2 * side**3 / best)

@@ -1,0 +1,151 @@
+"""A run from its recipe to its results."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from rich.console import Console
+
+from finesight.config import Recipe
+from finesight.errors import Interrupted
+from finesight.train.checkpoint import Best, Checkpoints
+from finesight.train.finish import RunResult, finish, finished
+from finesight.train.loader import read_steps
+from finesight.train.measure import measure
+from finesight.train.prepare import Session, prepare
+from finesight.train.progress import Screen
+from finesight.train.report import Reporter, plan_of
+from finesight.train.run import Run
+from finesight.train.schedule import in_steps
+from finesight.train.step import take_step
+from finesight.train.stop import Stop
+from finesight.train.track import trackers
+from finesight.train.workers import WorkerDied
+
+USUAL_SAVE = 0.25
+"""Share of a run between two checkpoints, where the recipe does not say."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Train what the recipe says, from the start or from the newest checkpoint of its output.
+
+    Raises UserError for what the user can mend, before anything is written where possible, and
+    Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
+    """
+    screen = Screen(console or Console(stderr=True))
+    run = Run(recipe.output)
+    run.check_free(resume)
+    if (result := finished(run)) is not None:
+        screen.say(f"{run.folder}: the run has come to its end already")
+        return result
+    session = prepare(recipe, run, screen, resume and run.begun)
+    with run.locked(), ExitStack() as closing_trackers:
+        if not session.progress.step:
+            run.begin(recipe, session.manifest())
+        run.forget_after(session.progress.step, session.progress.measured)
+        run.note_dropped(session.train.survey.dropped)
+        tracks = trackers(recipe, run.folder, screen.say)
+        for tracker in tracks:
+            closing_trackers.enter_context(closing(tracker))
+        # After the trackers, which may take hold of signals themselves.
+        stop = Stop()
+        with stop.listening():
+            return Loop(session, screen, Reporter(session, screen, tracks), stop).go()
+
+
+class Loop:
+    """What one process does for a run."""
+
+    def __init__(self, session: Session, screen: Screen, reporter: Reporter, stop: Stop) -> None:
+        self.session, self.screen, self.reporter, self.stop = session, screen, reporter, stop
+        self.total = len(session.course)
+        settings, evaluation = session.recipe.train, session.recipe.eval
+        save = USUAL_SAVE if settings.save_every is None else settings.save_every
+        self.save_every = in_steps(save, self.total)
+        # Without a metric, the held-out loss costs so little that it is had with every checkpoint.
+        every = save if evaluation is None else (evaluation.every or 0)
+        self.measure_every = in_steps(every, self.total) if session.held_out else 0
+        self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
+
+    def go(self) -> RunResult:
+        """Measure, train, save, measure again, write the results."""
+        progress = self.session.progress
+        self.screen.say(plan_of(self.session))
+        if progress.step:
+            self.screen.say(f"going on after step {progress.step} of {self.total}")
+        try:
+            if self.session.held_out is not None and progress.measured < 0:
+                self.measure("before")
+            self.steps()
+            self.save()
+            if self.session.held_out is not None:
+                self.measure("after")
+        except (Interrupted, WorkerDied) as cause:
+            # A scheduler may send the signal to the workers as well.
+            if not self.stop.asked:
+                raise
+            self.reporter.catch_up()
+            self.save()
+            raise self.interruption() from cause
+        return finish(self.session, self.screen)
+
+    def steps(self) -> None:
+        """Every step that is left, and what falls due between them."""
+        session, progress = self.session, self.session.progress
+        pin = session.machine.device.type == "cuda"
+        self.after_step()
+        reading = read_steps(session.data, progress.step, session.machine.workers, pin)
+        with closing(reading) as steps, self.reporter.showing(self.total):
+            for step in steps:
+                taken = take_step(session, step, self.stop)
+                progress.step += 1
+                self.reporter.take(taken)
+                self.after_step()
+            self.reporter.catch_up()
+
+    def after_step(self) -> None:
+        """Measure, save and stop where it is time to; otherwise do not wait for the device."""
+        measuring, saving = self.due(self.measure_every), self.due(self.save_every)
+        if not (measuring or saving or self.stop.asked):
+            return
+        self.reporter.catch_up()
+        progress = self.session.progress
+        if measuring and progress.measured < progress.step:
+            self.measure(f"step-{progress.step}")
+        if saving:
+            self.save()
+        self.stop.check()
+        self.reporter.restart_clock()
+
+    def due(self, every: int) -> bool:
+        """Whether the step just finished is one of every so many. After the last step everything
+        happens anyway."""
+        step = self.session.progress.step
+        return every > 0 and 0 < step < self.total and step % every == 0
+
+    def measure(self, name: str) -> None:
+        """Measure and report; a lowest held-out loss between start and end earns a checkpoint."""
+        progress = self.session.progress
+        measured = measure(self.session, name, self.screen, self.stop)
+        self.reporter.measured(measured)
+        progress.measured = progress.step
+        lowest = progress.best is None or measured.held_out_loss < progress.best.loss
+        if lowest and 0 < progress.step < self.total:
+            progress.best = Best(step=progress.step, loss=measured.held_out_loss)
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint of the steps finished so far, unless it is there already."""
+        if self.session.progress.step:
+            masters = self.session.masters
+            self.checkpoints.save(self.session.state(), masters.values(), masters.moments())
+
+    def interruption(self) -> Interrupted:
+        """Where the run stands and how to go on."""
+        step = self.session.progress.step
+        saved = f"checkpoint of step {step} written" if step else "no step was finished"
+        assert self.stop.signal is not None, "an interruption without a signal"
+        return Interrupted(
+            f"stopped by {self.stop.signal.name}, {saved} in {self.session.run.folder};"
+            " the same command with --resume goes on"
+        )

@@ -1,0 +1,95 @@
+"""Cross entropy at the learned tokens, without ever holding all logits.
+
+Shapes: L learned tokens, D width of the model, V words of the vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+LOGITS_BYTES = 1 << 30
+"""Most bytes of fp32 logits that exist at a time."""
+
+
+def label_loss(
+    h_LD: Tensor, head_VD: Tensor, target_L: Tensor, scale: Tensor, rows: int | None = None
+) -> Tensor:
+    """`scale` times the sum over L of the cross entropy of softmax(h head^T); a scalar in fp32.
+
+    The gradients are made on the way forward, chunk by chunk, so the product with the head is
+    computed once. The softmax is in fp32; `scale` (a scalar on the device, in fp32) multiplies
+    its gradient before that is rounded to the type of `h_LD`, which keeps small probabilities
+    alive in fp16. `rows` sets the size of a chunk (by default so many that their logits fill
+    `LOGITS_BYTES`). Nothing waits for the device.
+    """
+    target_L = target_L.long()
+    rows = rows or max(1, LOGITS_BYTES // (4 * len(head_VD)))
+    if not torch.is_grad_enabled():
+        total = scale.new_zeros(())
+        for at in range(0, len(h_LD), rows):
+            total += _chunk(h_LD[at : at + rows], head_VD, target_L[at : at + rows])[0]
+        return total * scale
+    apply: Callable[..., Tensor] = _LabelLoss.apply
+    return apply(h_LD, head_VD, target_L, scale, rows)
+
+
+def _chunk(h_CD: Tensor, head_VD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross entropy, unnormalised probabilities [C, V] and their sums [C, 1]."""
+    logits_CV = (h_CD @ head_VD.T).float()
+    at_target_C1 = logits_CV.gather(1, target_C[:, None])
+    highest_C1 = logits_CV.amax(1, keepdim=True)
+    weights_CV = logits_CV.sub_(highest_C1).exp_()
+    sums_C1 = weights_CV.sum(1, keepdim=True)
+    return (sums_C1.log() + highest_C1 - at_target_C1).sum(), weights_CV, sums_C1
+
+
+class _LabelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        h_LD: Tensor,
+        head_VD: Tensor,
+        target_L: Tensor,
+        scale: Tensor,
+        rows: int,
+    ) -> Tensor:
+        needs_h, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        total = scale.new_zeros(())
+        grad_LD = torch.empty_like(h_LD) if needs_h else None
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
+        for at in range(0, len(h_LD), rows):
+            h_CD, target_C = h_LD[at : at + rows], target_L[at : at + rows]
+            loss, weights_CV, sums_C1 = _chunk(h_CD, head_VD, target_C)
+            total += loss
+            if grad_LD is None and grad_VD is None:
+                continue
+            # d loss / d logits = softmax - one hot, times the scale.
+            weights_CV.mul_(scale / sums_C1)
+            weights_CV.scatter_add_(1, target_C[:, None], -scale.expand(len(h_CD), 1))
+            grad_CV = weights_CV.to(h_LD.dtype)
+            if grad_LD is not None:
+                torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])
+            if grad_VD is not None:
+                grad_VD += grad_CV.T @ h_CD
+        narrow_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
+        ctx.save_for_backward(grad_LD, narrow_VD)  # type: ignore[arg-type]
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, outer: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_LD, grad_VD = ctx.saved_tensors  # type: ignore[attr-defined]
+        by = outer.to(torch.float32)
+        return (
+            None if grad_LD is None else grad_LD.mul_(by),
+            None if grad_VD is None else grad_VD.mul_(by),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,258 @@
+"""AdamW over fp32 masters: gradients of all micro-batches are summed, and stepped, in fp32.
+
+Shapes: E numbers of a group of parameters, laid end to end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finesight.config import Train
+from finesight.errors import UserError
+from finesight.model.parts import PARTS, Part, part_of
+
+_ALIGNED = 64
+"""Numbers between possible starts of a parameter, so that each stays aligned to 128 bytes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one parameter lies in its group."""
+
+    name: str
+    parameter: nn.Parameter
+    place: slice
+
+    def of(self, flat_E: Tensor) -> Tensor:
+        """This parameter's part of a tensor of its group, in its own shape."""
+        return flat_E[self.place].view(self.parameter.shape)
+
+
+class Group:
+    """Parameters of one part that share learning rate and weight decay.
+
+    `master_E` holds their fp32 values end to end, `narrow_E` those that the model computes with
+    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far.
+    """
+
+    def __init__(self, part: Part, decay: float, rate: float, named: Mapping[str, nn.Parameter]):
+        self.part, self.decay, self.rate = part, decay, rate
+        self.pieces: list[Piece] = []
+        end = 0
+        for name, parameter in named.items():
+            self.pieces.append(Piece(name, parameter, slice(end, end + parameter.numel())))
+            end += -(-parameter.numel() // _ALIGNED) * _ALIGNED
+        first = self.pieces[0].parameter
+        kinds = {(p.dtype, p.device) for p in named.values()}
+        assert len(kinds) == 1, f"parameters of {part} differ in type or device: {kinds}"
+        self.narrow_E = torch.zeros(end, dtype=first.dtype, device=first.device)
+        for piece in self.pieces:
+            piece.of(self.narrow_E).copy_(piece.parameter.detach())
+            piece.parameter.data = piece.of(self.narrow_E)
+        same = first.dtype == torch.float32
+        self.master_E = nn.Parameter(
+            self.narrow_E if same else self.narrow_E.float(), requires_grad=True
+        )
+        self.grad_E = torch.zeros(end, dtype=torch.float32, device=first.device)
+        self.master_E.grad = self.grad_E
+        for piece in self.pieces:
+            self._collect(piece)
+
+    def _collect(self, piece: Piece) -> None:
+        register: Callable[..., object] = piece.parameter.register_post_accumulate_grad_hook
+        sum_of_grads = piece.of(self.grad_E)
+
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None, f"{piece.name} was visited without a gradient"
+            sum_of_grads.add_(parameter.grad)
+            parameter.grad = None
+
+        register(collect)
+
+    def publish(self) -> None:
+        """Give the model the masters' values, rounded to its own type."""
+        if self.narrow_E.dtype != torch.float32:
+            self.narrow_E.copy_(self.master_E.detach())
+
+
+class Masters:
+    """The parameters that learn, their gradients and AdamW's moments, all in fp32.
+
+    From here on the model's parameters are views into one tensor a group, and a micro-batch's
+    gradients move into the masters' sums as soon as autograd has made them.
+    """
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter], train: Train) -> None:
+        self.groups = list(_groups(trainable, train))
+        cuda = next(iter(trainable.values())).is_cuda
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [group.master_E], "lr": group.rate, "weight_decay": group.decay}
+                for group in self.groups
+            ],
+            betas=train.betas,
+            fused=cuda,
+        )
+        self.clip = train.clip
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of all gradients, a scalar on the device."""
+        norms = [torch.linalg.vector_norm(group.grad_E) for group in self.groups]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
+
+    def step(self, factor: float, norm: Tensor, grad_scale: float = 1.0) -> None:
+        """One step at `factor` times the groups' learning rates; then the gradients are zero.
+
+        `norm` is what `norm()` returned; the gradients are still multiplied by `grad_scale`
+        (fp16), and are clipped to the recipe's norm once they are not. Waits for nothing.
+        """
+        shrink = torch.full_like(norm, 1 / grad_scale)
+        if self.clip is not None:
+            # The small number keeps a norm of zero from dividing.
+            shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
+        for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
+            group.grad_E.mul_(shrink)
+            settings["lr"] = group.rate * factor
+        self.adamw.step()
+        for group in self.groups:
+            group.publish()
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Drop what the micro-batches since the last step have summed up."""
+        for group in self.groups:
+            group.grad_E.zero_()
+
+    def rates(self, factor: float) -> dict[str, float]:
+        """Learning rate of each part that learns, at `factor` of the schedule."""
+        return {group.part: group.rate * factor for group in self.groups}
+
+    def values(self) -> dict[str, Tensor]:
+        """The fp32 value of every parameter that learns, by native name; views, not copies."""
+        return {
+            piece.name: piece.of(group.master_E.detach())
+            for group in self.groups
+            for piece in group.pieces
+        }
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state as tensors: `first.NAME`, `second.NAME`, and `steps`, a count."""
+        taken = self.adamw.state[self.groups[0].master_E].get("step", torch.tensor(0.0))
+        tensors = {"steps": taken.detach().clone().cpu()}
+        for group in self.groups:
+            first_E, second_E = self._moments_of(group)
+            for piece in group.pieces:
+                tensors[f"first.{piece.name}"] = piece.of(first_E)
+                tensors[f"second.{piece.name}"] = piece.of(second_E)
+        return tensors
+
+    def reached(self) -> set[str]:
+        """Names of the parameters that a gradient other than zero has ever come to."""
+        seen = {
+            piece.name: piece.of(self._moments_of(group)[1]).any()
+            for group in self.groups
+            for piece in group.pieces
+        }
+        flags = torch.stack(list(seen.values())).tolist()
+        return {name for name, flag in zip(seen, flags, strict=True) if flag}
+
+    def _moments_of(self, group: Group) -> tuple[Tensor, Tensor]:
+        state = self.adamw.state[group.master_E]
+        if not state:
+            # What AdamW would start from at its first step.
+            state["step"] = torch.tensor(0.0)
+            if group.master_E.is_cuda:
+                state["step"] = state["step"].to(group.master_E.device)
+            state["exp_avg"] = torch.zeros_like(group.master_E)
+            state["exp_avg_sq"] = torch.zeros_like(group.master_E)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Continue from what `values` and `moments` returned; the names must be the same."""
+        own = self.values()
+        differing = sorted(set(own) ^ set(values))
+        assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
+        for group in self.groups:
+            first_E, second_E = self._moments_of(group)
+            self.adamw.state[group.master_E]["step"].copy_(moments["steps"])
+            for piece in group.pieces:
+                piece.of(group.master_E.detach()).copy_(values[piece.name])
+                piece.of(first_E).copy_(moments[f"first.{piece.name}"])
+                piece.of(second_E).copy_(moments[f"second.{piece.name}"])
+            group.publish()
+
+
+def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:
+    """By part, and within it matrices with and vectors without weight decay."""
+    rates = train.learning_rate
+    by_part: dict[Part, float | None] = {
+        "vision": rates.vision,
+        "merger": rates.merger,
+        "language": rates.language,
+        "embeddings": rates.embeddings,
+    }
+    for part in PARTS:
+        rate = by_part[part] if by_part[part] is not None else rates.default
+        assert rate is not None, f"no learning rate for {part}"
+        own = {name: p for name, p in trainable.items() if part_of(name) == part}
+        matrices = {name: p for name, p in own.items() if p.dim() > 1}
+        vectors = {name: p for name, p in own.items() if p.dim() <= 1}
+        for named, decay in ((matrices, train.weight_decay), (vectors, 0.0)):
+            if named:
+                yield Group(part, decay, rate, named)
+
+
+class LossScale:
+    """Keeps fp16 gradients within range: halved when they overflow, doubled after a long calm.
+
+    The loss is multiplied by `value` before the backward pass. Other precisions stay at 1.
+    """
+
+    START, LOWEST, CALM = 2.0**15, 1.0, 1000
+
+    def __init__(self, active: bool) -> None:
+        self.active = active
+        self.value = self.START if active else 1.0
+        self.calm = 0
+        self.skipped = 0
+
+    def accept(self, norm: float, step: int) -> bool:
+        """Whether the step with this gradient norm may be taken; adapts the scale.
+
+        Raises UserError for a gradient that is not finite and for which scaling is not to blame.
+        """
+        if math.isfinite(norm):
+            self.calm += 1
+            if self.active and self.calm >= self.CALM:
+                self.value, self.calm = self.value * 2, 0
+            return True
+        if not self.active or self.value <= self.LOWEST:
+            raise not_finite(norm, "gradient norm", step)
+        self.value, self.calm, self.skipped = self.value / 2, 0, self.skipped + 1
+        return False
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "calm": self.calm, "skipped": self.skipped}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state` returned."""
+        self.value, self.calm = float(state["value"]), int(state["calm"])
+        self.skipped = int(state["skipped"])
+
+
+def not_finite(value: float, what: str, step: int) -> UserError:
+    """The error that ends a run in which a loss or gradient is no number any more."""
+    return UserError(
+        f"the {what} of step {step} is {value}",
+        where="training",
+        expected="a finite number; nothing after the last checkpoint was kept",
+        remedy="lower train.learning_rate, lengthen train.warmup, or use train.precision=bf16",
+    )

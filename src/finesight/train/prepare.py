@@ -1,0 +1,302 @@
+"""From a recipe to everything that a run needs, checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finesight.config import Recipe
+from finesight.data.sources import Corpus, load_sources
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.infer.load import find_parts, resolve_device, resolve_precision
+from finesight.manifest import Manifest
+from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
+from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from finesight.model.adapter import continue_adapter
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning, trainable
+from finesight.model.weights import load_model
+from finesight.storage import digest
+from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
+from finesight.train.course import Course, InOrder
+from finesight.train.flops import Arithmetic, measured_peak
+from finesight.train.loader import StepData
+from finesight.train.moved import Watch
+from finesight.train.optimizer import LossScale, Masters
+from finesight.train.progress import Screen
+from finesight.train.run import Run
+from finesight.train.schedule import Schedule
+from finesight.train.survey import Survey, survey
+from finesight.train.workers import default_workers
+
+ANYTHING = {"workers", "keep", "save_every", "device", "precision"}
+"""Settings of `train` that a resumed run may change: they do not touch what is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What computes, in which type, with how many processes reading."""
+
+    device: torch.device
+    dtype: torch.dtype
+    workers: int
+    peak: float
+
+    @property
+    def precision(self) -> str:
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        return names[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that a run starts from: the name it is found by, its folder, and an adapter to
+    go on with."""
+
+    name: str
+    folder: ModelFolder
+    adapter: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Samples to learn from or to measure on, and which of them are usable."""
+
+    corpus: Corpus
+    survey: Survey
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never)."""
+
+    step: int = 0
+    measured: int = -1
+    best: Best | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything a run works with."""
+
+    recipe: Recipe
+    run: Run
+    machine: Machine
+    base: Base
+    renderer: Renderer
+    train: Texts
+    held_out: Texts | None
+    course: Course
+    data: StepData
+    model: VisionLanguageModel
+    masters: Masters
+    watch: Watch
+    scale: LossScale
+    schedule: Schedule
+    arithmetic: Arithmetic
+    identity: dict[str, Any]
+    progress: Progress
+
+    def held_out_data(self) -> StepData | None:
+        """The held-out samples in steps of the training's batch."""
+        if self.held_out is None:
+            return None
+        members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
+        budget = self.recipe.train.pack_tokens
+        return StepData(self.held_out.corpus, self.renderer, members, budget, "drop")
+
+    def state(self) -> State:
+        """What a checkpoint keeps beside tensors."""
+        step = self.progress.step
+        return State(
+            step=step,
+            samples=min(step * self.recipe.train.batch, self.course.samples),
+            measured=self.progress.measured,
+            best=self.progress.best,
+            loss_scale=self.scale.state(),
+            identity=self.identity,
+        )
+
+    def manifest(self) -> Manifest:
+        """What evaluation, prediction and merging will read."""
+        return Manifest(
+            family=self.base.folder.family,
+            base=self.base.name,
+            base_fingerprint=self.base.folder.fingerprint(),
+            picture=self.renderer.rule,
+            system=self.renderer.system,
+            end_token=self.renderer.tokenizer.name_of(self.renderer.end_ids[0]),
+            tune=self.recipe.tune,
+            versions={
+                "finesight": _version(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("finesight")
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
+    """Load and check everything, and continue from the newest checkpoint when resuming.
+
+    The small files come first, so that a mistake shows in seconds and not after the weights.
+    """
+    machine = _machine(recipe)
+    base = _base(recipe)
+    renderer = Renderer(base.folder, recipe.picture, recipe.data.system)
+    train, held_out = _texts(recipe, renderer, machine.workers, screen)
+    course = Course(train.corpus, train.survey.kept, recipe.train)
+    schedule = Schedule(recipe.train, len(course))
+    identity = _identity(recipe, machine, base, renderer, train, held_out)
+    checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
+    found = checkpoints.newest() if resume else None
+    if found is not None:
+        check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
+    model = load_model(base.folder, machine.dtype, machine.device)
+    apply_tuning(model, recipe.tune, recipe.train.seed)
+    if base.adapter is not None:
+        continue_adapter(model, base.adapter, base=base.folder)
+    model.recompute = recipe.train.recompute
+    masters = Masters(trainable(model), recipe.train)
+    session = Session(
+        recipe=recipe,
+        run=run,
+        machine=machine,
+        base=base,
+        renderer=renderer,
+        train=train,
+        held_out=held_out,
+        course=course,
+        data=StepData(
+            train.corpus, renderer, course, recipe.train.pack_tokens, recipe.data.unusable
+        ),
+        model=model.train(),
+        masters=masters,
+        watch=Watch(model, masters.values()),
+        scale=LossScale(active=machine.dtype == torch.float16),
+        schedule=schedule,
+        arithmetic=Arithmetic(model),
+        identity=identity,
+        progress=Progress(),
+    )
+    if found is not None:
+        _go_on(session, *found)
+    return session
+
+
+def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFile) -> None:
+    session.masters.load(values, moments)
+    session.scale.load(state.loss_scale)
+    progress = session.progress
+    progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+
+
+def _machine(recipe: Recipe) -> Machine:
+    device = resolve_device(recipe.train.device)
+    dtype = resolve_precision(recipe.train.precision, device)
+    workers = recipe.train.workers
+    return Machine(
+        device=device,
+        dtype=dtype,
+        workers=default_workers(device) if workers is None else workers,
+        peak=measured_peak(device, dtype),
+    )
+
+
+def _base(recipe: Recipe) -> Base:
+    """The recipe's model may be a model folder, a hub name, an adapter or a run to go on from."""
+    parts = find_parts(recipe.model)
+    # A folder is found again by its absolute path, a hub model by its name.
+    is_path = Path(recipe.model).expanduser().exists()
+    name = str(parts.folder.path.resolve()) if is_path else recipe.model
+    adapter = recipe.adapter
+    if adapter is None:
+        return Base(name, parts.folder, parts.adapter)
+    if not (adapter / ADAPTER_CONFIG).is_file() and (adapter / "adapter").is_dir():
+        adapter = adapter / "adapter"
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"no {ADAPTER_CONFIG} in {adapter}",
+            where="adapter",
+            expected="the folder of an adapter, or of a run that trained one",
+            remedy="correct the path",
+        )
+    return Base(name, parts.folder, adapter)
+
+
+def _texts(
+    recipe: Recipe, renderer: Renderer, workers: int, screen: Screen
+) -> tuple[Texts, Texts | None]:
+    if recipe.eval is not None and not recipe.data.eval:
+        raise UserError(
+            f"eval.metric is {recipe.eval.metric}, and there is no held-out data",
+            where="data.eval",
+            expected="a JSONL file of held-out samples",
+            remedy="set data.eval, for example by `finesight data import --split 0.9`",
+        )
+    train = _surveyed(load_sources(recipe.data.train), recipe, renderer, workers, screen, "train")
+    if not recipe.data.eval:
+        return train, None
+    held_out = load_sources(recipe.data.eval)
+    return train, _surveyed(held_out, recipe, renderer, workers, screen, "eval")
+
+
+def _surveyed(
+    corpus: Corpus, recipe: Recipe, renderer: Renderer, workers: int, screen: Screen, name: str
+) -> Texts:
+    with screen.stage(f"reading headers of data.{name}", len(corpus)) as advance:
+        found = survey(corpus, renderer, recipe.data, workers, advance)
+    screen.say(
+        f"data.{name}: {len(found.kept)} samples, {found.tokens} tokens (longest {found.longest}),"
+        f" {found.patches} patches, {len(found.dropped)} samples dropped"
+    )
+    for dropped in found.dropped[:5]:
+        screen.say(f"  dropped {dropped.id}: {dropped.reason}")
+    if len(found.dropped) > 5:
+        screen.say(f"  and {len(found.dropped) - 5} more, all of them listed in the run folder")
+    return Texts(corpus, found)
+
+
+def _identity(
+    recipe: Recipe,
+    machine: Machine,
+    base: Base,
+    renderer: Renderer,
+    train: Texts,
+    held_out: Texts | None,
+) -> dict[str, Any]:
+    """What a resumed run must share with the run that began, by the name a user knows it by."""
+    settings = {
+        "model": base.folder.fingerprint(),
+        "adapter": digest(base.adapter / ADAPTER_WEIGHTS) if base.adapter else None,
+        "picture": renderer.rule.model_dump(mode="json"),
+        "data.system": renderer.system,
+        "data.max_length": recipe.data.max_length,
+        "data.unusable": recipe.data.unusable,
+        "train.precision": machine.precision,
+    }
+    for name, texts in (("train", train), ("eval", held_out)):
+        kept = json.dumps(texts.survey.kept) if texts else ""
+        settings[f"data.{name}"] = texts.corpus.fingerprint if texts else None
+        settings[f"usable samples of data.{name}"] = hashlib.sha256(kept.encode()).hexdigest()
+    tune = recipe.tune.model_dump(mode="json")
+    settings |= {f"tune.{name}": value for name, value in tune.items()}
+    chosen = recipe.train.model_dump(mode="json")
+    settings |= {f"train.{name}": v for name, v in chosen.items() if name not in ANYTHING}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain

@@ -1,0 +1,147 @@
+"""The figures of a run, as they come: to `metrics.jsonl`, to trackers, and to the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from finesight.train.measure import Measured, memory_gb
+from finesight.train.prepare import Session
+from finesight.train.progress import Screen, Steps
+from finesight.train.step import Taken, recorded
+from finesight.train.track import Tracker
+
+
+class Clock:
+    """Time from the end of one step to the end of the next, as the device that computes saw it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """The next lap starts now."""
+        self._wall, self._event = time.perf_counter(), recorded(self._device)
+
+    def lap(self, event: torch.cuda.Event | None) -> float:
+        """Seconds from the last lap's end until now or, on a GPU, until `event`, which has
+        happened."""
+        now = time.perf_counter()
+        seconds = now - self._wall
+        if event is not None and self._event is not None:
+            seconds = self._event.elapsed_time(event) / 1000
+        self._wall, self._event = now, event
+        return max(seconds, 1e-9)
+
+
+class Reporter:
+    """Takes finished steps one behind: the device works on the next one while the figures of the
+    last are read."""
+
+    def __init__(self, session: Session, screen: Screen, tracks: Sequence[Tracker]) -> None:
+        self._session, self._screen, self._tracks = session, screen, tracks
+        self._behind: Taken | None = None
+        self._view: Steps | None = None
+        self._clock = Clock(session.machine.device)
+
+    @contextmanager
+    def showing(self, total: int) -> Iterator[None]:
+        """Within the block, steps are shown on the screen."""
+        with self._screen.steps(total, self._session.progress.step) as view:
+            self._view = view
+            self.restart_clock()
+            try:
+                yield
+            finally:
+                self._view = None
+
+    def restart_clock(self) -> None:
+        """The next step's time starts now."""
+        self._clock.restart()
+
+    def take(self, taken: Taken) -> None:
+        """Report the step before this one, and keep this one while the device works on it."""
+        self.catch_up()
+        self._behind = taken
+        if taken.event is None:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Wait for the step that was kept, if any, and report it. Raises UserError when its
+        figures are no finite numbers."""
+        taken, self._behind = self._behind, None
+        if taken is None:
+            return
+        figures = self._figures(taken)
+        self._session.run.note(figures)
+        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+        rates = {f"learning_rate/{part}": rate for part, rate in figures["lr"].items()}
+        self._track(figures["step"], numbers | rates)
+        for dropped in taken.step.dropped:
+            self._screen.say(f"dropped {dropped.id}: {dropped.reason}")
+        if self._view is not None:
+            self._view.show(figures)
+
+    def _figures(self, taken: Taken) -> dict[str, Any]:
+        loss, norm = taken.wait()
+        seconds = self._clock.lap(taken.event)
+        session, step = self._session, taken.step
+        position = min((step.number + 1) * session.recipe.train.batch, session.course.samples)
+        return {
+            "step": step.number + 1,
+            "epoch": round(position / session.course.epoch_length, 4),
+            "loss": loss if taken.moved else None,
+            "grad_norm": norm if taken.moved else None,
+            "lr": session.masters.rates(taken.factor),
+            "samples": step.samples,
+            "tokens": step.tokens,
+            "supervised": step.supervised,
+            "packs": len(step.packs),
+            "dropped": [dropped.id for dropped in step.dropped],
+            "skipped": session.scale.skipped,
+            "seconds": seconds,
+            "samples_per_s": step.samples / seconds,
+            "tokens_per_s": step.tokens / seconds,
+            "utilisation": taken.operations / seconds / session.machine.peak,
+            "memory_gb": memory_gb(session.machine.device),
+        }
+
+    def measured(self, measured: Measured) -> None:
+        """Report a measurement."""
+        self._session.run.note(measured.as_json())
+        figures = {"held_out_loss": measured.held_out_loss} | {
+            f"scores/{name}": value for name, value in measured.scores.items()
+        }
+        self._track(measured.step, figures)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.scores.items())
+        self._screen.say(
+            f"after {measured.step} steps: held-out loss {measured.held_out_loss:.4f}  {shown}"
+        )
+
+    def _track(self, step: int, figures: dict[str, float]) -> None:
+        for tracker in self._tracks:
+            tracker.log(step, figures)
+
+
+def plan_of(session: Session) -> str:
+    """What is about to happen, in one line."""
+    recipe, machine = session.recipe, session.machine
+    tune = recipe.tune
+    modes = {
+        "vision": tune.vision,
+        "merger": tune.merger,
+        "language": tune.language,
+        "embeddings": tune.embeddings,
+    }
+    learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
+    numbers = sum(value.numel() for value in session.masters.values().values())
+    whole = sum(parameter.numel() for parameter in session.model.parameters())
+    return (
+        f"training {learning}: {numbers:,} of {whole:,} numbers; {len(session.course)} steps of"
+        f" {recipe.train.batch} samples ({session.course.samples / session.course.epoch_length:.2f}"
+        f" epochs) in {machine.precision} on {machine.device}, {machine.workers} reading processes"
+    )

@@ -1,0 +1,143 @@
+"""The run folder: what is in it, and who may write there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finesight.config import Recipe
+from finesight.errors import UserError
+from finesight.manifest import MANIFEST, Manifest
+from finesight.recipe import dump_recipe
+from finesight.storage import append_line, cut_file, explained, make_folder, sweep, write_file
+
+RECIPE, METRICS, MOVED = "recipe.yaml", "metrics.jsonl", "moved.json"
+DROPPED, RESULT = "dropped.jsonl", "result.json"
+
+
+class Run:
+    """A run folder. Paths are those that `finesight predict` and `eval` look for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.predictions = folder / "predictions"
+        self.adapter = folder / "adapter"
+        self.model = folder / "model"
+        self.metrics = folder / METRICS
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.folder / MANIFEST).exists()
+
+    def check_free(self, resume: bool) -> None:
+        """Raises UserError when something else than this run, resumed, lives in the folder."""
+        if self.begun and not resume:
+            raise UserError(
+                f"{self.folder.name} holds another run",
+                where=str(self.folder),
+                expected="a new folder, or --resume to go on with that run",
+                remedy=f"add --resume, or choose another one: output={self.folder}-2",
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder.name} is a file",
+                where=str(self.folder),
+                expected="a folder, or nothing yet",
+                remedy="choose another output",
+            )
+        others = [] if self.begun or not self.folder.is_dir() else list(self.folder.iterdir())
+        visible = sorted(path.name for path in others if not path.name.startswith("."))
+        # A run that was killed between its first two files has only the recipe.
+        if visible and visible != [RECIPE]:
+            raise UserError(
+                f"holds {', '.join(visible[:5])}, and no run",
+                where=str(self.folder),
+                expected="an empty folder, or none yet",
+                remedy="choose another output",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process may write here. Raises UserError when one does."""
+        make_folder(self.folder)
+        with explained(self.folder):
+            handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(
+                f"another process is training in {self.folder.name}",
+                where=str(self.folder),
+                expected="one process to a run",
+                remedy="wait for it, stop it, or choose another output",
+            ) from error
+        except OSError:
+            # Some network file systems cannot lock: then it is up to the user.
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def begin(self, recipe: Recipe, manifest: Manifest) -> None:
+        """Write recipe and manifest; with the manifest the folder counts as a run."""
+        sweep(self.folder)
+        write_file(self.folder / RECIPE, dump_recipe(recipe).encode())
+        write_file(self.folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+    def note(self, figures: Mapping[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`."""
+        append_line(self.metrics, json.dumps(figures, allow_nan=False))
+
+    def write(self, name: str, content: object) -> None:
+        """Put `content` into the folder as a JSON file."""
+        write_file(self.folder / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def note_dropped(self, dropped: Iterable[tuple[str, str]]) -> None:
+        """List the samples that are left out from the start, (id, reason), in `dropped.jsonl`."""
+        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in dropped]
+        write_file(self.folder / DROPPED, "".join(lines).encode())
+
+    def finished(self, result: object) -> None:
+        """Write the result: the run is complete."""
+        self.write(RESULT, result)
+
+    def result(self) -> str | None:
+        """What `finished` wrote, if the run came so far."""
+        path = self.folder / RESULT
+        return path.read_text() if path.exists() else None
+
+    def forget_after(self, step: int, measured: int) -> None:
+        """Cut off the lines of steps after `step` and of measurements after step `measured`, which
+        will come again, and a last line that a crash has torn."""
+        if self.metrics.exists():
+            kept = b""
+            for line, figures in _lines(self.metrics):
+                if figures["step"] > (measured if "held_out_loss" in figures else step):
+                    break
+                kept += line
+            cut_file(self.metrics, len(kept))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return [figures for _, figures in _lines(self.metrics)] if self.metrics.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Whole lines, up to the first that is torn."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            figures = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(figures, dict) or not line.endswith(b"\n"):
+            return
+        yield line, figures

@@ -1,0 +1,113 @@
+"""One optimiser step: every pack forwards and backwards, then the masters move."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from finesight.errors import Interrupted
+from finesight.train.loader import Step
+from finesight.train.loss import label_loss
+from finesight.train.optimizer import not_finite
+from finesight.train.prepare import Session
+from finesight.train.stop import Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that the device may still be working on.
+
+    `coming_2` holds mean loss per learned token and gradient norm, on their way to the CPU until
+    `event` has happened. `moved` is False for a step that an overflow in fp16 made void, and for
+    one without a usable sample.
+    """
+
+    step: Step
+    factor: float
+    operations: float
+    moved: bool
+    coming_2: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, float]:
+        """Loss and gradient norm, once the device has them.
+
+        Raises UserError when one of them is no finite number in a step that moved the model.
+        """
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.coming_2.tolist()
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if self.moved and not math.isfinite(value):
+                raise not_finite(value, what, self.step.number + 1)
+        return loss, norm
+
+
+def seed_of(seed: int, step: int, micro: int) -> int:
+    """Seed of the random numbers of a micro-batch: with it dropout needs no state on disk."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def take_step(session: Session, step: Step, stop: Stop) -> Taken:
+    """Run a step. Its loss is the mean over the learned tokens of all its packs together, so that
+    it does not matter how the samples were packed.
+
+    Raises Interrupted, with nothing moved, when the run was asked to stop on the way. A bad
+    gradient raises UserError here where waiting for the device costs nothing, and otherwise in
+    `wait`, one step later; nothing is saved in between.
+    """
+    masters, scale = session.masters, session.scale
+    by = scale.value
+    total = _accumulate(session, step, stop)
+    norm = masters.norm()
+    taken = Taken(
+        step=step,
+        factor=session.schedule.factor(step.number),
+        operations=sum(session.arithmetic.of(batch) for batch in step.packs),
+        moved=step.supervised > 0,
+        coming_2=(torch.stack([total, norm]) / by).to("cpu", non_blocking=True),
+        event=recorded(total.device),
+    )
+    if not taken.moved:
+        return taken
+    if scale.active:
+        # Whether to move at all depends on the norm.
+        _, found = replace(taken, moved=False).wait()
+        if not scale.accept(found, step.number + 1):
+            masters.forget_gradients()
+            return replace(taken, moved=False)
+    elif taken.event is None:
+        taken.wait()
+    masters.step(taken.factor, norm, by)
+    return taken
+
+
+def _accumulate(session: Session, step: Step, stop: Stop) -> Tensor:
+    """Gradients of all packs into the masters; returns the mean loss times the loss scale."""
+    model, device = session.model, session.machine.device
+    total = torch.zeros((), device=device)
+    share = torch.full((), session.scale.value / max(1, step.supervised), device=device)
+    for micro, packed in enumerate(step.packs):
+        if stop.asked:
+            session.masters.forget_gradients()
+            raise Interrupted(f"in step {step.number + 1}, which will be done again")
+        torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
+        batch = packed.to(device)
+        loss = label_loss(model(batch), model.head_weight, batch.target_L, share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+def recorded(device: torch.device) -> torch.cuda.Event | None:
+    """An event that happens when a GPU has done all it was given so far; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

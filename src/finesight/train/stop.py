@@ -1,0 +1,56 @@
+"""Being asked to stop: once politely, then at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from finesight.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """Whether SIGINT or SIGTERM has arrived."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block the first signal is noted, and a second one acts as it did before.
+
+        Only the main thread can listen; in another one signals act as ever.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is None:
+                self.signal = signal.Signals(number)
+                return
+            signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        for number in SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal has arrived."""
+        if self.signal is not None:
+            raise Interrupted(f"{self.signal.name} has arrived")

@@ -1,0 +1,100 @@
+"""Processes that read data beside the training process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from finesight.errors import UserError
+
+Item = TypeVar("Item")
+
+MOST = 12
+"""More processes than this have not been seen to read faster."""
+
+
+def default_workers(device: torch.device) -> int:
+    """On a GPU all but two of the cores, up to `MOST`; on a CPU, which computes itself, at most
+    one, and none where there are only two cores."""
+    cores = os.cpu_count() or 1
+    if device.type == "cuda":
+        return max(1, min(MOST, cores - 2))
+    return 1 if cores > 2 else 0
+
+
+def read_ahead(
+    data: Dataset[Item | UserError], numbers: Iterable[int], workers: int, pin: bool
+) -> Iterator[Item]:
+    """The items of `data` with these numbers, in this order, whatever the number of workers.
+
+    A UserError that an item turned out to be is raised here, as it is. With `pin`, items are
+    brought into page-locked memory. The workers start at once, not at the first item.
+    """
+    loader: DataLoader[Item | UserError] = DataLoader(
+        data,
+        batch_size=None,
+        sampler=list(numbers),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+        # A fork starts in milliseconds and needs nothing pickled; the workers never touch CUDA.
+        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
+        if workers
+        else None,
+        worker_init_fn=_leave_group,
+        generator=torch.Generator(),
+    )
+    return _items(iter(loader))
+
+
+class WorkerDied(UserError):
+    """A process that reads data was killed, most often for want of memory."""
+
+
+def _items(source: Iterator[Item | UserError]) -> Iterator[Item]:
+    try:
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise WorkerDied(
+                    f"a process that reads data died: {str(error).splitlines()[0]}",
+                    where="train.workers",
+                    expected="enough memory, and enough of it shared (/dev/shm)",
+                    remedy="set train.workers lower, or to 0; then start again with --resume",
+                ) from error
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        # The last reference: the workers end now, and not when a traceback is forgotten.
+        del source
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
+
+
+def _leave_group(worker: int) -> None:
+    # Ctrl-C and a shell's SIGTERM go to the whole process group. The training process decides
+    # when to stop and then ends its workers.
+    os.setsid()
+
+
+def guarded(make: Callable[[], Item]) -> Item | UserError:
+    """What `make` gives, or the UserError it raised: as a value it survives the way from a worker
+    unchanged, where the loader would wrap a raised one in its own traceback."""
+    try:
+        return make()
+    except UserError as error:
+        return error

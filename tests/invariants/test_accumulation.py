@@ -1,0 +1,86 @@
+"""How a step's samples are shared out to packs does not matter: 1x8 = 2x4 = 8x1."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from small_run import make_task, write_recipe
+from torch import Tensor
+
+from finesight.recipe import load_recipe
+from finesight.train.loader import Step
+from finesight.train.prepare import Session, prepare
+from finesight.train.progress import Screen
+from finesight.train.run import Run
+from finesight.train.step import take_step
+from finesight.train.stop import Stop
+
+WHOLE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_task(tmp_path_factory.mktemp("task"), samples=16)
+
+
+def session_of(task: dict[str, Any], folder: Path, tune: dict[str, Any], budget: int) -> Session:
+    recipe = task | {"tune": tune, "output": str(folder / "run")}
+    path = write_recipe(folder / f"{budget}.yaml", recipe, batch=8, pack_tokens=budget)
+    screen = Screen(Console(file=sys.stderr))
+    return prepare(load_recipe(path), Run(folder / "run"), screen, resume=False)
+
+
+def gradients(session: Session, step: Step) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a step, the latter from AdamW's first moments after it, which are a
+    tenth of the gradients."""
+    loss, _ = take_step(session, step, Stop()).wait()
+    moments = session.masters.moments()
+    return loss, {
+        name: 10 * moment for name, moment in moments.items() if name.startswith("first.")
+    }
+
+
+@pytest.mark.parametrize(
+    "tune", [WHOLE, {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}], ids=["full", "lora"]
+)
+def test_packs_of_a_step_add_up_to_one(
+    task: dict[str, Any], tmp_path: Path, tune: dict[str, Any]
+) -> None:
+    found = {}
+    for packs, budget in ((8, 1), (2, 230), (1, 8192)):
+        session = session_of(task, tmp_path, tune, budget)
+        step = session.data.step(0)
+        assert len(step.packs) == packs
+        found[packs] = gradients(session, step)
+    loss, expected = found[1]
+    assert max(gradient.abs().max().item() for gradient in expected.values()) > 1e-3
+    for packs in (2, 8):
+        other_loss, other = found[packs]
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in expected.items():
+            difference = (other[name] - gradient).abs().max().item()
+            assert difference <= 1e-6 * gradient.abs().max().item(), f"{name} in {packs} packs"
+
+
+def test_the_mean_is_over_learned_tokens_and_not_over_packs(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    """Answers of different lengths: a mean of the packs' means would be another number."""
+    session = session_of(task, tmp_path, {"language": "lora", "lora": {"dropout": 0.0}}, 1)
+    step = session.data.step(0)
+    assert len({batch.supervised for batch in step.packs}) > 1
+    with torch.no_grad():
+        each = []
+        for batch in step.packs:
+            logits_LV = session.model.logits(session.model(batch))
+            each.append(torch.nn.functional.cross_entropy(logits_LV, batch.target_L))
+    counts = torch.tensor([batch.supervised for batch in step.packs])
+    losses = torch.stack(each)
+    loss, _ = take_step(session, step, Stop()).wait()
+    assert loss == pytest.approx(((losses * counts).sum() / counts.sum()).item(), rel=1e-6)
+    assert loss != pytest.approx(losses.mean().item(), rel=1e-6)

@@ -1,0 +1,99 @@
+"""What was learned is what is said: a run that knows its samples by heart answers with them.
+
+Tokens, learned marks, positions, the end token, the export of the weights and the settings of the
+manifest all have to be right between training and prediction for this to hold.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import typer
+from asking import ask, noise
+from typer.testing import CliRunner
+
+from finesight.cli.predict import predict
+from finesight.config import Recipe
+from finesight.data.jsonl import Located, write_samples
+from finesight.data.sample import BoxPart, TextPart
+from finesight.model.tiny import make_tiny
+from finesight.train.loop import train
+
+SIZES = [(84, 56), (56, 56), (112, 56), (56, 112)]
+CHARACTERS = "abcxyz0123456789+-=^_{}\\ é"
+STEPS = 110
+
+
+def _samples(folder: Path) -> list[Located]:
+    """Pictures of noise, three of each size, with formulas of all lengths and boxes for answers:
+    nothing but the picture tells which one is right."""
+    chance = random.Random(0)
+    samples = []
+    for i in range(12):
+        width, height = SIZES[i % len(SIZES)]
+        noise(folder / f"{i}.png", width, height, seed=i)
+        answer: str | BoxPart = "x" + "".join(chance.choices(CHARACTERS, k=3 * i)) + "."
+        if i >= 9:
+            answer = BoxPart(label=f"thing {i}", xyxy=(i, i + 1, width - 2 * i, height - i))
+        samples.append(ask(str(i), folder, f"{i}.png", "Read it.", answer=answer))
+    return samples
+
+
+def _recipe(folder: Path, tune: dict[str, object]) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(folder / "tiny"),
+            "data": {"train": str(folder / "train.jsonl"), "system": "Be exact."},
+            "picture": {"longest_side": 112},
+            "tune": tune,
+            "train": {
+                "steps": STEPS,
+                "batch": 12,
+                "learning_rate": 4e-3,
+                "device": "cpu",
+                "workers": 0,
+            },
+            "output": str(folder / "run"),
+        }
+    )
+
+
+FULL = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
+LORA = {"rank": 32, "alpha": 32.0, "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "tune"),
+    [("qwen2_vl", FULL), ("qwen2_5_vl", FULL | {"language": "lora", "lora": LORA})],
+    ids=["qwen2_vl-full", "qwen2_5_vl-lora"],
+)
+def test_a_run_that_knows_its_samples_answers_with_them(tmp_path, family, tune):
+    make_tiny(tmp_path / "tiny", family)
+    samples = _samples(tmp_path)
+    write_samples(tmp_path / "train.jsonl", [sample.sample for sample in samples])
+    result = train(_recipe(tmp_path, tune))
+    assert result.loss is not None
+    assert result.loss < 0.1
+
+    app = typer.Typer()
+    app.command()(predict)
+    pictures = [str(tmp_path / f"{i}.png") for i in range(12)]
+    spoken = CliRunner().invoke(
+        app, [result.run, *pictures, "--prompt", "Read it.", "--json", "--device", "cpu"]
+    )
+    assert spoken.exit_code == 0, spoken.output
+    for sample, line in zip(samples, spoken.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        (right,) = sample.sample.messages[-1].content
+        assert found["raw"].endswith("<|im_end|>")
+        if isinstance(right, TextPart):
+            assert found["answer"] == right.text
+            assert found["boxes"] == []
+        else:
+            (box,) = found["boxes"]
+            assert box["label"] == right.label
+            # The family speaks of thousandths or of whole pixels of the resized picture.
+            assert box["xyxy"] == pytest.approx(right.xyxy, abs=0.51)

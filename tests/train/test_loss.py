@@ -1,0 +1,85 @@
+"""The chunked loss against torch's own cross entropy, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finesight.train.loss import label_loss
+
+L, D, V = 37, 16, 101
+
+
+def pieces(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    h_LD = torch.randn(L, D).to(dtype).requires_grad_()
+    head_VD = torch.randn(V, D).to(dtype).requires_grad_()
+    return h_LD, head_VD, torch.randint(V, (L,))
+
+
+@pytest.mark.parametrize("rows", [1, 5, L, 1000, None])
+def test_value_and_gradients_equal_cross_entropy(rows: int | None) -> None:
+    h_LD, head_VD, target_L = pieces(torch.float64)
+    F.cross_entropy(h_LD @ head_VD.T, target_L, reduction="sum").mul(0.125).backward()
+    assert h_LD.grad is not None
+    assert head_VD.grad is not None
+    expected_h, expected_head = h_LD.grad.clone(), head_VD.grad.clone()
+    expected = F.cross_entropy(h_LD @ head_VD.T, target_L, reduction="sum").item() * 0.125
+    h_LD.grad = head_VD.grad = None
+    loss = label_loss(h_LD, head_VD, target_L, torch.tensor(0.125), rows)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(h_LD.grad, expected_h, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head_VD.grad, expected_head, rtol=1e-5, atol=1e-6)
+
+
+def test_outer_gradient_multiplies() -> None:
+    h_LD, head_VD, target_L = pieces(torch.float32)
+    label_loss(h_LD, head_VD, target_L, torch.tensor(1.0)).backward()
+    assert h_LD.grad is not None
+    once = h_LD.grad.clone()
+    h_LD.grad = None
+    (3 * label_loss(h_LD, head_VD, target_L, torch.tensor(1.0))).backward()
+    torch.testing.assert_close(h_LD.grad, 3 * once)
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    h_LD, head_VD, target_L = pieces(torch.float32)
+    head_VD.requires_grad_(False)
+    label_loss(h_LD, head_VD, target_L, torch.tensor(1.0)).backward()
+    assert h_LD.grad is not None
+    assert head_VD.grad is None
+
+
+def test_without_gradients_the_value_is_the_same() -> None:
+    h_LD, head_VD, target_L = pieces(torch.float32)
+    loss = label_loss(h_LD, head_VD, target_L, torch.tensor(0.5), rows=7)
+    with torch.no_grad():
+        assert label_loss(h_LD, head_VD, target_L, torch.tensor(0.5), rows=7) == loss.detach()
+        nothing = label_loss(h_LD[:0], head_VD, target_L[:0], torch.tensor(0.5))
+    assert nothing == 0
+
+
+def test_large_logits_stay_finite() -> None:
+    h_LD, head_VD, target_L = pieces(torch.float32)
+    loss = label_loss(1000 * h_LD, head_VD, target_L, torch.tensor(1.0))
+    expected = F.cross_entropy(1000 * h_LD @ head_VD.T, target_L, reduction="sum")
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_scale_keeps_small_probabilities_alive_in_fp16() -> None:
+    """With 100,000 words a probability is about 1e-5, near the smallest fp16 number."""
+    words = 100_000
+    h_LD = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    head_VD = torch.full((words, 2), 2**-8, dtype=torch.float16)
+    head_VD[0] = 0
+    target_L = torch.zeros(1, dtype=torch.long)
+    scale = torch.tensor(2.0**10)
+    label_loss(h_LD, head_VD, target_L, scale).backward()
+    assert h_LD.grad is not None
+    # The gradient is scale * sum over the other words of probability * 2^-8, about scale * 2^-8.
+    torch.testing.assert_close(
+        h_LD.grad.float(), torch.full((1, 2), 2.0**10 * 2**-8), rtol=0.01, atol=0
+    )

@@ -1,0 +1,52 @@
+"""The first signal is noted, the second one acts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from finesight.errors import Interrupted
+from finesight.train.stop import SIGNALS, Stop
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_first_signal_is_noted(number: signal.Signals) -> None:
+    stop = Stop()
+    with stop.listening():
+        stop.check()
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        with pytest.raises(Interrupted):
+            stop.check()
+
+
+def test_second_signal_acts_as_before() -> None:
+    stop = Stop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal == signal.SIGTERM
+
+
+def test_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Stop().listening():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_in_another_thread_nothing_is_touched() -> None:
+    seen = []
+
+    def listen() -> None:
+        with Stop().listening():
+            seen.append([signal.getsignal(number) for number in SIGNALS])
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [[signal.getsignal(number) for number in SIGNALS]]

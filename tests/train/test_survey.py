@@ -1,0 +1,92 @@
+"""Every sample looked at beforehand: nothing lost uncounted, nothing ever cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import make_task
+
+from finesight.config import Data, DataFile, PixelRange
+from finesight.data.headers import DamagedPicture
+from finesight.data.sources import load_sources
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.train.survey import CHUNK, Survey, survey
+
+RULE = PixelRange(min_pixels=784, max_pixels=7056)
+
+
+def look(folder: Path, workers: int = 0, **settings: Any) -> Survey:
+    file = DataFile(path=folder / "train.jsonl")
+    data = Data(train=(file,), **settings)
+    renderer = Renderer(ModelFolder(folder / "tiny"), RULE)
+    return survey(load_sources((file,)), renderer, data, workers)
+
+
+def test_all_are_kept_and_counted(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    found = look(tmp_path)
+    assert found.kept == tuple(range(11))
+    assert found.dropped == ()
+    renderer = Renderer(ModelFolder(tmp_path / "tiny"), RULE)
+    outlines = [
+        renderer.outline(sample)
+        for sample in load_sources((DataFile(path=tmp_path / "train.jsonl"),)).samples
+    ]
+    assert found.tokens == sum(outline.tokens for outline in outlines)
+    assert found.patches == sum(outline.patches for outline in outlines)
+    assert found.longest == max(outline.tokens for outline in outlines)
+
+
+def test_over_long_and_unreadable_samples_are_dropped_with_their_reasons(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    lengths = look(tmp_path).longest
+    (tmp_path / "train3.png").write_bytes(b"no picture")
+    found = look(tmp_path, max_length=lengths - 1)
+    reasons = dict(found.dropped)
+    assert "not a picture" in reasons.pop("train3")
+    assert reasons
+    assert set(reasons.values()) == {f"over {lengths - 1} tokens"}
+    assert len(found.kept) + len(found.dropped) == 11
+    assert 3 not in found.kept
+    assert found.longest < lengths
+
+
+def test_refused_instead_on_demand(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    with pytest.raises(UserError, match=r"expected: at most 40 tokens"):
+        look(tmp_path, max_length=40, unusable="refuse")
+    (tmp_path / "train3.png").unlink()
+    with pytest.raises(DamagedPicture, match=r"train3\.png"):
+        look(tmp_path, unusable="refuse")
+
+
+def test_no_readable_picture_at_all_is_an_error(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    for path in tmp_path.glob("train*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"not one of 11 samples[\s\S]*train0\.png"):
+        look(tmp_path)
+
+
+def test_a_mistake_that_is_no_damaged_picture_is_never_dropped(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    sample = json.loads(lines[4])
+    box = {"type": "box", "label": "x", "xyxy": [0, 0, 5000, 5000]}
+    sample["messages"][1]["content"] = [box]
+    lines[4] = json.dumps(sample)
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="train4"):
+        look(tmp_path)
+
+
+def test_workers_find_the_same(tmp_path: Path) -> None:
+    make_task(tmp_path, samples=8 * CHUNK + 3)
+    (tmp_path / "train70.png").write_bytes(b"")
+    assert look(tmp_path, workers=2) == look(tmp_path)
+    assert len(look(tmp_path).kept) == 8 * CHUNK + 2

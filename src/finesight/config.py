@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class Section(BaseModel):
     """A group of settings: frozen, unknown keys refused, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _as_tuple(value: object) -> object:
@@ -19,7 +20,7 @@ def _as_tuple(value: object) -> object:
 
 
 def _as_path(value: object) -> object:
-    return Path(value) if isinstance(value, str) else value
+    return Path(os.path.expanduser(value)) if isinstance(value, str) else value
 
 
 def _as_float(value: object) -> object:
@@ -100,6 +101,9 @@ PictureRule = PixelRange | ExactSize | LongestSide
 
 Tuning = Literal["frozen", "lora", "full"]
 
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
 
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021): scale is alpha / rank; `targets` narrows the linear
@@ -122,12 +126,17 @@ class Tune(Section):
 
     @model_validator(mode="after")
     def _something_learns(self) -> Tune:
-        if {self.vision, self.merger, self.language, self.embeddings} == {"frozen"}:
+        if not (self.uses("lora") or self.uses("full")):
             raise ValueError("every part is frozen: set at least one to lora or full")
         return self
 
+    def uses(self, tuning: Tuning) -> bool:
+        """Whether at least one part is in this mode."""
+        return tuning in (self.vision, self.merger, self.language, self.embeddings)
+
 
 Rate = Annotated[Real, Field(gt=0.0)]
+Beta = Annotated[Real, Field(ge=0.0, lt=1.0)]
 
 
 class Rates(Section):
@@ -159,11 +168,11 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrShare = 0.03
     weight_decay: Annotated[Real, Field(ge=0.0)] = 0.0
-    betas: Annotated[tuple[Real, Real], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.999)
     clip: Annotated[Real, Field(gt=0.0)] | None = 1.0
     recompute: bool = False
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+    device: Device = "auto"
     seed: Steps = 0
     data_seed: Steps = 0
     workers: Steps | None = None

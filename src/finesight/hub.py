@@ -14,7 +14,7 @@ from typing import Any
 
 from finesight.errors import UserError
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*")
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
 """What is fetched of a hub repository: data files, never code or pickled weights."""
 
 PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {

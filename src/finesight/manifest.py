@@ -6,9 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 from finesight.config import PictureRule, Tune
 
+MANIFEST = "manifest.json"
+
 
 class Manifest(BaseModel):
-    """`manifest.json` of a run folder.
+    """`manifest.json` of a run folder, and of the model folder that the run is merged into.
 
     `base` is the model as the recipe named it and `base_fingerprint` the SHA-256 over the headers
     and index of its weight files; a base that has another one is refused. `picture` is the size

@@ -64,6 +64,12 @@ def test_samples_with_damaged_pictures_are_named(tiny, data, tmp_path):
     assert "1 left out" in result.stdout
 
 
+def test_a_folder_in_place_of_the_answers_is_a_usage_error(tiny, data, tmp_path):
+    result = _run(tiny, "--data", data, "--metric", "ocr", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "--out" in result.output
+
+
 @pytest.mark.parametrize("option", ["--metric", "--data"])
 def test_without_a_recipe_both_are_needed(tiny, data, option):
     given = {"--metric": "ocr", "--data": data}

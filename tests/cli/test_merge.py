@@ -16,11 +16,12 @@ from finesight.cli.merge import merge
 from finesight.config import PixelRange, Tune
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
+from finesight.infer.load import load_answerer
 from finesight.manifest import Manifest
 from finesight.model.adapter import write_adapter
 from finesight.model.tiny import make_tiny
-from finesight.model.weights import load_model
-from finesight.storage import verify_folder
+from finesight.model.weights import load_model, save_model
+from finesight.storage import verify_folder, write_folder
 
 TUNE = Tune.model_validate({"language": "lora", "lora": {"rank": 2}})
 
@@ -58,7 +59,7 @@ def run(base: ModelFolder, adapter: Path) -> Path:
         base=str(base.path),
         base_fingerprint=base.fingerprint(),
         picture=PixelRange(min_pixels=784, max_pixels=7840),
-        system="You are a helpful assistant.",
+        system="Speak in rhymes.",
         end_token="<|im_end|>",
         tune=TUNE,
         versions={},
@@ -76,8 +77,24 @@ def test_a_run_is_merged_into_a_whole_model_folder(
     assert result.output == f"14 layers merged into {out}, fp32\n"
     verify_folder(out)
     written = {path.name for path in out.iterdir()}
-    assert written == {path.name for path in base.path.iterdir()}
+    assert written == {path.name for path in base.path.iterdir()} | {"manifest.json"}
     assert (out / "model.safetensors").read_bytes() != base.weight_files()[0].read_bytes()
+
+
+def test_a_merged_run_is_asked_as_it_was_trained(run: Path, tmp_path: Path) -> None:
+    assert run_command(run, tmp_path / "merged").exit_code == 0
+    renderers = [load_answerer(str(path), "cpu").renderer for path in (run, tmp_path / "merged")]
+    rule = PixelRange(min_pixels=784, max_pixels=7840)
+    assert [renderer.rule for renderer in renderers] == [rule, rule]
+    assert [renderer.system for renderer in renderers] == ["Speak in rhymes."] * 2
+
+
+def test_what_is_made_of_a_merged_model_has_not_its_manifest(run: Path, tmp_path: Path) -> None:
+    assert run_command(run, tmp_path / "merged").exit_code == 0
+    merged, again = ModelFolder(tmp_path / "merged"), tmp_path / "again"
+    again.mkdir()
+    save_model(load_model(merged, torch.float32, CPU), merged, again, torch.float32)
+    assert not (again / "manifest.json").exists()
 
 
 def test_an_adapter_folder_is_merged_as_its_run_is(
@@ -127,17 +144,25 @@ def test_what_has_no_adapter_is_refused(base: ModelFolder, tmp_path: Path) -> No
 def test_a_run_with_its_own_whole_model_takes_no_base(
     run: Path, base: ModelFolder, tmp_path: Path
 ) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["tune"]["merger"] = "full"
+    (run / "manifest.json").write_text(json.dumps(manifest))
     make_tiny(run / "model")
     message = refused(run, tmp_path / "merged", "--base", base.path)
     assert "holds its own whole model in model/" in message
     assert run_command(run, tmp_path / "merged").exit_code == 0
 
 
+def test_a_damaged_base_is_refused(adapter: Path, base: ModelFolder, tmp_path: Path) -> None:
+    file = base.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "not a whole safetensors file" in refused(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_flipped_bit_in_the_adapter_is_refused(
     run: Path, adapter: Path, base: ModelFolder, tmp_path: Path
 ) -> None:
-    from finesight.storage import write_folder
-
     sealed = tmp_path / "sealed"
     with write_folder(sealed) as folder:
         for file in adapter.iterdir():

@@ -99,5 +99,11 @@ def test_bad_input_is_refused(tiny, pictures, tmp_path):
     assert "gone" in str(_refusal(tmp_path / "gone", pictures[0], *ask_what))
 
 
+def test_a_file_in_place_of_the_drawings_is_a_usage_error(tiny, pictures):
+    result = _run(tiny, pictures[0], "--prompt", "What?", "--draw", pictures[1])
+    assert result.exit_code == 2
+    assert "--draw" in result.output
+
+
 def test_less_than_one_token_is_a_usage_error(tiny, pictures):
     assert _run(tiny, pictures[0], "--prompt", "What?", "--max-new-tokens", 0).exit_code == 2

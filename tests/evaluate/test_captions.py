@@ -20,6 +20,10 @@ def split(text: str) -> list[str]:
         ("It’s 3.5 years old, 1,000 km", ["it", "'s", "3.5", "years", "old", "1,000", "km"]),
         ("two well-dressed ladies' hats", ["two", "well-dressed", "ladies", "hats"]),
         ("«Café» & $5 (in Zürich)…", ["café", "&", "$", "5", "in", "zürich"]),
+        (
+            "The 2nd 10-year-old's 1950s TV, at 5pm (10:30)",
+            ["the", "2nd", "10-year-old", "'s", "1950s", "tv", "at", "5pm", "10:30"],
+        ),
         (' "..." ', []),
     ],
 )

@@ -60,7 +60,6 @@ def test_scores_are_those_of_the_answers(loaded, samples, tmp_path, metric):
     scored = score(metric, cases)
     stopped = sum(prediction.stopped for prediction in answers) / 3
     assert result.scores == scored.scores | {"stopped": stopped}
-    assert result.value == result.scores[result.headline]
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["scores"] for line in lines] == scored.each
     assert [line["id"] for line in lines] == ["s0", "s1", "s2"]
@@ -101,6 +100,19 @@ def test_unreadable_pictures_are_left_out_and_counted(loaded, samples, tmp_path)
     assert "2 samples, 1 left out" in result.as_table()
     with pytest.raises(UserError, match=r"not one of 1 samples"):
         evaluate(*loaded, samples[:1], _settings())
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "missing"),
+    [("grounding", "there", "box"), ("captions", BoxPart(xyxy=(1, 2, 3, 4)), "text")],
+)
+def test_answers_that_the_metric_cannot_compare_are_refused(
+    loaded, tmp_path, metric, answer, missing
+):
+    noise(tmp_path / "a.png", 90, 60)
+    samples = [ask("s", tmp_path, "a.png", "Where?", answer=answer)] * 2
+    with pytest.raises(UserError, match=f"not one of 2 right answers holds a {missing}"):
+        evaluate(*loaded, samples, _settings(metric=metric))
 
 
 def test_nothing_to_measure_on_is_refused(loaded, tmp_path):

@@ -11,7 +11,7 @@ from finesight.infer.predict import Prediction
 
 
 def _prediction(images: tuple[Path, ...], *boxes: BoxPart) -> Prediction:
-    return Prediction("s", images, "Where?", "there", "there<|im_end|>", boxes, 2, True, 0.1)
+    return Prediction("s", images, "Where?", "there", "there<|im_end|>", boxes, 2, True)
 
 
 def _grey(path: Path, size: tuple[int, int] = (60, 40)) -> Path:

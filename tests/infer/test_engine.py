@@ -1,9 +1,18 @@
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+from asking import ask
+
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
 from finesight.infer import engine
-from finesight.infer.engine import generate_together, plan_batches
+from finesight.infer.engine import generate, plan_batches
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
 
 
 def test_prompts_of_similar_length_run_together_the_longest_first():
@@ -29,6 +38,34 @@ def test_a_prompt_beyond_the_caches_limit_runs_alone():
     assert plan_batches([10, engine.CACHE_TOKENS, 10], 8, 1) == [[1], [0, 2]]
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder(make_tiny(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(tiny, tmp_path):
+    model, renderer = load_model(tiny, torch.float32, torch.device("cpu")), Renderer(tiny)
+    prompts = [renderer.prompt(ask(name, tmp_path, text)) for name, text in (("s", "Why?"),) * 2]
+    last = prompts[0].outline.tokens - 1
+    model.geometry = replace(
+        model.geometry, language=replace(model.geometry.language, positions=last + 1)
+    )
+    assert generate(model, prompts, max_new_tokens=1, end_ids=())
+    longer = [*prompts, renderer.prompt(ask("long", tmp_path, "Why? Why?"))]
+    with pytest.raises(UserError, match=f"(?s)long: .*below {last + 1}"):
+        generate(model, longer, max_new_tokens=1, end_ids=())
+
+
+def test_numbers_that_overflow_are_told(tiny, tmp_path):
+    model = load_model(tiny, torch.float16, torch.device("cpu"))
+    prompts = [Renderer(tiny).prompt(ask("s", tmp_path, "Why?"))]
+    assert generate(model, prompts, max_new_tokens=1, end_ids=())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(60000)
+    with pytest.raises(UserError, match="overflow in float16"):
+        generate(model, prompts, max_new_tokens=1, end_ids=())
+
+
 def test_less_than_one_new_token_is_refused():
     with pytest.raises(AssertionError, match="max_new_tokens is 0"):
-        generate_together(None, [], 0, ())
+        generate(None, [], max_new_tokens=0, end_ids=())

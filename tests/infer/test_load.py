@@ -83,7 +83,6 @@ def _answer(model, renderer, folder: Path) -> str:
 
 def test_a_model_folder_takes_the_familys_settings(base, tmp_path):
     answerer = load_answerer(str(base), "cpu")
-    assert answerer.manifest is None
     assert not answerer.model.training
     assert answerer.renderer.system == answerer.renderer.family.system_prompt
     model = load_model(ModelFolder(base), torch.float32, CPU)
@@ -119,6 +118,7 @@ def test_a_run_of_full_training_needs_no_base(base, tmp_path):
         save_model(model, ModelFolder(base), folder, torch.float32)
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["base"] = str(tmp_path / "gone")
+    manifest["tune"]["language"] = "full"
     (run / "manifest.json").write_text(json.dumps(manifest))
     answerer = load_answerer(str(run), "cpu")
     expected = _answer(model, answerer.renderer, tmp_path)
@@ -134,10 +134,32 @@ def test_a_changed_base_is_refused_with_both_fingerprints(run, base, tmp_path):
         load_answerer(str(run), "cpu")
 
 
-def test_a_run_that_is_not_finished_is_refused(base, tmp_path):
-    _manifest(tmp_path / "run", base)
-    with pytest.raises(UserError, match="no adapter/ and no model/"):
-        load_answerer(str(tmp_path / "run"), "cpu")
+@pytest.mark.parametrize(
+    ("tune", "written", "missing"),
+    [
+        ({}, [], "no adapter/: "),
+        ({"language": "full"}, ["adapter"], "no model/: "),
+        ({"vision": "full"}, [], "no model/ and no adapter/: "),
+        # Stopped between the two: the model alone is not what was trained.
+        ({"vision": "full"}, ["model"], "no adapter/: "),
+    ],
+)
+def test_a_run_that_is_not_finished_is_refused(base, tmp_path, tune, written, missing):
+    run = tmp_path / "run"
+    _manifest(run, base)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["tune"] |= tune
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for name in written:
+        (run / name).mkdir()
+    with pytest.raises(UserError, match=missing):
+        load_answerer(str(run), "cpu")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a" * 300, "a\0b", ""])
+def test_what_cannot_be_a_path_is_no_model(name):
+    with pytest.raises(UserError, match="no folder"):
+        load_answerer(name, "cpu")
 
 
 def test_a_damaged_adapter_is_refused(run):

@@ -8,7 +8,8 @@ import torch
 from asking import ask, mixed_questions, noise
 
 from finesight.data.headers import DamagedPicture
-from finesight.data.sample import BoxPart
+from finesight.data.jsonl import Located
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.infer import predict as area
@@ -35,13 +36,8 @@ def test_answers_come_in_order_over_several_batches(loaded, tmp_path):
     assert sum(told) == len(asked)
     assert len(told) > 3
     for prediction, sample in zip(found, asked, strict=True):
-        ids = generate(
-            model,
-            [renderer.prompt(sample)],
-            max_new_tokens=5,
-            end_ids=renderer.end_ids,
-            batch=1,
-        )[0]
+        prompt = renderer.prompt(sample)
+        (ids,) = generate(model, [prompt], max_new_tokens=5, end_ids=renderer.end_ids)
         assert (prediction.answer, prediction.raw) == renderer.text(ids)
         assert prediction.tokens == len(ids)
     assert found[2].prompt == "and thenwhich is larger?"
@@ -132,11 +128,28 @@ def test_boxes_are_read_for_the_picture_that_the_sample_means(loaded, tmp_path):
     prompt = renderer.prompt(sample)
     spoken = renderer.outline(sample).ids_T[prompt.outline.tokens :].tolist()
     spoken = spoken[: spoken.index(renderer.end_ids[0]) + 1]
-    prediction = area._read(renderer, sample, prompt, spoken, 0.0)
+    prediction = area._read(renderer, sample, prompt, spoken)
     assert prediction.stopped
     (box,) = prediction.boxes
     assert (box.image, box.label) == (1, "dog")
     assert np.allclose(box.xyxy, answer.xyxy, atol=0.5)
+
+
+def test_videos_are_no_pictures_that_a_box_could_mean(loaded, tmp_path):
+    model, renderer = loaded
+    noise(tmp_path / "frame.png", 56, 56)
+    noise(tmp_path / "a.png", 200, 100)
+    content = (
+        VideoPart(frames=("frame.png", "frame.png")),
+        ImagePart(image="a.png"),
+        TextPart(text="Where?"),
+    )
+    sample = Located(Sample(id="s", messages=(Message(role="user", content=content),)), tmp_path)
+    (prediction,) = predict(model, renderer, [sample], max_new_tokens=1, batch=1)
+    assert prediction.images == (tmp_path / "a.png",)
+    spoken = renderer.tokenizer.encode("(100,100),(500,500)")
+    (box,) = area._read(renderer, sample, renderer.prompt(sample), list(spoken)).boxes
+    assert (box.image, box.xyxy) == (0, (20, 10, 100, 50))
 
 
 def test_questions_check_their_pictures_at_once(tmp_path):
@@ -165,7 +178,6 @@ def test_as_json_and_text(images, expected):
         boxes=(BoxPart(label="dog", xyxy=(1, 2.3456, 3, 4)),),
         tokens=2,
         stopped=False,
-        seconds=0.5,
     )
     assert prediction.as_json() == {
         "id": "s",

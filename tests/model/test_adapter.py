@@ -266,6 +266,13 @@ def test_keys_that_fit_no_layer_are_refused_by_name(tmp_path: Path) -> None:
     assert "and 9 more" in garbage
 
 
+def test_factors_in_whole_numbers_are_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {FIRST: tensors[FIRST].to(torch.int8)}, tmp_path / WEIGHTS)
+    assert f"1 keys are not factors of linear layers: {FIRST}" in refused(tmp_path)
+
+
 def test_an_adapter_of_the_other_family_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "qwen2_vl", "all parts")
     assert "keys are no layers of the model: visual.blocks.0.mlp.fc1" in refused(

@@ -81,7 +81,7 @@ def test_the_style_of_transformers_5_says_the_same(tmp_path: Path, family: str) 
         ({"rope_scaling": {"mrope_section": [1, 2]}}, "rope_scaling.mrope_section is [1, 2]"),
         ({"rope_scaling": {"mrope_section": [2, 2, "2"]}}, "rope_scaling.mrope_section is"),
         ({"rope_theta": None}, "rope_theta is missing"),
-        ({"image_token_id": -1}, "image_token_id is -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"vision_config": None}, "vision_config is missing"),
         ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
         ({"model_type": None}, "model_type is missing"),
@@ -99,6 +99,13 @@ def test_what_is_missing_or_wrong_is_named(family: str, change: dict[str, Any], 
     assert key in refused.value.what
     assert refused.value.where == "config.json"
     assert refused.value.expected
+
+
+def test_null_is_as_good_as_missing() -> None:
+    nulls = dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "head_dim"), None)
+    nulls |= dict.fromkeys(("num_key_value_heads", "max_position_embeddings"), None)
+    found = geometry(config("qwen2_vl", **nulls)).language
+    assert (found.tied, found.kv_heads, found.positions) == (False, found.heads, 32768)
 
 
 @pytest.mark.parametrize("change", [{"window_size": 27}, {"fullatt_block_indexes": [-1]}])

@@ -14,7 +14,14 @@ from torch import Tensor
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.model.network import VisionLanguageModel
-from finesight.model.weights import hub_tensors, load_model, random_model, save_model
+from finesight.model.weights import (
+    hub_tensors,
+    load_model,
+    random_model,
+    save_model,
+    stored_precision,
+)
+from finesight.storage import write_folder
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 SAMPLES = [conversation(1, 3, ("image", (1, 10, 12)), 4), conversation(2, 9)]
@@ -193,6 +200,49 @@ def test_a_cut_file_is_refused(tmp_path: Path, keep: int) -> None:
     with pytest.raises(UserError, match="not a whole safetensors file") as refused:
         load_model(source, torch.float32, CPU)
     assert refused.value.where == str(file)
+
+
+def test_a_flipped_bit_in_a_folder_from_here_is_refused(tmp_path: Path) -> None:
+    settings = config("qwen2_vl")
+    source = published(tmp_path / "source", settings, reference(settings))
+    with write_folder(tmp_path / "merged") as folder:
+        save_model(load_model(source, torch.float32, CPU), source, folder, torch.float32)
+    load_model(ModelFolder(tmp_path / "merged"), torch.float32, CPU)
+    file = tmp_path / "merged" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="changed since it was written") as refused:
+        load_model(ModelFolder(tmp_path / "merged"), torch.float32, CPU)
+    assert refused.value.where == str(file)
+
+
+def test_quantised_weights_are_refused_as_such(tmp_path: Path) -> None:
+    settings = config("qwen2_vl")
+    source = published(tmp_path / "source", settings, reference(settings))
+    quantised = settings | {"quantization_config": {"quant_method": "awq"}}
+    (source.path / "config.json").write_text(json.dumps(quantised))
+    for read in (lambda s: load_model(s, torch.float32, CPU), stored_precision):
+        with pytest.raises(UserError, match=r"quantised weights.*awq"):
+            read(ModelFolder(source.path))
+
+
+def test_the_stored_precision_is_that_of_most_tensors(tmp_path: Path) -> None:
+    settings = config("qwen2_vl")
+    source = published(tmp_path / "source", settings, reference(settings))
+    assert stored_precision(source) == "fp32"
+    for file in source.weight_files():
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)
+    change(source, lambda tensors: {n: t.float() for n, t in tensors.items()})
+    assert stored_precision(source) == "bf16"
+    for file in source.weight_files():
+        save_file({n: t.to(torch.int8) for n, t in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="weights of type I8"):
+        stored_precision(source)
+    for file in source.weight_files():
+        save_file({}, file)
+    with pytest.raises(UserError, match="weights of type none"):
+        stored_precision(source)
 
 
 def test_saving_with_an_adapter_would_lose_it(tmp_path: Path) -> None:

@@ -95,3 +95,6 @@ def test_geometry_is_the_model_s(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"merge_size 2 in .* spatial_merge_size 1 under"):
         geometry_of(ModelFolder(tmp_path))
+    # Whether there is a vision_config at all is the model's to say.
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": None}))
+    assert geometry_of(ModelFolder(tmp_path)) == PatchGeometry(16, 2, 2)

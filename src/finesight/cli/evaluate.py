@@ -28,7 +28,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest answer in tokens.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write every answer with its scores here, as JSONL.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Write every answer with its scores here, as JSONL."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",

@@ -41,7 +41,7 @@ def merge(
             expected="a run that trained with lora, or a folder with an adapter",
             remedy=f"nothing is left to merge: use {parts.folder.path} as it is",
         )
-    merged = merge_folder(parts.folder, parts.adapter, out, precision)
+    merged = merge_folder(parts.folder, parts.adapter, out, precision, parts.manifest)
     if as_json:
         result = {"folder": str(out), "layers": merged.layers, "precision": merged.precision}
         typer.echo(json.dumps(result))

@@ -31,7 +31,9 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
     draw: Annotated[
         Path | None,
-        typer.Option(help="Write a copy of each picture, its boxes drawn, into this folder."),
+        typer.Option(
+            file_okay=False, help="Write a copy of each picture, its boxes drawn, into this folder."
+        ),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",

@@ -23,9 +23,12 @@ CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 
 # A clitic is split from its word as the Penn Treebank does: "don't" is "do" and "n't". Numbers
-# keep their inner points and commas, words their inner hyphens, apostrophes and points (u.s.).
+# keep their inner points and commas and the letters after them (2nd, 10-year-old), words their
+# inner hyphens, apostrophes and points (u.s.).
 _CLITIC = re.compile(r"(?<=[^\W\d_])(n't|'(?:s|re|ve|ll|d|m))\b")
-_WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)*|\w+(?:[-'./&]\w+)*|[$%&#@+=*/]")
+_WORD = re.compile(
+    r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)*\w*(?:-\w+)*|\w+(?:[-'./&]\w+)*|[$%&#@+=*/]"
+)
 
 
 def words(caption: str) -> list[str]:

@@ -15,7 +15,7 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
-from finesight.evaluate.score import TASKS, Case, Scores, score, truths_of
+from finesight.evaluate.score import TASKS, Case, Scores, check_truths, score, truths_of
 from finesight.infer.predict import Prediction, as_box, predict
 from finesight.model.network import VisionLanguageModel
 from finesight.storage import write_file
@@ -26,22 +26,15 @@ class Evaluation:
     """Figures of a set of held-out samples, and every answer behind them.
 
     `scores` holds the task's figures and `stopped`, the share of answers that ended by themselves;
-    `headline` names the one that stands for all (higher is better). `each` are the scores of each
-    prediction. `unreadable` are (sample id, reason) of those whose pictures could not be read: they
-    are in no figure.
+    `headline` names the one that stands for all (higher is better). `unreadable` are (sample id,
+    reason) of those whose pictures could not be read: they are in no figure.
     """
 
     metric: Metric
     headline: str
     scores: Scores
     predictions: tuple[Prediction, ...]
-    each: tuple[Scores, ...]
     unreadable: tuple[tuple[str, str], ...]
-
-    @property
-    def value(self) -> float:
-        """The headline's figure."""
-        return self.scores[self.headline]
 
     def as_json(self) -> dict[str, Any]:
         """The figures alone, for machines."""
@@ -75,7 +68,8 @@ def evaluate(
 
     Takes the first `settings.limit` samples. The model is left in the mode it was in. `advance` is
     told after each token how many answers ended with it, and may raise to stop. Raises UserError
-    for no samples, samples without an answer, and when not one sample could be read.
+    for no samples, samples without an answer, answers that the metric cannot compare, and when not
+    one sample could be read.
     """
     chosen = list(islice(samples, settings.limit))
     if not chosen:
@@ -86,6 +80,7 @@ def evaluate(
             remedy="give held-out samples, such as `finesight data import --eval-last` leaves",
         )
     truths = [truths_of(sample.sample) for sample in chosen]
+    check_truths(settings.metric, truths)
     predictions, unreadable = _answers(model, renderer, chosen, settings, advance)
     readable = [truth for i, truth in enumerate(truths) if i not in unreadable]
     cases = [
@@ -102,7 +97,6 @@ def evaluate(
         headline=TASKS[settings.metric].headline,
         scores=scored.scores | {"stopped": stopped},
         predictions=tuple(predictions),
-        each=tuple(scored.each),
         unreadable=tuple((chosen[i].sample.id, reason) for i, reason in sorted(unreadable.items())),
     )
 

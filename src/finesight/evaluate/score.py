@@ -15,6 +15,9 @@ from finesight.evaluate.text import edit_distance, folded_text, latex_tokens, pl
 
 Scores = dict[str, float]
 
+Truth = tuple[tuple[str, ...], tuple[BoxPart, ...]]
+"""Right answers to one question: texts of which any will do, and boxes that are all wanted."""
+
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "held_out_loss"})
 """All other scores grow with quality."""
 
@@ -45,7 +48,7 @@ class Task:
     score: Callable[[Sequence[Case]], Scored]
 
 
-def truths_of(sample: Sample) -> tuple[tuple[str, ...], tuple[BoxPart, ...]]:
+def truths_of(sample: Sample) -> Truth:
     """The right answers of a sample as texts (its last turn first, then its references), and the
     boxes of that turn. Raises UserError when its last turn is not the assistant's."""
     last = sample.messages[-1]
@@ -57,6 +60,19 @@ def truths_of(sample: Sample) -> tuple[tuple[str, ...], tuple[BoxPart, ...]]:
         )
     boxes = tuple(part for part in last.content if isinstance(part, BoxPart))
     return (_text(last), *sample.references), boxes
+
+
+def check_truths(metric: Metric, truths: Sequence[Truth]) -> None:
+    """Refuse, as UserError, right answers none of which holds what the metric compares: without
+    a box in the truth, an answer without boxes would count as perfect grounding."""
+    wanted = "box" if metric == "grounding" else "text"
+    if not any(boxes if wanted == "box" else "".join(texts).strip() for texts, boxes in truths):
+        raise UserError(
+            f"not one of {len(truths)} right answers holds a {wanted}",
+            where=f"metric {metric}",
+            expected=f"samples whose last turn says it with a {wanted} part",
+            remedy="choose the metric of this task, or import the data anew with its answers",
+        )
 
 
 def score(metric: Metric, cases: Sequence[Case]) -> Scored:
@@ -98,8 +114,8 @@ def _ocr(cases: Sequence[Case]) -> Scored:
     each, edits, length = [], 0, 0
     for case in cases:
         said, truths = plain_text(case.answer), [plain_text(truth) for truth in case.truths]
-        i = min(range(len(truths)), key=lambda i: _share(_edits(said, truths[i])))
-        nearest = _edits(said, truths[i])
+        found = [_edits(said, truth) for truth in truths]
+        nearest, truth = min(zip(found, truths, strict=True), key=lambda pair: _share(pair[0]))
         distance = nearest[0]
         folded = {folded_text(truth) for truth in case.truths}
         each.append(
@@ -107,10 +123,10 @@ def _ocr(cases: Sequence[Case]) -> Scored:
                 "similarity": 1.0 - _share(nearest),
                 "exact": float(distance == 0),
                 "exact_folded": float(folded_text(case.answer) in folded),
-                "cer": distance / max(1, len(truths[i])),
+                "cer": distance / max(1, len(truth)),
             }
         )
-        edits, length = edits + distance, length + len(truths[i])
+        edits, length = edits + distance, length + len(truth)
     # The character error rate of a set is that of its texts end to end, not a mean of rates.
     return Scored(_means(each) | {"cer": edits / max(1, length)}, each)
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from finesight.encode.encoded import Encoded
+from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.pack import pack, plan_packs
+from finesight.errors import UserError
 from finesight.infer.cache import KeyValueCache, PrefillAttention, StepAttention
 from finesight.model.attention import Segments
 from finesight.model.network import VisionLanguageModel
@@ -42,6 +43,8 @@ class Session:
         self._prefill_tokens = prefill_tokens
         weight = model.head_weight
         language = model.geometry.language
+        # M-RoPE goes on from the largest position of any row, in all three rows alike.
+        ends = [_last_position(prompt.outline, language.positions) for prompt in prompts]
         self._device = weight.device
         self._cache = KeyValueCache(
             layers=language.depth,
@@ -53,8 +56,6 @@ class Session:
             dtype=weight.dtype,
             device=self._device,
         )
-        # M-RoPE goes on from the largest position of any row, in all three rows alike.
-        ends = [int(prompt.outline.positions_3T.max()) for prompt in prompts]
         self._position_R = torch.tensor(ends, device=self._device)
         self._nowhere = torch.empty(0, dtype=torch.int64, device=self._device)
         self._prompts = prompts
@@ -92,28 +93,16 @@ class Session:
         return order
 
 
-def generate(
-    model: VisionLanguageModel,
-    prompts: Sequence[Encoded],
-    *,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    batch: int,
-) -> list[list[int]]:
-    """The most probable next token, again and again: the token ids of each answer.
-
-    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
-    1). Prompts run at most `batch` at a time, those of similar length together; the answers
-    come in the order of the prompts and do not depend on which ran together (but for rounding).
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
-    lengths = [prompt.outline.tokens for prompt in prompts]
-    for members in plan_batches(lengths, batch, max_new_tokens):
-        together = [prompts[i] for i in members]
-        grown = generate_together(model, together, max_new_tokens, end_ids)
-        for i, answer in zip(members, grown, strict=True):
-            answers[i] = answer
-    return answers
+def _last_position(outline: Outline, limit: int) -> int:
+    last = int(outline.positions_3T.max())
+    if last >= limit:
+        raise UserError(
+            f"the prompt has {outline.tokens} tokens and ends at position {last}",
+            where=f"sample {outline.id:.80}",
+            expected=f"positions below {limit}, the model's max_position_embeddings",
+            remedy="ask with less text, or with fewer or smaller pictures",
+        )
+    return last
 
 
 def plan_batches(lengths: Sequence[int], batch: int, max_new_tokens: int) -> list[list[int]]:
@@ -132,21 +121,36 @@ def plan_batches(lengths: Sequence[int], batch: int, max_new_tokens: int) -> lis
 
 
 @torch.no_grad()
-def generate_together(
+def generate(
     model: VisionLanguageModel,
     prompts: Sequence[Encoded],
+    *,
     max_new_tokens: int,
     end_ids: Sequence[int],
     ended: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """`generate` for prompts that all run at once. `ended` is told after each token how many
-    answers ended with it, often 0: what it raises stops the generation."""
+    """The most probable next token, again and again: the token ids of each answer.
+
+    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
+    1). All prompts run at once; the answers do not depend on which ran together (but for
+    rounding). `ended` is told after each token how many answers ended with it, often 0: what it
+    raises stops the generation. Raises UserError for a prompt beyond the model's positions and
+    for numbers that overflow.
+    """
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
     session = Session(model, prompts, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     owner = list(range(len(prompts)))
     running = set(owner)
     logits_RV = session.prefill()
+    if not logits_RV.isfinite().all():
+        dtype = str(logits_RV.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the model's numbers overflow in {dtype}",
+            where="precision",
+            expected="finite logits; fp16 ends at 65504, and some models go beyond it",
+            remedy="use --precision fp32, or bf16 on a card that computes in it",
+        )
     while True:
         next_R = logits_RV.argmax(dim=-1)
         # The one wait for the device in a step. A row whose sequence has ended grows on unread

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import ValidationError
 
+from finesight.config import Device, Precision
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, locate
-from finesight.manifest import Manifest
+from finesight.manifest import MANIFEST, Manifest
+from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import install_adapter
 from finesight.model.network import VisionLanguageModel
-from finesight.model.weights import load_model
-from finesight.storage import DIGESTS, verify_folder
-
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
-
-MANIFEST = "manifest.json"
-ADAPTER_CONFIG = "adapter_config.json"
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from finesight.model.weights import DTYPES, load_model
 
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """A model in evaluation mode with its renderer; `manifest` is that of a run, else None."""
+    """A model in evaluation mode, and the renderer that it was trained with."""
 
     model: VisionLanguageModel
     renderer: Renderer
-    manifest: Manifest | None
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What has to be loaded: weights from `folder`, then `adapter` on them."""
+    """What has to be loaded: weights from `folder`, then `adapter` on them; `manifest` is that of
+    the run they come from."""
 
     folder: ModelFolder
     adapter: Path | None
@@ -52,9 +45,10 @@ def load_answerer(
     """Load what `finesight predict` and `finesight eval` speak to.
 
     `run_or_model` is a run folder (its manifest fixes picture sizes, system prompt and base), a
-    model folder in the hub's layout, a folder with a PEFT adapter that names its base, or a hub
-    name. `precision` auto is bf16 on cards that compute in it, fp16 on older ones, fp32 on CPU.
-    Raises UserError for what is missing, half-written, or not the base that the run started from.
+    model folder in the hub's layout (a merged one has its run's manifest), a folder with a PEFT
+    adapter that names its base, or a hub name. `precision` auto is bf16 on cards that compute in
+    it, fp16 on older ones, fp32 on CPU. Raises UserError for what is missing, half-written, or not
+    the base that the run started from.
     """
     parts = find_parts(run_or_model)
     where = resolve_device(device)
@@ -69,7 +63,7 @@ def load_answerer(
     if parts.adapter is not None:
         install_adapter(model, parts.adapter, base=parts.folder)
     model.eval()
-    return Answerer(model, renderer, manifest)
+    return Answerer(model, renderer)
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -90,24 +84,15 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     """The type to compute in: `auto` is bf16 from compute capability 8.0 on, fp16 below, fp32 on
     a CPU."""
     if precision != "auto":
-        return _DTYPES[precision]
+        return DTYPES[precision]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def read_manifest(run: Path) -> Manifest:
-    """The manifest of a run folder. Raises UserError when it is missing or broken."""
-    path = run / MANIFEST
+def _read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no {MANIFEST}",
-            where=str(run),
-            expected="a run folder, as `finesight train` writes it",
-            remedy="correct the path",
-        ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the file"
@@ -126,13 +111,15 @@ def find_parts(run_or_model: str, base: str | None = None) -> Parts:
     UserError for what is missing, half-written or no base of the run, and for a `base` that is
     not needed.
     """
-    path = Path(run_or_model).expanduser()
-    if (path / MANIFEST).is_file():
-        return _parts_of_run(path, base)
-    if (path / ADAPTER_CONFIG).is_file():
+    # os.path's functions stand what cannot be a path: a home of nobody, a name too long.
+    path = Path(os.path.expanduser(run_or_model))
+    manifest = _read_manifest(path / MANIFEST) if os.path.isfile(path / MANIFEST) else None
+    if manifest is not None and not (path / "config.json").is_file():
+        return _parts_of_run(path, manifest, base)
+    if os.path.isfile(path / ADAPTER_CONFIG):
         return Parts(locate(base or _base_of_adapter(path)), path, None)
     _refuse_base(base, run_or_model, "is a model of its own")
-    return Parts(locate(run_or_model), None, None)
+    return Parts(locate(run_or_model), None, manifest)
 
 
 def _refuse_base(base: str | None, source: str, why: str) -> None:
@@ -145,20 +132,18 @@ def _refuse_base(base: str | None, source: str, why: str) -> None:
         )
 
 
-def _parts_of_run(run: Path, base: str | None) -> Parts:
-    manifest = read_manifest(run)
-    adapter, model = run / "adapter", run / "model"
-    if not adapter.is_dir() and not model.is_dir():
+def _parts_of_run(run: Path, manifest: Manifest, base: str | None) -> Parts:
+    model = run / "model" if manifest.tune.uses("full") else None
+    adapter = run / "adapter" if manifest.tune.uses("lora") else None
+    missing = [f"{part.name}/" for part in (model, adapter) if part and not part.is_dir()]
+    if missing:
         raise UserError(
-            f"{run.name} has no adapter/ and no model/: it has not come to its end",
+            f"{run.name} has no {' and no '.join(missing)}: it has not come to its end",
             where=str(run),
             expected="a finished run",
             remedy=f"go on with it: finesight train {run / 'recipe.yaml'} --resume",
         )
-    for written in (adapter, model):
-        if (written / DIGESTS).is_file():
-            verify_folder(written)
-    if model.is_dir():
+    if model is not None:
         _refuse_base(base, str(run), "holds its own whole model in model/")
         folder = ModelFolder(model)
     else:
@@ -171,7 +156,7 @@ def _parts_of_run(run: Path, base: str | None) -> Parts:
             expected=f"the family {manifest.family}, which the run trained",
             remedy="restore the model that the run started from",
         )
-    return Parts(folder, adapter if adapter.is_dir() else None, manifest)
+    return Parts(folder, adapter, manifest)
 
 
 def _check_base(manifest: Manifest, folder: ModelFolder, run: Path) -> None:

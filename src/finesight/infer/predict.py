@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any, TypeVar
 
 from finesight.data.headers import DamagedPicture, picture_size
 from finesight.data.jsonl import Located
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, files_of
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
-from finesight.infer.engine import generate_together, plan_batches
+from finesight.infer.engine import generate, plan_batches
 from finesight.model.network import VisionLanguageModel
 
 T = TypeVar("T")
@@ -27,7 +26,8 @@ READERS = 4
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """An answer: `answer` as a person reads it, `raw` with its special tokens (the end token too,
-    where the model stopped by itself), `boxes` in pixels of the original pictures."""
+    where the model stopped by itself), `boxes` in pixels of the original `images`, which are the
+    sample's pictures without its videos: a box's number counts these."""
 
     id: str
     images: tuple[Path, ...]
@@ -37,8 +37,6 @@ class Prediction:
     boxes: tuple[BoxPart, ...]
     tokens: int
     stopped: bool
-    seconds: float
-    """A share of the time its batch took, encoding not counted."""
 
     def as_json(self) -> dict[str, Any]:
         """What `finesight predict --json` prints: `image` is a path, a list of several, or null."""
@@ -110,12 +108,15 @@ def predict(
     reader = _Reader(renderer, samples, damaged)
     try:
         for prompts in reader.batches(batch, max_new_tokens):
-            start = time.perf_counter()
-            together = list(prompts.values())
-            ids = generate_together(model, together, max_new_tokens, renderer.end_ids, advance)
-            seconds = (time.perf_counter() - start) / len(prompts)
-            for (i, prompt), answer in zip(prompts.items(), ids, strict=True):
-                predictions[i] = _read(renderer, samples[i], prompt, answer, seconds)
+            answers = generate(
+                model,
+                list(prompts.values()),
+                max_new_tokens=max_new_tokens,
+                end_ids=renderer.end_ids,
+                ended=advance,
+            )
+            for (i, prompt), ids in zip(prompts.items(), answers, strict=True):
+                predictions[i] = _read(renderer, samples[i], prompt, ids)
     finally:
         model.train(was_training)
     return [predictions[i] for i in sorted(predictions)]
@@ -168,15 +169,14 @@ class _Reader:
         return results
 
 
-def _read(
-    renderer: Renderer, located: Located, prompt: Encoded, ids: list[int], seconds: float
-) -> Prediction:
+def _read(renderer: Renderer, located: Located, prompt: Encoded, ids: list[int]) -> Prediction:
     answer, raw = renderer.text(ids)
-    picture = _picture_meant(located.sample)
+    sample = located.sample
+    picture = _picture_meant(sample)
     return Prediction(
-        id=located.sample.id,
-        images=tuple(_pictures(located)),
-        prompt=_last_question(located.sample),
+        id=sample.id,
+        images=tuple(located.path(p.image) for p in sample.parts() if isinstance(p, ImagePart)),
+        prompt=_last_question(sample),
         answer=answer,
         raw=raw,
         boxes=tuple(
@@ -184,15 +184,8 @@ def _read(
             for box in renderer.boxes(raw, prompt.outline.spans, picture)
         ),
         tokens=len(ids),
-        stopped=bool(ids) and ids[-1] in renderer.end_ids,
-        seconds=seconds,
+        stopped=ids[-1] in renderer.end_ids,
     )
-
-
-def _pictures(sample: Located) -> Iterator[Path]:
-    """Pictures in order, for a video its first frame."""
-    for part in sample.sample.parts():
-        yield from (sample.path(name) for name in files_of(part)[:1])
 
 
 def _picture_meant(sample: Sample) -> int:

@@ -149,7 +149,7 @@ def read_adapter(folder: Path) -> tuple[LoraSpec, dict[str, Factors]]:
     strange, doubled = [], []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or tensor.dim() != 2:
+        if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
             strange.append(key)
             continue
         pair = sides.setdefault(layer_name(match["module"]), {})
@@ -183,7 +183,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = file.keys()
             tensors = {key: file.get_tensor(key) for key in keys}
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"not readable as safetensors: {error}", where=str(path), remedy="copy the file again"
         ) from error

@@ -14,7 +14,8 @@ from finesight.errors import UserError
 
 
 class Settings:
-    """A JSON object read with types; what is missing or wrong is refused by its full key."""
+    """A JSON object read with types; what is missing or wrong is refused by its full key. A null
+    is as good as missing."""
 
     def __init__(self, values: Mapping[str, object], file: str = "config.json", at: str = ""):
         self._values, self.file, self._at = values, file, at
@@ -30,8 +31,11 @@ class Settings:
         )
 
     def has(self, key: str) -> bool:
-        """Whether `key` is there and not null."""
+        """Whether `key` is there."""
         return self._values.get(key) is not None
+
+    def _get(self, key: str, default: object) -> object:
+        return self._values[key] if self.has(key) else default
 
     def section(self, key: str) -> Settings:
         """The object under `key`."""
@@ -40,23 +44,23 @@ class Settings:
             self.refuse(key, "an object")
         return Settings(value, self.file, f"{self._at}{key}.")
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`; `default` stands in for a missing one."""
-        value = self._values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.refuse(key, f"a whole number of at least {least}")
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1; `default` stands in for a missing one."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(key, "a whole number of at least 1")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number; `default` stands in for a missing one."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             self.refuse(key, "a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, bool):
             self.refuse(key, "true or false")
         return value
@@ -90,14 +94,15 @@ class Settings:
 
     def require(self, key: str, default: object, supported: tuple[object, ...]) -> None:
         """Refuse a value of `key` that changes the arithmetic in a way that is not built."""
-        if self._values.get(key, default) not in supported:
+        if self._get(key, default) not in supported:
             self.refuse(key, " or ".join(repr(value) for value in supported))
 
 
 @dataclass(frozen=True)
 class LanguageGeometry:
     """A Qwen2 decoder. `sections` splits the frequencies of a head between the position rows
-    time, height and width; `tied` says that the head shares the embedding's weight."""
+    time, height and width; `positions` are as many as it was made for; `tied` says that the head
+    shares the embedding's weight."""
 
     vocabulary: int
     width: int
@@ -108,6 +113,7 @@ class LanguageGeometry:
     norm_eps: float
     theta: float
     sections: tuple[int, ...]
+    positions: int
     tied: bool
 
     @property
@@ -154,30 +160,18 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class SpecialIds:
-    """Token ids that stand for pictures and videos."""
-
-    image: int
-    video: int
-    vision_start: int
-    vision_end: int
-
-
-@dataclass(frozen=True)
 class Geometry:
     """All sizes of a vision-language model."""
 
-    family: str
     language: LanguageGeometry
     vision: VisionGeometry
-    ids: SpecialIds
 
 
 def read_language(config: Settings) -> LanguageGeometry:
     """The decoder's sizes, from either style of config.json."""
     text = config.section("text_config") if config.has("text_config") else config
     text.require("hidden_act", "silu", ("silu",))
-    text.require("use_sliding_window", False, (False, None))
+    text.require("use_sliding_window", False, (False,))
     text.require("attention_dropout", 0.0, (0.0,))
     rope = text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
     # Published files say type mrope, transformers 5 says rope_type default beside it.
@@ -203,6 +197,7 @@ def read_language(config: Settings) -> LanguageGeometry:
         norm_eps=text.number("rms_norm_eps"),
         theta=(rope if rope.has("rope_theta") else text).number("rope_theta"),
         sections=sections,
+        positions=text.whole("max_position_embeddings", 32768),
         tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
     )
 
@@ -229,16 +224,6 @@ def read_vision(vision: Settings, *, width: str, mlp_width: int, out_width: str)
     if geometry.width % geometry.heads or geometry.head_width % 4:
         vision.refuse("num_heads", f"a divisor of {width} in shares of a multiple of 4")
     return geometry
-
-
-def read_ids(config: Settings) -> SpecialIds:
-    """The special token ids, which both styles keep at the top."""
-    return SpecialIds(
-        image=config.whole("image_token_id", least=0),
-        video=config.whole("video_token_id", least=0),
-        vision_start=config.whole("vision_start_token_id", least=0),
-        vision_end=config.whole("vision_end_token_id", least=0),
-    )
 
 
 def read_pixels(settings: Settings, channels: int = 3) -> Pixels:

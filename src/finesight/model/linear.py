@@ -26,7 +26,6 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
-        self.inputs = inputs
         self.outputs = dict(outputs)
         self.weight = nn.Parameter(torch.empty(sum(self.outputs.values()), inputs))
         self.bias = nn.Parameter(torch.empty(len(self.weight))) if bias else None
@@ -42,6 +41,3 @@ class GroupedLinear(nn.Module):
             return (y,)
         outputs: tuple[Tensor, ...] = torch.split(y, list(self.outputs.values()), dim=-1)
         return outputs
-
-    def extra_repr(self) -> str:
-        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"

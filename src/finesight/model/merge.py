@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from finesight.errors import UserError
+from finesight.config import Precision
 from finesight.hub import ModelFolder
+from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
 from finesight.model.lora import adapters
-from finesight.model.weights import load_model, save_model
+from finesight.model.weights import DTYPES, load_model, save_model, stored_precision
 from finesight.storage import write_folder
-
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @torch.no_grad()
@@ -51,38 +44,28 @@ class Merged:
 
 
 def merge_folder(
-    base: ModelFolder, adapter: Path, out: Path, precision: Precision = "auto"
+    base: ModelFolder,
+    adapter: Path,
+    out: Path,
+    precision: Precision = "auto",
+    manifest: Manifest | None = None,
 ) -> Merged:
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
 
-    `precision` auto keeps the type of the base's weights. Computed on the CPU. Raises UserError
-    for an existing `out`, an adapter that does not fit (another base's fingerprint included) and
-    a full disk; then nothing is left at `out`.
+    `precision` auto keeps the type of the base's weights. `manifest` is that of the adapter's run:
+    it goes along, so that the folder is asked as the run was trained. Computed on the CPU. Raises
+    UserError for an existing `out`, an adapter that does not fit (another base's fingerprint
+    included) and a full disk; then nothing is left at `out`.
     """
     with write_folder(out) as folder:
         stored = stored_precision(base)
         kept = stored if precision == "auto" else precision
         # In another type than the base's the sum would be rounded twice, unless kept in fp32.
-        computed = _DTYPES[stored] if kept == stored else torch.float32
+        computed = DTYPES[stored] if kept == stored else torch.float32
         model = load_model(base, computed, torch.device("cpu"))
         install_adapter(model, adapter, base=base, dtype=torch.float32)
         layers = merge_into(model)
-        save_model(model, base, folder, _DTYPES[kept])
+        save_model(model, base, folder, DTYPES[kept])
+        if manifest is not None:
+            (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
     return Merged(out, layers, kept)
-
-
-def stored_precision(folder: ModelFolder) -> str:
-    """The type of most tensors in the first weight file: bf16, fp16 or fp32."""
-    file = folder.weight_files()[0]
-    with safe_open(file, framework="pt") as weights:
-        names = weights.keys()
-        types = Counter(weights.get_slice(name).get_dtype() for name in names)
-    usual = types.most_common(1)[0][0]
-    if usual not in _STORED:
-        raise UserError(
-            f"weights of type {usual}",
-            where=str(file),
-            expected=f"one of {', '.join(_STORED)}",
-            remedy="take a model whose weights are not quantised",
-        )
-    return _STORED[usual]

@@ -17,14 +17,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 from finesight.model import qwen2_5_vl, qwen2_vl
 from finesight.model.attention import Attention, PackedAttention, Segments
-from finesight.model.geometry import (
-    Geometry,
-    Pixels,
-    Settings,
-    read_ids,
-    read_language,
-    read_pixels,
-)
+from finesight.model.geometry import Geometry, Pixels, Settings, read_language, read_pixels
 from finesight.model.language import Decoder
 from finesight.model.tower import VisionTower
 
@@ -102,11 +95,10 @@ def build(
     family = config.text("model_type")
     if family not in FAMILIES:
         config.refuse("model_type", " or ".join(FAMILIES))
-    language, ids = read_language(config), read_ids(config)
+    language = read_language(config)
     with torch.device("meta"):
         visual = FAMILIES[family](config.section("vision_config"), read_pixels(preprocessor))
-        geometry = Geometry(family, language, visual.geometry, ids)
-        model = VisionLanguageModel(geometry, visual)
+        model = VisionLanguageModel(Geometry(language, visual.geometry), visual)
     if visual.geometry.out_width != language.width:
         raise UserError(
             f"features of pictures are {visual.geometry.out_width} wide",

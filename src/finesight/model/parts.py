@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import nn
@@ -127,24 +126,3 @@ def _nearest(word: str, names: list[str]) -> list[str]:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by native name, in the model's order; a tied one once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@dataclass(frozen=True)
-class PartSize:
-    """Counts of numbers in one part: of the model itself, of its adapters, and what learns."""
-
-    part: Part
-    model: int
-    adapters: int
-    trainable: int
-
-
-def part_sizes(model: nn.Module) -> list[PartSize]:
-    """One entry for each part, in the order of `PARTS`; a tied head is counted once."""
-    own, added, learning = (dict.fromkeys(PARTS, 0) for _ in range(3))
-    lora = {id(p) for _, _, adapter in adapters(model) for p in adapter.parameters()}
-    for name, parameter in model.named_parameters():
-        counts = added if id(parameter) in lora else own
-        counts[part_of(name)] += parameter.numel()
-        learning[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
-    return [PartSize(part, own[part], added[part], learning[part]) for part in PARTS]

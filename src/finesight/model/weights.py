@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.manifest import MANIFEST
 from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel, build
-from finesight.storage import DIGESTS
+from finesight.storage import DIGESTS, verify_folder
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The types that weights are stored in and computed with, by the name a user gives them."""
+
+_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""The same by their name in the header of a safetensors file."""
 
 _HEAD = "lm_head.weight"
 _PATCH_EMBED = "visual.patch_embed.proj.weight"
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
 _DESCRIPTIONS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _REMEDY = "download the model again"
 
@@ -95,12 +101,15 @@ def load_model(
 ) -> VisionLanguageModel:
     """The model of a hub folder, every tensor read exactly once.
 
-    Raises UserError for a damaged file and for missing, unknown, repeated or wrongly shaped
-    tensors.
+    Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
+    for quantised weights, and for a folder that has changed since finesight wrote it.
     """
+    _refuse_quantised(folder)
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     files = folder.weight_files()
+    if (folder.path / DIGESTS).is_file():
+        verify_folder(folder.path)
     model = build(config, preprocessor, dtype, device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     stored = [tensor for file in files for tensor in _header(file)]
@@ -115,6 +124,32 @@ def load_model(
                     data = wanted[tensor.published].data
                     data.copy_(weights.get_tensor(tensor.name).view(data.shape))
     return model
+
+
+def stored_precision(folder: ModelFolder) -> str:
+    """The type of most of a folder's tensors, a key of DTYPES. Raises UserError for others."""
+    _refuse_quantised(folder)
+    types = Counter(tensor.dtype for file in folder.weight_files() for tensor in _header(file))
+    usual = max(types, key=types.__getitem__, default="none")
+    if usual not in _STORED:
+        raise UserError(
+            f"weights of type {usual}",
+            where=str(folder.path),
+            expected=f"one of {', '.join(_STORED)}",
+            remedy=_REMEDY,
+        )
+    return _STORED[usual]
+
+
+def _refuse_quantised(folder: ModelFolder) -> None:
+    quantised = folder.config.get("quantization_config")
+    if quantised is not None:
+        raise UserError(
+            f"quantised weights: quantization_config is {quantised!r:.80}",
+            where=str(folder.path / "config.json"),
+            expected="weights in bf16, fp16 or fp32",
+            remedy="take the same model without quantisation",
+        )
 
 
 def _header(file: Path) -> list[_Stored]:
@@ -140,10 +175,10 @@ def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: P
     if misshapen:
         shapes = [f"{t.name} {t.shape} not {wanted[t.published].shape}" for t in misshapen]
         raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
-    strange = [t for t in stored if t.dtype not in _DTYPES]
+    strange = [t for t in stored if t.dtype not in _STORED]
     if strange:
         types = [f"{t.name} {t.dtype}" for t in strange]
-        raise _misfit(types, "of another type", f"one of {', '.join(_DTYPES)}", strange[0].file)
+        raise _misfit(types, "of another type", f"one of {', '.join(_STORED)}", strange[0].file)
     missing = [name for name in wanted if name not in counts]
     if missing:
         raise _misfit(missing, "missing", "all those of config.json", folder)
@@ -224,7 +259,7 @@ def _copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) ->
     for path in sorted(folder.path.iterdir()):
         wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.file(path.name) if wanted else None
-        if source is None or path.name in (DIGESTS, _INDEX, "config.json"):
+        if source is None or path.name in (DIGESTS, MANIFEST, _INDEX, "config.json"):
             continue
         (target / path.name).write_bytes(source.read_bytes())
     kind = str(dtype).removeprefix("torch.")

@@ -51,7 +51,9 @@ class PatchGeometry:
 def geometry_of(folder: ModelFolder) -> PatchGeometry:
     """The patch sizes of a model. Raises UserError when its two files contradict each other."""
     preprocessor = folder.preprocessor
-    vision = folder.config.get("vision_config", {})
+    found = folder.config.get("vision_config")
+    # A file without it, or with something else there, is refused when the model is built.
+    vision = found if isinstance(found, dict) else {}
     names = {
         "patch_size": "patch_size",
         "merge_size": "spatial_merge_size",

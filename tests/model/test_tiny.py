@@ -1,0 +1,126 @@
+"""Small models: files as published ones have, the same each time, read by transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.model.tiny import SIZES, SPECIAL_TOKENS, TinySize, make_tiny
+from finesight.model.weights import load_model
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tiny(request, tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny", request.param)
+
+
+def test_folder_has_the_files_of_a_published_one(tiny):
+    assert {path.name for path in tiny.iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def test_same_arguments_same_bytes(tiny, tmp_path):
+    family = ModelFolder(tiny).family
+    again = make_tiny(tmp_path / "again", family)
+    for path in tiny.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_another_seed_gives_other_weights_only(tiny, tmp_path):
+    other = make_tiny(tmp_path / "other", ModelFolder(tiny).family, seed=1)
+    different = {p.name for p in tiny.iterdir() if p.read_bytes() != (other / p.name).read_bytes()}
+    assert different == {"model.safetensors", "sha256.json"}
+
+
+def test_special_tokens_follow_the_text_tokens_in_the_published_order(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    assert ids == list(range(ids[0], config["vocab_size"]))
+    assert config["image_token_id"] == tokenizer.token_to_id("<|image_pad|>")
+    assert config["video_token_id"] == tokenizer.token_to_id("<|video_pad|>")
+    assert config["eos_token_id"] == tokenizer.token_to_id("<|im_end|>")
+    assert config["vision_start_token_id"] == tokenizer.token_to_id("<|vision_start|>")
+
+
+@pytest.mark.parametrize(
+    "text", ["a red circle", "(12,345),(6,7)", "naïve 图片 \U0001f600", "  two  blanks\n\n"]
+)
+def test_any_text_comes_back(tiny, text):
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_known_words_are_one_token_and_digits_stand_alone(tmp_path):
+    folder = make_tiny(tmp_path / "tiny", size="quickstart")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert len(tokenizer.encode(" yellow triangle").ids) == 2
+    assert len(tokenizer.encode("1000").ids) == 4
+
+
+def test_sizes_are_as_said(tmp_path):
+    numbers = {}
+    for name in SIZES:
+        weights = load_file(make_tiny(tmp_path / name, size=name) / "model.safetensors")
+        numbers[name] = sum(tensor.numel() for tensor in weights.values())
+    assert 100_000 < numbers["test"] < 300_000
+    assert 5e6 < numbers["quickstart"] < 15e6
+
+
+def test_linear_layers_keep_the_size_of_their_input(tiny):
+    model = load_model(ModelFolder(tiny), torch.float32, torch.device("cpu"))
+    weight = model.get_parameter("model.layers.0.self_attn.o_proj.weight")
+    x = torch.randn(1000, weight.shape[1])
+    assert (x @ weight.T).std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_own_geometry(tmp_path):
+    size = TinySize(300, 32, 1, 2, 1, 48, 16, 1, 2)
+    folder = make_tiny(tmp_path / "own", "qwen2_5_vl", size=size)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocab_size"] == 300 + len(SPECIAL_TOKENS)
+    assert sum(config["rope_scaling"]["mrope_section"]) == 32 // 2 // 2
+    assert load_model(ModelFolder(folder), torch.float32, torch.device("cpu")) is not None
+
+
+def test_existing_folder_is_left_alone(tiny):
+    with pytest.raises(UserError, match="exists already"):
+        make_tiny(tiny)
+
+
+def test_transformers_loads_model_tokenizer_and_template(tiny):
+    transformers = pytest.importorskip("transformers")
+    theirs, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        tiny, output_loading_info=True
+    )
+    assert theirs.config.model_type == ModelFolder(tiny).family
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    ours = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(text).ids
+    assert tokenizer(text)["input_ids"] == ours

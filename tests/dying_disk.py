@@ -1,8 +1,9 @@
-"""A disk that kills its process at a chosen operation, for tests of what a crash leaves."""
+"""Disks that kill their process at a chosen operation, for tests of what a crash leaves."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,7 +19,11 @@ class DyingDisk(storage.Disk):
     def _count(self) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
+
+    def die(self) -> None:
+        """End this process as nothing can prevent."""
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def make_folder(self, path: Path) -> None:
         self._count()
@@ -61,3 +66,59 @@ class DyingDisk(storage.Disk):
     def remove_tree(self, path: Path) -> None:
         self._count()
         super().remove_tree(path)
+
+
+class PowerCut(DyingDisk):
+    """A crash of the machine: what was not flushed by then is lost, as far as a disk may lose it.
+
+    Below `root`, files keep half of what was written since they were last flushed, folders lose
+    the entries made since, and renames are undone whose folder was not flushed after them.
+    """
+
+    def __init__(self, last: int, root: Path) -> None:
+        super().__init__(last)
+        self.root = root
+        self.flushed = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+        folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+        self.entries = {path.stat().st_ino: set(os.listdir(path)) for path in folders}
+        self.renames: list[tuple[Path, Path, bytes | None]] = []
+
+    def write(self, file: int, data: memoryview) -> int:
+        self.flushed.discard(os.fstat(file).st_ino)
+        return super().write(file, data)
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        self.flushed.add(os.fstat(file).st_ino)
+
+    def sync_path(self, path: Path) -> None:
+        super().sync_path(path)
+        if path.is_dir():
+            self.entries[path.stat().st_ino] = set(os.listdir(path))
+            self.renames = [rename for rename in self.renames if rename[1].parent != path]
+        else:
+            self.flushed.add(path.stat().st_ino)
+
+    def rename(self, source: Path, target: Path) -> None:
+        before = target.read_bytes() if target.is_file() else None
+        super().rename(source, target)
+        self.renames.append((source, target, before))
+
+    def die(self) -> None:
+        """Lose what may be lost, then die."""
+        for source, target, before in reversed(self.renames):
+            target.rename(source)
+            if before is not None:
+                target.write_bytes(before)
+                self.flushed.add(target.stat().st_ino)
+        for folder, folders, files in os.walk(self.root):
+            kept = self.entries.get(Path(folder).stat().st_ino, set())
+            for name in set(folders) - kept:
+                shutil.rmtree(Path(folder) / name)
+                folders.remove(name)
+            for path in (Path(folder) / name for name in files):
+                if path.name not in kept:
+                    path.unlink()
+                elif path.stat().st_ino not in self.flushed:
+                    os.truncate(path, path.stat().st_size // 2)
+        super().die()

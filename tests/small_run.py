@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 import yaml
 from PIL import Image
+from rich.console import Console
 
+from finesight import storage
 from finesight.model.tiny import make_tiny
+from finesight.recipe import load_recipe
+from finesight.train.finish import RunResult
+from finesight.train.loop import train
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -94,3 +100,36 @@ def losses(run: Path) -> list[tuple[int, float]]:
         [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     )
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+class Task:
+    """The tiny task in a folder; `run` trains it with settings of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = make_task(folder)
+        self.screen = ""
+
+    def run(
+        self, *overrides: str, name: str = "run", resume: bool = False, **groups: Any
+    ) -> RunResult:
+        recipe = self.recipe | groups | {"output": str(self.folder / name)}
+        path = write_recipe(self.folder / "recipe.yaml", recipe)
+        shown = io.StringIO()
+        console = Console(file=shown, width=200)
+        try:
+            return train(load_recipe(path, overrides), resume=resume, console=console)
+        finally:
+            self.screen = shown.getvalue()
+
+    def history(self, name: str = "run") -> list[dict[str, Any]]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def unfinished(self) -> Path:
+        """A run whose end has not been written yet, its last checkpoint that of step 4."""
+        self.run()
+        run = self.folder / "run"
+        (run / "result.json").unlink()
+        storage.remove_folder(run / "checkpoints" / "step-6")
+        return run

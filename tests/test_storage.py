@@ -148,6 +148,17 @@ def test_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_no_folder_can_be_made(tmp_path: Path) -> None:
+    """Some file systems answer that the new folder does not exist."""
+
+    class Odd(storage.Disk):
+        def make_folder(self, path: Path) -> None:
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory")
+
+    with storage.using(Odd()), pytest.raises(UserError, match=r"x: cannot be written"):
+        storage.make_folder(tmp_path / "x")
+
+
 def test_never_overwrites(tmp_path: Path) -> None:
     write_all(tmp_path / "x", OLD)
     with pytest.raises(UserError, match="never overwritten"):

@@ -37,6 +37,7 @@ _REMEDIES = {
     errno.EPERM: "choose an output folder that you may write to, or change its permissions",
     errno.ENOTDIR: "choose an output folder whose parents are folders",
     errno.ENAMETOOLONG: "choose a shorter output name",
+    errno.EIO: "look after the disk, or choose an output folder on another one",
 }
 
 
@@ -116,6 +117,7 @@ def _refusal(path: Path, number: int) -> UserError:
     return UserError(
         f"cannot be written: {os.strerror(number).lower()}",
         where=str(path),
+        expected="a place that takes what is written",
         remedy=_REMEDIES[number],
     )
 
@@ -125,7 +127,10 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     with explained(path):
         for folder in reversed(missing):
-            _DISK.get().make_folder(folder)
+            try:
+                _DISK.get().make_folder(folder)
+            except FileNotFoundError as error:  # some file systems have folders of their own only
+                raise OSError(errno.EPERM, "no folder can be made here") from error
             _DISK.get().sync_path(folder.parent)
 
 
@@ -174,14 +179,27 @@ def verify_folder(path: Path) -> None:
     where, remedy = str(path), "restore the folder from a copy, or delete it and make it again"
     manifest = path / DIGESTS
     if not path.is_dir():
-        raise UserError(f"there is no folder {path.name}", where=where, remedy="check the path")
+        raise UserError(
+            f"there is no folder {path.name}",
+            where=where,
+            expected=f"a folder with {DIGESTS}",
+            remedy="check the path",
+        )
     if not manifest.is_file():
         raise UserError(
-            f"{DIGESTS} is missing: the folder is incomplete", where=where, remedy=remedy
+            f"{DIGESTS} is missing: the folder is incomplete",
+            where=where,
+            expected="every file that was written, and their digests",
+            remedy=remedy,
         )
     for name, expected in _read_digests(manifest, remedy).items():
         if not (path / name).is_file():
-            raise UserError(f"the file {name} is missing", where=where, remedy=remedy)
+            raise UserError(
+                f"the file {name} is missing",
+                where=where,
+                expected=f"every file that {DIGESTS} lists",
+                remedy=remedy,
+            )
         found = digest(path / name)
         if found != expected:
             raise UserError(
@@ -197,7 +215,10 @@ def _read_digests(manifest: Path, remedy: str) -> dict[str, object]:
         digests = json.loads(manifest.read_bytes())
     except ValueError as error:
         raise UserError(
-            f"not readable as JSON: {error}", where=str(manifest), remedy=remedy
+            f"not readable as JSON: {error}",
+            where=str(manifest),
+            expected="file names with their SHA-256",
+            remedy=remedy,
         ) from error
     if not isinstance(digests, dict) or not digests:
         raise UserError(
@@ -309,5 +330,6 @@ def _refuse_existing(target: Path) -> None:
         raise UserError(
             f"{target.name} exists already and is never overwritten",
             where=str(target),
+            expected="a name that is free",
             remedy="choose another name, or move it away first",
         )

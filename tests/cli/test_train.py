@@ -26,16 +26,6 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path / "task"))
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command said about bad input."""
-    assert run(["train", *map(str, arguments)]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert "expected: " in said
-    assert "remedy: " in said
-    return said
-
-
 def test_result_as_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", str(recipe), f"output={tmp_path / 'run'}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -86,67 +76,6 @@ def test_signal_leaves_a_checkpoint_and_exit_code_75(
     assert losses(stopped) == losses(whole)
 
 
-def test_folder_with_another_run(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = f"output={tmp_path / 'run'}"
-    assert run(["train", str(recipe), output]) == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    capsys.readouterr()
-    said = error_of(capsys, recipe, output)
-    assert "holds another run" in said
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-
-
-@pytest.mark.parametrize("spoiled", ["a flipped bit", "a missing file"])
-def test_damaged_checkpoint(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoiled: str
-) -> None:
-    output = f"output={tmp_path / 'run'}"
-    assert run(["train", str(recipe), output]) == 0
-    (tmp_path / "run" / "result.json").unlink()
-    file = tmp_path / "run" / "checkpoints" / "step-6" / "optimizer.safetensors"
-    data = file.read_bytes()
-    file.unlink()
-    if spoiled == "a flipped bit":
-        file.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
-    capsys.readouterr()
-    assert run(["train", str(recipe), output, "--resume"]) == 2
-    said = capsys.readouterr().err
-    assert "optimizer.safetensors" in said
-    assert f"delete {file.parent} to resume from step 4" in said
-    assert "Traceback" not in said
-    storage.remove_folder(file.parent)
-    assert run(["train", str(recipe), output, "--resume"]) == 0
-
-
-def test_bad_recipes_and_bad_data_write_nothing(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = f"output={tmp_path / 'run'}"
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text((tmp_path / "task" / "train.jsonl").read_text() + '{"id": \n')
-    (tmp_path / "hollow").mkdir()
-    (tmp_path / "hollow" / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    cases: dict[str, tuple[str, ...]] = {
-        "train.bach=2": ("train.batch",),
-        "train.batch=many": ("many", "a whole number"),
-        f"data.train={tmp_path / 'none.jsonl'}": ("none.jsonl", "no such file"),
-        f"data.train={empty}": ("empty.jsonl", "no samples"),
-        f"data.train={broken}": ("broken.jsonl:12", "JSON"),
-        f"model={tmp_path / 'hollow'}": ("hollow",),
-        f"model={tmp_path / 'absent'}": ("absent",),
-        "data.max_length=3": ("none of 11 samples",),
-        "train.warmup=50": ("warm-up",),
-    }
-    for override, words in cases.items():
-        said = error_of(capsys, recipe, output, override)
-        assert all(word in said for word in words), said
-        assert not (tmp_path / "run").exists(), override
-
-
 def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     """Files may grow to 100 KB, less than a checkpoint: a refusal of the system itself."""
     output = tmp_path / "run"
@@ -170,3 +99,29 @@ def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [step for step, _ in losses(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_reader_leaves_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    """The death shows between two steps: what is finished is saved, and the run goes on."""
+    settings = [str(recipe), "train.epochs=60", "train.workers=2", "train.save_every=0"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [*COMMAND, *settings, "data.eval=[]", f"output={killed}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_lines(killed / "metrics.jsonl", 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 2, said
+    assert "error: train.workers: a process that reads data died" in said
+    assert "Traceback" not in said
+    finished = len(losses(killed))
+    assert finished < 165
+    storage.verify_folder(killed / "checkpoints" / f"step-{finished}")
+    for output, more in ((killed, ["--resume"]), (whole, [])):
+        assert run(["train", *settings, "data.eval=[]", f"output={output}", *more]) == 0
+    assert final_files(killed) == final_files(whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from small_run import losses, make_task, write_recipe
+from small_run import Task, losses
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from finesight import storage
 from finesight.data.headers import DamagedPicture
@@ -20,37 +19,7 @@ from finesight.errors import UserError
 from finesight.infer.load import load_answerer
 from finesight.recipe import load_recipe
 from finesight.train.finish import RunResult
-from finesight.train.loop import train
-
-
-class Task:
-    """The tiny task in a folder; `run` trains it with settings of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.recipe = make_task(folder)
-        self.screen = ""
-
-    def run(
-        self, *overrides: str, name: str = "run", resume: bool = False, **groups: Any
-    ) -> RunResult:
-        recipe = self.recipe | groups | {"output": str(self.folder / name)}
-        path = write_recipe(self.folder / "recipe.yaml", recipe)
-        shown = io.StringIO()
-        console = Console(file=shown, width=200)
-        try:
-            return train(load_recipe(path, overrides), resume=resume, console=console)
-        finally:
-            self.screen = shown.getvalue()
-
-    def history(self, name: str = "run") -> list[dict[str, Any]]:
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Task:
-    return Task(tmp_path)
+from finesight.train.run import Run
 
 
 def test_a_run_leaves_what_the_design_says(task: Task) -> None:
@@ -126,27 +95,6 @@ def test_a_mixed_run_answers_with_both_of_its_halves(task: Task) -> None:
         assert torch.equal(parameters[name].detach(), value), name
 
 
-def test_going_on_from_a_run_and_from_its_adapter(task: Task) -> None:
-    lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
-    first = task.run(tune=lora, name="first")
-    assert first.after is not None
-    for number, start in enumerate(
-        (
-            {"model": str(task.folder / "first")},
-            {"adapter": str(task.folder / "first")},
-            {"adapter": str(task.folder / "first" / "adapter")},
-        )
-    ):
-        result = task.run(tune=lora, name=f"second{number}", **start)
-        assert result.before is not None
-        assert result.before.held_out_loss == pytest.approx(first.after.held_out_loss, rel=1e-6)
-    with pytest.raises(UserError, match="rank 2"):
-        task.run(tune={"language": "lora"}, name="third", adapter=str(task.folder / "first"))
-    assert not (task.folder / "third").exists()
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        task.run(name="fourth", adapter=str(task.folder / "tiny"))
-
-
 def test_another_run_is_refused_and_a_finished_one_stays(task: Task) -> None:
     first = task.run()
     with pytest.raises(UserError, match="holds another run"):
@@ -157,30 +105,8 @@ def test_another_run_is_refused_and_a_finished_one_stays(task: Task) -> None:
     assert (task.folder / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def unfinished(task: Task) -> Path:
-    """A run whose end has not been written yet."""
-    task.run()
-    run = task.folder / "run"
-    (run / "result.json").unlink()
-    storage.remove_folder(run / "checkpoints" / "step-6")
-    return run
-
-
-def test_resume_refuses_other_settings_and_other_data(task: Task) -> None:
-    run = unfinished(task)
-    with pytest.raises(UserError) as caught:
-        task.run("train.batch=5", "tune.lora.rank=4", "train.weight_decay=0.5", resume=True)
-    assert "train.batch is 5 now" in caught.value.what
-    assert "train.weight_decay=0.01" in caught.value.expected
-    assert str(run / "checkpoints" / "step-4") in caught.value.where
-    with (task.folder / "train.jsonl").open("a") as file:
-        file.write((task.folder / "train.jsonl").read_text().splitlines()[0].replace("0", "1"))
-    with pytest.raises(UserError, match=r"data\.train is"):
-        task.run(resume=True)
-
-
 def test_resume_allows_what_does_not_touch_the_arithmetic(task: Task) -> None:
-    unfinished(task)
+    task.unfinished()
     result = task.run("train.workers=1", "train.keep=5", "train.save_every=1", resume=True)
     assert result.steps == 6
     assert [step for step, _ in losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
@@ -198,7 +124,7 @@ def test_resume_allows_what_does_not_touch_the_arithmetic(task: Task) -> None:
 )
 def test_resume_from_a_damaged_checkpoint(task: Task, spoil: Any, words: str) -> None:
     task.recipe["train"]["keep"] = 3
-    run = unfinished(task)
+    run = task.unfinished()
     spoil(run / "checkpoints" / "step-4")
     with pytest.raises(UserError) as caught:
         task.run(resume=True)
@@ -221,6 +147,65 @@ def test_damaged_pictures_are_counted_and_the_run_goes_on(task: Task) -> None:
     with pytest.raises(DamagedPicture, match=r"train2\.png"):
         task.run("data.unusable=refuse", name="strict")
     assert not (task.folder / "strict").exists()
+
+
+def test_damaged_held_out_pictures_are_counted_and_never_a_loss_of_zero(task: Task) -> None:
+    for number in range(3):
+        path = task.folder / f"eval{number}.png"
+        path.write_bytes(path.read_bytes()[:-30])
+        if number == 0:
+            task.run()
+            assert "1 held-out samples left out, eval0: " in task.screen
+    with pytest.raises(UserError, match="not one of 3 samples has a picture that can be decoded"):
+        task.run(name="blind")
+    with pytest.raises(DamagedPicture, match=r"eval0\.png"):
+        task.run("data.unusable=refuse", name="strict")
+
+
+def test_a_damaged_result_is_explained_and_written_again(task: Task) -> None:
+    first = task.run()
+    (task.folder / "run" / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a result[\s\S]*delete it"):
+        task.run(resume=True)
+    (task.folder / "run" / "result.json").unlink()
+    assert task.run(resume=True) == first
+
+
+def test_full_memory_is_explained(task: Task) -> None:
+    def refuse(module: torch.nn.Module, inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(UserError, match=r"memory is full[\s\S]*train\.pack_tokens \(100\)"):
+            task.run()
+    finally:
+        hook.remove()
+
+
+def test_a_run_in_progress_is_not_touched_by_a_second_one(task: Task) -> None:
+    task.unfinished()
+    run = Run(task.folder / "run")
+    half_written = run.checkpoints / ".step-6.partial"
+    with run.locked():
+        half_written.mkdir()
+        with pytest.raises(UserError, match="another process is training"):
+            task.run(resume=True)
+        assert half_written.exists()
+
+
+def test_a_run_that_began_meanwhile_is_not_overwritten(task: Task) -> None:
+    class Quicker(storage.Disk):
+        """Another process begins the same run just before this one makes the folder."""
+
+        def make_folder(self, path: Path) -> None:
+            super().make_folder(path)
+            if path.name == "run":
+                (path / "manifest.json").write_text("its own")
+
+    with storage.using(Quicker()), pytest.raises(UserError, match="holds another run"):
+        task.run()
+    assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
 
 
 def test_a_part_that_cannot_learn_is_reported(task: Task) -> None:
@@ -273,17 +258,25 @@ def test_sixteen_bits_end_to_end(task: Task, precision: str) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {expected}
 
 
-def test_recompute_changes_nothing_but_memory(task: Task) -> None:
-    task.run(name="plain")
-    task.run("train.recompute=true", name="recomputed")
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
+        {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"},
+        {"merger": "full", "language": "lora"},
+    ],
+    ids=["adapters everywhere", "all whole", "vision frozen"],
+)
+def test_recompute_changes_nothing_but_memory(task: Task, tune: dict[str, Any]) -> None:
+    tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
+    task.run(name="plain", tune=tune)
+    task.run("train.recompute=true", name="recomputed", tune=tune)
     assert losses(task.folder / "plain") == losses(task.folder / "recomputed")
-
-
-def test_eval_without_data_is_refused_at_once(task: Task) -> None:
-    data = {"train": task.recipe["data"]["train"]}
-    with pytest.raises(UserError, match=r"data\.eval"):
-        task.run(data=data, eval={"metric": "ocr"})
-    assert task.run(data=data).before is None
+    plain, recomputed = (
+        (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()
+        for name in ("plain", "recomputed")
+    )
+    assert plain == recomputed
 
 
 @pytest.mark.gpu

@@ -16,8 +16,6 @@ from finesight.train.run import Run
 def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
     Run(tmp_path / "new").check_free(resume=False)
     Run(tmp_path).check_free(resume=False)
-    (tmp_path / "recipe.yaml").touch()
-    Run(tmp_path).check_free(resume=False)
 
 
 def test_another_run_is_refused_unless_resumed(tmp_path: Path) -> None:
@@ -30,10 +28,22 @@ def test_another_run_is_refused_unless_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_other_peoples_files_are_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds thesis\.tex, and no run"):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"holds recipe\.yaml, thesis\.tex, and no run"):
         Run(tmp_path).check_free(resume)
     with pytest.raises(UserError, match="is a file"):
         Run(tmp_path / "thesis.tex").check_free(resume)
+
+
+def test_a_users_own_recipe_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"holds recipe\.yaml, and no run"):
+        Run(tmp_path).check_free(resume=False)
+
+
+def test_a_name_that_cannot_be_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"file name too long[\s\S]*shorter output"):
+        Run(tmp_path / ("long" * 100)).check_free(resume=False)
 
 
 def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:

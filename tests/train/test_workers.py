@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from finesight.errors import UserError
-from finesight.train.workers import guarded, read_ahead
+from finesight.train.workers import WorkerDied, guarded, read_ahead
 
 
 class Numbers(Dataset[int | UserError]):
@@ -78,6 +79,43 @@ def test_a_killed_worker_is_explained() -> None:
     items = read_ahead(Numbers(2, signal.SIGKILL), range(50), 1, pin=False)
     with pytest.raises(UserError, match=r"process that reads data died[\s\S]*train\.workers lower"):
         list(items)
+
+
+class Tensors(Dataset[torch.Tensor | UserError]):
+    """What it sends has to be fetched from the worker, if it is still there."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((9,), number)
+
+
+@pytest.mark.parametrize("data", [Numbers(), Tensors()], ids=["numbers", "tensors"])
+def test_a_death_shows_at_the_next_item_and_never_in_between(data: Dataset[Any]) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    items = read_ahead(data, range(50), 1, pin=False)
+    for _ in range(5):
+        next(items)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(WorkerDied):
+        list(items)
+
+
+class Broken(Dataset[int | UserError]):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, number: int) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it broke"), FileNotFoundError("it broke")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_ours_in_a_worker_is_no_death(error: Exception, workers: int) -> None:
+    with pytest.raises(type(error), match="it broke"):
+        list(read_ahead(Broken(error), range(3), workers, pin=False))
 
 
 def test_reading_leaves_the_random_numbers_of_training_alone() -> None:

@@ -26,7 +26,7 @@ def show(
     The placeholders of a picture share one line. Needs the model's configuration and tokenizer,
     not its weights.
 
-    Example: finesight data show recipes/latex.yaml --samples 2
+    Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --samples 2
     """
     from finesight.data.sources import load_sources
     from finesight.encode.render import Renderer

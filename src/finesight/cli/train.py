@@ -32,7 +32,7 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM stop it after writing a checkpoint, with exit code 75; the same
     command with --resume goes on from there as if nothing had happened.
 
-    Example: finesight train recipes/latex.yaml train.epochs=1 output=runs/short
+    Example: finesight train recipes/latex_ocr_qwen2_vl_2b.yaml train.epochs=1 output=runs/short
     """
     from finesight.recipe import load_recipe
     from finesight.train.loop import train as run

@@ -73,7 +73,7 @@ def resolve_device(device: Device) -> torch.device:
             f"device is {device}, and torch {torch.__version__} finds no CUDA device",
             where="device",
             expected="a card and a torch build that sees it (torch.cuda.is_available())",
-            remedy="use --device cpu, or install torch for your driver",
+            remedy="choose the device cpu or auto, or install torch for your driver",
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

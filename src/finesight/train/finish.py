@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from finesight.errors import UserError
 from finesight.evaluate.compare import compare
 from finesight.hub import ModelFolder
 from finesight.model.adapter import write_adapter
@@ -19,7 +20,7 @@ from finesight.train.measure import Measured
 from finesight.train.moved import PartChange, check_moved
 from finesight.train.prepare import Session
 from finesight.train.progress import Screen
-from finesight.train.run import MOVED, Run
+from finesight.train.run import MOVED, RESULT, Run
 
 
 class RunResult(BaseModel):
@@ -120,7 +121,17 @@ def _save_without_adapters(
 def finished(run: Run) -> RunResult | None:
     """The result of a run that has come to its end."""
     text = run.result()
-    return None if text is None else RunResult.model_validate_json(text)
+    if text is None:
+        return None
+    try:
+        return RunResult.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(
+            f"not a result: {error.errors(include_url=False)[0]['msg']}",
+            where=str(run.folder / RESULT),
+            expected="the file as `finesight train` wrote it",
+            remedy="delete it: --resume then writes it again",
+        ) from error
 
 
 def moved_table(rows: list[PartChange]) -> str:

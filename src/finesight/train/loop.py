@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 
+import torch
 from rich.console import Console
 
 from finesight.config import Recipe
-from finesight.errors import Interrupted
+from finesight.errors import Interrupted, UserError
 from finesight.train.checkpoint import Best, Checkpoints
 from finesight.train.finish import RunResult, finish, finished
 from finesight.train.loader import read_steps
@@ -35,22 +37,45 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     screen = Screen(console or Console(stderr=True))
     run = Run(recipe.output)
     run.check_free(resume)
-    if (result := finished(run)) is not None:
-        screen.say(f"{run.folder}: the run has come to its end already")
-        return result
-    session = prepare(recipe, run, screen, resume and run.begun)
-    with run.locked(), ExitStack() as closing_trackers:
+    with ExitStack() as stack, _enough_memory(recipe):
+        begun = resume and run.begun
+        if begun:
+            # Nobody may write into the run while it is read.
+            stack.enter_context(run.locked())
+        if (result := finished(run)) is not None:
+            screen.say(f"{run.folder}: the run has come to its end already")
+            return result
+        session = prepare(recipe, run, screen, resume=begun)
+        if not begun:
+            stack.enter_context(run.locked())
+            # Another process may have been quicker.
+            run.check_free(resume=False)
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         run.forget_after(session.progress.step, session.progress.measured)
         run.note_dropped(session.train.survey.dropped)
         tracks = trackers(recipe, run.folder, screen.say)
         for tracker in tracks:
-            closing_trackers.enter_context(closing(tracker))
+            stack.enter_context(closing(tracker))
         # After the trackers, which may take hold of signals themselves.
         stop = Stop()
         with stop.listening():
             return Loop(session, screen, Reporter(session, screen, tracks), stop).go()
+
+
+@contextmanager
+def _enough_memory(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = recipe.train
+        raise UserError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            where="training",
+            expected="a model, its gradients and one pack at a time within the GPU's memory",
+            remedy=f"lower train.pack_tokens ({settings.pack_tokens}), set train.recompute=true"
+            " or choose smaller pictures; while measuring, lower eval.batch",
+        ) from error
 
 
 class Loop:
@@ -81,11 +106,11 @@ class Loop:
             if self.session.held_out is not None:
                 self.measure("after")
         except (Interrupted, WorkerDied) as cause:
+            self.reporter.catch_up()
+            self.save()
             # A scheduler may send the signal to the workers as well.
             if not self.stop.asked:
                 raise
-            self.reporter.catch_up()
-            self.save()
             raise self.interruption() from cause
         return finish(self.session, self.screen)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from finesight.errors import UserError
 from finesight.evaluate.evaluate import evaluate
-from finesight.train.loader import Advance, read_steps
+from finesight.train.loader import Advance, Dropped, read_steps
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
@@ -55,7 +56,11 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
     assert session.held_out is not None, "nothing to measure on"
     kept = session.held_out.survey.kept
     with screen.stage(f"held-out loss {name}", len(kept)) as advance:
-        loss = held_out_loss(session, advance, stop)
+        loss, dropped = held_out_loss(session, advance, stop)
+    if dropped:
+        screen.say(
+            f"{len(dropped)} held-out samples left out, {dropped[0].id}: {dropped[0].reason}"
+        )
     step, settings = session.progress.step, session.recipe.eval
     if settings is None:
         return Measured(step, loss, {}, None)
@@ -72,13 +77,15 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
 
 
 @torch.no_grad()
-def held_out_loss(session: Session, advance: Advance, stop: Stop) -> float:
-    """Mean cross entropy per learned token over all usable held-out samples, dropout off."""
+def held_out_loss(session: Session, advance: Advance, stop: Stop) -> tuple[float, list[Dropped]]:
+    """Mean cross entropy per learned token over all usable held-out samples, dropout off, and the
+    samples whose pictures turned out damaged. Raises UserError when these are all."""
     data, model, machine = session.held_out_data(), session.model, session.machine
     assert data is not None, "nothing to measure on"
     total = torch.zeros((), device=machine.device, dtype=torch.float64)
     one = torch.ones((), device=machine.device)
     count = 0
+    dropped: list[Dropped] = []
     model.eval()
     try:
         reading = read_steps(data, 0, machine.workers, machine.device.type == "cuda")
@@ -89,13 +96,21 @@ def held_out_loss(session: Session, advance: Advance, stop: Stop) -> float:
                     batch = packed.to(machine.device)
                     total += label_loss(model(batch), model.head_weight, batch.target_L, one)
                     count += batch.supervised
+                dropped += step.dropped
                 advance(step.samples + len(step.dropped))
     finally:
         model.train()
-    loss = total.item() / max(1, count)
+    if not count:
+        raise UserError(
+            f"not one of {len(dropped)} samples has a picture that can be decoded",
+            where="data.eval",
+            expected="whole pictures",
+            remedy=f"the first one says: {dropped[0].reason}",
+        )
+    loss = total.item() / count
     if not math.isfinite(loss):
         raise not_finite(loss, "held-out loss", session.progress.step)
-    return loss
+    return loss, dropped
 
 
 def memory_gb(device: torch.device) -> float:

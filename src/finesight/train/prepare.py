@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 
 from finesight.config import Recipe
+from finesight.data.sample import files_of
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer.load import find_parts, resolve_device, resolve_precision
-from finesight.manifest import Manifest
+from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
@@ -59,12 +61,21 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The model that a run starts from: the name it is found by, its folder, and an adapter to
-    go on with."""
+    """The model that a run starts from: the name it is found by, its folder, an adapter to go on
+    with, and the manifest of the run that made them."""
 
     name: str
     folder: ModelFolder
     adapter: Path | None
+    manifest: Manifest | None
+
+    def renderer(self, recipe: Recipe) -> Renderer:
+        """As the recipe says; where it does not, as the run that goes on was trained."""
+        picture, system = recipe.picture, recipe.data.system
+        if self.manifest is not None:
+            picture = self.manifest.picture if picture is None else picture
+            system = self.manifest.system if system is None else system
+        return Renderer(self.folder, picture, system)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +122,8 @@ class Session:
         if self.held_out is None:
             return None
         members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
-        budget = self.recipe.train.pack_tokens
-        return StepData(self.held_out.corpus, self.renderer, members, budget, "drop")
+        budget, unusable = self.recipe.train.pack_tokens, self.recipe.data.unusable
+        return StepData(self.held_out.corpus, self.renderer, members, budget, unusable)
 
     def state(self) -> State:
         """What a checkpoint keeps beside tensors."""
@@ -158,7 +169,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     """
     machine = _machine(recipe)
     base = _base(recipe)
-    renderer = Renderer(base.folder, recipe.picture, recipe.data.system)
+    renderer = base.renderer(recipe)
     train, held_out = _texts(recipe, renderer, machine.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
     schedule = Schedule(recipe.train, len(course))
@@ -226,7 +237,17 @@ def _base(recipe: Recipe) -> Base:
     name = str(parts.folder.path.resolve()) if is_path else recipe.model
     adapter = recipe.adapter
     if adapter is None:
-        return Base(name, parts.folder, parts.adapter)
+        return Base(name, parts.folder, parts.adapter, parts.manifest)
+    if parts.adapter is not None:
+        raise UserError(
+            f"model is {recipe.model}, which has an adapter of its own, and adapter is {adapter}",
+            where="adapter",
+            expected="one adapter to go on with",
+            remedy="leave adapter out, or name the model that it belongs to",
+        )
+    manifest = parts.manifest
+    if (adapter / MANIFEST).is_file():
+        manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
     if not (adapter / ADAPTER_CONFIG).is_file() and (adapter / "adapter").is_dir():
         adapter = adapter / "adapter"
     if not (adapter / ADAPTER_CONFIG).is_file():
@@ -236,7 +257,7 @@ def _base(recipe: Recipe) -> Base:
             expected="the folder of an adapter, or of a run that trained one",
             remedy="correct the path",
         )
-    return Base(name, parts.folder, adapter)
+    return Base(name, parts.folder, adapter, manifest)
 
 
 def _texts(
@@ -253,7 +274,23 @@ def _texts(
     if not recipe.data.eval:
         return train, None
     held_out = load_sources(recipe.data.eval)
+    shared = _pictures(train.corpus) & _pictures(held_out)
+    if shared:
+        screen.say(
+            f"{len(shared)} pictures of data.eval are in data.train too: figures measured on them"
+            " say nothing about new ones"
+        )
     return train, _surveyed(held_out, recipe, renderer, workers, screen, "eval")
+
+
+def _pictures(corpus: Corpus) -> set[str]:
+    """Absolute paths of all pictures and frames."""
+    return {
+        os.path.abspath(located.folder / name)
+        for located in corpus.samples
+        for part in located.sample.parts()
+        for name in files_of(part)
+    }
 
 
 def _surveyed(

@@ -38,7 +38,9 @@ class Run:
 
     def check_free(self, resume: bool) -> None:
         """Raises UserError when something else than this run, resumed, lives in the folder."""
-        if self.begun and not resume:
+        with explained(self.folder):
+            begun = self.begun
+        if begun and not resume:
             raise UserError(
                 f"{self.folder.name} holds another run",
                 where=str(self.folder),
@@ -52,10 +54,9 @@ class Run:
                 expected="a folder, or nothing yet",
                 remedy="choose another output",
             )
-        others = [] if self.begun or not self.folder.is_dir() else list(self.folder.iterdir())
+        others = [] if begun or not self.folder.is_dir() else list(self.folder.iterdir())
         visible = sorted(path.name for path in others if not path.name.startswith("."))
-        # A run that was killed between its first two files has only the recipe.
-        if visible and visible != [RECIPE]:
+        if visible:
             raise UserError(
                 f"holds {', '.join(visible[:5])}, and no run",
                 where=str(self.folder),
@@ -88,10 +89,11 @@ class Run:
             os.close(handle)
 
     def begin(self, recipe: Recipe, manifest: Manifest) -> None:
-        """Write recipe and manifest; with the manifest the folder counts as a run."""
+        """Write manifest and recipe; with the manifest, the first file, the folder counts as a
+        run: whatever else is in a folder without one belongs to somebody else."""
         sweep(self.folder)
-        write_file(self.folder / RECIPE, dump_recipe(recipe).encode())
         write_file(self.folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        write_file(self.folder / RECIPE, dump_recipe(recipe).encode())
 
     def note(self, figures: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -50,25 +52,32 @@ def read_ahead(
         worker_init_fn=_leave_group,
         generator=torch.Generator(),
     )
-    return _items(iter(loader))
+    before = signal.getsignal(signal.SIGCHLD)
+    items = _items(iter(loader), workers)
+    if threading.current_thread() is threading.main_thread():
+        # torch's own handler raises in the middle of whatever runs when a worker dies, be it half
+        # an optimiser step; without it the loader notices when the next item is due.
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return items
 
 
 class WorkerDied(UserError):
     """A process that reads data was killed, most often for want of memory."""
 
 
-def _items(source: Iterator[Item | UserError]) -> Iterator[Item]:
+def _items(source: Iterator[Item | UserError], workers: int) -> Iterator[Item]:
     try:
         while True:
             try:
                 item = next(source)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not workers or not _tells_of_death(error):
                     raise
+                first = (str(error) or type(error).__name__).splitlines()[0]
                 raise WorkerDied(
-                    f"a process that reads data died: {str(error).splitlines()[0]}",
+                    f"a process that reads data died: {first}",
                     where="train.workers",
                     expected="enough memory, and enough of it shared (/dev/shm)",
                     remedy="set train.workers lower, or to 0; then start again with --resume",
@@ -79,6 +88,15 @@ def _items(source: Iterator[Item | UserError]) -> Iterator[Item]:
     finally:
         # The last reference: the workers end now, and not when a traceback is forgotten.
         del source
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether the loader misses a worker, or cannot fetch the tensors of one that is gone; not
+    what a worker raised itself."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in text
 
 
 def _as_it_is(item: Item) -> Item:

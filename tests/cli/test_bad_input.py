@@ -1,0 +1,311 @@
+"""Bad input of every kind: exit 2, where, what, expected and remedy, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_run import make_task, write_recipe
+
+from finesight import storage
+from finesight.cli.app import run
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task and its finished run, made once."""
+    folder = tmp_path_factory.mktemp("original")
+    recipe = write_recipe(folder / "recipe.yaml", make_task(folder / "task") | {"output": "none"})
+    assert run(["train", str(recipe), f"output={folder / 'done'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace(str(original), str(tmp_path)))
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def train(folder: Path, *more: str, output: str = "run") -> list[str]:
+    return ["train", str(folder / "recipe.yaml"), f"output={folder / output}", *more]
+
+
+def check_message(said: str, words: tuple[str, ...]) -> None:
+    """Where, what, expected and remedy, without a traceback."""
+    message = said[said.index("error: ") :]
+    assert "Traceback" not in said
+    for word in (*words, "\n  expected: ", "\n  remedy: "):
+        assert word in message, message
+
+
+def with_lines(folder: Path, *lines: str) -> str:
+    """A data file with other lines after the first good one."""
+    good = (folder / "task" / "train.jsonl").read_text().splitlines()[0]
+    data = folder / "task" / "bad.jsonl"
+    data.write_text("".join(f"{line}\n" for line in (good, *lines)))
+    return f"data.train={data}"
+
+
+def unknown_setting(folder: Path) -> list[str]:
+    text = (folder / "recipe.yaml").read_text().replace("  batch: 4", "  bach: 4")
+    (folder / "recipe.yaml").write_text(text)
+    return train(folder)
+
+
+def unknown_override(folder: Path) -> list[str]:
+    return train(folder, "train.learnig_rate=1e-4")
+
+
+def wrong_type(folder: Path) -> list[str]:
+    return train(folder, "train.batch=many")
+
+
+def endless_epochs(folder: Path) -> list[str]:
+    return train(folder, "train.epochs=.inf")
+
+
+def wrong_betas(folder: Path) -> list[str]:
+    return train(folder, "train.betas=[0.9, 1.5]")
+
+
+def missing_recipe(folder: Path) -> list[str]:
+    return ["train", str(folder / "recpe.yaml")]
+
+
+def missing_data(folder: Path) -> list[str]:
+    return train(folder, f"data.train={folder / 'none.jsonl'}")
+
+
+def missing_picture(folder: Path) -> list[str]:
+    (folder / "task" / "train3.png").unlink()
+    return train(folder, "data.unusable=refuse")
+
+
+def missing_question(folder: Path) -> list[str]:
+    return ["predict", str(folder / "done"), str(folder / "none.png"), "--prompt", "Which colour?"]
+
+
+def empty_data(folder: Path) -> list[str]:
+    (folder / "empty.jsonl").touch()
+    return train(folder, f"data.train={folder / 'empty.jsonl'}")
+
+
+def broken_line(folder: Path) -> list[str]:
+    return train(folder, with_lines(folder, '{"id": '))
+
+
+def line_of_another_kind(folder: Path) -> list[str]:
+    return train(folder, with_lines(folder, "[]"))
+
+
+def not_a_picture(folder: Path) -> list[str]:
+    (folder / "task" / "train3.png").write_text("a letter")
+    return train(folder, "data.unusable=refuse")
+
+
+def no_picture_at_all(folder: Path) -> list[str]:
+    for path in (folder / "task").glob("train*.png"):
+        path.write_text("a letter")
+    return train(folder)
+
+
+def not_a_picture_to_ask_about(folder: Path) -> list[str]:
+    (folder / "letter.png").write_text("a letter")
+    return ["predict", str(folder / "done"), str(folder / "letter.png"), "--prompt", "Which?"]
+
+
+def bomb(path: Path) -> None:
+    """A PNG of 10,000 x 10,000 black pixels, 1 bit each, in about 12 KB."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        body = name + data
+        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    side = (10_000).to_bytes(4, "big")
+    pixels = zlib.compress(bytes(10_000 * 1251), 9)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", side + side + bytes([1, 0, 0, 0, 0]))
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
+    assert 11_000 < path.stat().st_size < 13_000
+
+
+def bomb_to_learn_from(folder: Path) -> list[str]:
+    bomb(folder / "task" / "train3.png")
+    return train(folder, "data.unusable=refuse")
+
+
+def bomb_to_ask_about(folder: Path) -> list[str]:
+    bomb(folder / "bomb.png")
+    return ["predict", str(folder / "done"), str(folder / "bomb.png"), "--prompt", "Which?"]
+
+
+def model_without_weights(folder: Path) -> list[str]:
+    (folder / "task" / "tiny" / "model.safetensors").unlink()
+    return train(folder)
+
+
+def wrong_family(folder: Path) -> list[str]:
+    path = folder / "task" / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llava"}))
+    return train(folder)
+
+
+def absent_model(folder: Path) -> list[str]:
+    return train(folder, f"model={folder / 'absent'}")
+
+
+def everything_too_long(folder: Path) -> list[str]:
+    return train(folder, "data.max_length=3")
+
+
+def warm_up_without_end(folder: Path) -> list[str]:
+    return train(folder, "train.warmup=50")
+
+
+def two_adapters(folder: Path) -> list[str]:
+    adapter = folder / "done" / "adapter"
+    return train(folder, f"model={folder / 'done'}", f"adapter={adapter}")
+
+
+def name_too_long(folder: Path) -> list[str]:
+    return train(folder, output="long" * 100)
+
+
+def folder_below_a_file(folder: Path) -> list[str]:
+    return train(folder, output="recipe.yaml/run")
+
+
+def another_run(folder: Path) -> list[str]:
+    return train(folder, output="done")
+
+
+def other_files(folder: Path) -> list[str]:
+    return train(folder, output="task")
+
+
+CASES: dict[Callable[[Path], list[str]], tuple[str, ...]] = {
+    unknown_setting: ("recipe.yaml:10", "train.bach: unknown setting", "did you mean train.batch?"),
+    unknown_override: ("override train.learnig_rate", "did you mean train.learning_rate"),
+    wrong_type: ("override train.batch=many", "'many'", "a whole number"),
+    endless_epochs: ("train.epochs", "inf", "a finite number"),
+    wrong_betas: ("train.betas.1", "1.5", "a number below 1.0"),
+    missing_recipe: ("recpe.yaml", "no such recipe", "recipe.yaml?"),
+    missing_data: ("none.jsonl", "no such file"),
+    missing_picture: ("train3.png", "no such picture"),
+    missing_question: ("none.png", "no such picture"),
+    empty_data: ("empty.jsonl", "no samples"),
+    broken_line: ("bad.jsonl:2", "JSON"),
+    line_of_another_kind: ("bad.jsonl:2",),
+    not_a_picture: ("train3.png", "not a picture"),
+    no_picture_at_all: ("data", "not one of 11 samples", "not a picture"),
+    not_a_picture_to_ask_about: ("letter.png", "not a picture"),
+    bomb_to_learn_from: ("train3.png", "10000 x 10000", "at most"),
+    bomb_to_ask_about: ("bomb.png", "10000 x 10000", "at most"),
+    model_without_weights: ("tiny", "weights"),
+    wrong_family: ("config.json", "llava", "qwen2_vl"),
+    absent_model: ("absent",),
+    everything_too_long: ("none of 11 samples",),
+    warm_up_without_end: ("train.warmup", "50 steps of warm-up in a run of 6 steps"),
+    two_adapters: ("adapter", "has an adapter of its own", "leave adapter out"),
+    name_too_long: ("longlong", "file name too long", "shorter"),
+    folder_below_a_file: ("recipe.yaml/run", "not a directory"),
+    another_run: ("done", "holds another run", "--resume"),
+    other_files: ("task", "and no run"),
+}
+
+
+@pytest.mark.parametrize("spoil", CASES, ids=lambda spoil: spoil.__name__)
+def test_bad_input(
+    folder: Path, spoil: Callable[[Path], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = spoil(folder)
+    before = contents(folder)
+    assert run(arguments) == 2
+    check_message(capsys.readouterr().err, CASES[spoil])
+    assert contents(folder) == before
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.safetensors", "trainable.safetensors", "state.json", "sha256.json"]
+)
+@pytest.mark.parametrize("missing", [False, True], ids=["flipped bit", "missing"])
+def test_damaged_checkpoint(
+    folder: Path, name: str, missing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "done" / "result.json").unlink()
+    file = folder / "done" / "checkpoints" / "step-6" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink()
+    if not missing:
+        file.write_bytes(data)
+    before = contents(folder)
+    assert run(train(folder, "--resume", output="done")) == 2
+    # A digest that has changed is found at the file it belongs to.
+    place = "step-6" if name == "sha256.json" else name
+    check_message(capsys.readouterr().err, (place, f"delete {file.parent} to resume from step 4"))
+    assert contents(folder) == before
+    storage.remove_folder(file.parent)
+    assert run(train(folder, "--resume", output="done")) == 0
+
+
+class Full(storage.Disk):
+    """No space left for one file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refuse(self, path: Path) -> None:
+        if self.name in path.name:
+            raise OSError(errno.ENOSPC, "no space")
+
+    def create(self, path: Path) -> int:
+        self.refuse(path)
+        return super().create(path)
+
+    def open_to_append(self, path: Path) -> int:
+        self.refuse(path)
+        return super().open_to_append(path)
+
+    def sync_path(self, path: Path) -> None:
+        self.refuse(path)
+        super().sync_path(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("manifest.json", "recipe.yaml", "dropped.jsonl", "metrics.jsonl"),
+        *("optimizer.safetensors", "sha256.json", "moved.json", "model.safetensors"),
+        *("adapter_model.safetensors", "result.json"),
+    ],
+)
+def test_full_disk(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(folder)
+    with storage.using(Full(name)):
+        assert run(train(folder)) == 2
+    check_message(capsys.readouterr().err, ("cannot be written: no space left on device",))
+    assert {path: contents(folder)[path] for path in before} == before
+    written = folder / "run"
+    assert [path for path in written.rglob("*") if path.name.startswith(".")] == []
+    for whole in (written / "model", written / "adapter", *written.glob("checkpoints/*")):
+        if whole.exists():
+            storage.verify_folder(whole)
+    assert not (written / "result.json").exists()
+    assert run(train(folder, "--resume")) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,16 @@ from PIL import Image, ImageDraw
 
 from finesight.storage import write_folder
 
-SIDE = 112
+CELL = 56
+"""Pixels of a side of the cells in which shapes lie."""
+
+CELLS = 3
+"""Cells along each side of a picture."""
+
+SIDE = CELL * CELLS
 """Pixels of a picture's side."""
 
-LABELS = "labels.csv"
+LABELS = "labels.jsonl"
 """The foreign file: a row for each picture."""
 
 COLOURS = {
@@ -29,6 +35,12 @@ COLOURS = {
 }
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+MOST = 2
+"""Shapes in a picture."""
+
+SIZES = (40, 52)
+"""Pixels of a side of a shape's box."""
 
 _FINER = 4
 """Drawn so many times larger and then reduced, for smooth edges."""
@@ -50,32 +62,44 @@ class Shape:
         return f"{self.colour} {self.name}"
 
 
-def draw_shapes(target: Path, pictures: int, seed: int) -> Path:
-    """Write `pictures` pictures of one shape each and `labels.csv` into the new folder `target`.
+def draw_scenes(target: Path, pictures: int, seed: int) -> Path:
+    """Write `pictures` pictures of one to MOST shapes and `labels.jsonl` into the new folder
+    `target`.
 
-    The columns are picture (path relative to the file), shape, and x, y, width, height of its box
-    in pixels. The same seed draws the same. Raises UserError when `target` exists.
+    A row has `picture` (a path relative to the file), `shapes` (their names, from left to right,
+    in a column from the top) and `boxes` (x, y, width, height in pixels). The same seed draws the
+    same. Raises UserError when `target` exists.
     """
     rng = random.Random(seed)
     with write_folder(target) as folder:
         (folder / "pictures").mkdir()
-        with (folder / LABELS).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("picture", "shape", "x", "y", "width", "height"))
-            for number in range(pictures):
-                shape = _random_shape(rng)
-                name = f"pictures/{number:04}.png"
-                draw(shape, _pale(rng)).save(folder / name)
-                x1, y1, x2, y2 = shape.xyxy
-                writer.writerow((name, shape.words, x1, y1, x2 - x1, y2 - y1))
+        rows = []
+        for number in range(pictures):
+            shapes = _random_shapes(rng)
+            name = f"pictures/{number:04}.png"
+            draw(shapes, _pale(rng)).save(folder / name)
+            names, boxes = [s.words for s in shapes], [_as_xywh(s.xyxy) for s in shapes]
+            rows.append({"picture": name, "shapes": names, "boxes": boxes})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / LABELS).write_text(text, encoding="utf-8")
     return target
 
 
-def _random_shape(rng: random.Random) -> Shape:
-    size = rng.randint(SIDE // 4, SIDE // 2)
-    x, y = rng.randint(0, SIDE - size), rng.randint(0, SIDE - size)
-    colour, name = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
-    return Shape(colour, name, (x, y, x + size, y + size))
+def _as_xywh(corners: Corners) -> list[int]:
+    x1, y1, x2, y2 = corners
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def _random_shapes(rng: random.Random) -> list[Shape]:
+    """One to MOST shapes in different cells, from left to right, in a column from the top."""
+    cells = sorted(rng.sample(range(CELLS * CELLS), rng.randint(1, MOST)))
+    return [_random_shape(rng, *divmod(cell, CELLS)) for cell in cells]
+
+
+def _random_shape(rng: random.Random, column: int, row: int) -> Shape:
+    size = rng.choice(SIZES)
+    x, y = (cell * CELL + (CELL - size) // 2 for cell in (column, row))
+    return Shape(rng.choice(tuple(COLOURS)), rng.choice(SHAPES), (x, y, x + size, y + size))
 
 
 def _pale(rng: random.Random) -> tuple[int, int, int]:
@@ -83,10 +107,15 @@ def _pale(rng: random.Random) -> tuple[int, int, int]:
     return rng.randint(205, 255), rng.randint(205, 255), rng.randint(205, 255)
 
 
-def draw(shape: Shape, background: tuple[int, int, int]) -> Image.Image:
-    """An RGB picture, SIDE by SIDE, of one shape."""
+def draw(shapes: Sequence[Shape], background: tuple[int, int, int]) -> Image.Image:
+    """An RGB picture, SIDE by SIDE, of these shapes."""
     large = Image.new("RGB", (SIDE * _FINER, SIDE * _FINER), background)
-    canvas = ImageDraw.Draw(large)
+    for shape in shapes:
+        _draw_one(ImageDraw.Draw(large), shape)
+    return large.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _draw_one(canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
     x1, y1, x2, y2 = (number * _FINER for number in shape.xyxy)
     fill = COLOURS[shape.colour]
     box = (x1, y1, x2 - 1, y2 - 1)
@@ -97,7 +126,6 @@ def draw(shape: Shape, background: tuple[int, int, int]) -> Image.Image:
     else:
         points = [(x1 + u * (x2 - x1), y1 + v * (y2 - y1)) for u, v in _outline(shape.name)]
         canvas.polygon(points, fill=fill)
-    return large.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def _outline(name: str) -> Sequence[Point]:

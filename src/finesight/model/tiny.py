@@ -51,9 +51,9 @@ class TinySize:
 
 SIZES = {
     "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
-    "quickstart": TinySize(512, 320, 3, 4, 2, 1024, 256, 2, 4, theta=10.0),
+    "quickstart": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=10.0),
 }
-"""`test`: 0.2 M parameters; `quickstart`: about 8 M."""
+"""`test`: 0.2 M parameters; `quickstart`: 5 M."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"

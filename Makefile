@@ -1,0 +1,46 @@
+# make quickstart   set up .venv and run the demonstration on the CPU
+# make test         set up .venv and run every check
+# make measures     print the house measures
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint types layers unit measures clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/finesight quickstart --out quickstart
+
+test: lint types layers measures unit
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+measures: $(VENV)/.installed-dev
+	$(BIN)/python tools/house.py
+
+# The tests compute with small tensors: one thread is quicker than several that wait for each other.
+unit: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev,track]'
+	touch $@

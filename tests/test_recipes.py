@@ -1,0 +1,105 @@
+"""The shipped recipes: short, loadable, and prepared by the very commands in their comments."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finesight.cli.app import run
+from finesight.data.jsonl import read_samples
+from finesight.data.sample import BoxPart
+from finesight.recipe import load_recipe
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def _commands(recipe: Path) -> list[list[str]]:
+    """The commands in a recipe's comments, without the word finesight."""
+    comments = [line[1:] for line in recipe.read_text().splitlines() if line.startswith("#")]
+    text = re.sub(r"\\\n", " ", "\n".join(comments))
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.strip()[:9] == "finesight"]
+
+
+CASES = [
+    pytest.param(recipe, command, id=f"{recipe.stem}-{command[2]}")
+    for recipe in RECIPES
+    for command in _commands(recipe)
+]
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A working folder with small files of the names and columns that the comments speak of."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for number in range(400):
+        path = f"pictures/{number}.png"
+        Path(path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (number % 256, number // 256, 0)).save(path)
+        rows.append({"image_path": path, "text": f"x ^ {number}", "caption": f"Number {number}."})
+    for name in ("coco.csv", "latex_ocr_train.csv"):
+        with Path(name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    for name in ("data_vl.json", "dataset.json"):
+        Path(name).write_text(json.dumps([_conversation(row) for row in rows]))
+    _write_parquet(rows)
+    return tmp_path
+
+
+def _conversation(row: dict[str, str]) -> dict[str, object]:
+    question = f"COCO Yes: <|vision_start|>{row['image_path']}<|vision_end|>"
+    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
+    return {"id": row["image_path"], "conversations": turns}
+
+
+def _write_parquet(rows: list[dict[str, str]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {
+        "image": [{"bytes": Path(row["image_path"]).read_bytes(), "path": None} for row in rows],
+        "question": ["Where is it?"] * len(rows),
+        "bbox": [[3.0, 4.0, 20.0, 10.0]] * len(rows),
+    }
+    parquet.write_table(pyarrow.table(table), "textvqa.parquet")
+
+
+def test_the_four_tutorials_have_recipes():
+    assert {recipe.stem for recipe in RECIPES} >= {
+        "captions_qwen2_vl_2b",
+        "captions_qwen2_5_vl_7b",
+        "grounding_qwen2_5_vl_3b",
+        "latex_ocr_qwen2_vl_2b",
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_short_loads_and_measures(recipe):
+    assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 25
+    loaded = load_recipe(recipe)
+    assert loaded.data.eval, f"{recipe} has no held-out data"
+    assert loaded.eval is not None, f"{recipe} measures nothing"
+    assert _commands(recipe), f"{recipe} does not say how to prepare its data"
+
+
+@pytest.mark.parametrize(("recipe", "command"), CASES)
+def test_command_in_the_comment_prepares_the_data(recipe, command, foreign):
+    assert run(command) == 0
+    data = load_recipe(recipe).data
+    train = read_samples(data.train[0].path)
+    held_out = read_samples(data.eval[0].path)
+    assert len(train) + len(held_out) == 400
+    answer = train[0].messages[-1].content[0]
+    if load_recipe(recipe).eval.metric == "grounding":
+        assert isinstance(answer, BoxPart)
+        assert answer.xyxy == (3.0, 4.0, 23.0, 14.0)
+    else:
+        assert answer.text.startswith(("x ^", "Number"))

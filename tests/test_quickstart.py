@@ -19,8 +19,8 @@ SMALL = Plan(pictures=20, held_out=4, steps=2, size=SIZES["test"])
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Folder, result and what was printed of one small quickstart."""
-    out = tmp_path_factory.mktemp("quick") / "start"
+    """Folder (of a name that needs quoting), result and what was printed of a small quickstart."""
+    out = tmp_path_factory.mktemp("quick") / "a start: #1"
     console = Console(file=io.StringIO(), width=200)
     result = quickstart(out, console, SMALL)
     return out, result, console.file.getvalue()

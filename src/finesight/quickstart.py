@@ -7,6 +7,9 @@ command runs; the commands are shown as they would be typed.
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +30,7 @@ from finesight.infer.load import load_answerer
 from finesight.infer.predict import Prediction, predict
 from finesight.model.tiny import SIZES, TinySize, make_tiny
 from finesight.recipe import load_recipe
-from finesight.storage import write_file
+from finesight.storage import write_file, write_folder
 from finesight.train.finish import RunResult
 from finesight.train.loop import train
 
@@ -37,10 +40,10 @@ SHOWN = 8
 
 _RECIPE = """\
 # Made by `finesight quickstart`: every part of a small random model learns to find shapes.
-model: {out}/model
+model: {model}
 data:
-  train: {out}/data/train.jsonl
-  eval: {out}/data/eval.jsonl
+  train: {train}
+  eval: {held_out}
 picture: {{height: 84, width: 84}}
 tune: {{vision: full, merger: full, language: full, embeddings: full}}
 train:
@@ -54,7 +57,7 @@ train:
   device: cpu
   workers: 0
 eval: {{metric: grounding, max_new_tokens: 64, batch: 100}}
-output: {out}/run
+output: {run}
 """
 
 
@@ -116,7 +119,7 @@ def quickstart(out: Path, console: Console, plan: Plan | None = None) -> Quickst
     say("3. Make a small Qwen2-VL with random weights and its own tokenizer")
     if not (out / "model").exists():
         make_tiny(out / "model", "qwen2_vl", seed=0, size=plan.size)
-    say(f"4. Train it, measured before and after\n   $ finesight train {recipe}")
+    say(f"4. Train it, measured before and after\n   $ {_command('train', recipe)}")
     result = _train(recipe, console)
     say(f"5. Ask both models about held-out pictures; boxes are drawn in {out / 'drawn'}")
     answers = _ask(out)
@@ -129,8 +132,16 @@ def quickstart(out: Path, console: Console, plan: Plan | None = None) -> Quickst
 def _claim(out: Path, plan: Plan) -> Path:
     """The recipe in `out`, written first: it is what marks the folder as a quickstart's own."""
     recipe = out / "recipe.yaml"
+    paths = {
+        "model": out / "model",
+        "train": out / "data" / "train.jsonl",
+        "held_out": out / "data" / "eval.jsonl",
+        "run": out / "run",
+    }
+    # A JSON string is a YAML string, whatever is in it.
+    quoted = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
     texts = {
-        precision: _RECIPE.format(out=out, steps=plan.steps, precision=precision)
+        precision: _RECIPE.format(steps=plan.steps, precision=precision, **quoted)
         for precision in ("bf16", "fp32")
     }
     if recipe.is_file() and recipe.read_text(encoding="utf-8") in texts.values():
@@ -167,9 +178,14 @@ def _import(out: Path, plan: Plan) -> str:
             columns=columns, prompt=PROMPT, box_format="xywh", eval_last=plan.held_out
         )
         import_file(source, target, request)
-    mapped = " ".join(f"--map {role}={column}" for role, column in columns.items())
-    options = f'--box-format xywh --prompt "{PROMPT}" --eval-last {plan.held_out}'
-    return f"finesight data import {source} {target} {mapped} {options}"
+    mapped = [word for pair in columns.items() for word in ("--map", "=".join(pair))]
+    options = ["--box-format", "xywh", "--prompt", PROMPT, "--eval-last", str(plan.held_out)]
+    return _command("data", "import", source, target, *mapped, *options)
+
+
+def _command(*words: str | Path) -> str:
+    """A command as it is typed into a shell."""
+    return shlex.join(["finesight", *map(str, words)])
 
 
 def _train(recipe: Path, console: Console) -> RunResult:
@@ -185,9 +201,15 @@ def _ask(out: Path) -> list[Answer]:
     samples = [Located(sample, file.parent) for sample in read_samples(file)[:SHOWN]]
     found = [_found(source, samples) for source in (out / "model", out / "run")]
     if not (out / "drawn").exists():
-        draw(found[-1], out / "drawn")
+        with write_folder(out / "drawn") as folder:
+            draw(found[-1], folder)
     return [
-        Answer(after.images[0], _boxes(truths_of(sample.sample)[1]), *map(_said, (before, after)))
+        Answer(
+            picture=Path(os.path.normpath(after.images[0])),
+            truth=_boxes(truths_of(sample.sample)[1]),
+            before=_said(before),
+            after=_said(after),
+        )
         for sample, before, after in zip(samples, *found, strict=True)
     ]
 
@@ -228,10 +250,10 @@ def _last_words(out: Path, done: Quickstart) -> str:
             f"Shapes found in held-out pictures: {hits[0]:.0%} before, {hits[1]:.0%} after"
             f" (mean overlap {overlaps[0]:.2f} and {overlaps[1]:.2f}), {done.seconds:.0f} s in all",
             "Next:",
-            f"   $ finesight data show {out}/recipe.yaml",
-            f'   $ finesight predict {out}/run {picture} --prompt "{PROMPT}"',
-            f"   $ finesight eval {out}/run",
+            f"   $ {_command('data', 'show', out / 'recipe.yaml')}",
+            f"   $ {_command('predict', out / 'run', picture, '--prompt', PROMPT)}",
+            f"   $ {_command('eval', out / 'run')}",
             "and with your own pictures:",
-            "   $ finesight data import --help",
+            f"   $ {_command('data', 'import', '--help')}",
         ]
     )

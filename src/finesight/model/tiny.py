@@ -51,7 +51,7 @@ class TinySize:
 
 SIZES = {
     "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
-    "quickstart": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=10.0),
+    "quickstart": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=4.0),
 }
 """`test`: 0.2 M parameters; `quickstart`: 5 M."""
 

@@ -247,7 +247,7 @@ def _last_words(out: Path, done: Quickstart) -> str:
     picture = done.answers[0].picture
     return "\n".join(
         [
-            f"Shapes found in held-out pictures: {hits[0]:.0%} before, {hits[1]:.0%} after"
+            f"Shapes found in held-out pictures: {hits[0]:.1%} before, {hits[1]:.1%} after"
             f" (mean overlap {overlaps[0]:.2f} and {overlaps[1]:.2f}), {done.seconds:.0f} s in all",
             "Next:",
             f"   $ {_command('data', 'show', out / 'recipe.yaml')}",

@@ -71,9 +71,9 @@ class Session:
             features = self._model.see(batch.patches_ND, batch.grids) if batch.grids else None
             x_TW = self._model.embed(batch.ids_T, features, batch.visual_at_M)
             attention = PrefillAttention(self._cache, rows, segments)
-            h_TW = self._model.decode(x_TW, batch.positions_3T, attention)
             last_S = batch.bounds_S1[1:].long() - 1
-            logits.append(self._model.logits(self._model.normed(h_TW[last_S])))
+            h_SW = self._model.decode(x_TW, batch.positions_3T, attention, last_S)
+            logits.append(self._model.logits(self._model.normed(h_SW)))
             order += rows
         in_order = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(logits)[torch.tensor(in_order, device=self._device)]

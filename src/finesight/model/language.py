@@ -46,9 +46,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
         self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=False)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        """[T, width] to [T, width]."""
+    def forward(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, only_L: Tensor | None = None
+    ) -> Tensor:
+        """[T, width] to [T, width], or to [L, width] for the tokens `only_L`."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
+        if only_L is not None:
+            x_TD = x_TD.index_select(0, only_L)
         y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return y_TD
 
@@ -69,10 +73,17 @@ class Decoder(nn.Module):
         return F.embedding(ids_T, self.embed_tokens.weight)
 
     def forward(
-        self, x_TD: Tensor, positions_3T: Tensor, attention: Attention, recompute: bool = False
+        self,
+        x_TD: Tensor,
+        positions_3T: Tensor,
+        attention: Attention,
+        recompute: bool = False,
+        only_L: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] to [T, D], before the last norm."""
+        """[T, D] to [T, D], before the last norm; to [L, D] where only the tokens `only_L` are
+        wanted: the others need not go through the last MLP."""
         rotation = language_rotation(positions_3T, self.geometry, x_TD.dtype)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x_TD = run_layer(layer, recompute, x_TD, rotation, attention)
-        return x_TD
+        return run_layer(last, recompute, x_TD, rotation, attention, only_L)

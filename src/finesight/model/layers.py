@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, attend
+from finesight.model.fused import gated
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
@@ -38,7 +39,7 @@ class GatedMlp(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, width] to [T, width]."""
         gate, up = self.gate_up_proj(x_TD)
-        return only(self.down_proj(F.silu(gate) * up))
+        return only(self.down_proj(gated(gate, up)))
 
 
 class PatchEmbed(nn.Module):

@@ -1,8 +1,8 @@
-"""Linear layers that read the same input, computed as one product, with room for an adapter."""
+"""Linear layers that read the same input, with one weight and room for an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,18 @@ class GroupedLinear(nn.Module):
         """[..., inputs] to one [..., width] for each layer of the group."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
-        y = F.linear(x, self.weight, self.bias)
-        if len(self.outputs) == 1:
-            # A split into one piece would cost a copy of its gradient on the way back.
-            return (y,)
-        outputs: tuple[Tensor, ...] = torch.split(y, list(self.outputs.values()), dim=-1)
-        return outputs
+        return products(x, self.weight, self.bias, tuple(self.outputs.values()))
+
+
+def products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """x W_i^T + bias_i for the layers of a group, [..., inputs] to [..., width] each.
+
+    Layer by layer, so that each output lies in one piece: what follows reads it several times as
+    fast as a slice of a joint product, whose gradients would have to be joined on the way back.
+    """
+    if len(widths) == 1:
+        return (F.linear(x, weight, bias),)
+    biases = [None] * len(widths) if bias is None else bias.split(widths)
+    return tuple(F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.model.linear import GroupedLinear
+from finesight.model.linear import GroupedLinear, products
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,16 @@ class _AdaptedProduct(torch.autograd.Function):
         dropout: float,
         *bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
-        y_TO = F.linear(x_TI, weight_OI, bias_O)
+        ys_TO = products(x_TI, weight_OI, bias_O, layout.widths)
         kept_TI: Tensor | None = None
         if dropout > 0.0:
             x_TI, kept_TI = torch.native_dropout(x_TI, dropout, True)
         low_TS = F.linear(x_TI, a_SI)
         for band, b_OR in zip(layout.bands, bs_OR, strict=True):
-            y_TO[:, band.columns].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
+            ys_TO[band.output].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
         ctx.save_for_backward(x_TI, kept_TI, low_TS, weight_OI, a_SI, *bs_OR)
         ctx.layout, ctx.dropout = layout, dropout
-        # Split after the last change in place: autograd tells a view's version by its making.
-        return torch.split(y_TO, list(layout.widths), dim=1)
+        return ys_TO
 
     @staticmethod
     @once_differentiable
@@ -187,10 +186,10 @@ class _AdaptedProduct(torch.autograd.Function):
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
         if needs_x:
-            dx_TI = torch.empty_like(x_TI)
-            dx_TI.addmm_(dlow_TS, a_SI, beta=0, alpha=1.0 / (1.0 - ctx.dropout))
+            dx_TI = dlow_TS @ a_SI
             if kept_TI is not None:
-                dx_TI.mul_(kept_TI)
+                keep_scale = 1.0 / (1.0 - ctx.dropout)
+                dx_TI = torch.ops.aten.native_dropout_backward(dx_TI, kept_TI, keep_scale)
             for dy_TO, rows_OI in zip(dys_TO, weight_OI.split(ctx.layout.widths), strict=True):
                 dx_TI.addmm_(dy_TO, rows_OI)
         return dx_TI, None, None, da_SI, None, None, *dbs_OR

@@ -62,9 +62,16 @@ class VisionLanguageModel(nn.Module):
         assert len(visual_at_M) == len(features_MD), found
         return x_TD.index_copy(0, visual_at_M, features_MD)
 
-    def decode(self, x_TD: Tensor, positions_3T: Tensor, attention: Attention) -> Tensor:
-        """Embedded tokens to hidden states [T, D], before the last norm."""
-        h_TD: Tensor = self.model(x_TD, positions_3T, attention, self.recompute)
+    def decode(
+        self,
+        x_TD: Tensor,
+        positions_3T: Tensor,
+        attention: Attention,
+        only_L: Tensor | None = None,
+    ) -> Tensor:
+        """Embedded tokens to hidden states before the last norm: [T, D], or [L, D] for the tokens
+        `only_L`."""
+        h_TD: Tensor = self.model(x_TD, positions_3T, attention, self.recompute, only_L)
         return h_TD
 
     def normed(self, h_TD: Tensor) -> Tensor:
@@ -81,8 +88,8 @@ class VisionLanguageModel(nn.Module):
         features_MD = self.see(batch.patches_ND, batch.grids) if batch.grids else None
         x_TD = self.embed(batch.ids_T, features_MD, batch.visual_at_M)
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-        h_TD = self.decode(x_TD, batch.positions_3T, PackedAttention(segments))
-        return self.normed(h_TD.index_select(0, batch.predict_L))
+        attention = PackedAttention(segments)
+        return self.normed(self.decode(x_TD, batch.positions_3T, attention, batch.predict_L))
 
 
 def build(

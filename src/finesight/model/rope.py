@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from finesight.model.fused import turn
 from finesight.model.geometry import LanguageGeometry, VisionGeometry
 
 
@@ -34,10 +35,7 @@ class Rotation:
 
 def rotate(x_THD: Tensor, rotation: Rotation) -> Tensor:
     """Turn each head by its token's angles, in the wider of both types; the type of `x` back."""
-    first, second = x_THD.chunk(2, dim=-1)
-    swapped_THD = torch.cat([second, first], -1)
-    turned_THD = torch.addcmul(x_THD * rotation.cos_T1D, swapped_THD, rotation.sin_T1D)
-    return turned_THD.to(x_THD.dtype)
+    return turn(x_THD, rotation.cos_T1D, rotation.sin_T1D)
 
 
 @torch.no_grad()

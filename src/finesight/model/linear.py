@@ -48,5 +48,6 @@ def products(
     """
     if len(widths) == 1:
         return (F.linear(x, weight, bias),)
-    biases = [None] * len(widths) if bias is None else bias.split(widths)
-    return tuple(F.linear(x, w, b) for w, b in zip(weight.split(widths), biases, strict=True))
+    weights = torch.split(weight, list(widths))
+    biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))

@@ -181,6 +181,17 @@ def test_what_is_written_is_current_fp32_and_tells_its_base(tmp_path: Path) -> N
     assert factors.keys() == spec.layers.keys() == adapted(ours)
 
 
+def test_the_same_adapter_is_the_same_file(tmp_path: Path) -> None:
+    ours = our_model(reference(config("qwen2_vl")), "qwen2_vl")
+    contents = set()
+    for number in range(8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_adapter(folder, ours, base="some/base", base_fingerprint="f00d")
+        contents.add((folder / WEIGHTS).read_bytes())
+    assert len(contents) == 1
+
+
 def test_exacter_values_are_written_in_place_of_the_parameters(tmp_path: Path) -> None:
     ours = our_model(reference(config("qwen2_vl")), "qwen2_vl")
     exact = {name: p.detach() + 1e-4 for name, p in ours.named_parameters() if ".adapter." in name}

@@ -40,6 +40,21 @@ def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
     assert str(tmp_path / "tensorboard") in said[0]
 
 
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_does_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        (tracker,) = trackers(recipe(tensorboard=True), tmp_path, print, done)
+        for step in steps:
+            tracker.log(step, {"loss": step + done / 10})
+        tracker.close()
+    events: Any = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(e.step, round(e.value, 4)) for e in events.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2), (5, 5.2)]
+
+
 def test_swanlab_without_a_key_is_offline_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,20 @@ def write_adapter(
     if base_fingerprint is not None:
         metadata[_FINGERPRINT] = base_fingerprint
     save_file(tensors, folder / WEIGHTS, metadata)
+    _order_metadata(folder / WEIGHTS)
+
+
+def _order_metadata(path: Path) -> None:
+    """The library writes the notes of a file in any order; in one order, the same adapter is the
+    same file. The header keeps its length: the spaces that pad it may grow."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, f"a header of {len(text)} bytes in place of {size}"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _for_file(tensor: Tensor) -> Tensor:

@@ -27,26 +27,28 @@ class Tracker(Protocol):
         ...
 
 
-def trackers(recipe: Recipe, folder: Path, say: Say) -> list[Tracker]:
-    """The trackers that the recipe asks for, writing below `folder`; `say` is told where.
+def trackers(recipe: Recipe, folder: Path, say: Say, step: int = 0) -> list[Tracker]:
+    """The trackers that the recipe asks for, writing below `folder`; `say` is told where. A run
+    that goes on after `step` replaces what was recorded of later steps.
 
     Raises UserError for a package that is missing and for a cloud that cannot be reached.
     """
     found: list[Tracker] = []
     if recipe.track.tensorboard:
-        found.append(_TensorBoard(folder / "tensorboard", say))
+        found.append(_TensorBoard(folder / "tensorboard", say, step))
     if recipe.track.swanlab is not None:
         found.append(_SwanLabRun(recipe.track.swanlab, recipe, folder / "swanlab", say))
     return found
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, say: Say) -> None:
+    def __init__(self, folder: Path, say: Say, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing(error, "tensorboard") from error
-        self._writer: Any = SummaryWriter(str(folder))
+        # Steps after the last checkpoint are done again: their first figures are passed over.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         say(f"TensorBoard: tensorboard --logdir {folder}")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

@@ -29,6 +29,8 @@ PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
 """What the published Qwen2-VL and Qwen2.5-VL folders say, for folders that say nothing. Mean and
 deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled to 0..1."""
 
+PREPROCESSOR = "preprocessor_config.json"
+
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format for the header of a file."""
 
@@ -67,7 +69,7 @@ class ModelFolder:
         The pixel limits are found under `min_pixels` and `max_pixels`, as published, or under
         `size`, as transformers 5 writes them.
         """
-        name = "preprocessor_config.json"
+        name = PREPROCESSOR
         given = {} if self.file(name) is None else self._json(name)
         size = given.get("size")
         sizes = size if isinstance(size, dict) else {}

@@ -89,6 +89,21 @@ def test_a_merged_run_is_asked_as_it_was_trained(run: Path, tmp_path: Path) -> N
     assert [renderer.system for renderer in renderers] == ["Speak in rhymes."] * 2
 
 
+def test_other_programs_find_the_pixel_limits_of_the_training(run: Path, tmp_path: Path) -> None:
+    assert run_command(run, tmp_path / "merged").exit_code == 0
+    settings = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
+    assert (settings["min_pixels"], settings["max_pixels"]) == (784, 7840)
+    assert settings["patch_size"] == 14
+
+
+def test_a_size_that_other_programs_cannot_be_told_is_said(run: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["picture"] = {"height": 112, "width": 504}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    result = run_command(run, tmp_path / "merged")
+    assert result.output.splitlines()[1].endswith("give them height 112, width 504")
+
+
 def test_what_is_made_of_a_merged_model_has_not_its_manifest(run: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "merged").exit_code == 0
     merged, again = ModelFolder(tmp_path / "merged"), tmp_path / "again"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from finesight.config import PixelRange
 from finesight.errors import UserError
 
 
@@ -47,3 +48,6 @@ def merge(
         typer.echo(json.dumps(result))
     else:
         typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
+        if parts.manifest is not None and not isinstance(parts.manifest.picture, PixelRange):
+            rule = ", ".join(f"{key} {n}" for key, n in parts.manifest.picture)
+            typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from finesight.config import Precision
-from finesight.hub import ModelFolder
+from finesight.config import PixelRange, Precision
+from finesight.hub import PREPROCESSOR, ModelFolder
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
 from finesight.model.lora import adapters
@@ -68,4 +69,16 @@ def merge_folder(
         save_model(model, base, folder, DTYPES[kept])
         if manifest is not None:
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+            if isinstance(manifest.picture, PixelRange):
+                _tell_servers(folder / PREPROCESSOR, manifest.picture)
     return Merged(out, layers, kept)
+
+
+def _tell_servers(path: Path, rule: PixelRange) -> None:
+    """The pixel limits of the training, where other programs look for them: under the names of
+    transformers 4 and, where the file has it, under the `size` of transformers 5."""
+    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    settings |= {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
+    if "size" in settings:
+        settings["size"] = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

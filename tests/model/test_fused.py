@@ -1,4 +1,4 @@
-"""What is done number by number: its values, its gradients, and kernels beside their eager twins."""
+"""What is done number by number: values, gradients, and kernels beside their eager twins."""
 
 from __future__ import annotations
 

@@ -27,6 +27,9 @@ class Arithmetic:
         self._geometry = model.geometry
         self._windows = _windows_of(model)
         self._per_row = dict.fromkeys(PARTS, 0)
+        # The head and the last MLP see only the tokens that predict learned ones.
+        self._per_label = 0
+        last_mlp = f"model.layers.{model.geometry.language.depth - 1}.mlp."
         learning: set[Part] = set()
         reached = False
         # In the order in which a sample passes the matrices: from the first that learns on, a
@@ -40,10 +43,14 @@ class Arithmetic:
                 # The embedding is looked up, not multiplied; the head comes below.
                 if parameter.dim() == 2 and part != "embeddings":
                     back = reached or ".adapter.b." in name
-                    self._per_row[part] += _passes(parameter, back) * parameter.numel()
+                    operations = _passes(parameter, back) * parameter.numel()
+                    if name.startswith(last_mlp):
+                        self._per_label += operations
+                    else:
+                        self._per_row[part] += operations
             reached = reached or learns
         head = model.head_weight
-        self._per_row["embeddings"] = _passes(head, back=True) * head.numel()
+        self._per_label += _passes(head, back=True) * head.numel()
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
 
@@ -58,9 +65,10 @@ class Arithmetic:
             "vision": patches,
             "merger": patches // self._geometry.vision.merge**2,
             "language": sum(batch.lengths),
-            "embeddings": batch.supervised,
+            "embeddings": 0,
         }
-        return 2 * sum(rows[part] * self._per_row[part] for part in PARTS)
+        in_rows = sum(rows[part] * self._per_row[part] for part in PARTS)
+        return 2 * (in_rows + batch.supervised * self._per_label)
 
     def attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> int:
         """Scores and values: 4 x queries x keys x width, half of it where causal, and twice as

@@ -15,7 +15,8 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Part, TextPart
 def read(form: Format, record: dict[str, Any], folder: Path, **said: Any) -> Case:
     """The case of a record whose pictures lie in `folder`; `said` are fields of Reading."""
     row = Row(number=3, place="line 3", record=record, stem="rows")
-    return form.read(row, Reading(Pictures(folder, folder / "out"), **said))
+    (case,) = form.cases(row, Reading(Pictures(folder, folder / "out"), **said))
+    return case
 
 
 def brief(content: tuple[Part, ...]) -> list[object]:

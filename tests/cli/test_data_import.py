@@ -12,6 +12,7 @@ from scenery import paint, write_jsonl
 from typer.testing import CliRunner
 
 from finesight.cli.data_import import import_data
+from finesight.data.formats import FORMATS
 from finesight.data.jsonl import read_samples
 from finesight.errors import UserError
 
@@ -67,7 +68,9 @@ def test_json(source: Path, tmp_path: Path) -> None:
         "left_out": {"not selected by --rows and --limit": 3},
         "pictures": 3,
         "clipped_boxes": 0,
+        "noted": {},
         "unused_columns": ["n", "text"],
+        "listed": None,
     }
     sample = read_samples(out / "data.jsonl")[0]
     assert sample.messages[0].content[0].image == "pictures/1.png"
@@ -86,6 +89,28 @@ def test_detected_format_shows_its_reason(tmp_path: Path) -> None:
     assert "read as qwen-vl (a turn holds 'Picture 1: <img>a.png</img>')" in result.output
 
 
+def test_unusable_rows_can_be_left_out(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "3.png").unlink()
+    arguments = ("--map", "image=image", "--map", "answer=text", "--prompt", "Read.")
+    refused = run(source, tmp_path / "out", *arguments)
+    assert isinstance(refused.exception, UserError)
+    assert "--unusable drop" in refused.exception.remedy
+    result = run(source, tmp_path / "out", *arguments, "--unusable", "drop")
+    assert result.exit_code == 0, result.output
+    assert "left out: 1 rows, a picture is missing or damaged" in result.output
+    assert f"{tmp_path / 'out' / 'left_out.jsonl'}: each row" in result.output
+    (line,) = (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()
+    left_out = json.loads(line)
+    assert left_out["place"] == "line 4"
+    assert left_out["reason"] == "a picture is missing or damaged"
+    assert "no such picture" in left_out["problem"]
+
+
+def test_the_help_names_every_format() -> None:
+    words = " ".join(run("--help").output.replace("\n", " ").split())
+    assert [form.name for form in FORMATS if form.name not in words] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
@@ -96,6 +121,7 @@ def test_detected_format_shows_its_reason(tmp_path: Path) -> None:
         (["--rows", "5"], "--rows"),
         (["--rows", "a:b"], "--rows"),
         (["--format", "csv"], "--format"),
+        (["--map", "image=image", "--ask", "grounding"], "--ask"),
         (["--map", "image=image", "--split", "2"], "--split"),
     ],
 )

@@ -260,6 +260,10 @@ def test_unsure_names_the_nearest_format_and_the_choices(tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         import_file(source, tmp_path / "out", Request())
     assert "the nearest is query" in caught.value.remedy
+    source = write_jsonl(tmp_path / "d.jsonl", [{"image": "a.png", "text": "x"}])
+    with pytest.raises(UserError) as caught:
+        import_file(source, tmp_path / "out", Request())
+    assert "--map image=image --map answer=text" in caught.value.remedy
 
 
 def test_the_format_may_be_named(tmp_path: Path) -> None:
@@ -272,6 +276,25 @@ def test_the_format_may_be_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown format 'conversation'") as caught:
         import_file(source, tmp_path / "3", Request(format="conversation"))
     assert caught.value.remedy == "did you mean conversations?"
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used") as caught:
+        import_file(source, tmp_path / "4", Request(format="ms-swift"))
+    assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")
+
+
+def test_rows_unlike_the_first_ones_name_their_format(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [{"messages": said("Hello")}] * 100
+    rows.append({"messages": said("<image>House?"), "images": ["a.png"]})
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="1 of 101 rows cannot be used") as caught:
+        import_file(source, tmp_path / "out", Request())
+    assert caught.value.remedy.startswith("give --format ms-swift: line 101 has messages")
+    summary = import_file(source, tmp_path / "out", Request(format="ms-swift"))
+    assert summary.written[0].samples == 101
+
+
+def said(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.mark.parametrize(

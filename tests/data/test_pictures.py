@@ -8,7 +8,8 @@ import pytest
 from scenery import paint
 
 from finesight.data.headers import DamagedPicture
-from finesight.data.pictures import Pictures, copy_all, same_pictures
+from finesight.data.pictures import Pictures, copy_all, data_url, same_pictures
+from finesight.errors import UserError
 
 
 def test_a_path_starts_at_the_folder_of_the_rows(tmp_path: Path) -> None:
@@ -36,6 +37,35 @@ def test_bytes_that_are_no_picture(tmp_path: Path) -> None:
     with pytest.raises(DamagedPicture, match="the picture of 4 bytes: not a picture") as caught:
         Pictures(tmp_path, tmp_path / "out").take({"bytes": b"text", "path": None})
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_data_urls_are_saved(tmp_path: Path) -> None:
+    data = paint(tmp_path / "a.png").read_bytes()
+    (tmp_path / "out").mkdir()
+    pictures = Pictures(tmp_path, tmp_path / "out")
+    url = data_url(tmp_path / "a.png")
+    assert url.startswith("data:image/png;base64,")
+    saved = pictures.take(url)
+    assert saved == tmp_path / "out" / "pictures" / "000001.png"
+    assert saved.read_bytes() == data
+    assert pictures.take({"bytes": data}) == saved
+    for broken in ("data:image/png;base64,*", "data:image/png,abc", "data:"):
+        with pytest.raises(DamagedPicture, match="the data URL"):
+            pictures.take(broken)
+    (tmp_path / "b.png").write_text("text")
+    with pytest.raises(UserError, match="has no place in a data URL"):
+        data_url(tmp_path / "b.png")
+
+
+def test_unchecked_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("text")
+    (tmp_path / "out").mkdir()
+    pictures = Pictures(tmp_path, tmp_path / "out", checked=False)
+    assert pictures.take("a.png") == tmp_path / "a.png"
+    assert pictures.take("in/b.png") == tmp_path / "in" / "b.png"
+    assert pictures.take(b"text").read_bytes() == b"text"
+    with pytest.raises(DamagedPicture, match="an address on the web"):
+        pictures.take("https://example.com/a.png")
 
 
 def test_a_path_may_start_at_the_current_folder(
@@ -89,3 +119,11 @@ def test_copies_of_the_same_name_get_numbers(tmp_path: Path) -> None:
     copies = copy_all([one, two], tmp_path / "out")
     assert [copy.name for copy in copies.values()] == ["a.png", "a-2.png"]
     assert all(copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
+
+
+def test_a_path_as_windows_writes_it(tmp_path: Path) -> None:
+    picture = paint(tmp_path / "in" / "a.png")
+    pictures = Pictures(tmp_path, tmp_path / "out")
+    assert pictures.take("in\\a.png") == pictures.take(".\\in\\a.png") == picture
+    own = paint(tmp_path / "in\\a.png", shade=1)
+    assert pictures.take("in\\a.png") == own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
     rows = everything(path)
     assert [(row.place, row.id) for row in rows] == [("line 1", "a-1"), ("line 3", "a-3")]
+
+
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ({"text": "x" * 1000, "n": n} for n in range(5000)))
+    rows = open_rows(path)
+    tracemalloc.start()
+    assert sum(row.record["n"] for row in rows.select(0, rows.total)) == 5000 * 4999 / 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 10, f"{peak} bytes for a file of {path.stat().st_size}"
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -100,6 +111,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1", "more than one column is called 'a'"),
         ("a.csv", b"a,b\n", "a.csv", "holds no rows"),
         ("a.json", b"[]", "a.json", "holds no rows"),
+        ("a.json", b'{\n"data": [{"a": 1}]}', "a.json", "one object with the keys data"),
+        ("a.json", b'{\n"data": [{"a": 1}]', "a.json:1", "broken JSON"),
         ("a.jsonl", b"\n", "a.jsonl", "holds no rows"),
         ("a.parquet", b"nonsense", "a.parquet", "cannot be read as Parquet"),
         ("a.xlsx", b"", "a.xlsx", "a file of type .xlsx"),
@@ -119,3 +132,10 @@ def test_refused(tmp_path: Path, name: str, content: bytes, where: str, what: st
 def test_missing_file(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         open_rows(tmp_path / f"a.{suffix}")
+
+
+def test_csv_with_semicolons(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "a.csv", RECORDS, ";")
+    assert [row.record for row in everything(path)] == [{**r, "id": str(r["id"])} for r in RECORDS]
+    path.write_text("a,b;c\n1,2\n")
+    assert everything(path)[0].record == {"a": "1", "b;c": "2"}

@@ -1,0 +1,1 @@
+"""From foreign files to samples, and samples in files."""

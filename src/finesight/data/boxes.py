@@ -17,6 +17,14 @@ BoxUnits = Literal["pixel", "1", "1000"]
 
 Box = tuple[float, float, float, float]
 
+
+class BadBox(UserError):
+    """Numbers that are no box, or one that does not lie in its picture."""
+
+
+DECIMALS = 6
+"""To which corners are rounded that are computed from another form: a millionth of a pixel."""
+
 ROUNDING = 1.0
 """Pixels that a box may stand out of its picture: as much as rounding its corners explains."""
 
@@ -37,22 +45,24 @@ class BoxForm:
             corners = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
         else:
             corners = (a, b, c, d)
-        if self.units == "pixel":
+        if self == BoxForm():
             return corners
-        whole = float(self.units)
-        height, width = size
         x1, y1, x2, y2 = corners
-        return (x1 * width / whole, y1 * height / whole, x2 * width / whole, y2 * height / whole)
+        if self.units != "pixel":
+            across, down = (side / float(self.units) for side in reversed(size))
+            x1, y1, x2, y2 = x1 * across, y1 * down, x2 * across, y2 * down
+        # So that sums and shares in binary give the number that was meant, there and back.
+        return (round(x1, DECIMALS), round(y1, DECIMALS), round(x2, DECIMALS), round(y2, DECIMALS))
 
 
 def four_numbers(value: object) -> list[float]:
-    """A list of four numbers, whole, broken or as text. Raises UserError for anything else."""
+    """A list of four numbers, whole, broken or as text. Raises BadBox for anything else."""
     try:
         numbers = [float(item) for item in value] if isinstance(value, list | tuple) else []
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 4:
-        raise UserError(
+        raise BadBox(
             f"the box {str(value)[:80]!r}",
             expected="a list of four numbers",
             remedy="correct the row, or leave it out",
@@ -63,7 +73,7 @@ def four_numbers(value: object) -> list[float]:
 def fitted(box: Box, size: tuple[int, int], form: BoxForm) -> Box:
     """The box, clipped where it stands out of its picture by no more than rounding explains.
 
-    Raises UserError for one that is reversed, has no area or lies further outside of `size`
+    Raises BadBox for one that is reversed, has no area or lies further outside of `size`
     (height, width); `form` is what the box was read as, for the message.
     """
     height, width = size
@@ -74,7 +84,7 @@ def fitted(box: Box, size: tuple[int, int], form: BoxForm) -> Box:
     if sound and inside and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
         return clipped
     numbers = ", ".join(f"{number:g}" for number in box)
-    raise UserError(
+    raise BadBox(
         f"the box [{numbers}] in pixels (read as {form.format} in units of {form.units}) "
         + ("lies outside of its picture" if sound else "is reversed or has no area"),
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after the EXIF turn",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from finesight.data.rules import BadTurns
 from finesight.data.sample import Message, Part, Sample, TextPart
-from finesight.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Case:
 def case_of(name: str, messages: Sequence[Message], meta: dict[str, Any]) -> Case:
     """A case with the last message as its one answer. Raises UserError if it is not one."""
     if not messages or messages[-1].role != "assistant":
-        raise UserError(
+        raise BadTurns(
             f"{len(messages)} messages without an answer at the end",
             expected="an assistant's message at the end",
             remedy="add the answer, or leave the row out",

@@ -27,6 +27,14 @@ class DamagedPicture(UserError):
     """A picture that cannot be used: missing, no picture, cut off, or over the limit of pixels."""
 
 
+class CutOff(DamagedPicture):
+    """A picture whose file ends before its pixels do."""
+
+
+class TooLarge(DamagedPicture):
+    """A picture over the limit of pixels."""
+
+
 def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture at `path`, opened but not decoded: its size is as stored, before the EXIF turn.
 
@@ -97,8 +105,8 @@ def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _too_large(path: Path, pixels: str, max_pixels: int) -> DamagedPicture:
-    return DamagedPicture(
+def _too_large(path: Path, pixels: str, max_pixels: int) -> TooLarge:
+    return TooLarge(
         f"{pixels} pixels",
         where=str(path),
         expected=f"at most {max_pixels} pixels",

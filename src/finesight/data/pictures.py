@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import os
@@ -31,16 +32,20 @@ _SUFFIXES = {
 class Pictures:
     """Pictures named by paths, or given as bytes and saved in `target`.
 
-    A relative path starts at `folder` or, where no picture lies there, at the current folder.
+    A relative path starts at `folder` or, where no picture lies there, at the current folder; one
+    with backslashes, as Windows writes it, is looked for with slashes as well.
+    Unless `checked`, missing pictures and files that are no picture are taken as well: a missing
+    one is where its path, from `folder` on, says that it is.
     """
 
-    def __init__(self, folder: Path, target: Path) -> None:
-        self._folder, self._target = folder, target / FOLDER
+    def __init__(self, folder: Path, target: Path, *, checked: bool = True) -> None:
+        self._folder, self._target, self._checked = folder, target / FOLDER, checked
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved: dict[str, Path] = {}
 
     def take(self, value: object) -> Path:
-        """The picture that a cell means: a path, its bytes, or {bytes, path} as datasets store it.
+        """The picture that a cell means: a path, its bytes, a data URL (RFC 2397, in base64), or
+        {bytes, path} as the library datasets stores it.
 
         Raises DamagedPicture when it is missing or no picture, UserError for anything else.
         """
@@ -48,6 +53,8 @@ class Pictures:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
             return self._save(value)
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
+            return self._save(_decoded(value.strip()))
         if isinstance(value, str) and value.strip():
             return self._find(value.strip())
         raise UserError(
@@ -70,9 +77,13 @@ class Pictures:
                 remedy="download the pictures and put their paths into the data",
             )
         # Scripts write paths that start at the folder they were run in, not at their file's.
-        places = [folder / name.removeprefix("file://") for folder in (self._folder, Path.cwd())]
+        spellings = dict.fromkeys((name.removeprefix("file://"), name.replace("\\", "/")))
+        folders = (self._folder, Path.cwd())
+        places = [folder / spelling for spelling in spellings for folder in folders]
         # os.path's test also stands names that cannot be one, too long or with a zero byte.
         place = next(filter(os.path.exists, places), None)
+        if place is None and not self._checked:
+            return places[0]
         if place is None:
             raise DamagedPicture(
                 "no such picture",
@@ -83,7 +94,8 @@ class Pictures:
             )
         # The folder resolved, as `..` steps out of where a link leads to, not of where it stands.
         path = place.parent.resolve() / place.name
-        self.size(path)
+        if self._checked:
+            self.size(path)
         return path
 
     def _save(self, data: bytes) -> Path:
@@ -94,7 +106,8 @@ class Pictures:
             self._target.mkdir(exist_ok=True)
             path.write_bytes(data)
             try:
-                self.size(path)
+                if self._checked:
+                    self.size(path)
             except DamagedPicture as error:
                 # Where it was saved is gone by the time that anyone reads this.
                 raise DamagedPicture(
@@ -104,6 +117,54 @@ class Pictures:
                 ) from error
             self._saved[key] = path
         return self._saved[key]
+
+
+def data_url(path: Path) -> str:
+    """A picture's file as a data URL (RFC 2397). Raises UserError for a file of an unknown kind."""
+    data = path.read_bytes()
+    suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
+    if suffix is None:
+        raise UserError(
+            "a picture of a kind that has no place in a data URL here",
+            where=str(path),
+            expected=f"one of {', '.join(dict.fromkeys(_SUFFIXES.values()))}",
+            remedy="save the picture as PNG or JPEG",
+        )
+    kind = {".jpg": "jpeg", ".tif": "tiff"}.get(suffix, suffix[1:])
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _decoded(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    try:
+        if comma and head.lower().endswith(";base64"):
+            return base64.b64decode(data, validate=True)
+    except ValueError:
+        pass
+    raise DamagedPicture(
+        f"the data URL {url[:60]!r} of {len(url)} characters",
+        expected="data:image/png;base64, and the picture's bytes in base64",
+        remedy="write the URL again, or save the picture and give its path",
+    )
+
+
+def named(pictures: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
+    """What files of `out` call each picture: its path from `out`, which is still `staging`.
+
+    With `copy`, pictures that do not lie in `staging` are copied there first.
+    """
+    places = list(pictures)
+    outside = [path for path in places if not path.is_relative_to(staging)]
+    copies = copy_all(outside, staging) if copy else {}
+    home = out.resolve()
+    names = {}
+    for path in places:
+        inside = copies.get(path, path)
+        if inside.is_relative_to(staging):
+            names[path] = inside.relative_to(staging).as_posix()
+        else:
+            names[path] = Path(os.path.relpath(path, home)).as_posix()
+    return names
 
 
 def same_pictures(paths: Iterable[Path]) -> dict[Path, str]:

@@ -10,13 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finesight.data.jsonl import read_bytes
 from finesight.errors import UserError
 
 Record = dict[str, Any]
 """One row as JSON-like data; Parquet adds bytes."""
+
+
+LOOKED_AT = 4096
+"""Bytes at the start of a file of JSON that tell an array from lines."""
+
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark that some editors put before UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,19 @@ class Rows:
     select: Callable[[int, int], Iterator[Row]]
 
 
+Item = TypeVar("Item")
+
+
+def rows_of(items: Sequence[Item], row: Callable[[int, Item], Row]) -> Rows:
+    """A row for each item, made by `row` from its number (from 1) when it is asked for."""
+
+    def select(start: int, stop: int) -> Iterator[Row]:
+        chosen = itertools.islice(enumerate(items, start=1), start, stop)
+        return (row(number, item) for number, item in chosen)
+
+    return Rows(len(items), select)
+
+
 def open_rows(source: Path) -> Rows:
     """The rows of a .json, .jsonl, .csv, .tsv or .parquet file.
 
@@ -52,9 +72,9 @@ def open_rows(source: Path) -> Rows:
     if suffix == ".parquet":
         rows = _parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _in_memory(_csv(source, "\t" if suffix == ".tsv" else ","))
+        rows = _in_memory(_csv(source, "\t" if suffix == ".tsv" else _separator(source)))
     elif suffix in (".json", ".jsonl"):
-        rows = _in_memory(_json(source))
+        rows = _json(source)
     else:
         raise UserError(
             f"a file of type {suffix or '(no suffix)'}",
@@ -74,31 +94,73 @@ def _in_memory(rows: list[Row]) -> Rows:
 
 
 def _text(source: Path) -> str:
-    content = read_bytes(source)
+    return _decoded(read_bytes(source), source, 1)
+
+
+def _decoded(content: bytes, source: Path, line: int) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        before = content[: error.start].split(b"\n")
         raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=f"{source}:{line}",
+            f"byte {len(before[-1])} of the line is not UTF-8 text",
+            where=f"{source}:{line + len(before) - 1}",
             expected="a file in UTF-8",
             remedy="save the file as UTF-8",
         ) from error
 
 
-def _json(source: Path) -> list[Row]:
+def _json(source: Path) -> Rows:
     """A JSON array of objects, or one object a line, whatever the suffix says."""
-    text = _text(source)
-    if text.lstrip().startswith("["):
-        array = _parsed(text, source, 1)
-        return [_row(record, n, f"row {n}", source) for n, record in enumerate(array, start=1)]
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            record = _parsed(line, source, number)
-            rows.append(_row(record, number, f"line {number}", source))
-    return rows
+    try:
+        with source.open("rb") as file:
+            start = file.read(LOOKED_AT).removeprefix(_MARK).lstrip()
+    except OSError:
+        read_bytes(source)  # says it in our words
+        raise
+    if start.startswith(b"["):
+        array = _parsed(_text(source), source, 1)
+        rows = [_row(record, n, f"row {n}", source) for n, record in enumerate(array, start=1)]
+        return _in_memory(rows)
+    if source.suffix.lower() == ".json":
+        _refuse_one_object(source)
+    total = sum(1 for _ in _json_lines(source))
+    return Rows(total, lambda start, stop: itertools.islice(_json_lines(source), start, stop))
+
+
+def _refuse_one_object(source: Path) -> None:
+    """Raise UserError for a file that is one object over several lines, and neither rows nor lines.
+
+    A file whose first line is whole is not read any further.
+    """
+    with source.open("rb") as file:
+        if _is_object(file.readline().removeprefix(_MARK)):
+            return
+    content = read_bytes(source)
+    if _is_object(content):
+        raise UserError(
+            f"one object with the keys {', '.join(json.loads(content))[:80]}",
+            where=str(source),
+            expected="a JSON array of objects, or one object on each line",
+            remedy="write the list of its rows alone into a file",
+        )
+
+
+def _is_object(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(source: Path) -> Iterator[Row]:
+    """One line at a time: a file of any size takes no more memory than its longest line."""
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content = (line.removeprefix(_MARK) if number == 1 else line).removesuffix(b"\n")
+            if content.strip():
+                record = _parsed(_decoded(content, source, number), source, number)
+                yield _row(record, number, f"line {number}", source)
 
 
 def _parsed(text: str, source: Path, line: int) -> Any:
@@ -132,6 +194,12 @@ def _row(record: object, number: int, place: str, source: Path) -> Row:
             remedy="correct the row: it was probably cut in the middle of a character",
         ) from error
     return Row(number, place, record, source.stem)
+
+
+def _separator(source: Path) -> str:
+    """A comma or, in a head without one, the semicolon of spreadsheets in many countries."""
+    head = _text(source).partition("\n")[0]
+    return ";" if ";" in head and "," not in head else ","
 
 
 def _csv(source: Path, delimiter: str) -> list[Row]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 
-from finesight.data.boxes import ROUNDING
+from finesight.data.boxes import ROUNDING, BadBox
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
+
+
+class BadTurns(UserError):
+    """Turns out of order, without an answer or without content."""
+
+
+class EmptyAnswer(BadTurns):
+    """A row whose answer is not there."""
 
 
 def check_sample(sample: Sample, where: str, *, answered: bool = True) -> None:
@@ -17,7 +25,7 @@ def check_sample(sample: Sample, where: str, *, answered: bool = True) -> None:
     stand in user turns; boxes have an area and name a picture of the sample. Whether they lie
     inside of it needs the picture's header: `finesight data import` and the renderer see to it.
     """
-    _check_order([message.role for message in sample.messages], where, answered)
+    check_order(sample, where, answered=answered)
     for number, message in enumerate(sample.messages):
         _check_content(message, f"{where}, message {number}")
     pictures = sum(isinstance(part, ImagePart) for part in sample.parts())
@@ -26,18 +34,20 @@ def check_sample(sample: Sample, where: str, *, answered: bool = True) -> None:
             _check_box(part, pictures, where)
 
 
-def _check_order(roles: list[str], where: str, answered: bool) -> None:
+def check_order(sample: Sample, where: str, *, answered: bool = True) -> None:
+    """Refuse, as BadTurns, roles that are not in the order that `check_sample` speaks of."""
+    roles = [message.role for message in sample.messages]
     turns = roles[1:] if roles[0] == "system" else roles
     in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
     if not turns or not in_turn:
-        raise UserError(
+        raise BadTurns(
             f"the messages' roles are {', '.join(roles)}",
             where=where,
             expected="an optional system, then user and assistant in turn, starting with user",
             remedy="put the messages in order; join two turns of the same role into one",
         )
     if answered and turns[-1] != "assistant":
-        raise UserError(
+        raise BadTurns(
             f"the messages' roles are {', '.join(roles)}: there is no answer at the end",
             where=where,
             expected="an assistant message at the end",
@@ -48,7 +58,7 @@ def _check_order(roles: list[str], where: str, answered: bool) -> None:
 def _check_content(message: Message, where: str) -> None:
     sees = any(isinstance(part, ImagePart | VideoPart) for part in message.content)
     if sees and message.role != "user":
-        raise UserError(
+        raise BadTurns(
             f"a picture in a turn of the {message.role}",
             where=where,
             expected="pictures in user turns: a model answers with text and boxes",
@@ -56,7 +66,7 @@ def _check_content(message: Message, where: str) -> None:
         )
     texts = [part.text for part in message.content if isinstance(part, TextPart)]
     if len(texts) == len(message.content) and not "".join(texts).strip():
-        raise UserError(
+        raise BadTurns(
             f"an empty turn of the {message.role}",
             where=where,
             expected="some text, a picture or a box",
@@ -66,7 +76,7 @@ def _check_content(message: Message, where: str) -> None:
 
 def _check_box(box: BoxPart, pictures: int, where: str) -> None:
     if box.image >= pictures:
-        raise UserError(
+        raise BadBox(
             f"a box in picture number {box.image}, counted from 0",
             where=where,
             expected=f"a number below {pictures}, the sample's pictures",
@@ -74,7 +84,7 @@ def _check_box(box: BoxPart, pictures: int, where: str) -> None:
         )
     x1, y1, x2, y2 = box.xyxy
     if not all(map(math.isfinite, box.xyxy)) or not (-ROUNDING <= x1 < x2 and -ROUNDING <= y1 < y2):
-        raise UserError(
+        raise BadBox(
             f"the box {list(box.xyxy)}",
             where=where,
             expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",

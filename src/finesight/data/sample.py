@@ -43,11 +43,12 @@ class VideoPart(Record):
     fps: float = Field(default=2.0, gt=0)
 
 
-def _shortest(number: float) -> int | float:
+def shortest(number: float) -> int | float:
+    """The number, without a point where it is whole."""
     return int(number) if number.is_integer() else number
 
 
-Pixels = Annotated[float, PlainSerializer(_shortest, when_used="json")]
+Pixels = Annotated[float, PlainSerializer(shortest, when_used="json")]
 """A coordinate; whole numbers are written without a point."""
 
 

@@ -1,4 +1,4 @@
-"""Boxes as JSON in the text of an answer."""
+"""Boxes in the text of an answer, as JSON and in the marks of Qwen2-VL, read and written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from foreign import brief
 
-from finesight.data.formats.boxed_text import answer_parts
+from finesight.data.formats.boxed_text import answer_parts, answer_text
 from finesight.data.formats.format import Reading, Scene
 from finesight.data.pictures import Pictures
+from finesight.data.sample import BoxPart, ImagePart, Part, TextPart
 from finesight.errors import UserError
 
 
@@ -58,6 +59,51 @@ def test_nothing_is_no_part(folder: Path) -> None:
     assert answer(folder, "") == []
 
 
+def test_the_marks_of_qwen2_vl(folder: Path) -> None:
+    dog = "<|object_ref_start|>a dog<|object_ref_end|><|box_start|>(221,423),(569,886)<|box_end|>"
+    text = f"{dog} and <|object_ref_start|>a woman<|object_ref_end|> play"
+    expected = [(0, "a dog", pytest.approx((221, 211.5, 569, 443))), " and a woman play"]
+    assert answer(folder, text) == expected
+
+
+def test_the_marks_in_pixels_where_that_is_declared(folder: Path) -> None:
+    text = "<|box_start|>(1,2),(30,14)<|box_end|>"
+    scene = Scene(Reading(Pictures(folder, folder / "out"), box_units="pixel"))
+    scene.picture("b.png")
+    assert brief(tuple(answer_parts(text, scene))) == [(0, None, (1, 2, 30, 14))]
+
+
+def test_written_as_it_is_read(folder: Path) -> None:
+    box = BoxPart(xyxy=(1, 2.5, 3, 4), label='a "b"')
+    content = (TextPart(text="In [1]: "), box, BoxPart(xyxy=(5, 6, 7, 8)), TextPart(text="!"))
+    text = answer_text(content, 1)
+    assert text == (
+        'In [1]: [{"bbox_2d": [1, 2.5, 3, 4], "label": "a \\"b\\""}, {"bbox_2d": [5, 6, 7, 8]}]!'
+    )
+    assert answer(folder, text) == brief(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "pictures"),
+    [
+        ((BoxPart(xyxy=(1, 2, 3, 4)),), 2),
+        ((TextPart(text="["), BoxPart(xyxy=(1, 2, 3, 4)), TextPart(text="]")), 1),
+        ((TextPart(text='{"bbox_2d": [1, 2, 3, 4]}'),), 1),
+        ((TextPart(text="its bbox_2d"),), 1),
+        ((TextPart(text="an <image>"),), 1),
+        ((BoxPart(xyxy=(1, 2, 3, 4), label="<bbox>"),), 1),
+        ((ImagePart(image="a.png"),), 1),
+    ],
+)
+def test_what_would_be_read_otherwise_is_not_written(
+    content: tuple[Part, ...], pictures: int
+) -> None:
+    with pytest.raises(UserError) as caught:
+        answer_text(content, pictures)
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -67,6 +113,7 @@ def test_nothing_is_no_part(folder: Path) -> None:
         ('{"bbox_2d": [1, 2, 3, 4]', "bbox_2d outside of JSON"),
         ('{"bbox_2d": [0, 0, 1005, 4]}', "outside of its picture"),
         ('{"bbox_2d": [0, 0, 5, 4]} <image>', "the mark '<image>'"),
+        ("click('<|box_start|>(246,113)<|box_end|>')", "the mark"),
     ],
 )
 def test_refused(folder: Path, text: str, what: str) -> None:
@@ -79,3 +126,8 @@ def test_refused(folder: Path, text: str, what: str) -> None:
 def test_one_picture_is_needed_to_know_whose_the_box_is(folder: Path) -> None:
     with pytest.raises(UserError, match="2 pictures"):
         answer(folder, '{"bbox_2d": [1, 2, 3, 4]}', "a.png", "b.png")
+
+
+def test_a_label_with_an_angle_bracket_in_marks(folder: Path) -> None:
+    text = "<|object_ref_start|>a<b<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+    assert answer(folder, text) == [(0, "a<b", (1.0, 1.0, 3.0, 2.0))]

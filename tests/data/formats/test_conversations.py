@@ -42,6 +42,7 @@ def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
         ("assistant", "No."),
         system="Be brief.",
         licence="CC0",
+        year=float("nan"),
     )
     case = read(FORMAT, rows, folder)
     assert case.id == "rows-3"
@@ -52,7 +53,7 @@ def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
         ("user", ["And ", folder / "a.png", "now?"]),
         ("assistant", ["No."]),
     ]
-    assert case.meta == {"licence": "CC0"}
+    assert case.meta == {"licence": "CC0", "year": None}
 
 
 def test_pictures_named_beside_the_turns(folder: Path) -> None:

@@ -71,11 +71,11 @@ def test_places_of_pictures(folder: Path) -> None:
     [
         (record('{"bbox_2d": [1, 2, 3, 4]}', image=["a.png", "b.png"]), "2 pictures"),
         (record('{"bbox_2d": [1, 2, 3, 4]}', image=None), "0 pictures"),
-        (record("x", query="<image><image>"), "2 `<image>` in the query for 1 pictures"),
+        (record("x", query="<image><image>"), "2 `<image>` in the texts for 1 pictures"),
         (record("x", query=None), "query is None"),
         (record("x", image=5), "a picture given as int"),
         (record("x", objects={"bbox": [[1, 2, 3, 4]]}), "the key 'objects'"),
-        (record("x", history=[["q", "r"]]), "the key 'history'"),
+        (record("x", history=[["q"]]), "history with"),
     ],
 )
 def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:

@@ -57,9 +57,7 @@ def test_a_box_belongs_to_the_last_picture_before_it(folder: Path) -> None:
     assert turns[1] == ("assistant", [(0, None, (0.0, 0.0, 20.0, 10.0))])
     assert turns[2][1] == [
         folder / "b.png",
-        "Not ",
-        "the cat",
-        " at ",
+        "Not the cat at ",
         (1, None, pytest.approx((1.0, 1.0, 3.0, 2.0))),
         "?",
     ]
@@ -97,3 +95,12 @@ def test_recognised_when_only_a_later_row_has_marks() -> None:
 def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         read(FORMAT, rows, folder)
+
+
+def test_a_label_with_an_angle_bracket(folder: Path) -> None:
+    rows = record("<img>b.png</img>Frame <ref>a<b</ref>", "<ref>a<b</ref><box>(1,2),(3,4)</box>")
+    case = read(FORMAT, rows, folder, box_units="pixel")
+    assert talk(case) == [
+        ("user", [folder / "b.png", "Frame a<b"]),
+        ("assistant", [(0, "a<b", (1.0, 2.0, 3.0, 4.0))]),
+    ]

@@ -162,3 +162,9 @@ def test_columns_are_suggested() -> None:
         "--map image=image_path --map answer=captions --map box=bbox_xyxy"
     )
     assert suggestion({"n": 1}) == "--map image=COLUMN --map answer=COLUMN"
+
+
+def test_suggested_columns_can_be_pasted_into_a_shell() -> None:
+    assert suggestion(dict.fromkeys(["file name", "Caption "])) == (
+        "--map 'image=file name' --map 'answer=Caption '"
+    )

@@ -6,29 +6,47 @@ import difflib
 from collections.abc import Sequence
 
 from finesight.data.formats import (
+    coco,
     conversations,
+    folder,
+    labelme,
+    llama_factory,
+    llava,
+    ms_swift,
+    openai,
     picture_path,
     query,
     qwen_vl,
     samples,
     table,
+    voc,
+    yolo,
 )
-from finesight.data.formats.format import Format
+from finesight.data.formats.format import PICTURE_KEYS, Format
 from finesight.data.rows import Record
 from finesight.errors import UserError
 
 FORMATS = (
+    coco.FORMAT,
+    yolo.FORMAT,
+    voc.FORMAT,
+    labelme.FORMAT,
+    folder.FORMAT,
     samples.FORMAT,
+    openai.FORMAT,
+    ms_swift.FORMAT,
     qwen_vl.FORMAT,
     picture_path.FORMAT,
     query.FORMAT,
+    llava.FORMAT,
+    llama_factory.FORMAT,
     conversations.FORMAT,
     table.FORMAT,
 )
 """The particular before the general: any turns are `conversations`, anything is a `table`."""
 
 
-def format_named(name: str) -> Format:
+def format_named(name: str, option: str = "--format") -> Format:
     """The format that the user chose. Raises UserError with the nearest name and all others."""
     for form in FORMATS:
         if form.name == name:
@@ -37,9 +55,9 @@ def format_named(name: str) -> Format:
     near = difflib.get_close_matches(name, names, n=1)
     raise UserError(
         f"unknown format {name!r}",
-        where="--format",
+        where=option,
         expected=f"one of {', '.join(names)}",
-        remedy=f"did you mean {near[0]}?" if near else "leave --format out to have it detected",
+        remedy=f"did you mean {near[0]}?" if near else f"name one of these with {option}",
     )
 
 
@@ -67,7 +85,7 @@ def recognised(records: Sequence[Record], where: str) -> tuple[Format, str]:
 
 
 def _keys_of(record: Record) -> set[str]:
-    """A record's keys and those of its first turn, if it has turns."""
-    turns = record.get("conversations")
+    """A record's keys and those of its first turn; where a picture is tells nothing."""
+    turns = record.get("conversations", record.get("messages"))
     first = turns[0] if isinstance(turns, list) and turns else {}
-    return {*record, *(first if isinstance(first, dict) else {})}
+    return {*record, *(first if isinstance(first, dict) else {})}.difference(PICTURE_KEYS)

@@ -11,23 +11,26 @@ read of boxes in the answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from finesight.data.case import Case
+from finesight.data.formats import texts
 from finesight.data.formats.boxed_text import answer_parts
 from finesight.data.formats.format import (
     PICTURE_KEYS,
     Format,
+    MarksDiffer,
     Reading,
     Scene,
-    listed,
+    Writing,
     pieces,
-    plain,
+    worded,
 )
 from finesight.data.formats.picture_path import is_path
-from finesight.data.formats.turns import Role, read_turns, said_in
+from finesight.data.formats.turns import Role, Turn, pictures_named, read_turns, said_in, turns_of
+from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import Part
+from finesight.data.sample import ImagePart, Part
 from finesight.errors import UserError
 
 MARK = re.compile(r"<\|vision_start\|>(?P<path>.*?)<\|vision_end\|>|<image>", re.DOTALL)
@@ -45,7 +48,7 @@ def detect(records: Sequence[Record]) -> str | None:
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
     scene = Scene(reading)
-    named = [value for key in PICTURE_KEYS for value in listed(row.record.get(key))]
+    named = pictures_named(row.record)
     unplaced = iter(named)
 
     def parts_of(role: Role, text: str) -> Iterator[Part]:
@@ -61,12 +64,13 @@ def read(row: Row, reading: Reading) -> Case:
             elif role == "assistant":
                 yield from answer_parts(piece, scene)
             else:
-                yield plain(piece)
+                yield worded(piece)
 
-    case = read_turns(row, reading, parts_of, *PICTURE_KEYS)
+    read_keys = ("conversations", "system", *PICTURE_KEYS)
+    case = read_turns(row, reading, turns_of(row.record), parts_of, *read_keys)
     left = len(list(unplaced))
     if left:
-        raise UserError(
+        raise MarksDiffer(
             f"{len(named)} pictures are named, {left} of them have no `<image>` in the text",
             expected="an `<image>` for each picture",
             remedy="correct the row",
@@ -77,11 +81,39 @@ def read(row: Row, reading: Reading) -> Case:
 def _next(unplaced: Iterator[object], text: str) -> object:
     for value in unplaced:
         return value
-    raise UserError(
+    raise MarksDiffer(
         f"a mark without a picture in the text {text[:60]!r}",
         expected="a path inside of the mark, or a picture under `image` or `images`",
         remedy="name the picture, or take the mark out of the text",
     )
+
+
+def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
+    """Each picture as its path in a mark, and boxes as JSON in pixels of the original picture."""
+
+    def record_of(located: Located) -> Record:
+        def mark(part: ImagePart) -> str:
+            return f"<|vision_start|>{writing.name(located.path(part.image))}<|vision_end|>"
+
+        said = spoken(located, mark)
+        turns = [{"from": role, "value": text} for role, text in said]
+        return texts.record(located, writing, {"conversations": turns})
+
+    yield from texts.rows(samples, record_of)
+    texts.note_boxes(samples, writing)
+
+
+def spoken(located: Located, mark: Callable[[ImagePart], str]) -> list[Turn]:
+    """The turns of a sample. Raises UserError for a question that would be read as a path."""
+    said = texts.turns(located, mark)
+    paths = [text for role, text in said if role == "user" and is_path(text)]
+    if paths:
+        raise UserError(
+            f"a question that is the name of a picture, {paths[0]!r}",
+            expected="text that is not taken for a picture",
+            remedy="export to ms-swift or samples, or leave the sample out",
+        )
+    return said
 
 
 FORMAT = Format(
@@ -91,4 +123,5 @@ FORMAT = Format(
     detect=detect,
     read=read,
     takes=frozenset({"prompt", "boxes"}),
+    write=write,
 )

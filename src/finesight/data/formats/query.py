@@ -3,8 +3,9 @@
 {"image": ["a.jpg"], "query": "what is written on the ghost?",
  "response": "{\\"bbox_2d\\": [467, 628, 521, 661]}"}
 
-See `boxed_text` for what is read of boxes. Pictures come before the query unless it marks their
-places with `<image>`.
+See `boxed_text` for what is read of boxes. `history` holds earlier rounds as pairs of texts and
+`system` the system prompt. Pictures come before the first question unless `<image>` marks their
+places. This is the query-response format of ms-swift ("Custom Dataset" in its documentation).
 """
 
 from __future__ import annotations
@@ -12,24 +13,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from finesight.data.case import Case, case_of
+from finesight.data.case import Case
+from finesight.data.formats import texts
 from finesight.data.formats.boxed_text import BOX_KEY, answer_parts
 from finesight.data.formats.format import (
     PICTURE_KEYS,
     Format,
+    MarksDiffer,
     Reading,
     Scene,
-    listed,
+    Writing,
     pieces,
-    plain,
-    refuse_unread,
+    worded,
 )
-from finesight.data.formats.turns import notes_of
+from finesight.data.formats.turns import Role, Turn, history_of, pictures_named, read_turns
+from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import Message, Part
+from finesight.data.sample import Part
 from finesight.errors import UserError
 
-_TAG = re.compile("<image>")
+TAG = re.compile("<image>")
+KEYS = ("query", "response", "history", "system", *PICTURE_KEYS)
 
 
 def detect(records: Sequence[Record]) -> str | None:
@@ -43,17 +47,43 @@ def detect(records: Sequence[Record]) -> str | None:
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
     scene = Scene(reading)
-    refuse_unread(row.record)
-    messages: list[Message] = []
-    if row.record.get("system"):
-        messages.append(Message(role="system", content=(plain(str(row.record["system"])),)))
-    query, response = _text(row.record, "query"), _text(row.record, "response")
-    values = [value for key in PICTURE_KEYS for value in listed(row.record.get(key))]
-    asked = reading.asked(list(_question(query, values, scene)))
-    answer = tuple(answer_parts(response, scene))
-    messages += [Message(role="user", content=asked), Message(role="assistant", content=answer)]
-    notes = notes_of(row.record, "query", "response", "system", *PICTURE_KEYS)
-    return case_of(row.id, messages, notes)
+    record = row.record
+    system = record.get("system")
+    turns: list[Turn] = [("system", str(system))] if system else []
+    turns += history_of(record)
+    turns += [("user", _text(record, "query")), ("assistant", _text(record, "response"))]
+    named = pictures_named(record)
+    pictures = iter(named)
+
+    def parts_of(role: Role, text: str) -> Iterator[Part]:
+        for piece in pieces(text, TAG):
+            if not isinstance(piece, str):
+                yield scene.picture(next(pictures))
+            elif role == "assistant":
+                yield from answer_parts(piece, scene)
+            else:
+                yield worded(piece)
+
+    return read_turns(row, reading, placed(turns, len(named)), parts_of, *KEYS)
+
+
+def placed(turns: list[Turn], pictures: int) -> list[Turn]:
+    """The turns with an `<image>` for every picture: where none has one, the first question.
+
+    Raises UserError where some pictures have a place and others have not.
+    """
+    tags = sum(len(TAG.findall(text)) for _, text in turns)
+    if tags == pictures:
+        return turns
+    if tags:
+        raise MarksDiffer(
+            f"{tags} `<image>` in the texts for {pictures} pictures",
+            expected="one for each picture, or none",
+            remedy="correct the row",
+        )
+    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), 0)
+    role, text = turns[first]
+    return [*turns[:first], (role, "<image>" * pictures + text), *turns[first + 1 :]]
 
 
 def _text(record: Record, key: str) -> str:
@@ -63,19 +93,26 @@ def _text(record: Record, key: str) -> str:
     return value
 
 
-def _question(query: str, values: list[object], scene: Scene) -> Iterator[Part]:
-    tags = len(_TAG.findall(query))
-    if tags not in (0, len(values)):
-        raise UserError(
-            f"{tags} `<image>` in the query for {len(values)} pictures",
-            expected="one for each picture, or none",
-            remedy="correct the row",
-        )
-    pictures = iter(values)
-    if not tags:
-        yield from map(scene.picture, pictures)
-    for piece in pieces(query, _TAG):
-        yield plain(piece) if isinstance(piece, str) else scene.picture(next(pictures))
+def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
+    """Earlier rounds under `history`, `<image>` where a picture stands, boxes as JSON."""
+
+    def record_of(located: Located) -> Record:
+        shown = texts.Shown(located, writing)
+        said = texts.turns(located, shown)
+        system, said = (said[0][1], said[1:]) if said[0][0] == "system" else ("", said)
+        spoken = [text for _, text in said]
+        rounds = [list(pair) for pair in zip(spoken[::2], spoken[1::2], strict=True)]
+        row: Record = {"query": rounds[-1][0], "response": rounds[-1][1]}
+        if len(rounds) > 1:
+            row["history"] = rounds[:-1]
+        if system:
+            row["system"] = system
+        if shown.names:
+            row["images"] = shown.names
+        return texts.record(located, writing, row)
+
+    yield from texts.rows(samples, record_of)
+    texts.note_boxes(samples, writing)
 
 
 FORMAT = Format(
@@ -85,4 +122,5 @@ FORMAT = Format(
     detect=detect,
     read=read,
     takes=frozenset({"prompt", "boxes"}),
+    write=write,
 )

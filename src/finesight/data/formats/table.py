@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
-from finesight.data.formats.boxed_text import answer_parts
-from finesight.data.formats.format import Format, Reading, Scene, listed, plain
+from finesight.data.formats import texts
+from finesight.data.formats.boxed_text import answer_parts, answer_text
+from finesight.data.formats.format import Format, Reading, Scene, Writing, listed, plain
+from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, Message, Part
+from finesight.data.rules import EmptyAnswer
+from finesight.data.sample import BoxPart, Message, Part, shortest
 from finesight.errors import UserError
 
 COLUMNS = ("image", "answer", "question", "box", "label")
@@ -46,7 +50,8 @@ def suggestion(record: Record) -> str:
         fits = (key for name in names for key in record if name in key.lower())
         column = next(fits, None)
         if column or role in ("image", "answer"):
-            options.append(f"--map {role}={column or 'COLUMN'}")
+            pair = f"{role}={column or 'COLUMN'}"
+            options.append(f"--map {shlex.quote(pair)}")
     return " ".join(options)
 
 
@@ -64,7 +69,7 @@ def read(row: Row, reading: Reading) -> Case:
     if boxes and not texts:
         answers = [boxes]
     if not answers:
-        raise UserError(
+        raise EmptyAnswer(
             f"no answer in {', '.join(reading.columns.values())}",
             expected="an answer or a box in every row",
             remedy="give --map answer=COLUMN or --map box=COLUMN, or leave the row out",
@@ -102,7 +107,8 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
 def _words(value: object, role: str) -> str:
     text = "" if value is None or value != value else str(value)  # only NaN is not itself
     if not text.strip() or isinstance(value, dict | list | bytes):
-        raise UserError(
+        kind = EmptyAnswer if role == "answer" else UserError
+        raise kind(
             f"the {role} is {str(value)[:60]!r}",
             expected="text or a number",
             remedy="fill it in, or leave the row out",
@@ -140,6 +146,66 @@ def _box_list(value: object) -> list[object]:
     return items if not items or isinstance(items[0], list | tuple) else [items]
 
 
+def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
+    """A row of image, question, answer, box and label, and how to map them.
+
+    Raises UserError for a sample of several rounds or with a system prompt, one whose question is
+    not pictures and then text, and where some samples have a question and others none.
+    """
+    columns: dict[str, bool] = {}
+
+    def record_of(located: Located) -> Record:
+        row = _row(located, writing)
+        if columns.setdefault("question", "question" in row) != ("question" in row):
+            raise _unfit("a question in some samples and none in others")
+        columns.update(dict.fromkeys(row, True))
+        return texts.record(located, writing, {role: row.get(role) for role in COLUMNS})
+
+    yield from texts.rows(samples, record_of)
+    options = [f"--map {role}={role}" for role in COLUMNS if columns.get(role)]
+    unasked = [] if columns["question"] else ['--prompt ""']
+    writing.notes.append(f"to read the table: {' '.join(options + unasked)}")
+
+
+def _row(located: Located, writing: Writing) -> Record:
+    messages = located.sample.messages
+    if [message.role for message in messages] != ["user", "assistant"]:
+        raise _unfit(f"turns of {', '.join(message.role for message in messages)}")
+    shown = texts.Shown(located, writing)
+    marks = "".join(texts.asked(part, shown) for part in messages[0].content)
+    question = marks.removeprefix("<image>" * len(shown.names))
+    if "<image>" in question:
+        raise _unfit("a picture after text")
+    row: Record = {"image": shown.names[0] if len(shown.names) == 1 else shown.names}
+    if question:
+        row["question"] = question
+    content = messages[1].content
+    first = next((n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content))
+    before, boxes = content[:first], [part for part in content[first:] if isinstance(part, BoxPart)]
+    text = answer_text(before, len(shown.names))
+    if len(boxes) < len(content) - first or (text and boxes and not text.endswith("\n")):
+        text, boxes = answer_text(content, len(shown.names)), []
+    if any(box.label is not None and not box.label.strip() for box in boxes):
+        raise _unfit("a box with a blank label")
+    if boxes and len(shown.names) != 1:
+        raise _unfit(f"boxes among {len(shown.names)} pictures")
+    if text:
+        row["answer"] = text.removesuffix("\n") if boxes else text
+    if boxes:
+        row["box"] = [[shortest(number) for number in box.xyxy] for box in boxes]
+    if any(box.label is not None for box in boxes):
+        row["label"] = [box.label for box in boxes]
+    return row
+
+
+def _unfit(what: str) -> UserError:
+    return UserError(
+        what,
+        expected="pictures, then one question or none anywhere, then an answer",
+        remedy="export to ms-swift or samples, or leave the sample out",
+    )
+
+
 FORMAT = Format(
     name="table",
     looks="any columns, named by --map image=COLUMN --map answer=COLUMN",
@@ -147,4 +213,5 @@ FORMAT = Format(
     detect=detect,
     read=read,
     takes=frozenset({"map", "prompt", "boxes"}),
+    write=write,
 )

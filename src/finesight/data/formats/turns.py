@@ -1,18 +1,27 @@
-"""The list of turns under `conversations` that several formats share."""
+"""The lists of turns that several formats share: who says what, in order."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from finesight.data.case import Case, case_of
-from finesight.data.formats.format import Reading, refuse_unread
+from finesight.data.formats.format import (
+    PICTURE_KEYS,
+    UNREAD_KEYS,
+    Reading,
+    holds,
+    listed,
+    merged,
+    refuse_unread,
+)
 from finesight.data.rows import Record, Row
 from finesight.data.sample import Message, Part
 from finesight.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
+Turn = tuple[Role, str]
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -22,44 +31,56 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 SPEAKER_KEYS = ("from", "role")
+TEXT_KEYS = ("value", "content")
+MORE_KEYS = ("loss", "loss_scale", "weight", "tool_calls", "function_call", "audio", "refusal")
+"""What a turn may say beyond its text: tools, other media, and how much of it is learned."""
 
 
 def read_turns(
-    row: Row, reading: Reading, parts_of: Callable[[Role, str], Iterator[Part]], *read: str
+    row: Row,
+    reading: Reading,
+    turns: Sequence[Turn],
+    parts_of: Callable[[Role, str], Iterator[Part]],
+    *read: str,
 ) -> Case:
-    """The case that a row's turns make, each one's text read by `parts_of`.
+    """The case that turns make, each one's text read by `parts_of`.
 
-    `read` names the keys that `parts_of` uses itself; other keys are kept as notes.
+    `read` names the keys of the row that are read; others are kept as notes, and those whose
+    meaning would be lost are refused.
     """
-    refuse_unread(row.record)
+    refuse_unread(row.record, (key for key in UNREAD_KEYS if key not in read))
     messages: list[Message] = []
     asked = False
-    for role, text in _turns_of(row.record):
-        parts = tuple(parts_of(role, text))
+    for role, text in turns:
+        parts = merged(parts_of(role, text))
         if role == "user" and not asked:
             parts, asked = reading.asked(parts), True
         messages.append(Message(role=role, content=parts))
-    return case_of(row.id, messages, notes_of(row.record, "conversations", "system", *read))
+    return case_of(row.id, messages, notes_of(row.record, *read))
 
 
-def _turns_of(record: Record) -> list[tuple[Role, str]]:
-    """Who says what, the record's own system prompt first. Raises UserError for other shapes."""
-    turns = record.get("conversations")
+def turns_of(record: Record, key: str = "conversations") -> list[Turn]:
+    """Who says what under `key`, the record's own system prompt first.
+
+    Raises UserError for other shapes, and UnreadKey for turns that say more than their text.
+    """
+    turns = record.get(key)
     if not isinstance(turns, list) or not turns:
         raise UserError(
-            f"conversations is {str(turns)[:60]!r}",
+            f"{key} is {str(turns)[:60]!r}",
             expected="a list of turns",
             remedy="correct the row",
         )
     system = record.get("system")
-    start: list[tuple[Role, str]] = [("system", str(system))] if system else []
+    start: list[Turn] = [("system", str(system))] if system else []
     return start + [_turn(turn) for turn in turns]
 
 
-def _turn(turn: object) -> tuple[Role, str]:
+def _turn(turn: object) -> Turn:
     if isinstance(turn, dict):
-        role, text = _role(turn), turn.get("value")
+        role, text = role_of(turn), next((turn[key] for key in TEXT_KEYS if key in turn), None)
         if role is not None and isinstance(text, str):
+            refuse_more(turn)
             return role, text
     raise UserError(
         f"the turn {str(turn)[:80]}",
@@ -68,7 +89,13 @@ def _turn(turn: object) -> tuple[Role, str]:
     )
 
 
-def _role(turn: Record) -> Role | None:
+def refuse_more(turn: Record) -> None:
+    """Raise UnreadKey where a turn calls tools, or is not to be learned in full."""
+    refuse_unread({key: turn.get(key) for key in MORE_KEYS if turn.get(key) != 1}, MORE_KEYS)
+
+
+def role_of(turn: Record) -> Role | None:
+    """Who speaks in a turn, if it is one of ours."""
     speaker = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
     return ROLES.get(speaker) if isinstance(speaker, str) else None
 
@@ -80,13 +107,38 @@ def said_in(record: Record) -> list[tuple[Role | None, str]]:
     """
     turns = record.get("conversations")
     return [
-        (_role(turn), turn["value"])
+        (role_of(turn), turn["value"])
         for turn in (turns if isinstance(turns, list) else [])
         if isinstance(turn, dict) and isinstance(turn.get("value"), str)
     ]
 
 
+def pictures_named(record: Record) -> list[object]:
+    """The pictures that a record names beside its texts, in order."""
+    values = [record[key] for key in PICTURE_KEYS if holds(record.get(key))]
+    return [item for value in values for item in listed(value)]
+
+
+def history_of(record: Record) -> list[Turn]:
+    """The earlier rounds under `history`, pairs of what the user and the assistant said."""
+    turns: list[Turn] = []
+    for pair in listed(record.get("history")):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise UserError(
+                f"history with {str(pair)[:60]!r}",
+                expected="pairs of texts, [question, answer]",
+                remedy="correct the row",
+            )
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return turns
+
+
 def notes_of(record: Record, *read: str) -> Record:
-    """What a record holds beyond its id and the keys that were read, as JSON data."""
-    notes = {key: value for key, value in record.items() if key not in ("id", *read)}
-    return dict(json.loads(json.dumps(notes, default=str)))
+    """What a record holds beyond its id and the keys that were read, as JSON data.
+
+    Keys that are refused where they hold anything are here only where they hold nothing. NaN, which
+    JSON does not know and tables have for what is missing, becomes null.
+    """
+    known = {"id", *read, *UNREAD_KEYS}
+    notes = {key: value for key, value in record.items() if key not in known}
+    return dict(json.loads(json.dumps(notes, default=str), parse_constant=lambda name: None))

@@ -1,0 +1,94 @@
+"""What lies in a folder, by kind of file, for the formats that are folders."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finesight.storage import DIGESTS
+
+PICTURE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+        *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    }
+)
+"""The endings by which a file of a folder counts as a picture."""
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""The endings of files that hold rows or a whole data set."""
+
+START = 4096
+"""Bytes that are read to see how a file begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The files below a folder in order of their paths, without hidden ones and our checksums."""
+
+    root: Path
+    files: tuple[Path, ...]
+
+    def pictures(self) -> list[Path]:
+        """The files that are pictures by their names."""
+        return [path for path in self.files if path.suffix.lower() in PICTURE_SUFFIXES]
+
+    def ending(self, suffix: str) -> list[Path]:
+        """The files with that suffix, given in lower case and with its point."""
+        return [path for path in self.files if path.suffix.lower() == suffix]
+
+    def kinds(self) -> Counter[str]:
+        """How many files have each suffix."""
+        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
+
+    def nearest(self) -> str:
+        """What to do with a folder that no format opens: what it is nearest to, and lacks."""
+        for suffix in ROW_SUFFIXES:
+            if self.ending(suffix):
+                return f"give the file itself, such as {self.ending(suffix)[0]}"
+        if self.ending(".xml"):
+            first = self.ending(".xml")[0]
+            return f"the nearest is voc: its XML files hold <annotation>, unlike {first}"
+        if self.pictures() and self.ending(".txt"):
+            names = self.pictures()[0].name, self.ending(".txt")[0].name
+            return (
+                "the nearest is folder: its texts are called as their pictures, a.jpg and a.txt; "
+                f"here are {names[0]} and {names[1]}"
+            )
+        if self.pictures():
+            return "the nearest is folder: a .txt file beside each picture, with the answer"
+        return "give the folder with the pictures and labels, or the file with the rows"
+
+    def __str__(self) -> str:
+        kinds = [f"{count} {suffix}" for suffix, count in self.kinds().most_common(6)]
+        return ", ".join(kinds) or "no file"
+
+
+def inventory(root: Path) -> Inventory:
+    """All files below `root`; links to folders are followed, each folder once."""
+    return Inventory(root, tuple(sorted(_walk(root))))
+
+
+def is_json_object(path: Path) -> bool:
+    """Whether a file is called .json and begins as an object does; its start alone is read."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(START)
+    except OSError:  # said by whoever reads rows
+        return False
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inner = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        # Changed in place: it is how os.walk is told where to go.
+        folders[:] = [name for name, real in inner.items() if name[0] != "." and real not in seen]
+        yield from (Path(folder, name) for name in names if name[0] != "." and name != DIGESTS)

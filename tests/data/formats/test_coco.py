@@ -1,0 +1,283 @@
+"""COCO documents of instances and captions, as its data format page describes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_scenes import answers, imported, questions, there_and_back, white_at, white_in
+from PIL import Image
+
+from finesight.data.formats.coco import CAPTION_PROMPT
+from finesight.data.importing import Request, draft
+from finesight.errors import UserError
+
+WHITE = (12, 3, 31, 17)
+
+
+def instance(number: int, image: int, category: int, bbox: list[float], **more: Any) -> Any:
+    x, y, width, height = bbox
+    outline = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": outline,
+        "area": width * height,
+        "bbox": bbox,
+        "iscrowd": 0,
+        **more,
+    }
+
+
+def instances() -> dict[str, Any]:
+    """A document with every key of the format's page."""
+    return {
+        "info": {"year": 2017, "version": "1.0", "description": "", "url": ""},
+        "licenses": [{"id": 4, "name": "Attribution", "url": ""}],
+        "images": [
+            {"id": 397133, "width": 40, "height": 20, "file_name": "000000397133.png"}
+            | {"license": 4, "coco_url": "", "date_captured": "2013-11-14 17:02:52"},
+            {"id": 37777, "width": 40, "height": 20, "file_name": "000000037777.png"},
+            {"id": 252219, "width": 40, "height": 20, "file_name": "000000252219.png"},
+        ],
+        "annotations": [
+            instance(1, 397133, 18, [12, 3, 19, 14]),
+            instance(2, 397133, 1, [0.5, 0.25, 10.1, 9.7]),
+            instance(3, 37777, 18, [20, 1, 5, 5]),
+            instance(4, 37777, 18, [2, 1, 5, 5]),
+            instance(5, 37777, 1, [0, 0, 40, 20], iscrowd=1),
+        ],
+        "categories": [
+            {"id": 18, "name": "dog", "supercategory": "animal"},
+            {"id": 1, "name": "person", "supercategory": "person"},
+            {"id": 90, "name": "toothbrush", "supercategory": "indoor"},
+        ],
+    }
+
+
+def write(root: Path, document: dict[str, Any], place: str = "annotations/instances.json") -> Path:
+    """The document as a file, and its pictures in `images` beside its folder."""
+    for image in document["images"]:
+        white_at(root / "images" / image["file_name"], WHITE)
+    file = root / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return file
+
+
+def test_detection(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    samples, summary = imported(file, tmp_path / "out")
+    assert answers(samples) == [
+        [("dog", (12, 3, 31, 17)), ("person", (0.5, 0.25, 10.6, 9.95))],
+        [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))],
+        ["none"],
+    ]
+    asked = "Locate every object of these classes in the picture: dog, person, toothbrush."
+    assert questions(samples) == [asked] * 3
+    assert samples[0].id == "000000397133"
+    assert samples[0].meta["image_id"] == 397133
+    assert samples[0].meta["license"] == 4
+    assert summary.format == "coco"
+    assert "annotations with bbox: COCO instances of 3 classes" in summary.known_by
+    assert summary.noted == {"crowd regions, left out": 1, "segmentation, not read": 4}
+
+
+def test_grounding(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    wishes = {"ask": "grounding", "prompt": "Where is the {label}?"}
+    samples, summary = imported(file, tmp_path / "out", **wishes)
+    assert questions(samples) == [
+        *("Where is the dog?", "Where is the person?"),
+        "Where is the dog?",
+    ]
+    assert answers(samples)[2] == [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))]
+    assert [sample.id for sample in samples][:2] == ["000000397133-dog", "000000397133-person"]
+    assert sum(summary.left_out.values()) == 1
+
+
+def test_known_pixels(tmp_path: Path) -> None:
+    samples, _ = imported(write(tmp_path / "coco", instances()), tmp_path / "out")
+    box = answers(samples)[0][0]
+    assert box == ("dog", white_in(tmp_path / "coco" / "images" / "000000397133.png"))
+
+
+@pytest.mark.parametrize("ask", ["detection", "grounding"])
+def test_there_and_back(tmp_path: Path, ask: str) -> None:
+    done = there_and_back(write(tmp_path / "coco", instances()), tmp_path, ask=ask)
+    assert done.lost == {"questions, which an import asks anew by --prompt and --ask": 3}
+
+
+def captions() -> dict[str, Any]:
+    document = instances()
+    del document["categories"]
+    document["annotations"] = [
+        {"id": 1, "image_id": 37777, "caption": "A kitchen with a table."},
+        {"id": 2, "image_id": 397133, "caption": "A man in a kitchen.\n"},
+        {"id": 3, "image_id": 397133, "caption": "Someone cooks."},
+    ]
+    return document
+
+
+def test_captions_of_a_picture_are_answers_to_one_question(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", captions())
+    samples, summary = imported(file, tmp_path / "out")
+    assert answers(samples) == [
+        ["A man in a kitchen."],
+        ["Someone cooks."],
+        ["A kitchen with a table."],
+    ]
+    assert questions(samples) == [CAPTION_PROMPT] * 3
+    assert "COCO captions" in summary.known_by
+    assert summary.left_out == {"pictures without a caption": 1}
+
+
+def test_captions_there_and_back(tmp_path: Path) -> None:
+    there_and_back(write(tmp_path / "coco", captions()), tmp_path)
+
+
+def test_captions_have_nothing_to_ground(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", captions())
+    with pytest.raises(UserError, match="grounding of captions"):
+        imported(file, tmp_path / "out", ask="grounding")
+    with pytest.raises(UserError, match="grounding of captions"):
+        list(draft(file, Request(ask="grounding"), tmp_path))
+
+
+def test_a_caption_without_words_is_refused(tmp_path: Path) -> None:
+    document = captions()
+    document["annotations"][0]["caption"] = " "
+    with pytest.raises(UserError, match="annotation 1 has the caption ' '"):
+        imported(write(tmp_path / "coco", document), tmp_path / "out")
+
+
+def test_what_is_written_is_read_alike_by_the_reference(tmp_path: Path) -> None:
+    api = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    there_and_back(write(tmp_path / "coco", instances()), tmp_path)
+    document = api.COCO(str(tmp_path / "exported" / "annotations.json"))
+    assert sorted(document.getImgIds()) == [37777, 252219, 397133]
+    names = {one["id"]: one["name"] for one in document.loadCats(document.getCatIds())}
+    found = document.loadAnns(document.getAnnIds(imgIds=[397133], iscrowd=False))
+    boxes = sorted((names[one["category_id"]], one["bbox"], one["area"]) for one in found)
+    assert boxes == [("dog", [12, 3, 19, 14], 266), ("person", [0.5, 0.25, 10.1, 9.7], 97.97)]
+
+
+def test_some_rows(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    samples, summary = imported(file, tmp_path / "out", rows=(1, None), limit=1)
+    assert [sample.id for sample in samples] == ["000000037777"]
+    assert summary.left_out == {"not selected by --rows and --limit": 2}
+
+
+def test_a_picture_that_is_not_there_can_be_drafted(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    (tmp_path / "coco" / "images" / "000000037777.png").unlink()
+    with pytest.raises(UserError, match="no such picture"):
+        imported(file, tmp_path / "out")
+    drafts = list(draft(file, Request(), tmp_path))
+    assert [len(one.samples) for one in drafts] == [1, 1, 1]
+    assert [len(one.boxes) for one in drafts] == [2, 2, 0]
+
+
+def test_the_document_names_the_folder_of_several(tmp_path: Path) -> None:
+    root = tmp_path / "coco"
+    file = write(root, instances(), "annotations/instances_val2017.json")
+    (root / "images").rename(root / "val2017")
+    for picture in (root / "val2017").iterdir():
+        white_at(root / "train2017" / picture.name, (0, 0, 1, 1))
+    _, summary = imported(file, tmp_path / "out")
+    assert summary.known_by.endswith(f"pictures in {root / 'val2017'}")
+    file.rename(file.with_name("instances.json"))
+    with pytest.raises(UserError, match="lie in 2 folders") as caught:
+        imported(file.with_name("instances.json"), tmp_path / "other")
+    assert str(root / "train2017") in caught.value.expected
+
+
+def test_says_where_pictures_were_looked_for(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    (tmp_path / "coco" / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="none of 3 pictures is found") as caught:
+        imported(file, tmp_path / "out")
+    assert str(tmp_path / "coco" / "annotations" / "images") in caught.value.expected
+
+
+def test_boxes_in_the_frame_before_the_turn_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    picture = tmp_path / "coco" / "images" / "000000397133.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(picture) as image:
+        image.save(picture, exif=exif)
+    with pytest.raises(UserError, match="labelled before the turn") as caught:
+        imported(file, tmp_path / "out")
+    assert "40 x 20 pixels, the picture has 20 x 40" in caught.value.what
+    assert "EXIF orientation" in caught.value.remedy
+
+
+def test_boxes_of_a_resized_copy_are_refused(tmp_path: Path) -> None:
+    document = instances()
+    document["images"][1] |= {"width": 80, "height": 40}
+    with pytest.raises(UserError, match="80 x 40 pixels, the picture has 40 x 20"):
+        imported(write(tmp_path / "coco", document), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"category_id": 2}, "annotation 3 is of category 2"),
+        ({"bbox": [20, 1, 25, 5]}, "lies outside of its picture"),
+        ({"bbox": [20, 1, 5]}, "the box"),
+    ],
+)
+def test_bad_annotations(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    document = instances()
+    document["annotations"][2].update(change)
+    with pytest.raises(UserError, match=what) as caught:
+        imported(write(tmp_path / "coco", document), tmp_path / "out")
+    assert "image 37777 (000000037777.png)" in caught.value.what
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "what"),
+    [
+        ({"prompt": "Where is {name}?"}, "stands for nothing"),
+        ({"prompt": "Where is {labels}?", "ask": "grounding"}, "stands for nothing"),
+        ({"prompt": "Where is it?", "ask": "grounding"}, "the same of every label"),
+        ({"prompt": 'As {"bbox": }'}, "the template"),
+        ({"prompt": "a } b"}, "the template"),
+        ({"prompt": "{labels!r}"}, "stands for nothing"),
+    ],
+)
+def test_bad_templates(tmp_path: Path, wishes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        imported(write(tmp_path / "coco", instances()), tmp_path / "out", **wishes)
+    assert caught.value.where == "--prompt"
+    assert "braces" in caught.value.remedy
+
+
+def test_doubled_braces_stand_for_themselves(tmp_path: Path) -> None:
+    file = write(tmp_path / "coco", instances())
+    samples, _ = imported(file, tmp_path / "out", prompt='Find. {{"box": []}}')
+    assert questions(samples)[0] == 'Find. {"box": []}'
+    assert "classes" not in samples[0].meta
+
+
+def test_images_that_annotations_cannot_name(tmp_path: Path) -> None:
+    document = instances()
+    document["annotations"].append(instance(9, 5, 1, [1, 1, 2, 2]))
+    file = write(tmp_path / "coco", document)
+    _, summary = imported(file, tmp_path / "out")
+    assert summary.known_by.endswith("; annotations of 1 images that it does not list")
+    document["images"][2]["id"] = 37777
+    with pytest.raises(UserError, match="2 images have the id 37777"):
+        imported(write(tmp_path / "coco", document), tmp_path / "other")
+
+
+def test_without_boxes_and_captions(tmp_path: Path) -> None:
+    document = instances() | {"annotations": []}
+    with pytest.raises(UserError, match="none with bbox or caption"):
+        imported(write(tmp_path / "coco", document), tmp_path / "out")

@@ -1,0 +1,174 @@
+"""ms-swift's data sets: boxes under `objects`, pictures under `images` (its "Custom Dataset")."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import read, talk
+
+from finesight.data.formats import recognised
+from finesight.data.formats.ms_swift import FORMAT
+from finesight.errors import UserError
+
+
+def record(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": ["b.png"], **more}
+
+
+FIND = record(
+    "<image>Find the <ref-object> in the image",
+    "<bbox><bbox>",
+    objects={"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 499.8]]},
+)
+DESCRIBE = record(
+    "<image>Describe the image.",
+    "<ref-object><bbox> and <ref-object><bbox> are playing on the beach",
+    objects={
+        "ref": ["a dog", "a woman"],
+        "bbox": [[331.5, 61.4, 853.5, 494.8], [676.5, 85.8, 999.5, 427.4]],
+    },
+)
+
+
+def test_boxes_are_corners_in_pixels_of_the_original(folder: Path) -> None:
+    assert talk(read(FORMAT, FIND, folder)) == [
+        ("user", [folder / "b.png", "Find the sheep in the image"]),
+        (
+            "assistant",
+            [(0, None, (90.9, 160.8, 135, 212.8)), (0, None, (360.9, 480.8, 495, 499.8))],
+        ),
+    ]
+    form, reason = recognised([FIND], "here")
+    assert form is FORMAT
+    assert "objects in 1 of the first 1" in reason
+
+
+def test_a_reference_before_a_box_is_its_label(folder: Path) -> None:
+    assert talk(read(FORMAT, DESCRIBE, folder))[1][1] == [
+        (0, "a dog", (331.5, 61.4, 853.5, 494.8)),
+        " and ",
+        (0, "a woman", (676.5, 85.8, 999.5, 427.4)),
+        " are playing on the beach",
+    ]
+
+
+def test_shares_of_the_sides(folder: Path) -> None:
+    objects = {"bbox": [[0.25, 0.5, 0.75, 1.0]], "bbox_type": "norm1"}
+    rows = record("<image>Where?", "<bbox>", objects=objects)
+    assert talk(read(FORMAT, rows, folder))[1][1] == [(0, None, (250, 250, 750, 500))]
+
+
+def test_the_picture_of_a_box(folder: Path) -> None:
+    objects = {"bbox": [[900, 400, 1000, 500], [0, 0, 40, 20]], "image_id": [1, 0]}
+    rows = record("<image><image>?", "<bbox>, <bbox>", images=["a.png", "b.png"], objects=objects)
+    assert talk(read(FORMAT, rows, folder))[1][1] == [
+        (1, None, (900, 400, 1000, 500)),
+        ", ",
+        (0, None, (0, 0, 40, 20)),
+    ]
+
+
+def test_a_declared_form_comes_first(folder: Path) -> None:
+    objects = {"bbox": [[100, 100, 50, 20]]}
+    rows = record("<image>Where?", "<bbox>", objects=objects)
+    answer = talk(read(FORMAT, rows, folder, box_format="xywh"))[1][1]
+    assert answer == [(0, None, (100, 100, 150, 120))]
+    with pytest.raises(UserError, match="reversed") as caught:
+        read(FORMAT, rows, folder)
+    assert "--box-format xywh" in caught.value.remedy
+
+
+def test_the_text_of_the_model_may_be_written_out(folder: Path) -> None:
+    rows = record(
+        "<image>Find the <|object_ref_start|>sheep<|object_ref_end|> in the image",
+        "<|box_start|>(101,201),(150,266)<|box_end|><|box_start|>(401,601),(550,666)<|box_end|>",
+    )
+    question, answer = talk(read(FORMAT, rows, folder))
+    assert question[1] == [folder / "b.png", "Find the sheep in the image"]
+    assert answer[1] == [
+        (0, None, pytest.approx((101, 100.5, 150, 133))),
+        (0, None, pytest.approx((401, 300.5, 550, 333))),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {
+            "system": "Be brief.",
+            "conversation": [
+                {"human": "<image>Which?", "assistant": "One."},
+                {"human": "And now?", "assistant": "Two."},
+            ],
+            "images": ["a.png"],
+        },
+        {
+            "system": "Be brief.",
+            "query": "And now?",
+            "response": "Two.",
+            "history": [["Which?", "One."]],
+            "objects": {"ref": [], "bbox": []},
+            "images": "a.png",
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Which?"},
+                {"role": "assistant", "content": "One.", "loss": True},
+                {"role": "user", "content": "And now?"},
+                {"role": "assistant", "content": "Two."},
+            ],
+            "images": ["a.png"],
+        },
+    ],
+)
+def test_its_ways_to_say_the_same(folder: Path, rows: dict[str, Any]) -> None:
+    assert talk(read(FORMAT, rows, folder)) == [
+        ("system", ["Be brief."]),
+        ("user", [folder / "a.png", "Which?"]),
+        ("assistant", ["One."]),
+        ("user", ["And now?"]),
+        ("assistant", ["Two."]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (record("<image><image>?", "x"), "2 `<image>` in the texts for 1 pictures"),
+        (record("<image>?", "<bbox>"), "a `<bbox>` without a box"),
+        (record("<image>?", "<ref-object>"), "a `<ref-object>` for the reference None"),
+        (record("<image>?", "x", objects={"bbox": [[1, 2, 3, 4]]}), "1 boxes under objects.bbox"),
+        (record("<image>?", "<bbox>", objects={"bbox": [[615, 226]]}), "the box"),
+        (
+            record("<image>?", "<bbox>", objects={"bbox": [[1, 2, 3, 4]], "image_id": [1]}),
+            "number 1",
+        ),
+        (record("<image>?", "<bbox>", objects={"bbox": [], "image_id": [-1]}), "image_id"),
+        (record("<image>?", "<bbox>", objects={"bbox": [], "bbox_type": "norm1000"}), "norm1000"),
+        (record("<image>?", "<bbox>", objects=[{"caption": "x"}]), "objects"),
+        (record("<image>?", "x", rejected_response="y"), "'rejected_response'"),
+        (record("<image>?", "x", videos=["a.mp4"]), "'videos'"),
+        (record("<image>?", "x", label=False), "'label'"),
+        ({"messages": [{"role": "tool_call", "content": "{}"}]}, "the turn"),
+        ({"messages": [{"role": "assistant", "content": "x", "loss": False}]}, "'loss'"),
+        ({"text": "x"}, "a row with the keys text"),
+        ({"conversation": [{"human": "x"}]}, "the turn"),
+        ({"query": "x", "response": "y", "history": [["z"]]}, "history with"),
+    ],
+)
+def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        read(FORMAT, rows, folder)
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_what_it_is_not(folder: Path) -> None:
+    plain = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}
+    assert recognised([plain], "here")[0].name == "samples"
+    assert recognised([{**plain, "images": ["a.png"]}], "here")[0] is FORMAT
+    assert recognised([{"query": "?", "response": "x"}], "here")[0].name == "query"

@@ -1,0 +1,1 @@
+"""From a sample to tokens and back: one renderer, one file a family."""

@@ -57,6 +57,11 @@ class Tokenizer:
             )
         return int(found)
 
+    def specials(self) -> tuple[str, ...]:
+        """The names of all special tokens, in the order of their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return tuple(str(added[i].content) for i in sorted(added) if added[i].special)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of ids; a character that is cut in the middle becomes U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from finesight.config import PixelRange
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.vision.patches import PatchGeometry, geometry_of, to_patches
+from finesight.vision.patches import PatchGeometry, from_patches, geometry_of, to_patches
 from finesight.vision.picture import open_picture
 from finesight.vision.resize import resized_size
 
@@ -53,6 +53,22 @@ def test_real_pictures_equal_the_published_processor(shared: Path) -> None:
             size = resized_size(image.size[::-1], RULE, geometry.factor)
             theirs, _ = expected(Image.open(path))
             np.testing.assert_array_equal(to_patches([image], size, geometry), theirs)
+
+
+@pytest.mark.parametrize("geometry", [PatchGeometry(), PatchGeometry(4, 2, 3), PatchGeometry(8, 1)])
+def test_frames_come_back_from_their_patches(geometry: PatchGeometry) -> None:
+    rng = np.random.default_rng(0)
+    size = 2 * geometry.factor, 5 * geometry.factor
+    for count in (1, 2, 4):
+        frames = [
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)
+        ]
+        grid = geometry.grid(size, count)
+        found = from_patches(to_patches(frames, size, geometry), grid, geometry)
+        assert len(found) == grid[0] * geometry.temporal
+        filled = frames + [frames[-1]] * (len(found) - count)
+        for ours, theirs in zip(found, filled, strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("geometry", [PatchGeometry(4, 2, 2), PatchGeometry(8, 1, 1)])

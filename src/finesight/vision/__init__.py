@@ -1,0 +1,1 @@
+"""Pictures opened safely, resized, and cut into patches."""

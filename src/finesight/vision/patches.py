@@ -98,6 +98,21 @@ def to_patches(
     return patches.reshape(t * h * w, geometry.numbers)
 
 
+def from_patches(
+    patches_ND: NDArray[np.uint8], grid: Grid, geometry: PatchGeometry
+) -> list[Image.Image]:
+    """The frames that `to_patches` cut up, resized as the model sees them; its inverse.
+
+    They include the repetitions of the last frame that filled up the temporal depth.
+    """
+    t, h, w = grid
+    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+    blocks = patches_ND.reshape(t, h // m, w // m, m, m, CHANNELS, depth, p, p)
+    ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    frames_FHWC = ordered.reshape(t * depth, h * p, w * p, CHANNELS)
+    return [Image.fromarray(frame_HWC) for frame_HWC in frames_FHWC]
+
+
 def _planes(frame: Image.Image, size: Size) -> NDArray[np.uint8]:
     """One resized frame as contiguous planes [C, H, W]; rows of a patch are then whole runs."""
     assert frame.mode == "RGB", f"a frame of mode {frame.mode}, not RGB"

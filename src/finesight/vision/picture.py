@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.data.headers import MAX_PIXELS, DamagedPicture, open_header, orientation
+from finesight.data.headers import MAX_PIXELS, CutOff, DamagedPicture, open_header, orientation
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -24,16 +24,22 @@ _TURNS = {
 _WHITE = (255, 255, 255, 255)
 
 
-def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    path: Path, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+) -> Image.Image:
     """The picture at `path` as RGB, turned as its EXIF data says, transparency laid on white.
 
     Greyscale of 16 bits is scaled to 8, not clipped; of an animated picture the first frame is
-    taken. The number of pixels is checked before any is decoded. Raises DamagedPicture, which
-    tells a missing file, one that is no picture, one over the limit and one cut off apart.
+    taken. The number of pixels is checked before any is decoded. With `at_least`, a JPEG may come
+    at a half, a quarter or an eighth of its size, no side below that: its file is read to the end
+    all the same, in a fraction of the time. Raises DamagedPicture, which tells a missing file, one
+    that is no picture, one over the limit and one cut off apart.
     """
     with open_header(path, max_pixels) as image:
         try:
             turn = orientation(image)
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             image.load()
             upright = _as_rgb(image)
         except Exception as error:  # decoders raise nearly anything on broken data
@@ -43,7 +49,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _damaged(path: Path, error: Exception) -> DamagedPicture:
     cut = "truncated" in str(error) or isinstance(error, EOFError)
-    return DamagedPicture(
+    kind = CutOff if cut else DamagedPicture
+    return kind(
         "cut off: the file ends before its picture does" if cut else f"damaged ({error})",
         where=str(path),
         expected="a whole picture",

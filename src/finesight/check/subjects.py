@@ -1,0 +1,99 @@
+"""What is to be checked, and by which model: files with options, or what a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from finesight.check.texts import further
+from finesight.data.opening import Request
+from finesight.encode.render import Renderer
+from finesight.encode.tokenizer import Tokenizer
+from finesight.errors import UserError
+from finesight.hub import locate
+from finesight.recipe import load_recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A source to check, how it is read, and whether it is held out."""
+
+    path: Path
+    request: Request
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model has to say of samples: its special tokens, to be found in texts, and how long
+    they become; over-long are those of more than `max_length` tokens."""
+
+    specials: tuple[str, ...] = ()
+    renderer: Renderer | None = None
+    max_length: int | None = None
+
+
+def of_files(train: Sequence[Path], held_out: Sequence[Path], request: Request) -> list[Subject]:
+    """Sources that are all read in the same way. Raises UserError for a file given twice."""
+    subjects = [Subject(path, request) for path in train]
+    subjects += [Subject(path, request, held_out=True) for path in held_out]
+    seen: set[Path] = set()
+    for subject in subjects:
+        path = subject.path.resolve()
+        if path in seen:
+            raise UserError(
+                "the same source is given twice",
+                where=str(subject.path),
+                expected="each source once: to train on, or after --against",
+                remedy="leave one of the two out",
+            )
+        seen.add(path)
+    return subjects
+
+
+def model_of(name_or_path: str | None, max_length: int | None) -> Model:
+    """What a model folder or hub name says. Raises UserError for a length without a model."""
+    if name_or_path is None:
+        if max_length is not None:
+            raise UserError(
+                f"{max_length} tokens of no model",
+                where="--max-length",
+                expected="--model beside it: how long a sample is depends on the model",
+                remedy="add --model FOLDER, or check a recipe",
+            )
+        return Model()
+    folder = locate(name_or_path)
+    if max_length is None:
+        return Model(further(Tokenizer(folder.tokenizer_file).specials()))
+    renderer = Renderer(folder)
+    return Model(further(renderer.tokenizer.specials()), renderer, max_length)
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe: YAML that does not name classes, as a YOLO data set does."""
+    if path.suffix.lower() not in (".yaml", ".yml") or not path.is_file():
+        return False
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return True  # whoever reads recipes says what is wrong
+    return not isinstance(content, dict) or "names" not in content
+
+
+def of_recipe(recipe: Path) -> tuple[list[Subject], Model]:
+    """A recipe's data files, and its model with its picture rule, system prompt and max_length.
+
+    Raises UserError as `load_recipe` and `locate` do.
+    """
+    settings = load_recipe(recipe)
+    subjects = [
+        Subject(file.path, Request(format="samples", limit=file.limit), held_out)
+        for held_out, files in ((False, settings.data.train), (True, settings.data.eval))
+        for file in files
+    ]
+    renderer = Renderer(locate(settings.model), settings.picture, settings.data.system)
+    specials = further(renderer.tokenizer.specials())
+    return subjects, Model(specials, renderer, settings.data.max_length)

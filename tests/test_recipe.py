@@ -226,3 +226,22 @@ def test_names_of_settings_are_unique_and_dotted():
     assert "tune.lora.rank" in names
     assert "picture.longest_side" in names
     assert "tune" not in names, "groups are opened up"
+
+
+def test_a_metric_is_a_known_name_or_a_function_in_a_file(tmp_path):
+    text = SHORTEST + "eval: {metric: captoins}\n"
+    refusal = _refusal(tmp_path, text)
+    assert "'captoins'" in refusal.what
+    assert "'captions'" in refusal.expected
+    assert "metric.py:score" in refusal.expected
+    recipe = load_recipe(_written(tmp_path, text), ["eval.metric=some/metric.py:plates"])
+    assert recipe.eval is not None
+    assert recipe.eval.metric == "some/metric.py:plates"
+
+
+def test_patience_needs_measurements_to_count(tmp_path):
+    text = SHORTEST + "eval: {metric: ocr, patience: 3}\n"
+    assert "every is not set" in _refusal(tmp_path, text).what
+    recipe = load_recipe(_written(tmp_path, text), ["eval.every=0.1"])
+    assert recipe.eval is not None
+    assert recipe.eval.patience == 3

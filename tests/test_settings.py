@@ -56,6 +56,7 @@ SETTINGS = [
     "train.keep",
     "eval.metric",
     "eval.every",
+    "eval.patience",
     "eval.limit",
     "eval.max_new_tokens",
     "eval.batch",

@@ -186,18 +186,33 @@ class Train(Section):
         return self
 
 
-Metric = Literal["captions", "latex", "ocr", "grounding"]
+TaskName = Literal[
+    "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
+]
+
+OwnMetric = Annotated[str, Field(pattern=r"\.py:[A-Za-z_]\w*$")]
+"""A function in a Python file: `path/to/metric.py:function`."""
+
+Metric = TaskName | OwnMetric
 
 
 class Eval(Section):
     """Measuring by generation on held-out samples, before the first step and after the last;
-    `every` adds measurements in between."""
+    `every` adds measurements in between. After `patience` of them without a better headline the
+    run stops; with it, the weights of a run are those of its best measurement."""
 
     metric: Metric
     every: StepsOrShare | None = None
+    patience: Positive | None = None
     limit: Positive | None = None
     max_new_tokens: Positive = 512
     batch: Positive = 32
+
+    @model_validator(mode="after")
+    def _measured_on_the_way(self) -> Eval:
+        if self.patience is not None and self.every is None:
+            raise ValueError("patience counts measurements on the way, and every is not set")
+        return self
 
 
 class SwanLab(Section):

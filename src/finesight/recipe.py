@@ -32,6 +32,7 @@ _EXPECTED = {
     "is_instance_of": "a path",
     "finite_number": "a finite number",
     "literal_error": "one of {expected}",
+    "string_pattern_mismatch": "a function in a Python file, such as metric.py:score",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number from {ge} upwards",
     "less_than": "a number below {lt}",

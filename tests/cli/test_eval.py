@@ -70,6 +70,38 @@ def test_a_folder_in_place_of_the_answers_is_a_usage_error(tiny, data, tmp_path)
     assert "--out" in result.output
 
 
+def test_an_unknown_metric_is_told_with_the_nearest(tiny, data):
+    result = _run(tiny, "--data", data, "--metric", "captoins")
+    assert isinstance(result.exception, UserError)
+    assert "did you mean captions?" in str(result.exception)
+
+
+def test_figures_come_with_their_intervals(tiny, data):
+    result = _run(tiny, "--data", data, "--metric", "ocr", "--json")
+    figures = json.loads(result.stdout)
+    assert figures["intervals"].keys() == figures["scores"].keys()
+    low, high = figures["intervals"]["similarity"]
+    assert low <= figures["scores"]["similarity"] <= high
+    table = _run(tiny, "--data", data, "--metric", "ocr").stdout
+    assert "with 95 % intervals" in table
+    assert f"{low:.4f} to {high:.4f}" in table
+
+
+def test_the_classes_most_often_mistaken_are_listed(tiny, data):
+    result = _run(tiny, "--data", data, "--metric", "classification")
+    assert "'more noise' taken for '(something else)': 1" in result.stdout
+
+
+def test_a_function_of_the_users_own_scores_and_is_named(tiny, data, tmp_path):
+    (tmp_path / "mine.py").write_text("def length(case):\n    return len(case.truths[0])\n")
+    result = _run(tiny, "--data", data, "--metric", f"{tmp_path / 'mine.py'}:length", "--json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["headline"] == "length"
+    assert figures["scores"]["length"] == (len("noise") + len("more noise")) / 2
+    assert f"scored by the program {tmp_path / 'mine.py'}:length" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--metric", "--data"])
 def test_without_a_recipe_both_are_needed(tiny, data, option):
     given = {"--metric": "ocr", "--data": data}

@@ -1,30 +1,93 @@
 from __future__ import annotations
 
-from finesight.evaluate.compare import compare
+import random
+
+import numpy as np
+import pytest
+
+from finesight.errors import UserError
+from finesight.evaluate.answered import Case
+from finesight.evaluate.bootstrap import interval
+from finesight.evaluate.compare import FEWEST, Difference, as_table, paired, unsampled
 
 
-def test_better_is_told_from_worse():
-    before = {"similarity": 0.25, "exact": 0.5, "cer": 0.5}
-    after = {"similarity": 0.75, "exact": 0.25, "cer": 0.25, "new": 1.0}
-    head, *lines = compare(before, after, "similarity").splitlines()
-    assert head.split() == ["score", "before", "after", "difference"]
-    assert [line.split() for line in lines] == [
-        ["similarity*", "0.2500", "0.7500", "+0.5000", "better"],
-        ["exact", "0.5000", "0.2500", "-0.2500", "worse"],
-        ["cer", "0.5000", "0.2500", "-0.2500", "better"],
+def _answers(*answers: str, truth: str = "abcd") -> list[Case]:
+    return [Case(answer, (), (truth,), (), f"s{i}") for i, answer in enumerate(answers)]
+
+
+def _by_name(differences: list[Difference]) -> dict[str, Difference]:
+    return {one.name: one for one in differences}
+
+
+def test_a_clear_gain_is_better_and_less_of_an_error_too():
+    found = _by_name(paired("ocr", _answers(*["wxyz"] * 20), _answers(*["abcd"] * 19, "abc")))
+    assert (found["similarity"].before, found["similarity"].after) == (0, pytest.approx(0.9875))
+    assert found["similarity"].verdict == "better"
+    assert found["cer"].verdict == "better"
+    assert found["cer"].high < 0
+    assert found["stopped"].verdict == "no clear change"
+    back = _by_name(paired("ocr", _answers(*["abcd"] * 20), _answers(*["wxyz"] * 20)))
+    assert back["similarity"].verdict == back["cer"].verdict == "worse"
+
+
+def test_samples_are_compared_with_themselves():
+    """Each answer gains a little: clear in pairs, though the answers themselves differ much."""
+    chance = random.Random(0)
+    lengths = [chance.randrange(2, 60) for _ in range(40)]
+    before = _answers(*("a" * n for n in lengths), truth="a" * 64)
+    after = _answers(*("a" * (n + 1) for n in lengths), truth="a" * 64)
+    one = _by_name(paired("ocr", before, after))["similarity"]
+    assert one.verdict == "better"
+    assert one.low == pytest.approx(1 / 64)
+    unpaired = np.random.default_rng(0).integers(0, 40, (2, 1000, 40))
+    shares = np.array(lengths) / 64
+    drawn = (shares[unpaired[0]] + 1 / 64).mean(axis=1) - shares[unpaired[1]].mean(axis=1)
+    assert interval(drawn, 40).low < 0
+
+
+def test_chance_is_no_clear_change():
+    before = _answers(*(["abcd"] * 10 + ["wxyz"] * 10))
+    after = _answers("wxyz", *(["abcd"] * 9), "abcd", *(["wxyz"] * 9))
+    one = _by_name(paired("ocr", before, after))["similarity"]
+    assert one.low < 0 < one.high
+    assert one.verdict == "no clear change"
+
+
+def test_five_samples_prove_nothing():
+    few, enough = FEWEST - 1, FEWEST
+    for count, verdict in ((few, "no clear change"), (enough, "better")):
+        found = paired("ocr", _answers(*["x"] * count), _answers(*["abcd"] * count))
+        assert _by_name(found)["exact"].verdict == verdict
+
+
+def test_answers_are_paired_by_sample_and_others_left_out():
+    before, after = _answers("abcd", "x", "abcd"), _answers("abcd", "abcd")
+    found = _by_name(paired("ocr", before, after[::-1]))
+    assert (found["exact"].before, found["exact"].after) == (0.5, 1.0)
+    with pytest.raises(UserError, match="no sample in both"):
+        paired("ocr", before, [Case("a", (), ("a",), (), "other")])
+
+
+def test_repeated_ids_are_paired_in_order():
+    before = [Case(a, (), ("a",), (), "same") for a in ("a", "b")]
+    after = [Case(a, (), ("a",), (), "same") for a in ("b", "b")]
+    assert _by_name(paired("ocr", before, after))["exact"].before == 0.5
+
+
+def test_a_figure_without_resamples_goes_by_its_value():
+    assert unsampled("held_out_loss", 2.0, 1.0).verdict == "better"
+    assert unsampled("held_out_loss", 1.0, 1.0).verdict == "no clear change"
+    assert unsampled("exact", 1.0, 0.5).verdict == "worse"
+
+
+def test_the_table_marks_the_headline_and_stands_in_columns():
+    rows = [
+        unsampled("held_out_loss", 10.25, 1.5),
+        Difference("exact", 0.0, 0.25, -0.125, 0.5, "no clear change"),
     ]
-
-
-def test_nothing_changed():
-    scores = {"held_out_loss": 1.5, "exact": 0.5}
-    assert compare(scores, scores).count("same") == 2
-
-
-def test_columns_stand_below_each_other():
-    lines = compare(
-        {"held_out_loss": 10.25, "f": 0.0}, {"held_out_loss": 1.5, "f": 0.0}
-    ).splitlines()
-    assert (
-        len({line.index(word) for line, word in zip(lines[1:], ("better", "same"), strict=True)})
-        == 1
-    )
+    head, loss, exact = as_table(rows, "exact").splitlines()
+    assert head.split() == ["score", "before", "after", "difference", "95", "%", "interval"]
+    assert loss.split() == ["held_out_loss", "10.2500", "1.5000", "-8.7500", "better"]
+    assert exact.split()[:4] == ["exact*", "0.0000", "0.2500", "+0.2500"]
+    assert "-0.1250 to +0.5000  no clear change" in exact
+    assert loss.index("better") == exact.index("no clear")

@@ -13,8 +13,9 @@ from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
+from finesight.evaluate.answered import Case
 from finesight.evaluate.evaluate import evaluate
-from finesight.evaluate.score import Case, score
+from finesight.evaluate.score import score
 from finesight.hub import ModelFolder
 from finesight.infer.predict import predict
 from finesight.model.network import VisionLanguageModel

@@ -72,3 +72,10 @@ def test_an_empty_data_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no samples"):
         held_out(str(tmp_path), data=tmp_path / "empty.jsonl", metric="ocr")
+
+
+def test_a_metric_that_there_is_not_is_refused(tmp_path):
+    data = _data(tmp_path / "train.jsonl", 1)
+    with pytest.raises(UserError, match=r"no metric 'latx'[\s\S]*did you mean latex\?"):
+        held_out(str(tmp_path), data=data, metric="latx")
+    assert held_out(str(tmp_path), data=data, metric="a/b.py:f")[1].metric == "a/b.py:f"

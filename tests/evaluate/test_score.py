@@ -4,10 +4,11 @@ from typing import get_args
 
 import pytest
 
-from finesight.config import Metric
+from finesight.config import TaskName
 from finesight.data.sample import BoxPart, Message, Sample, TextPart
 from finesight.errors import UserError
-from finesight.evaluate.score import LOWER_IS_BETTER, TASKS, Case, score, truths_of
+from finesight.evaluate.answered import Case, truths_of
+from finesight.evaluate.score import LOWER_IS_BETTER, TASKS, check_truths, score
 
 
 def _case(answer: str, *truths: str) -> Case:
@@ -15,26 +16,18 @@ def _case(answer: str, *truths: str) -> Case:
 
 
 def test_every_metric_of_a_recipe_has_a_task():
-    assert set(TASKS) == set(get_args(Metric))
+    assert set(TASKS) == set(get_args(TaskName))
 
 
 @pytest.mark.parametrize("metric", list(TASKS))
 def test_the_headline_is_a_score_that_grows_with_quality(metric):
     target = BoxPart(xyxy=(0, 0, 10, 10))
-    scored = score(
-        metric,
-        [Case("a b c d", (target,), ("a b c d",), (target,)), Case("x", (), ("y z",), (target,))],
-    )
+    right, wrong = ('{"a": "b c d"}', '{"y": "z"}') if metric == "json" else ("a b c d", "y z")
+    cases = [Case(right, (target,), (right,), (target,)), Case("x", (), (wrong,), (target,))]
+    scored = score(metric, cases)
     assert TASKS[metric].headline in scored.scores
     assert TASKS[metric].headline not in LOWER_IS_BETTER
     assert len(scored.each) == 2
-
-
-def test_latex_takes_the_nearest_reference():
-    scored = score("latex", [_case("x^2", "y + z", "x^{2}"), _case("a b c d", "a b c e")])
-    assert scored.scores == pytest.approx(
-        {"similarity": (1 + 0.75) / 2, "exact": 0.5, "edit_distance": 0.5}
-    )
 
 
 def test_ocr_rates_characters_over_the_whole_set():
@@ -42,6 +35,7 @@ def test_ocr_rates_characters_over_the_whole_set():
     assert scored.scores["cer"] == pytest.approx((2 + 4) / (4 + 4))
     assert scored.scores["exact"] == 0
     assert scored.scores["exact_folded"] == 0.5
+    assert scored.scores["wer"] == pytest.approx((1 + 1) / (1 + 1))
     assert scored.each[0]["cer"] == 0.5
 
 
@@ -53,13 +47,34 @@ def test_captions_score_higher_with_more_words_right():
         assert better.scores[name] > worse.scores[name]
 
 
-def test_grounding_counts_unparsable_answers_as_misses():
+def test_answers_that_were_cut_off_are_counted():
+    cases = [Case("a", (), ("a",), ()), Case("b", (), ("b",), (), stopped=False)]
+    assert score("ocr", cases).scores["stopped"] == 0.5
+
+
+def test_every_figure_has_an_interval_around_it():
     target = BoxPart(xyxy=(0, 0, 10, 10))
     near = BoxPart(xyxy=(0, 0, 10, 8))
-    cases = [Case("", (near,), ("",), (target,)), Case("no idea", (), ("",), (target,))]
-    assert score("grounding", cases).scores == pytest.approx(
-        {"accuracy_at_0.5": 0.5, "mean_iou": 0.4, "parse_rate": 0.5}
-    )
+    for metric in TASKS:
+        text = '{"a": 1}' if metric == "json" else "a b c"
+        cases = [
+            Case(text, (near,), (text,), (target,)),
+            Case("x", (), ("d e",) if metric == "captions" else (text,), (target,)),
+            Case("y", (target, near), (text,), (target,)),
+        ]
+        scored = score(metric, cases)
+        intervals = scored.intervals()
+        assert intervals.keys() == scored.scores.keys()
+        headline = TASKS[metric].headline
+        assert intervals[headline].low < scored.scores[headline] < intervals[headline].high, metric
+
+
+def test_a_form_that_is_none_is_refused_before_anything_is_answered():
+    check_truths("json", [(('{"a": 1}',), ())])
+    with pytest.raises(UserError, match="'a: 1' is no JSON"):
+        check_truths("json", [(('{"a": 1}',), ()), (("a: 1",), ())])
+    with pytest.raises(UserError, match="not one of 1 right answers holds a json"):
+        check_truths("json", [(("a: 1",), ())])
 
 
 def test_truths_are_the_last_answer_its_boxes_and_the_references():

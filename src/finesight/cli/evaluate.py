@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -17,8 +17,11 @@ def evaluate(
         Path | None, typer.Option(help="A JSONL file of held-out samples; for a run, its own.")
     ] = None,
     metric: Annotated[
-        Literal["captions", "latex", "ocr", "grounding"] | None,
-        typer.Option(help="How answers are scored; for a run, as its recipe says."),
+        str | None,
+        typer.Option(
+            help="How answers are scored: captions, latex, ocr, qa, classification, json,"
+            " grounding, detection, or FILE.py:FUNCTION of your own; for a run, as its recipe says."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     batch: Annotated[
@@ -43,6 +46,7 @@ def evaluate(
 
     from finesight.evaluate.evaluate import evaluate as measure
     from finesight.evaluate.held_out import held_out
+    from finesight.evaluate.own import split
     from finesight.infer.load import load_answerer
     from finesight.train.progress import Screen
 
@@ -54,6 +58,8 @@ def evaluate(
         batch=batch,
         max_new_tokens=max_new_tokens,
     )
+    if split(settings.metric) is not None:
+        typer.echo(f"scored by the program {settings.metric}", err=True)
     answerer = load_answerer(run_or_model, device, precision)
     total = min(len(samples), settings.limit or len(samples))
     with Screen(Console(stderr=True)).stage("answers", total) as advance:

@@ -1,0 +1,1 @@
+"""Answers scored task by task, with intervals, before against after."""

@@ -1,71 +1,95 @@
-"""Scores of captions against one or more references: BLEU, ROUGE-L and CIDEr-D.
+"""Captions against one or more references: BLEU, ROUGE-L and CIDEr-D as COCO has them.
 
-Defined as the COCO caption evaluation does (Chen et al. 2015): BLEU over the whole corpus with
-the closest reference length (Papineni et al. 2002), ROUGE-L with beta 1.2 (Lin 2004), CIDEr-D with
-n-grams to 4, sigma 6 and a factor of 10 (Vedantam et al. 2015). That evaluation splits words with
-a Java tokeniser; `words` here approximates it, so figures can differ from it in the third digit
-where captions hold unusual punctuation. The scorers themselves agree with it to rounding.
+Defined as the code of the COCO evaluation (Chen et al. 2015) computes them: BLEU over the whole
+corpus with the closest reference length (Papineni et al. 2002), ROUGE-L with beta 1.2 (Lin 2004),
+CIDEr-D with n-grams to 4, sigma 6 and a factor of 10 (Vedantam et al. 2015). In resamples the
+rarity of n-grams stays that of the whole set. METEOR, a Java program, is not here.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from finesight.evaluate.answered import Case, Scored, means, together
+from finesight.evaluate.bootstrap import Array, Weights, whole
+from finesight.evaluate.words import words
 
 Words = Sequence[str]
-Grams = Counter[tuple[str, ...]]
+Gram = tuple[str, ...]
+Grams = Counter[Gram]
 
 LONGEST_GRAM = 4
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 
-# A clitic is split from its word as the Penn Treebank does: "don't" is "do" and "n't". Numbers
-# keep their inner points and commas and the letters after them (2nd, 10-year-old), words their
-# inner hyphens, apostrophes and points (u.s.).
-_CLITIC = re.compile(r"(?<=[^\W\d_])(n't|'(?:s|re|ve|ll|d|m))\b")
-_WORD = re.compile(
-    r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)*\w*(?:-\w+)*|\w+(?:[-'./&]\w+)*|[$%&#@+=*/]"
-)
+# The COCO evaluation's way around zeros: without a match of an order BLEU is small but not 0.
+_TINY, _SMALL = 1e-15, 1e-9
 
 
-def words(caption: str) -> list[str]:
-    """Lower-case words of a caption in Penn Treebank manner, punctuation dropped."""
-    plain = caption.lower().replace("\u2019", "'").replace("\u2018", "'")
-    return _WORD.findall(_CLITIC.sub(r" \1", plain))
+def score(cases: Sequence[Case]) -> Scored:
+    """CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4 of captions; the first two of each alone as well."""
+    said = [words(case.answer) for case in cases]
+    truths = [[words(truth) for truth in case.truths] for case in cases]
+    rouge = [rouge_l(s, t) for s, t in zip(said, truths, strict=True)]
+    cider = cider_d(said, truths)
+    each = [{"cider_d": c, "rouge_l": r} for r, c in zip(rouge, cider, strict=True)]
+    counts = bleu_counts(said, truths)
+    bleus = together({f"bleu_{n}": bleu_of(counts, n) for n in range(1, LONGEST_GRAM + 1)})
+    averages = means(each)
+    return Scored(each, lambda weights: averages(weights) | bleus(weights))
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """Corpus BLEU-1 to BLEU-4, in [0, 1]; 0 where no n-gram of an order matches at all."""
-    matched, offered = [0] * LONGEST_GRAM, [0] * LONGEST_GRAM
-    length = closest = 0
+    """Corpus BLEU-1 to BLEU-4, in [0, 1]."""
+    counts, once = bleu_counts(candidates, references), whole(len(candidates))
+    return [float(bleu_of(counts, order)(once)[0]) for order in range(1, LONGEST_GRAM + 1)]
+
+
+def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> Array:
+    """What BLEU sums up, a row for each candidate: n-grams matched (4 orders) and offered (4), its
+    length, and the length of the reference that is closest to it, of two the shorter."""
+    rows = []
     for candidate, truths in zip(candidates, references, strict=True):
-        length += len(candidate)
-        closest += min((abs(len(t) - len(candidate)), len(t)) for t in truths)[1]
-        for order in range(LONGEST_GRAM):
-            said = _grams(candidate, order + 1)
+        matched, offered = [], []
+        for order in range(1, LONGEST_GRAM + 1):
+            said = _grams(candidate, order)
             most: Grams = Counter()
             for truth in truths:
-                most |= _grams(truth, order + 1)
-            matched[order] += (said & most).total()
-            offered[order] += said.total()
-    brevity = 0.0 if length == 0 else min(1.0, math.exp(1 - closest / length))
-    scores, log_sum = [], 0.0
-    for order in range(LONGEST_GRAM):
-        precision = matched[order] / offered[order] if offered[order] else 0.0
-        log_sum += math.log(precision) if precision else -math.inf
-        scores.append(brevity * math.exp(log_sum / (order + 1)))
-    return scores
+                most |= _grams(truth, order)
+            matched.append((said & most).total())
+            offered.append(said.total())
+        closest = min((abs(len(t) - len(candidate)), len(t)) for t in truths)[1]
+        rows.append([*matched, *offered, len(candidate), closest])
+    return np.array(rows, np.float64)
+
+
+def bleu_of(counts: Array, order: int) -> Callable[[Weights], Array]:
+    """BLEU up to n-grams of an order, of rows as `bleu_counts` gives them."""
+
+    def figure(weights: Weights) -> Array:
+        totals = weights @ counts
+        matched, offered = totals[:, :order], totals[:, LONGEST_GRAM : LONGEST_GRAM + order]
+        length, closest = totals[:, -2], totals[:, -1]
+        value: Array = np.prod((matched + _TINY) / (offered + _SMALL), axis=1) ** (1 / order)
+        ratio = (length + _TINY) / (closest + _SMALL)
+        return value * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+    return figure
 
 
 def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
     """F-measure of the longest common subsequence, in [0, 1]: the best precision and the best
-    recall over the references, recall weighted by beta 1.2 squared."""
-    common = [_longest_common(candidate, truth) for truth in references]
-    precision = max(common) / len(candidate) if candidate else 0.0
-    recall = max(c / len(t) if t else 0.0 for c, t in zip(common, references, strict=True))
+    recall over the references, recall weighted by beta 1.2 squared. A text without words counts
+    as one empty word, as it does in the COCO evaluation."""
+    said = candidate or [""]
+    common = [(_longest_common(said, truth or [""]), len(truth) or 1) for truth in references]
+    precision = max(length for length, _ in common) / len(said)
+    recall = max(length / total for length, total in common)
     if precision == 0.0 or recall == 0.0:
         return 0.0
     weight = ROUGE_BETA**2
@@ -103,11 +127,11 @@ def _all_grams(sentence: Words) -> Grams:
     return grams
 
 
-_Weights = list[dict[tuple[str, ...], float]]
+_Weights = list[dict[Gram, float]]
 
 
 def _weighted(
-    grams: Grams, rarity: dict[tuple[str, ...], float], unseen: float
+    grams: Grams, rarity: dict[Gram, float], unseen: float
 ) -> tuple[_Weights, list[float], int]:
     """TF-IDF weights and their norm by order, and the sentence's length in bigrams (which is
     how the COCO evaluation measures length)."""

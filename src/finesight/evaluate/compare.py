@@ -1,23 +1,126 @@
-"""Two measurements of the same samples, side by side."""
+"""Two measurements of the same samples, side by side: what got better, and how sure that is."""
 
 from __future__ import annotations
 
-from finesight.evaluate.score import LOWER_IS_BETTER, Scores
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finesight.config import Metric
+from finesight.errors import UserError
+from finesight.evaluate.answered import Case
+from finesight.evaluate.bootstrap import Array, interval, resampled
+from finesight.evaluate.saved import read_answers
+from finesight.evaluate.score import LOWER_IS_BETTER, score
+
+Verdict = Literal["better", "worse", "no clear change"]
+
+FEWEST = 6
+"""Samples without which nothing is clear: of five, all agree by chance once in sixteen times."""
 
 
-def compare(before: Scores, after: Scores, headline: str | None = None) -> str:
-    """A table with a line for each score of `before`: its value then and now, the difference, and
-    whether that is better. The score named `headline` is marked."""
-    rows = [("score", "before", "after", "difference", "")]
-    for name, old in before.items():
-        new = after[name]
-        gain = old - new if name in LOWER_IS_BETTER else new - old
-        verdict = "better" if gain > 0 else "worse" if gain < 0 else "same"
-        mark = "*" if name == headline else ""
-        rows.append((name + mark, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", verdict))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for row in rows:
-        figures = "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3))
-        lines.append(f"{row[0]:<{widths[0]}}  {figures}  {row[4]}".rstrip())
-    return "\n".join(lines)
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A figure then and now. `low` and `high` bound the difference (after - before) with 95 %
+    confidence; None where the figure has no interval, and then the verdict goes by its value."""
+
+    name: str
+    before: float
+    after: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+
+
+def paired(metric: Metric, before: Sequence[Case], after: Sequence[Case]) -> list[Difference]:
+    """The figures of both sets of answers and the difference of each, by paired bootstrap (Efron
+    and Tibshirani 1993): every resample draws the same samples from both.
+
+    Answers are paired by the id of their sample, or one by one where ids repeat; samples that only
+    one set answers are left out. Raises UserError when the sets share none.
+    """
+    old, new = _shared(before, after)
+    if not old:
+        raise UserError(
+            f"{len(before)} answers before and {len(after)} after, and no sample in both",
+            where="comparison",
+            expected="answers to the same samples",
+            remedy="measure both on the same data",
+        )
+    was, now = score(metric, old), score(metric, new)
+
+    def both(weights: Array) -> dict[str, Array]:
+        then, since = was.figures(weights), now.figures(weights)
+        return {name: since[name] - then[name] for name in then if name in since}
+
+    then, since = was.scores, now.scores
+    return [
+        difference(name, then[name], since[name], values, len(old))
+        for name, values in resampled(len(old), both).items()
+    ]
+
+
+def difference(name: str, before: float, after: float, changes: Array, samples: int) -> Difference:
+    """A figure of so many samples then and now, and its difference in every resample."""
+    low, high = interval(changes, samples)
+    verdict = _verdict(name, low, high) if samples >= FEWEST else "no clear change"
+    return Difference(name, before, after, low, high, verdict)
+
+
+def paired_files(metric: Metric, before: Path, after: Path) -> list[Difference]:
+    """`paired`, of two files of answers as an evaluation writes them."""
+    old, new = read_answers(before), read_answers(after)
+    return paired(metric, [one.case for one in old], [one.case for one in new])
+
+
+def unsampled(name: str, before: float, after: float) -> Difference:
+    """A figure then and now of which no resamples can be had, such as the held-out loss."""
+    gap = after - before
+    return Difference(name, before, after, None, None, _verdict(name, gap, gap))
+
+
+def _verdict(name: str, low: float, high: float) -> Verdict:
+    """Clear if the interval lies on one side of 0."""
+    if name in LOWER_IS_BETTER:
+        low, high = -high, -low
+    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+
+
+def as_table(differences: Sequence[Difference], headline: str | None = None) -> str:
+    """A line for each figure; the one named `headline` is marked."""
+    rows = [("score", "before", "after", "difference", "95 % interval", "")]
+    for one in differences:
+        mark = "*" if one.name == headline else ""
+        figures = (f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}")
+        bounds = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
+        rows.append((one.name + mark, *figures, bounds, one.verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(
+            [
+                f"{row[0]:<{widths[0]}}",
+                *(f"{row[column]:>{widths[column]}}" for column in range(1, 5)),
+                row[5],
+            ]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _shared(before: Sequence[Case], after: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """The answers to the samples that both sets answer, in the order of `before`."""
+    old, new = _by_sample(before), _by_sample(after)
+    shared = [key for key in old if key in new]
+    return [old[key] for key in shared], [new[key] for key in shared]
+
+
+def _by_sample(cases: Sequence[Case]) -> dict[tuple[str, int], Case]:
+    """Answers by the id of their sample, and by how many of that id came before."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for case in cases:
+        found[case.id, seen[case.id]] = case
+        seen[case.id] += 1
+    return found

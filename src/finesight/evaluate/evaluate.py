@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from finesight.config import Eval, Metric
@@ -15,19 +13,26 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
-from finesight.evaluate.score import TASKS, Case, Scores, check_truths, score, truths_of
-from finesight.infer.predict import Prediction, as_box, predict
+from finesight.evaluate.answered import Case, Scores, truths_of
+from finesight.evaluate.bootstrap import Interval
+from finesight.evaluate.saved import line_of
+from finesight.evaluate.score import check_truths, headline_of, score
+from finesight.infer.predict import Prediction, predict
 from finesight.model.network import VisionLanguageModel
 from finesight.storage import write_file
+
+LISTED = 10
+"""Most lines of details in a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Figures of a set of held-out samples, and every answer behind them.
 
-    `scores` holds the task's figures and `stopped`, the share of answers that ended by themselves;
-    `headline` names the one that stands for all (higher is better). `unreadable` are (sample id,
-    reason) of those whose pictures could not be read: they are in no figure.
+    `scores` holds the task's figures and `stopped`, the share of answers that ended by themselves,
+    `intervals` how sure each is; `headline` names the one that stands for all (higher is better),
+    `details` is what the task says beyond figures. `unreadable` are (sample id, reason) of those
+    whose pictures could not be read: they are in no figure.
     """
 
     metric: Metric
@@ -35,6 +40,8 @@ class Evaluation:
     scores: Scores
     predictions: tuple[Prediction, ...]
     unreadable: tuple[tuple[str, str], ...]
+    intervals: dict[str, Interval]
+    details: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The figures alone, for machines."""
@@ -44,16 +51,28 @@ class Evaluation:
             "unreadable": len(self.unreadable),
             "headline": self.headline,
             "scores": self.scores,
+            "intervals": self.intervals,
+            "details": self.details,
         }
 
     def as_table(self) -> str:
         """The figures for people, the headline marked."""
         left_out = f", {len(self.unreadable)} left out" if self.unreadable else ""
         rows = [
-            f"{name + ('*' if name == self.headline else ''):<16}  {value:8.4f}"
+            f"{name + ('*' if name == self.headline else ''):<18}  {value:8.4f}"
+            f"   {self.intervals[name].low:.4f} to {self.intervals[name].high:.4f}"
             for name, value in self.scores.items()
         ]
-        return "\n".join([f"{self.metric}: {len(self.predictions)} samples{left_out}", *rows])
+        head = f"{self.metric}: {len(self.predictions)} samples{left_out}, with 95 % intervals"
+        return "\n".join([head, *rows, *_noted(self.details)])
+
+
+def _noted(details: dict[str, Any]) -> list[str]:
+    """The classes taken for another one most often, and the fields that are read worst."""
+    taken = [(r, s, n) for r, s, n in details.get("confusion", []) if r != s][:LISTED]
+    lines = [f"{right!r} taken for {said!r}: {count}" for right, said, count in taken]
+    fields = sorted(details.get("fields", {}).items(), key=lambda pair: float(pair[1]["f1"]))
+    return lines + [f"field {name}: f1 {row['f1']:.4f}" for name, row in fields[:LISTED]]
 
 
 def evaluate(
@@ -84,20 +103,21 @@ def evaluate(
     predictions, unreadable = _answers(model, renderer, chosen, settings, advance)
     readable = [truth for i, truth in enumerate(truths) if i not in unreadable]
     cases = [
-        Case(prediction.answer, prediction.boxes, *truth)
+        Case(prediction.answer, prediction.boxes, *truth, prediction.id, prediction.stopped)
         for prediction, truth in zip(predictions, readable, strict=True)
     ]
     scored = score(settings.metric, cases)
-    stopped = fmean(prediction.stopped for prediction in predictions)
     if out is not None:
-        lines = [_line(*row) for row in zip(predictions, cases, scored.each, strict=True)]
+        lines = [line_of(*row) for row in zip(predictions, cases, scored.each, strict=True)]
         write_file(out, "".join(lines).encode())
     return Evaluation(
         metric=settings.metric,
-        headline=TASKS[settings.metric].headline,
-        scores=scored.scores | {"stopped": stopped},
+        headline=headline_of(settings.metric, scored.scores),
+        scores=scored.scores,
         predictions=tuple(predictions),
         unreadable=tuple((chosen[i].sample.id, reason) for i, reason in sorted(unreadable.items())),
+        intervals=scored.intervals(),
+        details=scored.details,
     )
 
 
@@ -131,16 +151,3 @@ def _answers(
             remedy=f"the first one says: {unreadable[0]}",
         )
     return predictions, unreadable
-
-
-def _line(prediction: Prediction, case: Case, scores: Scores) -> str:
-    gold, *references = case.truths
-    record = prediction.as_json() | {
-        "gold": gold,
-        "references": references,
-        "gold_boxes": [as_box(box) for box in case.targets],
-        "scores": scores,
-        "tokens": prediction.tokens,
-        "stopped": prediction.stopped,
-    }
-    return json.dumps(record, ensure_ascii=False) + "\n"

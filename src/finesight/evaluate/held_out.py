@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
-from finesight.config import Eval, Metric
+from pydantic import ValidationError
+
+from finesight.config import Eval
 from finesight.data.jsonl import Located, read_samples
 from finesight.data.sources import load_sources
 from finesight.errors import UserError
+from finesight.evaluate import own
+from finesight.evaluate.score import TASKS
 from finesight.recipe import load_recipe
 
 RECIPE = "recipe.yaml"
+
+METRICS = f"{', '.join(TASKS)}, or a function in a Python file: metric.py:function"
 
 
 def held_out(
     run_or_model: str,
     *,
     data: Path | None = None,
-    metric: Metric | None = None,
+    metric: str | None = None,
     limit: int | None = None,
     batch: int | None = None,
     max_new_tokens: int | None = None,
 ) -> tuple[list[Located], Eval]:
     """Samples and settings of an evaluation.
 
-    For a run folder, what is None comes from its recipe. Raises UserError when data or metric is
-    neither given nor in a recipe.
+    For a run folder, what is None comes from its recipe, and a metric of the user's own from the
+    copy that the run keeps. Raises UserError when data or metric is neither given nor in a recipe,
+    and for a metric that there is not.
     """
     path = Path(run_or_model) / RECIPE
     recipe = load_recipe(path) if path.is_file() else None
@@ -38,16 +46,26 @@ def held_out(
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if recipe is not None and recipe.eval is not None:
-        settings = recipe.eval.model_dump() | settings
+        kept = own.found(recipe.eval.metric, path.parent, copy_first=True)
+        settings = recipe.eval.model_dump() | {"metric": kept} | settings
     if "metric" not in settings:
-        raise _missing("--metric", "captions, latex, ocr or grounding", run_or_model)
+        raise _missing("--metric", METRICS, run_or_model)
     if data is not None:
         samples = [Located(sample, data.parent) for sample in read_samples(data)]
     elif recipe is not None and recipe.data.eval:
         samples = list(load_sources(recipe.data.eval).samples)
     else:
         raise _missing("--data", "a JSONL file of held-out samples", run_or_model)
-    return samples, Eval.model_validate(settings)
+    try:
+        return samples, Eval.model_validate(settings)
+    except ValidationError as error:
+        near = difflib.get_close_matches(settings["metric"], TASKS, n=1)
+        raise UserError(
+            f"no metric {settings['metric']!r}",
+            where="--metric",
+            expected=METRICS,
+            remedy=f"did you mean {near[0]}?" if near else "choose one of these",
+        ) from error
 
 
 def _missing(option: str, expected: str, run_or_model: str) -> UserError:

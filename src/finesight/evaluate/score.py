@@ -1,163 +1,116 @@
-"""From answers and truths to figures, by task."""
+"""All tasks at a glance: how each is scored, and which figure stands for it.
+
+A new one is a file with `score(cases) -> Scored`, a line in TASKS, and its name in config.TaskName.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from finesight.config import Metric
-from finesight.data.sample import BoxPart, Message, Sample, TextPart
+from finesight.config import Metric, TaskName
 from finesight.errors import UserError
-from finesight.evaluate.captions import bleu, cider_d, rouge_l, words
-from finesight.evaluate.grounding import box_scores
-from finesight.evaluate.text import edit_distance, folded_text, latex_tokens, plain_text
-
-Scores = dict[str, float]
-
-Truth = tuple[tuple[str, ...], tuple[BoxPart, ...]]
-"""Right answers to one question: texts of which any will do, and boxes that are all wanted."""
-
-LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "held_out_loss"})
-"""All other scores grow with quality."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One answer beside what would have been right: any of `truths`, or all of `targets`."""
-
-    answer: str
-    boxes: tuple[BoxPart, ...]
-    truths: tuple[str, ...]
-    targets: tuple[BoxPart, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Figures of the whole set, and of each answer alone."""
-
-    scores: Scores
-    each: list[Scores]
+from finesight.evaluate import boxes, captions, classes, detection, fields, latex, own, qa, text
+from finesight.evaluate.answered import Case, Score, Scored, Scores, Truth, means
+from finesight.evaluate.bootstrap import Array, Weights
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A way to score; `headline` names the figure that stands for all (higher is better)."""
+    """A way to score; `headline` names the figure that stands for all (higher is better), None
+    for the first one that comes; `wants` is what the right answers have to hold."""
 
-    headline: str
-    score: Callable[[Sequence[Case]], Scored]
+    headline: str | None
+    score: Score
+    wants: Literal["text", "box", "json", "anything"] = "text"
 
 
-def truths_of(sample: Sample) -> Truth:
-    """The right answers of a sample as texts (its last turn first, then its references), and the
-    boxes of that turn. Raises UserError when its last turn is not the assistant's."""
-    last = sample.messages[-1]
-    if last.role != "assistant":
-        raise UserError(
-            f"sample {sample.id!r} ends with a turn of the {last.role}",
-            expected="a last turn of the assistant: the right answer, to compare with",
-            remedy="score on samples that have answers, or use `finesight predict --data`",
-        )
-    boxes = tuple(part for part in last.content if isinstance(part, BoxPart))
-    return (_text(last), *sample.references), boxes
+TASKS: dict[TaskName, Task] = {
+    "captions": Task("cider_d", captions.score),
+    "latex": Task("similarity", latex.score),
+    "ocr": Task("similarity", text.score),
+    "qa": Task("anls", qa.score),
+    "classification": Task("accuracy", classes.score),
+    "json": Task("f1", fields.score, wants="json"),
+    "grounding": Task("accuracy_at_0.5", boxes.score, wants="box"),
+    "detection": Task("f1_at_0.5", detection.score, wants="box"),
+}
+
+LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "held_out_loss"})
+"""All other scores grow with quality."""
+
+
+def task_of(metric: Metric) -> Task:
+    """The task of that name, or the user's own function. Raises UserError for a faulty file."""
+    place = own.split(metric)
+    if place is not None:
+        return Task(None, own.load(*place), wants="anything")
+    return next(task for name, task in TASKS.items() if name == metric)
 
 
 def check_truths(metric: Metric, truths: Sequence[Truth]) -> None:
     """Refuse, as UserError, right answers none of which holds what the metric compares: without
     a box in the truth, an answer without boxes would count as perfect grounding."""
-    wanted = "box" if metric == "grounding" else "text"
-    if not any(boxes if wanted == "box" else "".join(texts).strip() for texts, boxes in truths):
+    task = task_of(metric)
+    wants = task.wants
+    if wants == "anything":
+        _try_out(metric, task.score, truths[0])
+    holds = [_holds(wants, truth) for truth in truths]
+    if any(holds) and (wants != "json" or all(holds)):
+        return
+    wrong = f"not one of {len(truths)} right answers holds a {wants}"
+    if wants == "json" and any(holds):
+        wrong = f"the right answer {truths[holds.index(False)][0][0][:80]!r} is no JSON"
+    raise UserError(
+        wrong,
+        where=f"metric {metric}",
+        expected=f"samples whose last turn says it with a {wants} part"
+        if wants != "json"
+        else "samples whose last turn is a JSON object or list",
+        remedy="choose the metric of this task, or import the data anew with its answers",
+    )
+
+
+def _try_out(metric: Metric, own_score: Score, truth: Truth) -> None:
+    """Let the user's own function fail now rather than after all answers: on the right answer of a
+    sample, and on an empty one, which models give."""
+    texts, targets = truth
+    tried = [Case(texts[0], targets, texts, targets), Case("", (), texts, targets)]
+    scores = own_score(tried).scores
+    taken = sorted(scores.keys() & (LOWER_IS_BETTER | {"stopped"}))
+    if taken:
         raise UserError(
-            f"not one of {len(truths)} right answers holds a {wanted}",
+            f"a figure named {taken[0]}",
             where=f"metric {metric}",
-            expected=f"samples whose last turn says it with a {wanted} part",
-            remedy="choose the metric of this task, or import the data anew with its answers",
+            expected="a name that does not mean something else already: more is better of your own"
+            " figures, less of an error rate",
+            remedy=f"give it another name and, of an error rate, 1 - {taken[0]}",
         )
+
+
+def _holds(wants: str, truth: Truth) -> bool:
+    texts, targets = truth
+    if wants == "json":
+        return any(fields.form_of(one) is not None for one in texts)
+    if wants == "box":
+        return bool(targets)
+    return wants == "anything" or bool("".join(texts).strip())
 
 
 def score(metric: Metric, cases: Sequence[Case]) -> Scored:
-    """Figures of at least one answer by a task's measure."""
+    """Figures of at least one answer by a task's measure, and the share of `stopped` ones."""
     assert cases, "nothing to score"
-    return TASKS[metric].score(cases)
+    scored = task_of(metric).score(cases)
+    stopped = means([{"stopped": float(case.stopped)} for case in cases])
+
+    def figures(weights: Weights) -> dict[str, Array]:
+        return scored.figures(weights) | stopped(weights)
+
+    return replace(scored, figures=figures)
 
 
-def _text(message: Message) -> str:
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
-
-
-def _captions(cases: Sequence[Case]) -> Scored:
-    said = [words(case.answer) for case in cases]
-    truths = [[words(truth) for truth in case.truths] for case in cases]
-    rouge = [rouge_l(s, t) for s, t in zip(said, truths, strict=True)]
-    cider = cider_d(said, truths)
-    scores = {f"bleu_{n}": value for n, value in enumerate(bleu(said, truths), start=1)}
-    scores |= {"rouge_l": fmean(rouge), "cider_d": fmean(cider)}
-    return Scored(scores, [{"rouge_l": r, "cider_d": c} for r, c in zip(rouge, cider, strict=True)])
-
-
-def _latex(cases: Sequence[Case]) -> Scored:
-    each = []
-    for case in cases:
-        said = latex_tokens(case.answer)
-        nearest = min((_edits(said, latex_tokens(truth)) for truth in case.truths), key=_share)
-        each.append(
-            {
-                "similarity": 1.0 - _share(nearest),
-                "exact": float(nearest[0] == 0),
-                "edit_distance": float(nearest[0]),
-            }
-        )
-    return Scored(_means(each), each)
-
-
-def _ocr(cases: Sequence[Case]) -> Scored:
-    each, edits, length = [], 0, 0
-    for case in cases:
-        said, truths = plain_text(case.answer), [plain_text(truth) for truth in case.truths]
-        found = [_edits(said, truth) for truth in truths]
-        nearest, truth = min(zip(found, truths, strict=True), key=lambda pair: _share(pair[0]))
-        distance = nearest[0]
-        folded = {folded_text(truth) for truth in case.truths}
-        each.append(
-            {
-                "similarity": 1.0 - _share(nearest),
-                "exact": float(distance == 0),
-                "exact_folded": float(folded_text(case.answer) in folded),
-                "cer": distance / max(1, len(truth)),
-            }
-        )
-        edits, length = edits + distance, length + len(truth)
-    # The character error rate of a set is that of its texts end to end, not a mean of rates.
-    return Scored(_means(each) | {"cer": edits / max(1, length)}, each)
-
-
-def _grounding(cases: Sequence[Case]) -> Scored:
-    each = [box_scores(case.boxes, case.targets) for case in cases]
-    mean = _means(each)
-    scores = {
-        "accuracy_at_0.5": mean["hit"],
-        "mean_iou": mean["iou"],
-        "parse_rate": mean["parsed"],
-    }
-    return Scored(scores, each)
-
-
-def _edits(said: Sequence[str], truth: Sequence[str]) -> tuple[int, int]:
-    return edit_distance(said, truth), max(len(said), len(truth))
-
-
-def _share(edits: tuple[int, int]) -> float:
-    distance, longest = edits
-    return distance / max(1, longest)
-
-
-def _means(each: Sequence[Scores]) -> Scores:
-    return {name: fmean(scores[name] for scores in each) for name in each[0]}
-
-
-TASKS: dict[Metric, Task] = {
-    "captions": Task("cider_d", _captions),
-    "latex": Task("similarity", _latex),
-    "ocr": Task("similarity", _ocr),
-    "grounding": Task("accuracy_at_0.5", _grounding),
-}
+def headline_of(metric: Metric, scores: Scores) -> str:
+    """The figure that stands for all; of the user's own ones the first."""
+    tasks = [task for name, task in TASKS.items() if name == metric]
+    return (tasks[0].headline if tasks else None) or next(iter(scores))

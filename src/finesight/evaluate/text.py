@@ -1,28 +1,40 @@
-"""Scores of transcribed text: formulas in LaTeX and plain text (OCR), by edit distance."""
+"""Transcribed text (OCR): characters and words that differ, and exact matches."""
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# A control word, a control symbol, the name of an environment, or one visible character.
-_LATEX = re.compile(r"\\(?:begin|end)\s*\{\s*[A-Za-z]+\*?\s*\}|\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
-# Where spaces are part of what is typeset: the argument of these is text, not mathematics.
-_TEXT_ARGUMENT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt)?|mbox|hbox)")
+import numpy as np
+
+from finesight.evaluate.answered import Case, Scored, Scores, means, together
+from finesight.evaluate.bootstrap import Array, Weights, ratios
 
 
-def latex_tokens(formula: str) -> list[str]:
-    r"""A formula as the tokens that TeX would read, in one canonical form.
-
-    Surrounding dollar signs or `\[ \]`, `\( \)` are taken off; white space is dropped, since TeX
-    ignores it in mathematics (inside `\text` and its kin a run of it counts as one token); braces
-    around a single token are dropped, for `x^{2}` and `x^2` are the same; `x^2_i` is written
-    `x_i^2`. Everything else, `\left` and `\right` and explicit spaces such as `\,` included, is
-    kept: it changes what is typeset. Two formulas that differ here may still look alike
-    (`\frac12` against `{1\over 2}`): the exact match is a lower bound.
-    """
-    return _ordered_scripts(_without_needless_braces(_visible(_LATEX.findall(_bare(formula)))))
+def score(cases: Sequence[Case]) -> Scored:
+    """Similarity (1 - edits / the longer text) and exact matches, as they stand and folded, of the
+    nearest reference; character and word error rates of the whole set, its texts end to end."""
+    each: list[Scores] = []
+    characters, spelled = [], []
+    for case in cases:
+        said, truths = plain_text(case.answer), [plain_text(truth) for truth in case.truths]
+        edits, longest, length = nearest(said, truths)
+        word_edits, _, word_count = nearest(said.split(), [truth.split() for truth in truths])
+        folded = {folded_text(truth) for truth in case.truths}
+        each.append(
+            {
+                "similarity": 1.0 - edits / max(1, longest),
+                "exact": float(edits == 0),
+                "exact_folded": float(folded_text(case.answer) in folded),
+                "cer": edits / max(1, length),
+                "wer": word_edits / max(1, word_count),
+            }
+        )
+        characters.append((edits, length))
+        spelled.append((word_edits, word_count))
+    averages = means(each)
+    rates = together({"cer": _rate(characters), "wer": _rate(spelled)})
+    return Scored(each, lambda weights: averages(weights) | rates(weights))
 
 
 def plain_text(text: str) -> str:
@@ -31,10 +43,17 @@ def plain_text(text: str) -> str:
 
 
 def folded_text(text: str) -> str:
-    """`plain_text` without regard to case, width variants and punctuation at its ends."""
+    """`plain_text` without regard to case, width variants and punctuation at its ends, save where
+    it is nothing but punctuation."""
     text = unicodedata.normalize("NFKC", plain_text(text)).casefold()
     punctuation = "".join(c for c in set(text) if unicodedata.category(c).startswith("P"))
-    return text.strip(punctuation + " ")
+    return text.strip(punctuation + " ") or text
+
+
+def nearest(said: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[int, int, int]:
+    """The truth that differs least: edits, length of the longer of the two, and its own length."""
+    found = [(edit_distance(said, t), max(len(said), len(t)), len(t)) for t in truths]
+    return min(found, key=lambda edits: edits[0] / max(1, edits[1]))
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -64,76 +83,7 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return distance
 
 
-def _bare(formula: str) -> str:
-    formula = formula.strip()
-    for left, right in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
-        inner = formula[len(left) : len(formula) - len(right)]
-        whole = len(formula) >= len(left) + len(right)
-        if whole and formula.startswith(left) and formula.endswith(right) and left not in inner:
-            return inner.strip()
-    return formula
-
-
-def _visible(pieces: list[str]) -> list[str]:
-    """Without white space, save within the braces of a text argument."""
-    tokens: list[str] = []
-    depth = text_from = 0
-    for piece in pieces:
-        if piece.isspace():
-            if text_from and tokens[-1] not in (" ", "{"):
-                tokens.append(" ")
-            continue
-        if piece == "{":
-            depth += 1
-            if not text_from and tokens and _TEXT_ARGUMENT.fullmatch(tokens[-1]):
-                text_from = depth
-        elif piece == "}":
-            if text_from and tokens[-1] == " ":
-                tokens.pop()
-            if depth == text_from:
-                text_from = 0
-            depth = max(0, depth - 1)
-        tokens.append(re.sub(r"\s", "", piece) if len(piece) > 2 else piece)
-    return tokens
-
-
-def _without_needless_braces(tokens: list[str]) -> list[str]:
-    kept: list[str] = []
-    opened: list[int] = []
-    for token in tokens:
-        if token == "{":
-            opened.append(len(kept))
-        elif token == "}" and opened:
-            start = opened.pop()
-            if len(kept) - start == 2:
-                kept.pop(start)
-                continue
-        kept.append(token)
-    return kept
-
-
-def _ordered_scripts(tokens: list[str]) -> list[str]:
-    ordered: list[str] = []
-    i = 0
-    while i < len(tokens):
-        middle = _after_argument(tokens, i + 1) if tokens[i] == "^" else i
-        if middle > i and middle < len(tokens) and tokens[middle] == "_":
-            stop = _after_argument(tokens, middle + 1)
-            lower, upper = tokens[middle:stop], tokens[i:middle]
-            ordered += [lower[0], *_ordered_scripts(lower[1:])]
-            ordered += [upper[0], *_ordered_scripts(upper[1:])]
-            i = stop
-        else:
-            ordered.append(tokens[i])
-            i += 1
-    return ordered
-
-
-def _after_argument(tokens: list[str], start: int) -> int:
-    """The index after the token or the braced group at `start`."""
-    depth = 0
-    for i in range(start, len(tokens)):
-        depth += (tokens[i] == "{") - (tokens[i] == "}")
-        if depth <= 0:
-            return i + 1
-    return len(tokens)
+def _rate(edits: Sequence[tuple[int, int]]) -> Callable[[Weights], Array]:
+    """Edits over lengths, both summed; a set without anything to read has a length of 1."""
+    above, below = np.array(edits, np.float64).T
+    return ratios(above, below if below.any() else np.full_like(below, 1 / len(below)))

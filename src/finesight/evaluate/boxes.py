@@ -1,12 +1,20 @@
-"""Scores of boxes: how well the boxes of an answer cover those of the truth."""
+"""Boxes that a question asks for (grounding): how well those of an answer cover them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from finesight.data.sample import BoxPart
+from finesight.evaluate.answered import Case, Scored, means
 
 XYXY = tuple[float, float, float, float]
+
+
+def score(cases: Sequence[Case]) -> Scored:
+    """Accuracy at an IoU of 0.5 and of 0.75, mean IoU, and the share of answers with a box."""
+    each = [box_scores(case.boxes, case.targets) for case in cases]
+    names = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
+    return Scored(each, means(each, **names, mean_iou="iou", parse_rate="parsed"))
 
 
 def iou(a: XYXY, b: XYXY) -> float:
@@ -27,12 +35,12 @@ def match(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[tuple[int,
     a pair. Labels have to agree (without regard to case) only where the truth tells several apart:
     a single target is named by the question already.
     """
-    several = len({_name(t) for t in truth}) > 1
+    several = len({name_of(t) for t in truth}) > 1
     pairs = [
         (iou(f.xyxy, t.xyxy), i, j)
         for i, f in enumerate(found)
         for j, t in enumerate(truth)
-        if f.image == t.image and (not several or _name(f) == _name(t))
+        if f.image == t.image and (not several or name_of(f) == name_of(t))
     ]
     free_found, free_truth = set(range(len(found))), set(range(len(truth)))
     chosen = []
@@ -45,21 +53,22 @@ def match(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[tuple[int,
 
 
 def box_scores(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> dict[str, float]:
-    """`parsed` (1 if the answer holds a box at all), `iou` and `hit` of one answer.
+    """`parsed` (1 if the answer holds a box at all), `iou`, `hit` and `hit_at_0.75` of one answer.
 
-    Both are sums over the pairs of `match`, overlaps and overlaps of at least 0.5, over the
-    larger number of boxes: a missed target and a superfluous box cost the same, so an answer
-    gains nothing by naming many boxes. With one target and one box they are the IoU and
-    the accuracy at 0.5 of referring expressions. A truth without boxes wants an empty answer.
+    The last three are sums over the pairs of `match` (overlaps, overlaps of at least 0.5 and of at
+    least 0.75) over the larger number of boxes: a missed target and a superfluous box cost the
+    same, so an answer gains nothing by naming many boxes. With one target and one box they are the
+    IoU and the accuracy of referring expressions. A truth without boxes wants an empty answer.
     """
     most = max(len(found), len(truth))
     if most == 0:
-        return {"parsed": 1.0, "iou": 1.0, "hit": 1.0}
+        return {"parsed": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
     overlaps = [overlap for _, _, overlap in match(found, truth)]
     return {
         "parsed": float(len(found) > 0),
         "iou": sum(overlaps) / most,
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / most,
+        "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / most,
     }
 
 
@@ -67,5 +76,6 @@ def _area(box: XYXY) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-def _name(target: BoxPart) -> str:
+def name_of(target: BoxPart) -> str:
+    """What a box is called, without regard to case and spaces; empty without a label."""
     return " ".join((target.label or "").casefold().split())

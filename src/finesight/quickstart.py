@@ -24,12 +24,13 @@ from finesight.data.importing import Request, import_file
 from finesight.data.jsonl import Located, read_samples
 from finesight.data.sample import BoxPart
 from finesight.errors import Interrupted, UserError
-from finesight.evaluate.score import truths_of
+from finesight.evaluate.answered import truths_of
 from finesight.infer.draw import draw
 from finesight.infer.load import load_answerer
 from finesight.infer.predict import Prediction, predict
 from finesight.model.tiny import SIZES, TinySize, make_tiny
 from finesight.recipe import load_recipe
+from finesight.run_folder import REPORT
 from finesight.storage import write_file, write_folder
 from finesight.train.finish import RunResult
 from finesight.train.loop import train
@@ -249,6 +250,7 @@ def _last_words(out: Path, done: Quickstart) -> str:
         [
             f"Shapes found in held-out pictures: {hits[0]:.1%} before, {hits[1]:.1%} after"
             f" (mean overlap {overlaps[0]:.2f} and {overlaps[1]:.2f}), {done.seconds:.0f} s in all",
+            f"All of it on a page, to open in a browser: {out / 'run' / REPORT}",
             "Next:",
             f"   $ {_command('data', 'show', out / 'recipe.yaml')}",
             f"   $ {_command('predict', out / 'run', picture, '--prompt', PROMPT)}",

@@ -18,7 +18,11 @@ COMMANDS = (
     ["eval"],
     ["predict"],
     ["merge"],
+    ["report"],
+    ["data", "check"],
     ["data", "import"],
+    ["data", "export"],
+    ["data", "migrate"],
     ["data", "show"],
 )
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers")

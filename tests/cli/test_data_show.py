@@ -66,3 +66,25 @@ def test_json_and_settings_in_place_of_the_recipe_s(recipe: Path) -> None:
 def test_held_out_samples(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"data\.eval of recipe\.yaml names no file"):
         CliRunner().invoke(app, [str(recipe), "--eval"], catch_exceptions=False)
+
+
+def test_a_page(recipe: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "show.html"
+    arguments = [str(recipe), "--samples", "2", "--html", str(page)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"page: {page}" in result.stderr
+    text = page.read_text()
+    assert f"The first 2 of {tmp_path / 'data.jsonl'}" in text
+    data = text.partition('<script type="application/json" id="data">')[2].partition("<")[0]
+    assert [record["id"] for record in json.loads(data)] == ["s0", "s1"]
+    again = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert [json.loads(line)["id"] for line in again.stdout.splitlines()] == ["s0", "s1"]
+
+
+def test_a_page_never_replaces_another_file(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    before = data.read_bytes()
+    with pytest.raises(UserError, match=r"data\.jsonl exists already and is not a page"):
+        CliRunner().invoke(app, [str(recipe), "--html", str(data)], catch_exceptions=False)
+    assert data.read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_stopped_again_and_again(task: dict[str, Any], whole: Whole, tmp_path: P
 def test_killed_before_file_operations(task: dict[str, Any], whole: Whole, tmp_path: Path) -> None:
     """SIGKILL before every seventh operation, and what is left goes on to the same end."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)
-    points = {str(point): point for point in range(1, 120, 7)}
+    points = {str(point): point for point in range(1, 141, 7)}
     killed = in_new_process(recipe, tmp_path, "kill", points)
     survivors = [ending.name for ending in killed if ending.how != "killed"]
     assert survivors, "the run has more operations than were tried"
@@ -117,3 +118,42 @@ def test_killed_before_file_operations(task: dict[str, Any], whole: Whole, tmp_p
     assert {ending.how for ending in resumed} == {"done"}
     for name in [*names, survivors[0]]:
         check_same(tmp_path / name, whole.run)
+
+
+def test_patience_ends_a_resumed_run_where_it_ends_an_uninterrupted_one(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    """Stopped during every third call, the run goes on to the same last step and back to the same
+    best one: its score never rises, and its loss is lowest after the first step."""
+    (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
+    measuring = {"metric": f"{tmp_path / 'mine.py'}:same", "every": 1, "patience": 2}
+    changed = task | {"eval": measuring | {"max_new_tokens": 2}}
+    settings = {"learning_rate": 0.3, "schedule": "constant"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", changed, **settings)
+    (ending,) = in_new_process(recipe, tmp_path, "term", {"whole": 0})
+    results = _results(tmp_path / "whole")
+    assert (results["steps"], results["weights_of"], results["stopped_early"]) == (2, 1, True)
+    names = {str(point): point for point in range(1, ending.calls + 1, 3)}
+    endings = in_new_process(recipe, tmp_path, "term", names)
+    assert sum(ending.how == "stopped" for ending in endings) > len(names) / 2
+    in_new_process(recipe, tmp_path, "term", dict.fromkeys(names, 0))
+    for name in names:
+        assert _tensors(tmp_path / name) == _tensors(tmp_path / "whole")
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+        assert _results(tmp_path / name) == results
+        assert _answers(tmp_path / name) == _answers(tmp_path / "whole")
+
+
+def _tensors(run: Path) -> dict[str, bytes]:
+    # Not the last state: one that a stop wrote before measuring knows of no measurement yet.
+    state = ("state.json", "sha256.json")
+    return {name: data for name, data in final_files(run).items() if not name.endswith(state)}
+
+
+def _results(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return found | {"run": None}
+
+
+def _answers(run: Path) -> bytes:
+    return (run / "predictions" / "after.jsonl").read_bytes()

@@ -153,3 +153,33 @@ def test_every_difference_in_settings_is_named() -> None:
         check_identity(stored, {"train.batch": 8, "train.betas": (0.9, 0.99)}, Path("x"))
     assert caught.value.what == "train.batch is 8 now; train.betas is [0.9, 0.99] now"
     assert caught.value.expected == "train.batch=4; train.betas=[0.9, 0.999]"
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "expected"),
+    [
+        (Best(step=2, loss=1.0), None, True),
+        (Best(step=2, loss=1.0), Best(step=1, loss=2.0), True),
+        (Best(step=2, loss=2.0), Best(step=1, loss=2.0), False),
+        (
+            Best(step=2, loss=9, headline="f1", score=0.6),
+            Best(step=1, loss=1, headline="f1", score=0.5),
+            True,
+        ),
+        (
+            Best(step=2, loss=1, headline="f1", score=0.4),
+            Best(step=1, loss=9, headline="f1", score=0.5),
+            False,
+        ),
+        (
+            Best(step=2, loss=1, headline="f1", score=0.5),
+            Best(step=1, loss=9, headline="f1", score=0.5),
+            True,
+        ),
+        (Best(step=2, loss=9, headline="f1", score=0.0), Best(step=1, loss=1), True),
+    ],
+)
+def test_the_headline_decides_and_among_equals_the_loss(
+    now: Best, before: Best | None, expected: bool
+) -> None:
+    assert now.better_than(before) is expected

@@ -27,7 +27,7 @@ def test_a_run_leaves_what_the_design_says(task: Task) -> None:
     run = task.folder / "run"
     assert sorted(path.name for path in run.iterdir()) == [
         *("adapter", "checkpoints", "dropped.jsonl", "manifest.json", "metrics.jsonl", "model"),
-        *("moved.json", "predictions", "recipe.yaml", "result.json"),
+        *("moved.json", "predictions", "recipe.yaml", "report.html", "result.json"),
     ]
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
         storage.verify_folder(folder)

@@ -8,18 +8,23 @@ help stays quick.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from finesight.cli.data_check import check
+from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
+from finesight.cli.data_migrate import migrate
 from finesight.cli.data_show import show
 from finesight.cli.evaluate import evaluate
 from finesight.cli.merge import merge
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
+from finesight.cli.report import report
 from finesight.cli.train import train
 from finesight.errors import Interrupted, UserError
 
@@ -65,15 +70,22 @@ def finesight(
 app.command(short_help="The whole path in minutes, on a CPU.")(quickstart)
 app.add_typer(data, name="data", short_help="Import data, and look at it.")
 data.command("import", short_help="Turn pictures with labels into samples.")(import_data)
+data.command(short_help="Find what is wrong with samples.")(check)
+data.command("export", short_help="Write samples in another program's format.")(export_data)
 data.command(short_help="Print every token of a recipe's samples.")(show)
+data.command(short_help="Write a file's boxes for another family.")(migrate)
 app.command(short_help="Tune a model as a recipe says.")(train)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
+app.command(short_help="Make the page of a run again.")(report)
 app.command(short_help="Answer questions about pictures.")(predict)
 app.command(short_help="Add an adapter into its base model.")(merge)
 
 
 def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
     """Carry out one command line; gives the exit code. Only our own faults raise."""
+    # Threads of a CPU run that wait for each other must not spin: two programs on the same cores
+    # would slow each other many times over. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         commands(args=list(arguments), prog_name="finesight")
     except UserError as error:

@@ -19,22 +19,36 @@ def show(
     held_out: Annotated[
         bool, typer.Option("--eval", help="Samples of data.eval in place of data.train.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a page with pictures, boxes and tokens, in place of lines."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
 ) -> None:
     """Print every token of a recipe's samples: its id, whether it is learned (*), its positions.
 
     The placeholders of a picture share one line. Needs the model's configuration and tokenizer,
-    not its weights.
+    not its weights. The page of --html is one file that opens anywhere: pictures as the model sees
+    them, boxes as its tokens say them. It replaces an older page, and nothing else.
 
     Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --samples 2
     """
+    from rich.console import Console
+
     from finesight.data.sources import load_sources
     from finesight.encode.render import Renderer
     from finesight.encode.show import as_lines, as_record
     from finesight.errors import UserError
     from finesight.hub import locate
     from finesight.recipe import load_recipe
+    from finesight.report.page import refuse_other_files, write_page
+    from finesight.report.sample_page import sample_page
+    from finesight.train.progress import Screen
 
+    if html is not None:
+        refuse_other_files(html)
     settings = load_recipe(recipe, changes or ())
     files = settings.data.eval if held_out else settings.data.train
     if not files:
@@ -45,7 +59,16 @@ def show(
             remedy="set data.eval, or leave --eval out to see data.train",
         )
     renderer = Renderer(locate(settings.model), settings.picture, settings.data.system)
-    for located in load_sources(files).samples[:samples]:
+    chosen = load_sources(files).samples[:samples]
+    if html is not None:
+        source = f"The first {len(chosen)} of {', '.join(str(file.path) for file in files)}"
+        with Screen(Console(stderr=True)).stage("samples", len(chosen)) as advance:
+            page = sample_page(renderer, chosen, source, advance)
+        write_page(html, page)
+        typer.echo(f"page: {html}", err=True)
+        if not as_json:
+            return
+    for located in chosen:
         outline = renderer.outline(located)
         if as_json:
             record = as_record(outline, renderer.tokenizer)

@@ -21,12 +21,22 @@ FORMAT = 1
 
 
 class Best(BaseModel):
-    """The checkpoint with the lowest held-out loss so far."""
+    """The best measurement so far: by the task's headline and its score, where the recipe asks for
+    a metric; otherwise, and where scores are equal, by the held-out loss."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     loss: float
+    headline: str | None = None
+    score: float | None = None
+
+    def better_than(self, other: Best | None) -> bool:
+        """Whether this one takes the other's place; so it does if that went by another headline."""
+        if other is None or other.headline != self.headline:
+            return True
+        mine, theirs = self.score or 0.0, other.score or 0.0
+        return mine > theirs or (mine == theirs and self.loss < other.loss)
 
 
 class State(BaseModel):
@@ -119,9 +129,12 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        folder = self.path(steps[-1])
         before = f"resume from step {steps[-2]}" if len(steps) > 1 else "start from the beginning"
-        remedy = f"delete {folder} to {before}"
+        return self.read(steps[-1], f"delete {self.path(steps[-1])} to {before}")
+
+    def read(self, step: int, remedy: str) -> tuple[State, TensorFile, TensorFile]:
+        """The checkpoint of a step, every byte verified. Raises UserError with the remedy."""
+        folder = self.path(step)
         try:
             verify_folder(folder)
         except UserError as error:

@@ -9,23 +9,32 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finesight.errors import UserError
-from finesight.evaluate.compare import compare
+from finesight.evaluate import own
+from finesight.evaluate.compare import Difference, as_table, paired_files, unsampled
 from finesight.hub import ModelFolder
 from finesight.model.adapter import write_adapter
 from finesight.model.lora import adapters
 from finesight.model.network import VisionLanguageModel
 from finesight.model.weights import save_model
-from finesight.storage import write_folder
-from finesight.train.measure import Measured
+from finesight.report.run_page import MOST_EXAMPLES, write_report
+from finesight.run_folder import MOVED, RESULT
+from finesight.storage import write_file, write_folder
+from finesight.train.checkpoint import Best, Checkpoints
+from finesight.train.measure import Measured, history
 from finesight.train.moved import PartChange, check_moved
 from finesight.train.prepare import Session
 from finesight.train.progress import Screen
-from finesight.train.run import MOVED, RESULT, Run
+from finesight.train.run import Run
 
 
 class RunResult(BaseModel):
-    """`result.json`, the last file that a run writes. `loss` is that of the last step; `before`
-    and `after` are None without held-out data; `dropped` counts samples not learned from."""
+    """`result.json`, the last file that a run writes.
+
+    `loss` is that of the last step, `dropped` counts samples not learned from. `before` and `after`
+    are None without held-out data, `differences` then is empty. `best` is the best measurement of
+    trained weights; `weights_of` the step whose weights `adapter/` and `model/` hold, which are
+    those that `after` measured; `stopped_early` says that patience ended the run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,50 +46,136 @@ class RunResult(BaseModel):
     before: Measured | None
     after: Measured | None
     moved: tuple[PartChange, ...]
+    differences: tuple[Difference, ...] = ()
+    best: Best | None = None
+    weights_of: int | None = None
+    stopped_early: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
         return self.model_dump(mode="json")
 
 
-def finish(session: Session, screen: Screen) -> RunResult:
+def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunResult:
     """Show what moved and write the trained weights: `adapter/` for LoRA, `model/` when a part was
-    trained whole, both for a mix (the adapter then belongs on top of `model/`).
+    trained whole, both for a mix (the adapter then belongs on top of `model/`). They are those of
+    the last step or, in a run with patience, of the best measurement.
 
     Raises RuntimeError when a frozen part changed, UserError when a trained one did not.
     """
     run = session.run
+    measured = history(run)
+    best = _best(measured[1:])
+    before, after = (measured[0], measured[-1]) if len(measured) > 1 else (None, None)
+    if best is not None and session.recipe.eval is not None and session.recipe.eval.patience:
+        after = _go_back(session, checkpoints, best, screen)
     rows = session.watch.changes(session.masters.reached())
     run.write(MOVED, [row.as_json() for row in rows])
     screen.say(moved_table(rows))
     check_moved(rows)
     _export(session)
     lines = run.history()
-    measured = [m for line in lines if (m := Measured.read(line)) is not None]
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     late = sum(len(line["dropped"]) for line in lines if "dropped" in line)
-    before, after = (measured[0], measured[-1]) if len(measured) > 1 else (None, None)
     result = RunResult(
         run=str(run.folder),
         steps=session.progress.step,
-        samples=session.course.samples,
+        samples=session.state().samples,
         dropped=len(session.train.survey.dropped) + late,
         loss=losses[-1] if losses else None,
         before=before,
         after=after,
         moved=tuple(rows),
+        differences=tuple(_differences(session, before, after)) if before and after else (),
+        best=best_of(best) if best else None,
+        weights_of=after.step if after else session.progress.step,
+        stopped_early=session.progress.step < len(session.course),
     )
     run.finished(result.as_json())
-    if before is not None and after is not None:
-        screen.say(before_after(before, after))
-    best = session.progress.best
-    if best is not None and after is not None and best.loss < after.held_out_loss:
-        screen.say(
-            f"The held-out loss was lower after step {best.step} ({best.loss:.4f});"
-            f" its checkpoint is kept in {run.checkpoints / f'step-{best.step}'}"
-        )
+    _last_words(result, run, screen)
+    report(run, screen)
     screen.say(f"Try it:  finesight predict {run.folder} PICTURE --prompt TEXT")
     return result
+
+
+def report(run: Run, screen: Screen, most: int = MOST_EXAMPLES) -> None:
+    """Write `report.html` of the run so far, with at most so many examples.
+
+    Whatever goes wrong is said and not raised: no page is worth a run that has hours behind it.
+    """
+    try:
+        page = write_report(run.folder, most=most)
+    except Exception as error:
+        screen.say(
+            f"no report was written ({type(error).__name__}: {error});"
+            f" `finesight report {run.folder}` makes one at any time"
+        )
+    else:
+        if run.result() is not None:
+            screen.say(f"Report:  {page}")
+
+
+def best_of(measured: Measured) -> Best:
+    """A measurement as what is remembered of it."""
+    return Best(
+        step=measured.step,
+        loss=measured.held_out_loss,
+        headline=measured.headline,
+        score=measured.score,
+    )
+
+
+def _best(measured: Sequence[Measured]) -> Measured | None:
+    """The best of them; of equals the first."""
+    best: Measured | None = None
+    for one in measured:
+        if best is None or best_of(one).better_than(best_of(best)):
+            best = one
+    return best
+
+
+def _go_back(
+    session: Session, checkpoints: Checkpoints, best: Measured, screen: Screen
+) -> Measured:
+    """Give the model the weights of the best measurement, whose answers become those after."""
+    if best.step != session.progress.step:
+        remedy = "set eval.patience=null and resume to keep the weights of the last step"
+        _, values, moments = checkpoints.read(best.step, remedy)
+        session.masters.load(values, moments)
+        screen.say(f"going back to the weights of step {best.step}, the best that were measured")
+    answers = session.run.predictions / f"step-{best.step}.jsonl"
+    if answers.is_file():
+        write_file(session.run.predictions / "after.jsonl", answers.read_bytes())
+    return best
+
+
+def _differences(session: Session, before: Measured, after: Measured) -> list[Difference]:
+    """What changed from before the first step to the weights that are kept."""
+    loss = unsampled("held_out_loss", before.held_out_loss, after.held_out_loss)
+    settings, run = session.recipe.eval, session.run
+    if settings is None:
+        return [loss]
+    metric = own.found(settings.metric, run.folder)
+    files = [run.predictions / f"{name}.jsonl" for name in ("before", "after")]
+    if all(path.is_file() for path in files):
+        return [loss, *paired_files(metric, *files)]
+    # Somebody has tidied up: the figures are known, but not how sure their differences are.
+    shared = [name for name in before.scores if name in after.scores]
+    return [loss, *(unsampled(n, before.scores[n], after.scores[n]) for n in shared)]
+
+
+def _last_words(result: RunResult, run: Run, screen: Screen) -> None:
+    """What came of it."""
+    after, best = result.after, result.best
+    if after is not None:
+        screen.say(as_table(result.differences, after.headline))
+    if after is not None and best is not None and best.step != after.step:
+        what = "held-out loss" if best.headline is None else best.headline
+        value = best.loss if best.score is None else best.score
+        screen.say(
+            f"The {what} was better after step {best.step} ({value:.4f});"
+            f" its checkpoint is kept in {run.checkpoints / f'step-{best.step}'}"
+        )
 
 
 def _export(session: Session) -> None:
@@ -142,12 +237,6 @@ def moved_table(rows: list[PartChange]) -> str:
         counts = (str(row.tensors), f"{row.numbers:,}", str(row.changed))
         cells.append((row.part, "trained" if row.trained else "frozen", *counts, relative))
     return _aligned(cells)
-
-
-def before_after(before: Measured, after: Measured) -> str:
-    """Figures before the first step and after the last, side by side."""
-    old = {"held_out_loss": before.held_out_loss} | before.scores
-    return compare(old, {"held_out_loss": after.held_out_loss} | after.scores, after.headline)
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
@@ -10,10 +11,11 @@ from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import Interrupted, UserError
-from finesight.train.checkpoint import Best, Checkpoints
-from finesight.train.finish import RunResult, finish, finished
+from finesight.report.run_page import MOST_ON_THE_WAY
+from finesight.train.checkpoint import Checkpoints
+from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.loader import read_steps
-from finesight.train.measure import measure
+from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
 from finesight.train.report import Reporter, plan_of
@@ -34,6 +36,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     Raises UserError for what the user can mend, before anything is written where possible, and
     Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
     """
+    start = time.perf_counter()
     screen = Screen(console or Console(stderr=True))
     run = Run(recipe.output)
     run.check_free(resume)
@@ -44,6 +47,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             stack.enter_context(run.locked())
         if (result := finished(run)) is not None:
             screen.say(f"{run.folder}: the run has come to its end already")
+            if not run.report.exists():
+                report(run, screen)
             return result
         session = prepare(recipe, run, screen, resume=begun)
         if not begun:
@@ -53,14 +58,16 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         run.forget_after(session.progress.step, session.progress.measured)
+        run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
-        tracks = trackers(recipe, run.folder, screen.say)
+        tracks = trackers(recipe, run.folder, screen.say, session.progress.step)
         for tracker in tracks:
             stack.enter_context(closing(tracker))
         # After the trackers, which may take hold of signals themselves.
-        stop = Stop()
+        stop, reporter = Stop(), Reporter(session, screen, tracks)
+        reporter.started(time.perf_counter() - start)
         with stop.listening():
-            return Loop(session, screen, Reporter(session, screen, tracks), stop).go()
+            return Loop(session, screen, reporter, stop).go()
 
 
 @contextmanager
@@ -90,6 +97,7 @@ class Loop:
         # Without a metric, the held-out loss costs so little that it is had with every checkpoint.
         every = save if evaluation is None else (evaluation.every or 0)
         self.measure_every = in_steps(every, self.total) if session.held_out else 0
+        self.patience = evaluation.patience if evaluation else None
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
 
     def go(self) -> RunResult:
@@ -103,36 +111,40 @@ class Loop:
                 self.measure("before")
             self.steps()
             self.save()
-            if self.session.held_out is not None:
-                self.measure("after")
+            if self.session.held_out is not None and progress.measured < progress.step:
+                self.measure("after" if self.patience is None else f"step-{progress.step}")
         except (Interrupted, WorkerDied) as cause:
             self.reporter.catch_up()
             self.save()
+            report(self.session.run, self.screen, MOST_ON_THE_WAY)
             # A scheduler may send the signal to the workers as well.
             if not self.stop.asked:
                 raise
             raise self.interruption() from cause
-        return finish(self.session, self.screen)
+        return finish(self.session, self.screen, self.checkpoints)
 
     def steps(self) -> None:
-        """Every step that is left, and what falls due between them."""
+        """Every step that is left, until patience ends, and what falls due between them."""
         session, progress = self.session, self.session.progress
         pin = session.machine.device.type == "cuda"
-        self.after_step()
+        if not self.after_step():
+            return
         reading = read_steps(session.data, progress.step, session.machine.workers, pin)
         with closing(reading) as steps, self.reporter.showing(self.total):
             for step in steps:
                 taken = take_step(session, step, self.stop)
                 progress.step += 1
                 self.reporter.take(taken)
-                self.after_step()
+                if not self.after_step():
+                    break
             self.reporter.catch_up()
 
-    def after_step(self) -> None:
-        """Measure, save and stop where it is time to; otherwise do not wait for the device."""
+    def after_step(self) -> bool:
+        """Measure, save and stop where it is time to; otherwise do not wait for the device. False
+        when the patience is at its end."""
         measuring, saving = self.due(self.measure_every), self.due(self.save_every)
         if not (measuring or saving or self.stop.asked):
-            return
+            return True
         self.reporter.catch_up()
         progress = self.session.progress
         if measuring and progress.measured < progress.step:
@@ -141,6 +153,18 @@ class Loop:
             self.save()
         self.stop.check()
         self.reporter.restart_clock()
+        return not (measuring and self.patience_ends())
+
+    def patience_ends(self) -> bool:
+        """Whether as many measurements as the recipe allows have passed without a better headline:
+        a function of what the run has noted, so that a resumed run ends where it would have."""
+        if self.patience is None or waited(history(self.session.run)) < self.patience:
+            return False
+        self.screen.say(
+            f"stopping after step {self.session.progress.step} of {self.total}:"
+            f" {self.patience} measurements without a better score (eval.patience)"
+        )
+        return True
 
     def due(self, every: int) -> bool:
         """Whether the step just finished is one of every so many. After the last step everything
@@ -149,15 +173,18 @@ class Loop:
         return every > 0 and 0 < step < self.total and step % every == 0
 
     def measure(self, name: str) -> None:
-        """Measure and report; a lowest held-out loss between start and end earns a checkpoint."""
+        """Measure and report; the best measurement between start and end earns a checkpoint."""
         progress = self.session.progress
+        start = time.perf_counter()
         measured = measure(self.session, name, self.screen, self.stop)
-        self.reporter.measured(measured)
+        self.reporter.measured(measured, time.perf_counter() - start)
         progress.measured = progress.step
-        lowest = progress.best is None or measured.held_out_loss < progress.best.loss
-        if lowest and 0 < progress.step < self.total:
-            progress.best = Best(step=progress.step, loss=measured.held_out_loss)
+        found = best_of(measured)
+        if found.better_than(progress.best) and 0 < progress.step < self.total:
+            progress.best = found
             self.save()
+        if progress.step < self.total:
+            report(self.session.run, self.screen, MOST_ON_THE_WAY)
 
     def save(self) -> None:
         """A checkpoint of the steps finished so far, unless it is there already."""

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from finesight.errors import UserError
+from finesight.evaluate import own
+from finesight.evaluate.bootstrap import Interval
 from finesight.evaluate.evaluate import evaluate
 from finesight.train.loader import Advance, Dropped, read_steps
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.progress import Screen
+from finesight.train.run import Run
 from finesight.train.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Figures after so many finished steps: loss per learned token in nats, and scores by name
-    where the recipe asks for a metric."""
+    """Figures after so many finished steps: loss per learned token in nats and, where the recipe
+    asks for a metric, scores by name with their intervals and what the task says beyond them."""
 
     step: int
     held_out_loss: float
     scores: dict[str, float]
     headline: str | None
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float | None:
+        """The headline's value."""
+        return None if self.headline is None else self.scores[self.headline]
 
     def as_json(self) -> dict[str, Any]:
         """A line of `metrics.jsonl`."""
@@ -37,6 +48,8 @@ class Measured:
             "held_out_loss": self.held_out_loss,
             "scores": self.scores,
             "headline": self.headline,
+            "intervals": self.intervals,
+            "details": self.details,
         }
 
     @classmethod
@@ -44,7 +57,21 @@ class Measured:
         """The measurement that a line of `metrics.jsonl` holds, if it does."""
         if "held_out_loss" not in line:
             return None
-        return cls(line["step"], line["held_out_loss"], line["scores"], line["headline"])
+        intervals = {name: Interval(*ends) for name, ends in line.get("intervals", {}).items()}
+        figures = line["step"], line["held_out_loss"], line["scores"], line["headline"]
+        return cls(*figures, intervals, line.get("details", {}))
+
+
+def history(run: Run) -> list[Measured]:
+    """The measurements of a run so far, the one before its first step first."""
+    return [m for line in run.history() if (m := Measured.read(line)) is not None]
+
+
+def waited(measured: Sequence[Measured]) -> int:
+    """How many measurements have passed since the headline was last better than ever before."""
+    named = [one for one in measured if one.headline == measured[-1].headline]
+    scores = [one.score for one in named if one.score is not None]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured:
@@ -65,6 +92,7 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
     if settings is None:
         return Measured(step, loss, {}, None)
     samples = [session.held_out.corpus[index] for index in kept[: settings.limit]]
+    metric = own.found(settings.metric, session.run.folder)
     with screen.stage(f"answers {name}", len(samples)) as advance:
 
         def answered(count: int) -> None:
@@ -72,8 +100,10 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
             stop.check()
 
         out = session.run.predictions / f"{name}.jsonl"
-        result = evaluate(session.model, session.renderer, samples, settings, out, answered)
-    return Measured(step, loss, dict(result.scores), result.headline)
+        chosen = settings.model_copy(update={"metric": metric})
+        result = evaluate(session.model, session.renderer, samples, chosen, out, answered)
+    scores, headline = result.scores, result.headline
+    return Measured(step, loss, scores, headline, result.intervals, result.details)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from finesight.data.sample import files_of
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
+from finesight.evaluate import own
+from finesight.evaluate.score import task_of
 from finesight.hub import ModelFolder
 from finesight.infer.load import find_parts, resolve_device, resolve_precision
 from finesight.manifest import MANIFEST, Manifest
@@ -147,19 +149,17 @@ class Session:
             system=self.renderer.system,
             end_token=self.renderer.tokenizer.name_of(self.renderer.end_ids[0]),
             tune=self.recipe.tune,
-            versions={
-                "finesight": _version(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            versions=versions(),
         )
 
 
-def _version() -> str:
+def versions() -> dict[str, str]:
+    """What computes, by name."""
     try:
-        return metadata.version("finesight")
+        own = metadata.version("finesight")
     except metadata.PackageNotFoundError:
-        return "not installed as a package"
+        own = "not installed as a package"
+    return {"finesight": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
@@ -270,6 +270,8 @@ def _texts(
             expected="a JSONL file of held-out samples",
             remedy="set data.eval, for example by `finesight data import --split 0.9`",
         )
+    if recipe.eval is not None:
+        task_of(own.found(recipe.eval.metric, recipe.output))
     train = _surveyed(load_sources(recipe.data.train), recipe, renderer, workers, screen, "train")
     if not recipe.data.eval:
         return train, None

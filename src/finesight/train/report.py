@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finesight.train.measure import Measured, memory_gb
-from finesight.train.prepare import Session
+from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
 from finesight.train.step import Taken, recorded
 from finesight.train.track import Tracker
@@ -47,6 +50,34 @@ class Reporter:
         self._behind: Taken | None = None
         self._view: Steps | None = None
         self._clock = Clock(session.machine.device)
+
+    def started(self, seconds: float) -> None:
+        """Note, for whoever reads the run later, what goes on from here on what and where, and
+        that preparing it took so many seconds."""
+        session, machine = self._session, self._session.machine
+        corpora = {"train": session.train, "eval": session.held_out}
+        figures = {
+            "step": session.progress.step,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "prepared_s": seconds,
+            "steps": len(session.course),
+            "folder": str(Path.cwd()),
+            "device": device_name(machine.device),
+            "precision": machine.precision,
+            "workers": machine.workers,
+            "peak_tflops": machine.peak / 1e12,
+            "versions": versions(),
+            "data": {
+                name: {
+                    "samples": len(texts.survey.kept),
+                    "tokens": texts.survey.tokens,
+                    "fingerprint": texts.corpus.fingerprint,
+                }
+                for name, texts in corpora.items()
+                if texts is not None
+            },
+        }
+        session.run.note(figures)
 
     @contextmanager
     def showing(self, total: int) -> Iterator[None]:
@@ -110,14 +141,17 @@ class Reporter:
             "memory_gb": memory_gb(session.machine.device),
         }
 
-    def measured(self, measured: Measured) -> None:
-        """Report a measurement."""
-        self._session.run.note(measured.as_json())
+    def measured(self, measured: Measured, seconds: float) -> None:
+        """Report a measurement that took so many seconds."""
+        self._session.run.note(measured.as_json() | {"seconds": seconds})
         figures = {"held_out_loss": measured.held_out_loss} | {
             f"scores/{name}": value for name, value in measured.scores.items()
         }
         self._track(measured.step, figures)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.scores.items())
+        if measured.headline in measured.intervals:
+            low, high = measured.intervals[measured.headline]
+            shown += f"  ({measured.headline}: 95 % interval {low:.4f} to {high:.4f})"
         self._screen.say(
             f"after {measured.step} steps: held-out loss {measured.held_out_loss:.4f}  {shown}"
         )
@@ -125,6 +159,13 @@ class Reporter:
     def _track(self, step: int, figures: dict[str, float]) -> None:
         for tracker in self._tracks:
             tracker.log(step, figures)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, as its maker calls it where that can be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def plan_of(session: Session) -> str:

@@ -12,12 +12,21 @@ from typing import Any
 
 from finesight.config import Recipe
 from finesight.errors import UserError
+from finesight.evaluate import own
 from finesight.manifest import MANIFEST, Manifest
 from finesight.recipe import dump_recipe
+from finesight.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    DROPPED,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    RECIPE,
+    REPORT,
+    RESULT,
+)
 from finesight.storage import append_line, cut_file, explained, make_folder, sweep, write_file
-
-RECIPE, METRICS, MOVED = "recipe.yaml", "metrics.jsonl", "moved.json"
-DROPPED, RESULT = "dropped.jsonl", "result.json"
 
 
 class Run:
@@ -25,11 +34,12 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.checkpoints = folder / "checkpoints"
-        self.predictions = folder / "predictions"
-        self.adapter = folder / "adapter"
-        self.model = folder / "model"
+        self.checkpoints = folder / CHECKPOINTS
+        self.predictions = folder / PREDICTIONS
+        self.adapter = folder / ADAPTER
+        self.model = folder / MODEL
         self.metrics = folder / METRICS
+        self.report = folder / REPORT
 
     @property
     def begun(self) -> bool:
@@ -94,6 +104,12 @@ class Run:
         sweep(self.folder)
         write_file(self.folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
         write_file(self.folder / RECIPE, dump_recipe(recipe).encode())
+
+    def keep_metric(self, recipe: Recipe) -> None:
+        """Put a copy of the recipe's own metric, if it has one, beside it."""
+        place = own.split(recipe.eval.metric) if recipe.eval else None
+        if place is not None and place[0].is_file():
+            write_file(self.folder / own.COPY, place[0].read_bytes())
 
     def note(self, figures: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""

@@ -1,0 +1,1 @@
+"""Pages to look at: samples as the model sees them, findings, runs."""

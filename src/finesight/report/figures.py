@@ -1,0 +1,197 @@
+"""Metrics before and after: how much each moved, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finesight.evaluate.compare import Difference, unsampled
+from finesight.evaluate.score import LOWER_IS_BETTER
+from finesight.report.record import Line
+
+Verdict = Literal["better", "worse", "unsure", "same", ""]
+
+WORDS: dict[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "unsure": "no clear change",
+    "same": "no change",
+    "": "",
+}
+
+LOSS = "held_out_loss"
+
+MEANINGS = {
+    LOSS: "surprise at the right answers, in nats per token",
+    "similarity": "share of a text that need not be edited",
+    "exact": "answers that are right throughout",
+    "exact_folded": "the same, whatever the case and width of letters",
+    "edit_distance": "tokens to edit in an answer",
+    "cer": "characters to edit, over those of the right texts",
+    "wer": "words to edit, over those of the right texts",
+    "rendered": "formulas that look right when drawn",
+    "rendered_share": "pairs of formulas that could be drawn",
+    "stopped": "answers that ended by themselves",
+    "accuracy": "answers that name the right class",
+    "accuracy_at_0.5": "boxes that overlap the right ones by half or more",
+    "accuracy_at_0.75": "boxes that overlap the right ones by three quarters or more",
+    "mean_iou": "overlap with the right boxes",
+    "parse_rate": "answers that could be read",
+    "anls": "likeness to the right text, 0 where it is below a half",
+    "cider_d": "agreement with people's captions, rare words counting more",
+    "rouge_l": "longest common sequence of words",
+}
+"""What figures say, where their names do not."""
+
+Ends = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric: its value before and after with 95 % intervals, the difference with its own, and
+    what that means. What is not known is None."""
+
+    name: str
+    headline: bool
+    lower: bool
+    before: float | None
+    before_ends: Ends | None
+    after: float | None
+    after_ends: Ends | None
+    difference: Difference | None
+
+    @property
+    def change_ends(self) -> Ends | None:
+        """The 95 % interval of the difference."""
+        one = self.difference
+        return None if one is None or one.low is None or one.high is None else (one.low, one.high)
+
+    @property
+    def change(self) -> float | None:
+        """After less before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def verdict(self) -> Verdict:
+        """As the comparison of both measurements has it."""
+        if self.difference is None:
+            return ""
+        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
+            return "same"
+        told = self.difference.verdict
+        return told if told in ("better", "worse") else "unsure"
+
+    @property
+    def meaning(self) -> str:
+        """What the figure says, and which way is up."""
+        up = "lower is better" if self.lower else "higher is better"
+        return f"{MEANINGS[self.name]}; {up}" if self.name in MEANINGS else up
+
+    @property
+    def words(self) -> str:
+        """The verdict in words."""
+        return WORDS[self.verdict]
+
+
+def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> list[Row]:
+    """All figures of no measurement, one or two, the headline first and the loss last. What
+    `differences` does not know is told by the figures alone."""
+    if not measured:
+        return []
+    before, after = measured[0], measured[1] if len(measured) > 1 else {}
+    old, new = figures_of(before), figures_of(after)
+    headline = (after or before).get("headline")
+    order = [*([headline] if headline else []), *old, *new]
+    names = [name for name in dict.fromkeys(order) if name != LOSS]
+    found = []
+    for name in (*names, LOSS):
+        then, now = old.get(name), new.get(name)
+        difference = differences.get(name)
+        if difference is None and then is not None and now is not None:
+            difference = unsampled(name, then, now)
+        ends = [interval_of(line, name) for line in (before, after)]
+        found.append(
+            Row(
+                name,
+                name == headline,
+                name in LOWER_IS_BETTER,
+                then,
+                ends[0],
+                now,
+                ends[1],
+                difference,
+            )
+        )
+    return found
+
+
+def figures_of(line: Line) -> dict[str, float]:
+    """All figures of a measurement that are finite numbers, its loss among them."""
+    scores = line.get("scores")
+    both = {**(scores if isinstance(scores, dict) else {}), LOSS: line.get(LOSS)}
+    return {
+        str(name): float(value)
+        for name, value in both.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def interval_of(line: Line, name: str) -> Ends | None:
+    """The 95 % interval that a measurement has for one of its figures."""
+    intervals = line.get("intervals")
+    return ends_of(intervals.get(name)) if isinstance(intervals, dict) else None
+
+
+def ends_of(content: object) -> Ends | None:
+    """Two finite numbers as JSON holds them."""
+    if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 2:
+        return None
+    low, high = content
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high)):
+        return None
+    return float(low), float(high)
+
+
+def sentence(row: Row) -> str:
+    """What became of a figure, and how sure that is."""
+    name = row.name.replace("_", " ")
+    if row.change is None:
+        return f"The {name} was measured once: there is nothing yet to compare it with."
+    if row.change == 0:
+        return f"The {name} is what it was."
+    moved = f"The {name} {'rose' if row.change > 0 else 'fell'} by {plain(abs(row.change))}"
+    if row.change_ends is None:
+        return f"{moved}. How much of that is chance is not known."
+    ends = signed_between(row.change_ends)
+    chance = "more than chance explains"
+    if row.verdict == "unsure":
+        clear = row.change_ends[0] > 0 or row.change_ends[1] < 0
+        chance = "on too few samples to be sure" if clear else "which may be chance"
+    return f"{moved}, {chance}: the 95 % interval of the difference is {ends}."
+
+
+def plain(value: float) -> str:
+    """A figure with as many digits as its neighbours have."""
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{'−' if value < 0 else '+'}{plain(abs(value))}"
+
+
+def signed_between(ends: Ends) -> str:
+    """An interval of a difference."""
+    return " to ".join(f"{'−' if end < 0 else '+'}{short(abs(end))}" for end in ends)
+
+
+def between(ends: Ends | None) -> str:
+    """An interval of a figure."""
+    return "" if ends is None else f"{short(ends[0])} to {short(ends[1])}"
+
+
+def short(value: float) -> str:
+    """A figure with the digits that the ends of an interval deserve."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

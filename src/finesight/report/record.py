@@ -1,0 +1,165 @@
+"""A run folder as it is found: whole, still growing, interrupted, or written by an older version.
+
+Nothing here is taken for granted but the manifest: what is missing is None or empty, and what
+cannot be read is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finesight import run_folder as names
+from finesight.errors import UserError
+from finesight.manifest import MANIFEST
+from finesight.storage import DIGESTS
+
+Line = dict[str, Any]
+"""A JSON object: of one step, of one measurement, of one answer."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says.
+
+    `steps`, `measured` and `starts` are the lines of `metrics.jsonl` that speak of a step, of a
+    measurement, and of a process that began or went on. `weights` are digests by file, `identity`
+    the fingerprints that the newest checkpoint keeps. `unreadable` names files that are damaged.
+    """
+
+    folder: Path
+    recipe: Line
+    recipe_text: str
+    manifest: Line
+    steps: list[Line]
+    measured: list[Line]
+    starts: list[Line]
+    dropped: list[Line]
+    moved: list[Line] | None
+    result: Line | None
+    weights: dict[str, str]
+    identity: Line
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[Path]:
+        """Files of answers, in the order in which they were made: of the first measurement, then
+        of those on the way, then of the last."""
+        folder = self.folder / names.PREDICTIONS
+        paths = {path.stem: path for path in folder.glob("*.jsonl")}
+        numbers = {name: name.removeprefix("step-") for name in paths}
+        between = sorted((int(n), name) for name, n in numbers.items() if n.isdecimal())
+        order = ["before", *(name for _, name in between), "after"]
+        return [paths[name] for name in order if name in paths]
+
+
+def read_record(folder: Path) -> Record:
+    """The run in `folder`. Raises UserError when there is none."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} is not the folder of a run",
+            where="finesight report",
+            expected=f"a folder with {MANIFEST}, as `finesight train` writes it",
+            remedy="give the run's output folder",
+        )
+    reader = _Reader(folder)
+    lines = list(reader.lines(names.METRICS))
+    moved = reader.json(names.MOVED)
+    text = reader.text(names.RECIPE) or ""
+    return Record(
+        folder=folder,
+        recipe=reader.yaml(text),
+        recipe_text=text,
+        manifest=_object(reader.json(MANIFEST)),
+        steps=[line for line in lines if "seconds" in line and "loss" in line],
+        measured=[line for line in lines if "held_out_loss" in line],
+        starts=[line for line in lines if "started" in line],
+        dropped=list(reader.lines(names.DROPPED)),
+        moved=[_object(row) for row in moved] if isinstance(moved, list) else None,
+        result=_object(reader.json(names.RESULT)) or None,
+        weights=reader.weights(),
+        identity=reader.identity(),
+        unreadable=reader.unreadable,
+    )
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Objects of a JSON Lines file up to the first line that is torn, as the last one of a run
+    that goes on or crashed may be."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                return
+            if not isinstance(content, dict):
+                return
+            yield content
+
+
+def _object(content: object) -> Line:
+    return content if isinstance(content, dict) else {}
+
+
+class _Reader:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.unreadable: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        path = self._folder / name
+        if not path.is_file():
+            return None
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            self.unreadable.append(name)
+            return None
+
+    def json(self, name: str) -> object:
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError:
+            self.unreadable.append(name)
+            return None
+
+    def yaml(self, text: str) -> Line:
+        try:
+            return _object(yaml.safe_load(text))
+        except yaml.YAMLError:
+            self.unreadable.append(names.RECIPE)
+            return {}
+
+    def lines(self, name: str) -> Iterator[Line]:
+        path = self._folder / name
+        return read_lines(path) if path.is_file() else iter(())
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of the trained weights, by their path in the run's folder."""
+        found: dict[str, str] = {}
+        for part in (names.ADAPTER, names.MODEL):
+            digests = _object(self.json(f"{part}/{DIGESTS}"))
+            found |= {
+                f"{part}/{name}": str(value)
+                for name, value in digests.items()
+                if name.endswith(".safetensors")
+            }
+        return found
+
+    def identity(self) -> Line:
+        """What the newest checkpoint says of data and base."""
+        checkpoints = self._folder / names.CHECKPOINTS
+        numbers = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
+        steps = sorted(int(number) for number in numbers if number.isdecimal())
+        if not steps:
+            return {}
+        state = _object(self.json(f"{names.CHECKPOINTS}/step-{steps[-1]}/state.json"))
+        return _object(state.get("identity"))

@@ -1,0 +1,251 @@
+/* ---- curves: values where somebody points, or moves with the arrow keys ----------------------- */
+
+const AREA = {left: 46, right: 390, top: 10, bottom: 196};
+
+function readable(figure, chart) {
+  const drawing = figure.querySelector("svg");
+  const pointer = figure.querySelector(".pointer");
+  const readout = figure.querySelector(".readout");
+  const steps = [...new Set(chart.series.flatMap(({points}) => points.map(([x]) => x)))]
+    .sort((a, b) => a - b);
+  const across = (x) =>
+    AREA.left + (x - chart.x[0]) / (chart.x[1] - chart.x[0]) * (AREA.right - AREA.left);
+  const up = (y) =>
+    AREA.bottom - (y - chart.y[0]) / (chart.y[1] - chart.y[0]) * (AREA.bottom - AREA.top);
+  let at = null;
+
+  const show = (index) => {
+    at = Math.max(0, Math.min(index, steps.length - 1));
+    const step = steps[at];
+    const marks = [make("svg:path", {d: `M${across(step)} ${AREA.top}V${AREA.bottom}`})];
+    const words = [`step ${step.toLocaleString("en")}`];
+    for (const {name, points} of chart.series) {
+      const [x, y, text] = points[nearest(points.map(([x]) => x), step)];
+      marks.push(make("svg:circle", {cx: across(x), cy: up(y), r: 3.6}));
+      words.push(x === step ? `${name} ${text}` : `${name} ${text} (step ${x})`);
+    }
+    pointer.replaceChildren(...marks);
+    pointer.removeAttribute("hidden");
+    readout.textContent = words.join(" · ");
+  };
+  const hide = () => {
+    at = null;
+    pointer.setAttribute("hidden", "");
+    readout.textContent = "";
+  };
+  drawing.addEventListener("pointermove", (event) => {
+    const frame = drawing.getBoundingClientRect();
+    const x = (event.clientX - frame.left) / frame.width * 400;
+    const share = (x - AREA.left) / (AREA.right - AREA.left);
+    show(nearest(steps, chart.x[0] + share * (chart.x[1] - chart.x[0])));
+  });
+  drawing.addEventListener("pointerleave", hide);
+  drawing.addEventListener("blur", hide);
+  drawing.addEventListener("keydown", (event) => {
+    const by = {ArrowRight: 1, ArrowLeft: -1, PageUp: 50, PageDown: -50}[event.key];
+    const to = {Home: 0, End: steps.length - 1}[event.key];
+    if (by === undefined && to === undefined) return;
+    event.preventDefault();
+    show(to !== undefined ? to : at === null ? (by > 0 ? 0 : steps.length - 1) : at + by);
+  });
+}
+
+/* The index of the value in an ordered list that is nearest to `wanted`. */
+function nearest(values, wanted) {
+  let low = 0;
+  let high = values.length - 1;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (values[middle] < wanted) low = middle; else high = middle;
+  }
+  return Math.abs(values[low] - wanted) <= Math.abs(values[high] - wanted) ? low : high;
+}
+
+/* ---- examples --------------------------------------------------------------------------------- */
+
+const KIND_WORDS = DATA.measurements.length > 1
+  ? {better: "got better", worse: "got worse", wrong: "stayed wrong", right: "stayed right"}
+  : {better: "", worse: "", wrong: "wrong", right: "right"};
+const CHIPS = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
+
+function drawExample(example) {
+  const pictures = example.pictures.map((number) => DATA.pictures[number]);
+  const change = example.change
+    ? ` ${example.change > 0 ? "+" : "\u2212"}${Math.abs(example.change)} ${DATA.figure}` : "";
+  const card = make("article", {class: pictures.length ? "example seen" : "example"},
+    make("header", {},
+      make("span", {class: `chip ${CHIPS[example.kind]}`}, KIND_WORDS[example.kind]),
+      make("span", {class: "soft small"}, change),
+      make("span", {class: "soft small mono id"}, example.id)));
+  if (pictures.length) {
+    card.append(make("div", {},
+      ...pictures.map((picture, number) => drawnPicture(picture, number, example))));
+  }
+  card.append(make("div", {},
+    make("h3", {class: "question"}, example.question || "(no question)"),
+    make("div", {class: "answers"}, ...answersOf(example))));
+  return card;
+}
+
+function drawnPicture(picture, number, example) {
+  const name = picture.path.split("/").pop();
+  if (picture.problem) {
+    return make("p", {class: "missing small"}, `${picture.path}: ${picture.problem}`);
+  }
+  const boxes = [];
+  const several = example.pictures.length > 1;
+  /* With one box asked for and one answered, a label would only hide the picture. */
+  const named = [example, example.before, example.after].some((one) => one?.boxes.length > 1);
+  for (const [kind, found] of [["before", example.before?.boxes], ["after", example.after?.boxes],
+                               ["truth", example.boxes]]) {
+    for (const box of found || []) {
+      if (!several || box.image === number) {
+        boxes.push({...box, kind, label: named && kind !== "truth" ? box.label : ""});
+      }
+    }
+  }
+  const figure = drawPicture(picture, boxes, name);
+  figure.title = picture.path;
+  figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
+  return figure;
+}
+
+function answersOf(example) {
+  const [first, last] = DATA.measurements;
+  const right = example.right;
+  const rows = [];
+  if (right.length || example.boxes.length) {
+    const title = right.length > 1 ? "right answers" : "right answer";
+    rows.push(answerRow("truth", title, right.join("\n"), example.formula, example.boxes));
+  }
+  for (const [kind, answer, name] of [["before", example.before, first],
+                                      ["after", example.after, last || first]]) {
+    if (!answer) continue;
+    const scores = Object.entries(answer.scores).map(([key, value]) => `${key} ${value}`);
+    if (!answer.stopped) scores.push(`cut off after ${answer.tokens} tokens`);
+    rows.push(answerRow(kind, name, answer.text, answer.formula, answer.boxes,
+      scores.join(" · "), right.length === 1 ? right[0] : null));
+  }
+  return rows;
+}
+
+function answerRow(kind, title, text, formula, boxes, score = "", right = null) {
+  const row = make("section", {class: `answer ${kind}`},
+    make("h4", {}, title, make("span", {class: "score"}, score)));
+  if (formula) row.append(make("div", {class: "formula"}, built(formula)));
+  const source = make("p", {class: formula || boxes.length ? "text mono" : "text"});
+  if (right === null || right === text) source.append(text);
+  else source.append(...marked(text, right));
+  if (text || !boxes.length) row.append(source);
+  if (boxes.length) {
+    row.append(make("ul", {}, ...boxes.map(({label, xyxy}) => make("li", {},
+      `${label || "box"}: ${xyxy.map((corner) => Math.round(corner * 10) / 10).join(", ")}`))));
+  }
+  return row;
+}
+
+/* A formula from its tree: [name, attributes, ...texts and trees]. */
+function built([name, attributes, ...children]) {
+  return make(`math:${name}`, attributes,
+    ...children.map((child) => typeof child === "string" ? child : built(child)));
+}
+
+/* The text with what differs from the right one marked: superfluous pieces and gaps. By the
+   longest common subsequence of words; long texts stay as they are. */
+function marked(text, right) {
+  const split = (words) => words.match(/(?:\\[A-Za-z]+|[\p{L}\p{N}]+|\s|.)\s*/gsu) || [];
+  const said = split(text);
+  const truth = split(right);
+  const same = (i, j) => said[i].trim() === truth[j].trim();
+  if (said.length * truth.length > 250000) return [text];
+  const length = said.map(() => new Uint16Array(truth.length + 1));
+  length.push(new Uint16Array(truth.length + 1));
+  for (let i = said.length - 1; i >= 0; i -= 1) {
+    for (let j = truth.length - 1; j >= 0; j -= 1) {
+      length[i][j] = same(i, j)
+        ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+    }
+  }
+  /* Where next to nothing agrees, marks say nothing. */
+  if (length[0][0] < 0.4 * Math.max(said.length, truth.length)) return [text];
+  const pieces = [];
+  const add = (kind, piece) => {
+    const last = pieces[pieces.length - 1];
+    if (last && last.kind === kind) last.text += piece; else pieces.push({kind, text: piece});
+  };
+  let i = 0;
+  let j = 0;
+  while (i < said.length || j < truth.length) {
+    if (i < said.length && j < truth.length && same(i, j)) {
+      add("", said[i]);
+      i += 1;
+      j += 1;
+    } else if (j >= truth.length || (i < said.length && length[i + 1][j] >= length[i][j + 1])) {
+      add("ins", said[i]);
+      i += 1;
+    } else {
+      add("del", truth[j]);
+      j += 1;
+    }
+  }
+  return pieces.map(({kind, text: piece}) => {
+    if (!kind) return piece;
+    if (kind === "ins") return make("ins", {title: "not in the right answer"}, piece);
+    return make("del", {title: `missing: ${piece}`, "aria-label": `missing: ${piece}`}, "‸");
+  });
+}
+
+/* What a search looks at, in lower case, made when it is first needed. */
+function wordsOf(example) {
+  example.words ||= [example.id, example.question, ...example.right,
+    example.before?.text, example.after?.text,
+    ...example.pictures.map((number) => DATA.pictures[number].path),
+    ...[example, example.before, example.after].flatMap(
+      (one) => (one?.boxes || []).map(({label}) => label)),
+  ].join("\n").toLowerCase();
+  return example.words;
+}
+
+function startExamples() {
+  const buttons = [...document.querySelectorAll(".chips button")];
+  const search = byId("search");
+  let kind = "";
+  let step = () => {};
+  const refresh = () => {
+    const wanted = search.value.trim().toLowerCase();
+    const found = DATA.examples.filter((example) =>
+      (!kind || example.kind === kind) && (!wanted || wordsOf(example).includes(wanted)));
+    for (const button of buttons) {
+      button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
+    }
+    byId("found").textContent = kind || wanted ? `${found.length} found` : "";
+    step = feed(byId("feed"), found, drawExample, 20);
+  };
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      kind = button.dataset.kind;
+      refresh();
+    });
+  }
+  search.addEventListener("input", refresh);
+  search.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") search.blur();
+  });
+  onMove((by) => step(by));
+  byId("feed").addEventListener("keydown", (event) => {
+    const card = event.target.matches("li") && event.target.querySelector(".example");
+    if (card && event.key === "Enter") card.classList.toggle("wide");
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "/" && !event.target.closest("input, select, textarea")) {
+      event.preventDefault();
+      search.focus();
+    }
+  });
+  refresh();
+}
+
+document.querySelectorAll("[data-chart]").forEach((figure) => {
+  readable(figure, DATA.charts[figure.dataset.chart]);
+});
+if (byId("feed")) startExamples();

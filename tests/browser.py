@@ -1,0 +1,172 @@
+"""Pages opened in a headless Chromium, and what happened to them there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PHONE, DESK = 390, 1440
+"""The widths in CSS pixels at which every page must be readable."""
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    "<!--<script>alert(3)</script>-->",
+    "<SCRIPT SRC=data:text/javascript,alert(4)></SCRIPT>",
+    "</title><script>alert(5)</script>",
+    "</style><script>alert(6)</script>",
+    "</textarea><script>alert(7)</script>",
+    "<img src=x onerror=alert(8)>",
+    '"><img src=x onerror=alert(9)>',
+    "'><img src=x onerror='alert(10)'>",
+    '" autofocus tabindex=0 onfocus="alert(11)',
+    "' onmouseover='alert(12)",
+    "<svg onload=alert(13)>",
+    "<svg><script>alert(14)</script></svg>",
+    "<svg><animate onbegin=alert(15) attributeName=x dur=1s>",
+    "<math><mtext><img src=x onerror=alert(16)></mtext></math>",
+    "<body onload=alert(17)>",
+    "<input autofocus onfocus=alert(18)>",
+    "<details open ontoggle=alert(19)>",
+    "<video><source onerror=alert(20)></video>",
+    "<audio src=x onerror=alert(21)>",
+    "<iframe src=javascript:alert(22)>",
+    "<iframe srcdoc='<script>alert(23)</script>'>",
+    "<a href=javascript:alert(24)>x</a>",
+    "javascript:alert(25)",
+    "<form action=javascript:alert(26)><button>x</button></form>",
+    "<object data=data:text/html,<script>alert(27)</script>>",
+    "<embed src=javascript:alert(28)>",
+    "<meta http-equiv=refresh content='0;url=javascript:alert(29)'>",
+    "<style>@import 'javascript:alert(30)';</style>",
+    "{{ 7 * 7 }}{% raw %}${alert(31)}",
+    "\u2028\u2029\\u003cscript\\u003ealert(32)",
+)
+"""Texts that run a script, or try to, wherever a page takes them for more than text."""
+
+COUNTING = "window.alert = (number) => top.ran.push(number); if (top === window) window.ran = [];"
+
+
+PAINTED = """return new Promise((resolve) =>
+  requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))));"""
+
+NAMELESS = """
+const named = (at) => at.getAttribute("aria-label") || at.textContent.trim() || at.labels?.length;
+const found = [...document.querySelectorAll("button, summary, a")].filter((at) => !named(at));
+found.push(...[...document.querySelectorAll("img")].filter((at) => !at.alt));
+found.push(...[...document.querySelectorAll("select, input, textarea, [role=region]")].filter(
+  (at) => !at.getAttribute("aria-label") && !at.labels?.length));
+found.push(...[...document.querySelectorAll("[tabindex='0']")].filter((at) => !named(at)));
+let level = 0;
+for (const heading of document.querySelectorAll("h1, h2, h3, h4, h5, h6")) {
+  if (Number(heading.tagName[1]) > level + 1) found.push(heading);
+  level = Number(heading.tagName[1]);
+}
+if (document.querySelectorAll("h1").length !== 1) found.push(document.body);
+if (!document.documentElement.lang || !document.title) found.push(document.documentElement);
+return found.map((at) => at.outerHTML.slice(0, 120));
+"""
+
+NAMED_KEYS: dict[str, dict[str, Any]] = {
+    "Enter": {"text": "\r", "windowsVirtualKeyCode": 13},
+    "Tab": {"windowsVirtualKeyCode": 9},
+}
+
+
+class Browser:
+    """A Chromium that opens local files and remembers their messages and requests."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self._tell("Page.addScriptToEvaluateOnNewDocument", {"source": COUNTING})
+
+    def open(self, page: Path, width: int = DESK, height: int = 900, *, dark: bool = False) -> None:
+        """Open a file at that width, on a screen that asks for a light or a dark page."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._tell("Emulation.setDeviceMetricsOverride", screen)
+        self._tell("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get("about:blank")
+        self.messages(), self.requests()
+        self.driver.get(page.as_uri())
+        self.run(PAINTED)  # keys that come before a page is painted are dropped
+
+    def settle(self) -> None:
+        """Wait until what a script has just begun, or an address that failed, has had its time."""
+        self.run("return new Promise((resolve) => setTimeout(resolve, 200));")
+
+    def run(self, script: str) -> Any:
+        """The value of a function's body, run in the page."""
+        return self.driver.execute_script(script)
+
+    def press(self, *keys: str) -> None:
+        """Press and release keys, by their names in JavaScript, wherever the focus is."""
+        for key in keys:
+            text = {"text": key} if len(key) == 1 else NAMED_KEYS.get(key, {})
+            self._tell("Input.dispatchKeyEvent", {"type": "keyDown", "key": key, **text})
+            self._tell("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
+
+    def ran(self) -> list[int]:
+        """The numbers of the PAYLOADS that ran in the page that is open."""
+        return [int(number) for number in self.run("return window.ran;")]
+
+    def messages(self) -> list[str]:
+        """What the console has said since it was last asked: errors, warnings and the rest."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> list[str]:
+        """The addresses that were asked for since this was last asked, but for data: ones."""
+        entries = [json.loads(entry["message"]) for entry in self.driver.get_log("performance")]
+        sent = [
+            entry["message"]["params"]["request"]["url"]
+            for entry in entries
+            if entry["message"]["method"] == "Network.requestWillBeSent"
+        ]
+        return [url for url in sent if not url.startswith(("data:", "about:"))]
+
+    def overflow(self) -> int:
+        """By how many pixels the page is wider than its window: sideways scrolling."""
+        return int(
+            self.run(
+                "const page = document.documentElement;"
+                " return Math.max(page.scrollWidth, document.body.scrollWidth) - page.clientWidth;"
+            )
+        )
+
+    def nameless(self) -> list[str]:
+        """What someone who does not see the page could not name: pictures, buttons, fields and
+        boxes that scroll without a name, and headings that leave out a level."""
+        return [str(found) for found in self.run(NAMELESS)]
+
+    def picture(self, file: Path) -> None:
+        """Save what is seen as a PNG."""
+        file.write_bytes(self.driver.get_screenshot_as_png())
+
+    def _tell(self, command: str, parameters: dict[str, Any]) -> None:
+        self.driver.execute_cdp_cmd(command, parameters)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser for the length of the block; skips the test where there is none."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium and chromedriver on the search path")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    started = webdriver.Chrome(options=options, service=service)
+    try:
+        yield Browser(started)
+    finally:
+        started.quit()

@@ -17,27 +17,34 @@ import pages  # noqa: E402 (found by the line above)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_tree_in_the_readme_is_that_of_the_files():
-    assert pages.with_tree(README) == README, "run: python tools/pages.py"
+@pytest.fixture(scope="module")
+def made() -> dict[Path, str]:
+    return pages.pages()
 
 
-def test_every_file_of_the_package_is_in_the_tree_with_a_line():
-    lines = pages.tree().splitlines()
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/files.md", "docs/commands.md"])
+def test_pages_are_as_the_code_says(made: dict[Path, str], name: str) -> None:
+    pinned = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None, "constraints.txt does not pin typer"
+    if name == "docs/commands.md" and importlib.metadata.version("typer") != pinned[1]:
+        pytest.skip(f"help looks as typer {pinned[1]} prints it")
+    assert made[ROOT / name] == (ROOT / name).read_text("utf-8"), "run: python tools/pages.py"
+
+
+def test_every_file_of_the_package_is_listed_with_a_line() -> None:
+    lines = pages.tree(whole=True).splitlines()
     for path in (ROOT / "src" / "finesight").rglob("*.py"):
         if path.name != "__init__.py":
             assert any(re.match(rf"\s+{path.name}\s+\S", line) for line in lines), path
 
 
-def test_page_of_commands_is_what_they_print():
-    pinned = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned is not None, "constraints.txt does not pin typer"
-    if importlib.metadata.version("typer") != pinned[1]:
-        pytest.skip(f"help looks as typer {pinned[1]} prints it")
-    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert pages.commands() == page, "run: python tools/pages.py"
+def test_every_area_is_in_the_readme_with_a_line() -> None:
+    for path in (ROOT / "src" / "finesight").iterdir():
+        if (path / "__init__.py").exists():
+            assert re.search(rf"^  {path.name}/\s+\S", README, re.MULTILINE), path
 
 
-def test_every_command_is_on_the_page():
+def test_every_command_is_on_the_page() -> None:
     from finesight.cli.app import app, data
 
     registered = [*app.registered_commands, *data.registered_commands]
@@ -48,12 +55,12 @@ def test_every_command_is_on_the_page():
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_commands_named_in_the_readme_exist():
+def test_commands_named_in_the_readme_exist() -> None:
     named = set(re.findall(r"finesight (data \w+|[a-z]+)", "\n".join(_code(README))))
     assert named <= set(pages.COMMANDS), f"unknown: {named - set(pages.COMMANDS)}"
 
@@ -64,7 +71,7 @@ def _code(text: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def test_recipes_named_on_the_pages_exist():
+def test_recipes_named_on_the_pages_exist() -> None:
     pages_text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
     named = set(re.findall(r"recipes/\w+\.yaml", pages_text + README))
     assert named, "the pages name no recipe"

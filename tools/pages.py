@@ -1,6 +1,6 @@
-"""Writes what can be read off the code: the file tree in README.md and docs/commands.md.
+"""Writes what can be read off the code: trees of files, the commands, and tables in docs/data.md.
 
-`python tools/pages.py` writes both; tests/test_pages.py fails while one is out of date.
+`python tools/pages.py` writes all of it; tests/test_pages.py fails while one page is out of date.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- tree: made by tools/pages.py -->\n", "<!-- end of tree -->\n"
+from finesight.check.findings import FAULTS
+from finesight.data.formats import FORMATS
 
-COMMANDS = ("", "quickstart", "data import", "data show", "train", "eval", "predict", "merge")
+ROOT = Path(__file__).resolve().parents[1]
+
+COMMANDS = (
+    *("", "quickstart", "data import", "data check", "data show", "data export", "data migrate"),
+    *("train", "report", "eval", "predict", "merge"),
+)
 
 FOLDERS = {
+    "tools": "What holds the project to its own rules.",
+    "benchmarks": "Measurements, their results, and what they say.",
     "tests": "Tests: tests/AREA/test_x.py is about src/finesight/AREA/x.py.",
     "tests/invariants": "Equalities: packed = alone, resumed = uninterrupted, and so on.",
 }
@@ -32,20 +39,21 @@ PAGES = {
 }
 
 
-def tree() -> str:
-    """A line for each file: its name, and the first sentence of what it says of itself."""
+def tree(whole: bool) -> str:
+    """A line for each file, or each area: its name, and the first sentence of what it says of
+    itself."""
     rows = [("src/finesight/", "")]
-    rows += _folder(ROOT / "src" / "finesight", 1)
+    rows += _folder(ROOT / "src" / "finesight", 1, whole)
     for folder in ("tools", "benchmarks"):
-        rows.append((f"{folder}/", ""))
-        rows += _folder(ROOT / folder, 1)
-    rows += [(f"{name}/", text) for name, text in FOLDERS.items()]
+        rows.append((f"{folder}/", FOLDERS[folder]))
+        rows += _folder(ROOT / folder, 1, whole) if whole else []
+    rows += [(f"{name}/", text) for name, text in FOLDERS.items() if name.startswith("tests")]
     rows += [(f"{name}/" if (ROOT / name).is_dir() else name, text) for name, text in PAGES.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
 
 
-def _folder(folder: Path, depth: int) -> list[tuple[str, str]]:
+def _folder(folder: Path, depth: int, whole: bool) -> list[tuple[str, str]]:
     rows = []
     indent = "  " * depth
     for path in sorted(folder.iterdir(), key=lambda p: (p.is_dir(), p.name)):
@@ -53,8 +61,8 @@ def _folder(folder: Path, depth: int) -> list[tuple[str, str]]:
             rows.append((f"{indent}{path.name}", _first_sentence(path)))
         elif path.is_dir() and list(path.glob("*.py")):
             about = path / "__init__.py"
-            rows.append((f"{indent}{path.name}/", _first_sentence(about) if about.exists() else ""))
-            rows += _folder(path, depth + 1)
+            rows.append((f"{indent}{path.name}/", _first_sentence(about)))
+            rows += _folder(path, depth + 1, whole) if whole else []
     return rows
 
 
@@ -89,19 +97,53 @@ def _help(name: str) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
-def with_tree(readme: str) -> str:
-    """The README with the tree between its marks renewed."""
-    before, _, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"README.md lacks {BEGIN.strip()} or {END.strip()}"
-    return f"{before}{BEGIN}```\n{tree()}\n```\n{END}{after}"
+def files() -> str:
+    """docs/files.md."""
+    return f"# The files\n\nMade by `python tools/pages.py`.\n\n```\n{tree(whole=True)}\n```\n"
+
+
+def formats() -> str:
+    """Every format, in the order in which they are tried."""
+    rows = [f"| `{form.name}` | {_cell(form.looks)} |" for form in FORMATS]
+    return "\n".join(["| format | looks like |", "|---|---|", *rows])
+
+
+def faults() -> str:
+    """Every fault that `data check` knows."""
+    rows = [f"| `{code}` | {severity} | {words} |" for code, (severity, words) in FAULTS.items()]
+    return "\n".join(["| fault | severity | what it is |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\\n", " ")
+
+
+def renewed(page: str, name: str, content: str) -> str:
+    """The page with what stands between its marks of that name replaced."""
+    begin, end = f"<!-- {name}: made by tools/pages.py -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    assert found and ended, f"the page lacks {begin.strip()} or {end.strip()}"
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every page as it should be."""
+    readme, data = ROOT / "README.md", ROOT / "docs" / "data.md"
+    short = f"```\n{tree(whole=False)}\n```"
+    tables = renewed(data.read_text(encoding="utf-8"), "formats", formats())
+    return {
+        readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
+        data: renewed(tables, "faults", faults()),
+        ROOT / "docs" / "files.md": files(),
+        ROOT / "docs" / "commands.md": commands(),
+    }
 
 
 def main() -> None:
-    """Write both pages."""
-    readme = ROOT / "README.md"
-    readme.write_text(with_tree(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs" / "commands.md").write_text(commands(), encoding="utf-8")
+    """Write all pages."""
+    for path, content in pages().items():
+        path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

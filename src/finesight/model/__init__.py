@@ -1,0 +1,1 @@
+"""Native models: layers, families, adapters, weights in and out."""

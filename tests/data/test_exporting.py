@@ -369,6 +369,6 @@ def test_two_pictures_never_share_a_text_file(tmp_path: Path, form: str, answer:
     shown = [{"type": "image", "image": name} for name in ("in/a.png", "in/a.jpg")]
     samples = located(tmp_path, *(turns([picture, text("?")], answer) for picture in shown))
     paint(tmp_path / "in" / "a.jpg", 40, 20)
-    with pytest.raises(UserError, match="two pictures whose text file is pictures/a.txt"):
+    with pytest.raises(UserError, match=r"two pictures whose text file is pictures/a\.txt"):
         export(samples, tmp_path / "out", form, copy_pictures=True)
     assert not (tmp_path / "out").exists()

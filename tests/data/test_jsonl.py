@@ -159,3 +159,12 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["images", "conversations", "query"])
+def test_a_row_of_another_format_is_sent_to_the_import(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.jsonl"
+    path.write_text(json.dumps({"id": "a", "messages": [], key: ["x"]}) + "\n")
+    with pytest.raises(UserError, match="another program's format") as caught:
+        read_samples(path)
+    assert "finesight data import" in str(caught.value)

@@ -181,3 +181,11 @@ def test_broken_json(tmp_path: Path) -> None:
     assert caught.value.where.endswith("old.json:2")
     with pytest.raises(UserError, match="no such file"):
         migrate_file(tmp_path / "x.json", tmp_path / "b.json", "qwen_vl", "qwen2_vl")
+
+
+def test_points_are_told_as_they_stay_in_the_old_frame(tmp_path: Path) -> None:
+    answer = '{"point_2d": [112, 140], "label": "dog"}'
+    text = json.dumps({"image": "a.png", "response": answer})
+    written, done = migrated(tmp_path, text, "qwen2_5_vl", "qwen3_vl", resizing=RESIZING)
+    assert written == text
+    assert done.left == ("the record",)

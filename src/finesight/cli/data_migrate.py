@@ -113,7 +113,8 @@ def _lines(migrated: Migrated) -> list[str]:
         places = ", ".join(migrated.left[:SHOWN])
         more = ", ..." if len(migrated.left) > SHOWN else ""
         lines.append(
-            f"  warning: other texts of {len(migrated.left)} records speak of how boxes are "
-            f"written ({places}{more}) and stay as they are: see that they agree with the answers"
+            f"  warning: other texts of {len(migrated.left)} records hold points or speak of how "
+            f"boxes are written ({places}{more}) and stay as they are: see that they agree with "
+            "the answers"
         )
     return lines

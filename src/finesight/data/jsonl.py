@@ -25,6 +25,11 @@ KEYS = tuple(
 )
 """Every key that a sample or one of its pieces may have."""
 
+FOREIGN_KEYS = frozenset(
+    ("image", "images", "conversations", "conversation", "query", "response", "objects")
+)
+"""Keys by which a row of another program's format is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Located:
@@ -134,6 +139,13 @@ def _explained(error: ValidationError, where: str) -> UserError:
             where=where,
             expected="one whole JSON object on each line",
             remedy=remedy,
+        )
+    if kind == "extra_forbidden" and len(place) == 1 and place[0] in FOREIGN_KEYS:
+        return UserError(
+            f"the key {key}: a row of another program's format, no sample",
+            where=where,
+            expected=f"the keys {', '.join(Sample.model_fields)}",
+            remedy="bring it in with `finesight data import` first",
         )
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(place[-1]), KEYS, n=1)

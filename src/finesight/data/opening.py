@@ -10,6 +10,7 @@ from typing import Literal
 
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.formats import FORMATS, format_named, recognised
+from finesight.data.formats import samples as samples_format
 from finesight.data.formats import table as table_format
 from finesight.data.formats.format import Ask, BadOption, Format, RawBox, Reading
 from finesight.data.formats.inventory import inventory
@@ -68,7 +69,12 @@ class Source:
         """What its rows are read with; pictures out of a table are saved in `saved`/pictures."""
         folder = self.path if self.path.is_dir() else self.path.parent
         return Reading(
-            Pictures(folder, saved, checked=not lenient),
+            Pictures(
+                folder,
+                saved,
+                checked=not lenient,
+                literally=lenient and self.form is samples_format.FORMAT,
+            ),
             columns=request.columns,
             prompt=request.prompt,
             box_format=request.box_format,

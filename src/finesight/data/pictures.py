@@ -35,11 +35,15 @@ class Pictures:
     A relative path starts at `folder` or, where no picture lies there, at the current folder; one
     with backslashes, as Windows writes it, is looked for with slashes as well.
     Unless `checked`, missing pictures and files that are no picture are taken as well: a missing
-    one is where its path, from `folder` on, says that it is.
+    one is where its path, from `folder` on, says that it is. Taken `literally`, a path is where it
+    says from `folder` on and nowhere else, as training takes the paths of samples.
     """
 
-    def __init__(self, folder: Path, target: Path, *, checked: bool = True) -> None:
-        self._folder, self._target, self._checked = folder, target / FOLDER, checked
+    def __init__(
+        self, folder: Path, target: Path, *, checked: bool = True, literally: bool = False
+    ) -> None:
+        self._folder, self._target = folder, target / FOLDER
+        self._checked, self._literally = checked, literally
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved: dict[str, Path] = {}
 
@@ -80,10 +84,12 @@ class Pictures:
         spellings = dict.fromkeys((name.removeprefix("file://"), name.replace("\\", "/")))
         folders = (self._folder, Path.cwd())
         places = [folder / spelling for spelling in spellings for folder in folders]
+        if self._literally:
+            places = [self._folder / name]
         # os.path's test also stands names that cannot be one, too long or with a zero byte.
         place = next(filter(os.path.exists, places), None)
         if place is None and not self._checked:
-            return places[0]
+            return places[0].absolute()
         if place is None:
             raise DamagedPicture(
                 "no such picture",

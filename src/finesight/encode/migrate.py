@@ -37,6 +37,9 @@ SAID_UNDER: dict[str, Speaker] = {
 """Keys of a record or round that tell who says what stands under them."""
 
 PICTURE_KEYS = ("image", "images", "image_url")
+POINT_KEY = "point_2d"
+"""Under it Qwen2.5-VL writes points, in the same pixels as its boxes; only boxes are rewritten."""
+
 WITHOUT_PATHS = ("type", "detail")
 DESCRIBED = 5
 """Bad records that are described; the others are counted."""
@@ -61,7 +64,8 @@ class Resizing:
 @dataclass(frozen=True, slots=True)
 class Migrated:
     """What a migration did. `left` are the places of questions that speak of a way to write boxes,
-    and of other texts with boxes: they stay as they are, and may contradict the new answers."""
+    of answers with points, and of other texts with boxes: they stay as they are, and may contradict
+    the new answers."""
 
     file: Path
     records: int
@@ -244,6 +248,8 @@ def _migrated(text: str, records: list[tuple[str, Any]], work: _Work) -> str:
             work.boxes += boxes
             work.with_boxes += boxes > 0
             work.without += boxes == 0
+            if POINT_KEY in one.text:
+                work.left[place] = None
             if written != one.text:
                 changes[one.number] = written
     return _spliced(text, changes) if changes else text

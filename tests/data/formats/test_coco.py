@@ -281,3 +281,16 @@ def test_without_boxes_and_captions(tmp_path: Path) -> None:
     document = instances() | {"annotations": []}
     with pytest.raises(UserError, match="none with bbox or caption"):
         imported(write(tmp_path / "coco", document), tmp_path / "out")
+
+
+def test_file_names_of_windows_and_a_category_without_a_name(tmp_path: Path) -> None:
+    white_at(tmp_path / "set" / "inner" / "a.png", (12, 3, 32, 17))
+    document = {
+        "images": [{"id": 1, "file_name": "inner\\a.png"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [12, 3, 20, 14]}],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": " "}],
+    }
+    (tmp_path / "set" / "set.json").write_text(json.dumps(document), encoding="utf-8")
+    samples, _ = imported(tmp_path / "set" / "set.json", tmp_path / "out")
+    assert answers(samples) == [[("dog", (12, 3, 32, 17))]]
+    assert questions(samples) == ["Locate every object of these classes in the picture: dog."]

@@ -1,4 +1,9 @@
-"""Readers of foreign formats, one file each; the first that recognises a file reads it."""
+"""Foreign formats, one file each; the first that recognises a source reads it.
+
+To add one: a file with its `FORMAT` (how it looks, how it is detected, how a row is read and how
+samples are written), a line in FORMATS below, a row written by hand from its documentation in
+tests/data/formats/test_documented.py, and its name in the help of `--format` in cli/options.py.
+"""
 
 from __future__ import annotations
 

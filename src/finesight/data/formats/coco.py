@@ -72,14 +72,14 @@ def open_document(source: Path) -> tuple[Rows, str] | None:
     names = {
         str(one.get("id")): one["name"]
         for one in document["categories"]
-        if isinstance(one.get("name"), str)
+        if isinstance(one.get("name"), str) and one["name"].strip()
     }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
     for annotation in annotations:
         by_image[str(annotation.get("image_id"))].append(annotation)
 
     def row(number: int, image: Record) -> Row:
-        name = str(image.get("file_name"))
+        name = _file_name(image)
         record = {
             "id": Path(name).stem,
             "image": image,
@@ -169,7 +169,7 @@ def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
     """Where the pictures are: the first kind of place that holds all of those that are looked for,
     else the place that holds most of them."""
     step = max(1, len(images) // LOOKED_FOR)
-    names = [str(image.get("file_name")) for image in images[::step]]
+    names = [_file_name(image) for image in images[::step]]
     looked: list[Path] = []
     most, best = 0, list[Path]()
     for places in _places(source.resolve()):
@@ -196,6 +196,11 @@ def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
             remedy="put the folder into file_name, or the document into the folder",
         )
     return (own if len(best) > 1 else best)[0]
+
+
+def _file_name(image: Record) -> str:
+    """With slashes, also where tools on Windows wrote backslashes."""
+    return str(image.get("file_name")).replace("\\", "/")
 
 
 def _places(source: Path) -> Iterator[list[Path]]:

@@ -64,15 +64,16 @@ def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, b
     taken: set[str] = set()
     for one in texts_by_picture(samples, writing, set()):
         name = inside(one.path, writing, "a folder of texts")
+        text = text_beside(name, taken)
         if len(one.texts) != 1:
             raise UserError(
-                f"{len(one.texts)} texts for {name}",
+                f"{len(one.texts)} texts for {text}",
                 where=str(one.path),
                 expected="one answer for each picture",
                 remedy="export as coco, which holds several captions of a picture",
             )
         writing.lost[TRIMMED] += one.texts[0] != one.texts[0].rstrip("\n")
-        yield text_beside(name, taken), f"{one.texts[0]}\n".encode()
+        yield text, f"{one.texts[0]}\n".encode()
 
 
 FORMAT = Format(

@@ -188,12 +188,7 @@ def _split_pictures(description: Record, file: Path) -> Iterator[tuple[str, Path
     seen: set[Path] = set()
     for split in SPLITS:
         for entry in listed(description.get(split)):
-            place = _place(
-                entry if isinstance(entry, str) else reprlib.repr(entry),
-                str(description.get("path") or ""),
-                file,
-                split,
-            )
+            place = _place(str(entry), str(description.get("path") or ""), file, split)
             new = [picture for picture in _pictures_at(place) if picture not in seen]
             seen.update(new)
             yield from ((split, picture) for picture in new)

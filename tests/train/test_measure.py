@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,8 @@ from finesight.train.measure import Measured, waited
 
 
 def _measured(*scores: float, headline: str | None = "exact") -> list[Measured]:
-    return [Measured(i, 1.0, {"exact": s, "cer": 0.5}, headline) for i, s in enumerate(scores)]
+    steps = enumerate(scores, start=1)
+    return [Measured(step, 1.0, {"exact": s, "cer": 0.5}, headline) for step, s in steps]
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,14 @@ def _measured(*scores: float, headline: str | None = "exact") -> list[Measured]:
 )
 def test_waiting_counts_measurements_since_a_better_one(scores, expected):
     assert waited(_measured(*scores)) == expected
+
+
+def test_of_equal_scores_the_lower_loss_is_better_and_the_base_does_not_count():
+    base, *trained = _measured(0.9, 0.1, 0.2, 0.3)
+    assert waited([replace(base, step=0), *trained]) == 0
+    falling = [replace(one, held_out_loss=1 / one.step) for one in _measured(0.2, 0.2, 0.2)]
+    assert waited(falling) == 0
+    assert waited([*falling, replace(falling[0], step=4)]) == 1
 
 
 def test_without_a_metric_and_after_another_one_nobody_waits():

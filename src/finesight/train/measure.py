@@ -68,10 +68,12 @@ def history(run: Run) -> list[Measured]:
 
 
 def waited(measured: Sequence[Measured]) -> int:
-    """How many measurements have passed since the headline was last better than ever before."""
-    named = [one for one in measured if one.headline == measured[-1].headline]
-    scores = [one.score for one in named if one.score is not None]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    """How many measurements have passed since the best one of the trained model: by its headline
+    and, where that is equal, by the loss. What came before the first step does not count: a run
+    may fall below its base and climb past it."""
+    named = [one for one in measured if one.step and one.headline == measured[-1].headline]
+    ranks = [(one.score, -one.held_out_loss) for one in named if one.score is not None]
+    return len(ranks) - 1 - ranks.index(max(ranks)) if ranks else 0
 
 
 def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured:

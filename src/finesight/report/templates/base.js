@@ -139,7 +139,12 @@ function feed(place, items, draw, atOnce = 30) {
     more.textContent = `Show ${Math.min(atOnce, items.length - drawn)} more`;
     more.hidden = drawn >= items.length;
   };
-  more.addEventListener("click", grow);
+  more.addEventListener("click", () => {
+    const first = drawn;
+    grow();
+    /* What is new comes next for the keyboard. */
+    list.children[first]?.focus({preventScroll: true});
+  });
   place.replaceChildren(list, more);
   grow();
   return (step) => {

@@ -82,7 +82,7 @@ function drawExample(example) {
       ...pictures.map((picture, number) => drawnPicture(picture, number, example))));
   }
   card.append(make("div", {},
-    make("h3", {class: "question"}, example.question || "(no question)"),
+    ...clamped(make("h3", {class: "question"}, example.question || "(no question)")),
     make("div", {class: "answers"}, ...answersOf(example))));
   return card;
 }
@@ -136,12 +136,27 @@ function answerRow(kind, title, text, formula, boxes, score = "", right = null) 
   const source = make("p", {class: formula || boxes.length ? "text mono" : "text"});
   if (right === null || right === text) source.append(text);
   else source.append(...marked(text, right));
-  if (text || !boxes.length) row.append(source);
+  if (text || !boxes.length) row.append(...clamped(source));
   if (boxes.length) {
     row.append(make("ul", {}, ...boxes.map(({label, xyxy}) => make("li", {},
       `${label || "box"}: ${xyxy.map((corner) => Math.round(corner * 10) / 10).join(", ")}`))));
   }
   return row;
+}
+
+/* A text, of a long one the beginning and a button for the rest. */
+function clamped(text) {
+  const {length} = text.textContent;
+  if (length < 500 && text.textContent.split("\n").length <= 8) return [text];
+  text.classList.add("clamped");
+  const whole = `Show all ${length.toLocaleString("en")} characters`;
+  const button = make("button", {type: "button", class: "whole", "aria-expanded": "false"}, whole);
+  button.addEventListener("click", () => {
+    const short = text.classList.toggle("clamped");
+    button.setAttribute("aria-expanded", String(!short));
+    button.textContent = short ? whole : "Show less";
+  });
+  return [text, button];
 }
 
 /* A formula from its tree: [name, attributes, ...texts and trees]. */

@@ -1,6 +1,6 @@
 """Does `data check` find the faults that a sample shows, and leave sound samples alone?
 
-    python benchmarks/check_faults.py DATA [--count 20] [--seed 0] [--work FOLDER]
+    python benchmarks/check_faults.py DATA [--count 20] [--seed 0] [--out FILE]
 
 DATA holds real pictures (formulas, captioned photographs, words and receipts with boxes); half of
 the 2,000 samples are drawn. `--count` of each fault are planted, each in a sample of its own, and

@@ -262,6 +262,16 @@ def test_boxes_before_the_exif_turn_are_named(turned: list[Claim]) -> None:
     (verdict,) = conventions(turned)
     assert verdict.code == "boxes-before-turn"
     assert verdict.undecided < 0.3
+    assert "take the turn (EXIF tag Orientation) out" in verdict.finding("boxes.jsonl").remedy
+
+
+def test_without_their_turn_the_pictures_lie_as_the_boxes_do(turned: list[Claim]) -> None:
+    plain = [
+        replace(c, orientation=1, size=c.size if c.orientation < 5 else c.size[::-1])
+        for c in turned
+    ]
+    stored = {c.picture: Sides(np.asarray(Image.open(c.picture).convert("L"))) for c in turned}
+    assert conventions(plain, stored.__getitem__) == []
 
 
 def test_boxes_after_the_exif_turn_are_left_alone(turned: list[Claim]) -> None:

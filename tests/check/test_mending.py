@@ -9,10 +9,13 @@ import pytest
 from conversing import checked, lines, mended, sample
 from scenery import paint
 
+from finesight.check.run import Check
+from finesight.check.subjects import of_files
 from finesight.data.generated import draw_scenes
 from finesight.data.jsonl import read_samples
 from finesight.data.opening import Request
 from finesight.errors import UserError
+from finesight.storage import write_folder
 
 
 @pytest.fixture
@@ -57,6 +60,7 @@ def test_what_becomes_of_each_sample(folder):
     }
     changes = {row["sample"]: row for row in rows(folder / "out/changes.jsonl")}
     assert changes["s3"]["fixes"] == ["put in order"]
+    assert changes["s3"]["where"] == f"{source}:3"
     (message,) = changes["s3"]["messages"]
     assert message["before"][0]["xyxy"] == [90, 55, 80, 50]
     assert message["after"][0]["xyxy"] == [80, 50, 90, 55]
@@ -94,6 +98,30 @@ def test_rows_that_cannot_be_read_are_listed(folder):
     assert (row["code"], row["where"]) == ("row-unreadable", f"{folder / 'data.jsonl'}:2")
 
 
+def test_no_source_takes_the_name_of_another_or_of_a_list(folder, monkeypatch):
+    names = ("a.jsonl", "in/a.jsonl", "a-2.jsonl", "left_out.jsonl", "changes.jsonl")
+    (folder / "in").mkdir()
+    sources = [
+        lines(folder / name, [sample(str(folder / f"{n}.png"), f"What is {n}?")])
+        for n, name in enumerate(names)
+    ]
+    monkeypatch.chdir(folder / "in")
+    with write_folder(folder / "out") as staging:
+        check = Check(of_files(sources, [], Request()), staging)
+        _, album = check.run()
+        done = check.mending.write(staging, folder / "out", album, check.drafts)
+    assert [len(read_samples(path)) for path, _ in done.files] == [1] * 5
+    assert len({path for path, _ in done.files}) == 5
+    assert rows(folder / "out/left_out.jsonl") == rows(folder / "out/changes.jsonl") == []
+
+
+def test_a_folder_without_a_name_gives_its_file_one(folder, monkeypatch):
+    (folder / "0.txt").write_text("A square.")
+    monkeypatch.chdir(folder)
+    done = mended(Path("."), folder / "out", request=Request(prompt="What?"))
+    assert [path.name for path, _ in done.files] == [f"{folder.name}.jsonl"]
+
+
 def test_nothing_is_written_when_nothing_is_left(folder):
     with pytest.raises(UserError, match="none of 1 rows is left"):
         mended(lines(folder / "data.jsonl", [sample("gone.png")]), folder / "out")
@@ -104,7 +132,7 @@ def test_boxes_of_another_convention_are_not_mended_one_by_one(folder):
     records = [
         sample(f"{n % 6}.png", f"Where is {n}?", None, [60 + n % 5, 30, 20, 10]) for n in range(40)
     ]
-    with pytest.raises(UserError, match="--box-format xywh") as refused:
+    with pytest.raises(UserError, match="made from again, with --box-format xywh") as refused:
         mended(lines(folder / "data.jsonl", records), folder / "out")
     assert "nothing was written" in str(refused.value)
     assert not (folder / "out").exists()

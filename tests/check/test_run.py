@@ -105,8 +105,10 @@ def test_boxes_beyond_what_is_kept_are_thinned_out_evenly(folder):
         ("broken.yml", "model: [", True),
         ("data.yaml", "train: images\nnames: [cat, dog]\n", False),
         ("rows.jsonl", "{}", False),
+        ("mistyped.yaml", None, True),
     ],
 )
 def test_what_is_a_recipe(tmp_path, name, text, recipe):
-    (tmp_path / name).write_text(text)
+    if text is not None:
+        (tmp_path / name).write_text(text)
     assert is_recipe(tmp_path / name) is recipe

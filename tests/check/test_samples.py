@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_pictures_that_cannot_be_used_are_told_apart(folder):
     finding = by_line(result, "picture-missing")[1]
     assert finding.shown[0].path == folder / "gone.png"
     assert finding.sample == "s1"
+
+
+def test_a_pipe_is_no_picture(folder):
+    os.mkfifo(folder / "pipe.png")  # who opened it to read would wait for ever
+    finding = by_line(found(folder, sample("pipe.png")), "picture-damaged")[1]
+    assert finding.what == f"{folder / 'pipe.png'}: a pipe or a device, not a file"
+
+
+def test_pictures_lie_where_training_looks_for_them(folder, monkeypatch):
+    # A path of a sample starts at its file's folder and nowhere else, and is taken as it is.
+    paint(folder / "here" / "4.png", 100, 60)
+    monkeypatch.chdir(folder / "here")
+    result = found(folder, sample("4.png"), sample("here\\4.png", "Why?"))
+    assert codes(result) == {"picture-missing": 2}
+    assert by_line(result, "picture-missing")[1].what == str(folder / "4.png")
 
 
 def test_a_picture_behind_a_link_and_a_copy_is_one_content(folder):
@@ -129,7 +145,17 @@ def test_a_box(folder, code, box):
 )
 def test_when_reversed_corners_are_certain(folder, box, certain):
     result = found(folder, sample("0.png", "Where?", None, box))
-    assert by_line(result, "box-reversed")[1].certain_fix is certain
+    assert by_line(result, "box-reversed")[1].fix == ("put in order" if certain else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"),
+    [("<image>\nWhat?", True), ("What?<image>", True), ("What does <image> mean in SVG?", False)],
+)
+def test_marks_amid_the_words_may_be_meant(folder, text, certain):
+    result = found(folder, sample("0.png", text))
+    fix = by_line(result, "placeholder-typed")[1].fix
+    assert fix == ("marks taken out" if certain else None)
 
 
 def test_a_box_of_no_picture(folder):
@@ -166,7 +192,15 @@ def test_what_is_typed_in_a_text(folder, code, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["a < b and c > d", "<|not a token|>", "<b>bold</b>", "{'a': [1, 2]}", "<|user|>", "<p>"],
+    [
+        "a < b and c > d",
+        "<|not a token|>",
+        "<b>bold</b>",
+        "{'a': [1, 2]}",
+        "<|user|>",
+        "<p>",
+        "<p><video><source src='a.mp4'></video> <audio></audio></p>",
+    ],
 )
 def test_what_may_be_typed(folder, text):
     assert codes(found(folder, sample("0.png", text))) == {}

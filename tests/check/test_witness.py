@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,13 @@ def test_a_damaged_picture_is_said_to_be_one(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DamagedPicture, match="cut off"):
         look_at(path)
+
+
+def test_a_picture_is_kept_in_a_few_bytes_a_pixel() -> None:
+    grey = RNG.integers(0, 255, (336, SIDE)).astype(np.uint8)
+    tracemalloc.start()
+    sides = Sides(grey)
+    sides.measure(np.array([[0.2, 0.2, 0.7, 0.7]]))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 4 * grey.size, f"{kept} bytes of {grey.size} pixels, 300 times"

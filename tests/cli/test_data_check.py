@@ -61,6 +61,15 @@ def test_a_table_and_the_first_findings_of_each_fault(folder):
     assert output.count("remedy: correct the path") == 1
 
 
+def test_rows_that_are_no_samples_are_counted_with_them(folder):
+    broken = {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}
+    source = lines(folder / "data.jsonl", [SOUND, broken, broken, broken])
+    output = run(source).output
+    assert f"{source}: 4 rows, 1 samples and 3 rows that are none, read as" in output
+    row = next(line for line in output.splitlines() if line.startswith("row-unreadable"))
+    assert row.split()[:5] == ["row-unreadable", "error", "3", "75", "%"]
+
+
 def test_json_has_a_line_for_each_finding_and_one_for_all(folder):
     wrong = [sample(f"gone-{n}.png", f"What is {n}?") for n in range(5)]
     source = lines(folder / "data.jsonl", [SOUND, *wrong])
@@ -151,9 +160,10 @@ def test_a_recipe_is_checked_with_its_model(folder, model):
     assert f"{held_out}: 1 rows, 1 samples, read as samples (--format), held out" in result.output
     assert "too-long" in result.output
     assert "picture-missing" not in result.output, "the recipe takes the first two samples only"
-    refused = run(path, "--model", model).exception
-    assert isinstance(refused, UserError)
-    assert refused.where == str(path)
+    for beside in (["--model", model], ["--limit", "1"], [train]):
+        refused = run(path, *beside).exception
+        assert isinstance(refused, UserError)
+        assert (refused.where, refused.expected.split()[1]) == (str(path), "recipe")
 
 
 def test_a_source_given_twice_is_refused(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -70,9 +71,12 @@ def test_what_is_no_picture(tmp_path: Path, content: bytes | None, what: str) ->
     assert caught.value.remedy
 
 
-def test_a_folder_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(DamagedPicture, match="cannot be opened"):
+def test_a_folder_or_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(DamagedPicture, match="a folder"):
         picture_size(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DamagedPicture, match="a pipe or a device"):
+        picture_size(tmp_path / "pipe.png")
 
 
 def test_damage_survives_the_way_back_from_a_worker(tmp_path: Path) -> None:

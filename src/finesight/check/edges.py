@@ -35,6 +35,7 @@ _BUSIEST = 60
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Sums = NDArray[np.int32]
 
 
 def small_grey(path: Path) -> NDArray[np.uint8]:
@@ -62,7 +63,8 @@ def _shrunk(image: Image.Image) -> NDArray[np.uint8]:
 
 
 class Sides:
-    """The sums over one grey copy that make the measures of any box a few look-ups."""
+    """What one grey copy shows, kept in a byte a pixel; sums over it make the measures of any box a
+    few look-ups. They take four times as much, so that each measuring makes its own."""
 
     def __init__(self, grey_HW: NDArray[np.uint8]) -> None:
         grey = grey_HW.astype(np.int32)
@@ -75,10 +77,10 @@ class Sides:
         self._busy_mean = float(busy.mean()) + 0.5
         self._across_mean = float(across.mean()) + 0.3
         self._down_mean = float(down.mean()) + 0.3
-        self._grey, self._busy = _summed(grey), _summed(busy)
+        self._grey, self._busy = grey_HW, busy.astype(np.uint8)
         # An edge may run a pixel beside its side: the strongest of three neighbours counts.
-        self._across = _along(_strongest(across.T)).ravel()
-        self._down = _along(_strongest(down)).ravel()
+        self._across = _strongest(across.T).astype(np.uint8)
+        self._down = _strongest(down).astype(np.uint8)
 
     def measure(self, boxes: Floats) -> Floats:
         """Scores [N, 2] of boxes [N, 4] (two corners, as shares of the picture): of their left and
@@ -93,16 +95,19 @@ class Sides:
         bottom = np.minimum(y2 + strip, self._height)
         inner = (x1 + strip).clip(max=x2), (x2 - strip).clip(min=x1)
         middle = (y1 + strip).clip(max=y2), (y2 - strip).clip(min=y1)
+        across, down = _along(self._across), _along(self._down)
         sides = (
-            ((x1, y1, inner[0], y2), (left, y1, x1, y2), self._edge_at(x1, y1, y2)),
-            ((x1, y1, x2, middle[0]), (x1, top, x2, y1), self._edge_below(y1, x1, x2)),
-            ((inner[1], y1, x2, y2), (x2, y1, right, y2), self._edge_at(x2, y1, y2)),
-            ((x1, middle[1], x2, y2), (x1, y2, x2, bottom), self._edge_below(y2, x1, x2)),
+            ((x1, y1, inner[0], y2), (left, y1, x1, y2), self._edge_at(across, x1, y1, y2)),
+            ((x1, y1, x2, middle[0]), (x1, top, x2, y1), self._edge_below(down, y1, x1, x2)),
+            ((inner[1], y1, x2, y2), (x2, y1, right, y2), self._edge_at(across, x2, y1, y2)),
+            ((x1, middle[1], x2, y2), (x1, y2, x2, bottom), self._edge_below(down, y2, x1, x2)),
         )
+        grey, busy = _summed(self._grey), _summed(self._busy)
         visible = np.stack((x1 > 0, y1 > 0, x2 < self._width, y2 < self._height))
         scores = np.empty((4, len(boxes)))
         for number, (inside, outside, edge) in enumerate(sides):
-            scores[number] = np.stack((*self._steps(inside, outside), edge), axis=1) @ WEIGHTS
+            steps = self._steps(grey, busy, inside, outside)
+            scores[number] = np.stack((*steps, edge), axis=1) @ WEIGHTS
         pairs = np.where(visible, scores, 0.0).reshape(2, 2, -1).sum(axis=1)
         means: Floats = pairs / np.maximum(visible.reshape(2, 2, -1).sum(axis=1), 1)
         return means.T
@@ -114,7 +119,7 @@ class Sides:
         y1, x1 = (grid.ravel() for grid in np.meshgrid(down[:-1], across[:-1], indexing="ij"))
         y2, x2 = (grid.ravel() for grid in np.meshgrid(down[1:], across[1:], indexing="ij"))
         box = x1, y1, x2, y2
-        means: Floats = self._sum(self._grey, box) / _area(box)
+        means: Floats = self._sum(_summed(self._grey), box) / _area(box)
         return means
 
     def _corners(self, boxes: Floats) -> tuple[Ints, Ints, Ints, Ints]:
@@ -126,16 +131,18 @@ class Sides:
         y2 = np.minimum(np.maximum(y2, y1 + 2), self._height)
         return x1, y1, x2, y2
 
-    def _steps(self, inside: tuple[Ints, ...], outside: tuple[Ints, ...]) -> tuple[Floats, Floats]:
+    def _steps(
+        self, grey: Sums, busy: Sums, inside: tuple[Ints, ...], outside: tuple[Ints, ...]
+    ) -> tuple[Floats, Floats]:
         """Between two strips: the step in brightness, and that in busyness as a logarithm."""
         area_in, area_out = _area(inside), _area(outside)
-        grey = self._sum(self._grey, inside) / area_in - self._sum(self._grey, outside) / area_out
+        step = self._sum(grey, inside) / area_in - self._sum(grey, outside) / area_out
         floor = 0.1 * self._busy_mean
-        busy_in = self._sum(self._busy, inside) / area_in + floor
-        busy_out = self._sum(self._busy, outside) / area_out + floor
-        return np.abs(grey) / self._spread, np.log(busy_in / busy_out)
+        busy_in = self._sum(busy, inside) / area_in + floor
+        busy_out = self._sum(busy, outside) / area_out + floor
+        return np.abs(step) / self._spread, np.log(busy_in / busy_out)
 
-    def _sum(self, table: NDArray[np.int32], box: tuple[Ints, ...]) -> Ints:
+    def _sum(self, table: Sums, box: tuple[Ints, ...]) -> Ints:
         x1, y1, x2, y2 = box
         row = self._width + 1
         above, below = y1 * row, y2 * row
@@ -143,34 +150,34 @@ class Sides:
         sums: Ints = lower - table[above + x2] + table[above + x1]
         return sums
 
-    def _edge_at(self, x: Ints, y1: Ints, y2: Ints) -> Floats:
+    def _edge_at(self, across: Sums, x: Ints, y1: Ints, y2: Ints) -> Floats:
         """The strength of the edge along a vertical side, against the picture's mean."""
         at = x.clip(max=self._width - 1) * (self._height + 1)
-        mean = (self._across[at + y2] - self._across[at + y1]) / np.maximum(y2 - y1, 1)
+        mean = (across[at + y2] - across[at + y1]) / np.maximum(y2 - y1, 1)
         edge: Floats = np.log(mean / self._across_mean + 0.3)
         return edge
 
-    def _edge_below(self, y: Ints, x1: Ints, x2: Ints) -> Floats:
+    def _edge_below(self, down: Sums, y: Ints, x1: Ints, x2: Ints) -> Floats:
         """The same of a horizontal side."""
         at = y.clip(max=self._height - 1) * (self._width + 1)
-        mean = (self._down[at + x2] - self._down[at + x1]) / np.maximum(x2 - x1, 1)
+        mean = (down[at + x2] - down[at + x1]) / np.maximum(x2 - x1, 1)
         edge: Floats = np.log(mean / self._down_mean + 0.3)
         return edge
 
 
-def _summed(values: NDArray[np.int32]) -> NDArray[np.int32]:
+def _summed(values: NDArray[np.uint8]) -> Sums:
     """Sums over everything above and left of each corner of a pixel, in one row."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1), np.int32)
-    np.cumsum(values, axis=0, out=table[1:, 1:])
+    np.cumsum(values, axis=0, dtype=np.int32, out=table[1:, 1:])
     np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
     return table.ravel()
 
 
-def _along(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Sums along each row, a zero before them."""
+def _along(values: NDArray[np.uint8]) -> Sums:
+    """Sums along each row, a zero before them, all in one row."""
     table = np.zeros((values.shape[0], values.shape[1] + 1), np.int32)
-    np.cumsum(values, axis=1, out=table[:, 1:])
-    return table
+    np.cumsum(values, axis=1, dtype=np.int32, out=table[:, 1:])
+    return table.ravel()
 
 
 def _strongest(values: NDArray[np.int32]) -> NDArray[np.int32]:

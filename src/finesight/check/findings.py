@@ -97,11 +97,6 @@ class Finding:
     def severity(self) -> Severity:
         return FAULTS[self.code][0]
 
-    @property
-    def certain_fix(self) -> bool:
-        """Whether `--fix` mends it."""
-        return self.fix is not None
-
     def as_json(self) -> dict[str, Any]:
         """The finding as JSON data; numbers that JSON lacks (NaN, infinity) become text."""
         record = {"severity": self.severity, **asdict(self)}
@@ -145,7 +140,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was checked: how it was read, and how much it held."""
+    """A file that was checked: how it was read, and how much it held. Of its `rows`, `unread` are
+    faulty in a way that left no sample of them."""
 
     path: str
     held_out: bool
@@ -153,6 +149,7 @@ class Source:
     known_by: str
     rows: int
     samples: int
+    unread: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +172,12 @@ class Checked:
     @property
     def samples(self) -> int:
         return sum(source.samples for source in self.sources)
+
+
+def where_of(source: str, place: str) -> str:
+    """A row's place in a source: file:line, or the file and what the source calls the row."""
+    kind, _, number = place.partition(" ")
+    return f"{source}:{number}" if kind == "line" else f"{source}, {place}"
 
 
 def exit_code(severity: Severity | None) -> int:

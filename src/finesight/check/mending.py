@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from finesight.check.box_faults import clipped, in_order
-from finesight.check.findings import Finding, Fix, Place
+from finesight.check.findings import Finding, Fix, Place, where_of
 from finesight.check.pictures import Album
 from finesight.check.samples import paths_of
 from finesight.check.texts import without_marks
@@ -21,7 +21,7 @@ from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 from finesight.errors import UserError
 from finesight.storage import write_file
 
-LEFT_OUT, CHANGES = "left_out.jsonl", "changes.jsonl"
+LISTS = LEFT_OUT, CHANGES = "left_out.jsonl", "changes.jsonl"
 
 _Key = tuple[str, int, int]
 """A source, a row of it, and a sample of that row."""
@@ -39,8 +39,9 @@ class Mended:
     def as_lines(self) -> list[str]:
         """For people."""
         files = [f"{path}: {samples} samples" for path, samples in self.files]
+        folder = self.files[0][0].parent
         done = f"{self.changed} samples changed, {self.left_out} left out"
-        return [*files, f"{done}: {self.files[0][0].parent / CHANGES}, {LEFT_OUT}"]
+        return [*files, f"{done}: {folder / CHANGES}, {folder / LEFT_OUT}"]
 
     def as_json(self) -> dict[str, Any]:
         """As JSON data."""
@@ -104,8 +105,8 @@ class Mending:
                 raise UserError(
                     f"none of {len(draft)} rows is left; nothing was written",
                     where=str(draft.source.path),
-                    expected="some samples without errors",
-                    remedy="see what was found, and mend the source itself",
+                    expected="some samples that have no errors and are not said elsewhere",
+                    remedy="see what was found, and mend the source itself or leave it out",
                 )
             write_samples(staging / name, samples)
             files.append((out / name, len(samples)))
@@ -127,7 +128,7 @@ class Mending:
                 mended = _mended(sample, fixes, album)
                 if mended != sample:
                     self._changes.append(
-                        _change(f"{source}, {drafted.place}", sample, mended, fixes)
+                        _change(where_of(source, drafted.place), sample, mended, fixes)
                     )
                 yield mended
 
@@ -171,12 +172,11 @@ def _change(where: str, before: Sample, after: Sample, fixes: set[Fix]) -> dict[
 
 def _file_names(drafts: Sequence[Drafts]) -> list[str]:
     """A name for each source's file, its own where it is free."""
-    uses: Counter[str] = Counter()
-    names = []
+    names: list[str] = []
     for draft in drafts:
-        stem = draft.source.path.stem
-        uses[stem] += 1
-        names.append(f"{stem}.jsonl" if uses[stem] == 1 else f"{stem}-{uses[stem]}.jsonl")
+        stem = draft.source.path.resolve().stem
+        spellings = chain([f"{stem}.jsonl"], (f"{stem}-{n}.jsonl" for n in count(2)))
+        names.append(next(name for name in spellings if name not in (*names, *LISTS)))
     return names
 
 

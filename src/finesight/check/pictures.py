@@ -185,14 +185,17 @@ def _identity(path: str) -> _Identity | None:
 
 def _digests(paths: Sequence[str]) -> list[bytes]:
     """SHA-256 of each file's bytes; of the path itself, where they cannot be read."""
-    digests = []
-    for path in paths:
-        try:
+    return [_digest(path) for path in paths]
+
+
+def _digest(path: str) -> bytes:
+    try:
+        if os.path.isfile(path):  # a pipe would keep its reader waiting, a device never ends
             with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").digest())
-        except OSError:
-            digests.append(hashlib.sha256(os.fsencode(path)).digest())
-    return digests
+                return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        pass  # why it cannot be read is for whoever decodes it
+    return hashlib.sha256(os.fsencode(path)).digest()
 
 
 def describe(paths: Sequence[str]) -> list[Content]:
@@ -214,7 +217,8 @@ def _look(path: Path) -> Content:
         return Content(fault="picture-damaged", problem=error.what)
     size = (width, height) if turn in SIDEWAYS else (height, width)
     if max(size) > LARGEST_ASPECT * min(size):
-        return Content(size, turn, fault="picture-too-large", problem=f"{size[1]} x {size[0]}")
+        problem = f"{size[1]} x {size[0]}, one side over {LARGEST_ASPECT} times the other"
+        return Content(size, turn, fault="picture-too-large", problem=problem)
     return Content(size, turn, thumbnail(shown))
 
 

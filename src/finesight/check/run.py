@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.check.conventions import conventions
-from finesight.check.findings import FAULTS, Checked, Finding, Place, Source
+from finesight.check.findings import FAULTS, Checked, Finding, Place, Source, where_of
 from finesight.check.leaks import Leaks
 from finesight.check.mending import Mending
 from finesight.check.pairs import Ledger
@@ -105,12 +105,13 @@ class Check:
         self, subject: Subject, drafts: Drafts, album: Album, leaks: Leaks, ledger: Ledger
     ) -> Source:
         claims = Claims()
-        samples = 0
+        samples = unread = 0
         for group in album.look(_groups(drafts), _paths):
             for row, drafted in group:
                 name = str(subject.path)
-                where = _where(name, drafted)
+                where = where_of(name, drafted.place)
                 if drafted.problem is not None:
+                    unread += 1
                     place = Place(name, where, "", row, -1)
                     self._add(problem_finding(drafted.problem, place), place)
                 for number, sample in enumerate(drafted.samples):
@@ -125,7 +126,8 @@ class Check:
                 claims.take(drafted, where, album)
             self._listener.advance(len(group))
         for verdict in conventions(claims.taken):
-            self._add(verdict.finding(str(subject.path)))
+            takes_options = "boxes" in drafts.source.form.takes
+            self._add(verdict.finding(str(subject.path), takes_options=takes_options))
         return Source(
             path=str(subject.path),
             held_out=subject.held_out,
@@ -133,6 +135,7 @@ class Check:
             known_by=drafts.source.known_by,
             rows=len(drafts),
             samples=samples,
+            unread=unread,
         )
 
     def _sample(self, sample: Sample, place: Place, album: Album, ledger: Ledger) -> None:
@@ -226,9 +229,3 @@ def _paths(group: list[tuple[int, Drafted]]) -> Iterator[str]:
         for sample in drafted.samples:
             yield from paths_of(sample)
         yield from (str(box.picture) for box in drafted.boxes)
-
-
-def _where(source: str, drafted: Drafted) -> str:
-    """file:line, or the file and the row's place in it."""
-    kind, _, number = drafted.place.partition(" ")
-    return f"{source}:{number}" if kind == "line" else f"{source}, {drafted.place}"

@@ -74,11 +74,11 @@ def model_of(name_or_path: str | None, max_length: int | None) -> Model:
 
 def is_recipe(path: Path) -> bool:
     """Whether a file is a recipe: YAML that does not name classes, as a YOLO data set does."""
-    if path.suffix.lower() not in (".yaml", ".yml") or not path.is_file():
+    if path.suffix.lower() not in (".yaml", ".yml"):
         return False
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return True  # whoever reads recipes says what is wrong
     return not isinstance(content, dict) or "names" not in content
 

@@ -55,6 +55,7 @@ def as_record(checked: Checked, mended: Mended | None) -> dict[str, Any]:
                 "known_by": source.known_by,
                 "rows": source.rows,
                 "samples": source.samples,
+                "unread": source.unread,
             }
             for source in checked.sources
         ],
@@ -65,7 +66,8 @@ def as_record(checked: Checked, mended: Mended | None) -> dict[str, Any]:
 def _source(source: Source) -> str:
     side = ", held out" if source.held_out else ""
     read = f"read as {source.format} ({source.known_by})"
-    return f"{source.path}: {source.rows} rows, {source.samples} samples, {read}{side}"
+    unread = f" and {source.unread} rows that are none" if source.unread else ""
+    return f"{source.path}: {source.rows} rows, {source.samples} samples{unread}, {read}{side}"
 
 
 def _samples(checked: Checked, code: str) -> int:
@@ -74,9 +76,10 @@ def _samples(checked: Checked, code: str) -> int:
 
 def _table(checked: Checked, by_fault: dict[str, list[Finding]]) -> list[str]:
     rows = [("fault", "", "found", "samples", "first")]
+    whole = checked.samples + sum(source.unread for source in checked.sources)
     for code, count in checked.counts.items():
         affected = _samples(checked, code)
-        share = f"{100 * affected / max(checked.samples, 1):.2g} %" if affected else ""
+        share = _percent(affected / whole) if affected else ""
         places = [_short(finding) for finding in by_fault[code][:PLACES]]
         rows.append((code, FAULTS[code][0], str(count), share, ", ".join(places)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -85,6 +88,11 @@ def _table(checked: Checked, by_fault: dict[str, list[Finding]]) -> list[str]:
         f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
         for row in rows
     ]
+
+
+def _percent(share: float) -> str:
+    """Two digits, or three for all."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _short(finding: Finding) -> str:

@@ -17,9 +17,12 @@ _MARK = re.compile(
 """What stands for one whole picture in a text, in the formats of several programs."""
 
 _PLACEHOLDER = re.compile(
-    r"<\|(?:image_pad|video_pad|vision_start|vision_end|vision_pad)\|>|<imgpad>|<video>|<audio>"
+    r"<\|(?:image_pad|video_pad|vision_start|vision_end|vision_pad)\|>|<imgpad>"
+    r"|<(?P<tag>video|audio)>(?!.{0,2000}?</(?P=tag)>)",
+    re.DOTALL,
 )
-"""What stands for a picture or a part of one, and was typed without the rest."""
+"""What stands for a picture or a part of one, and was typed without the rest. In HTML <video> and
+<audio> have an end."""
 
 _BOX = re.compile(
     r"<\|(?:box|quad|object_ref)_(?:start|end)\|>|<(?:box|quad)>\s*\(|</?ref>|<bbox>|<ref-object>"
@@ -95,13 +98,19 @@ def _marks(sample: Sample, place: Place) -> Iterator[Finding]:
             "one picture for each mark, as a part of its own and without the mark",
         )
     else:
-        mendable = all(role == "user" for role, _ in marks)
+        mendable = all(role == "user" for role, _ in marks) and _stand_aside(sample)
         yield place.finding(
             "placeholder-typed",
             f"{shown} in a text; the sample's {pictures} pictures are parts of their own",
             "take the marks out of the text: pictures stand where their parts do",
             fix="marks taken out" if mendable and _stays_sound(sample) else None,
         )
+
+
+def _stand_aside(sample: Sample) -> bool:
+    """Whether marks stand before or after the words alone: amid them they may be spoken of."""
+    texts = (part.text for part in sample.parts() if isinstance(part, TextPart))
+    return all(sum(bool(piece.strip()) for piece in _MARK.split(text)) <= 1 for text in texts)
 
 
 def _stays_sound(sample: Sample) -> bool:

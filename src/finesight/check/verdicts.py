@@ -29,7 +29,8 @@ class Verdict:
 
     `code` is a key of FAULTS; `reading` what the numbers mean, `meant` the same in words. Of
     `samples`, `against` have a box that the present reading makes impossible, and `undecided` is
-    the share that cannot tell the two readings apart. `summary` is the weightiest evidence.
+    the share that cannot tell the two readings apart. `summary` is the weightiest evidence. What
+    mends it are `options` of the command, further work, or both.
     """
 
     code: str
@@ -40,15 +41,19 @@ class Verdict:
     undecided: float
     summary: str
     evidence: tuple[str, ...]
-    remedy: str
+    options: str = ""
+    work: str = ""
 
-    def finding(self, source: str) -> Finding:
-        """The verdict as a finding about a whole source."""
+    def finding(self, source: str, *, takes_options: bool = True) -> Finding:
+        """The verdict as a finding about a whole source. A file of samples takes no options: its
+        boxes are always two corners in pixels."""
+        give = "give" if takes_options else "import what the file was made from again, with"
+        options = f"{give} {self.options}" if self.options else ""
         return Finding(
             self.code,
             source,
             f"the boxes are {self.meant}: {self.summary}",
-            self.remedy,
+            "; ".join(filter(None, [options, self.work])),
             source=source,
             evidence=self.evidence,
         )
@@ -114,7 +119,7 @@ def _above(scores: Floats) -> float:
 
 def verdict(case: Weighed) -> Verdict:
     """The words for a reading that was found to be the one that is meant."""
-    code, meant, remedy = _named(case)
+    code, meant, options, work = _named(case)
     return Verdict(
         code,
         case.other,
@@ -124,14 +129,15 @@ def verdict(case: Weighed) -> Verdict:
         case.undecided,
         f"{_summary(case)}; {_doubts(case)}",
         tuple(_evidence(case)),
-        remedy,
+        options,
+        work,
     )
 
 
 def mixed_verdict(case: Weighed) -> Verdict:
     """The words for a source of two conventions."""
     total, then = case.table.samples, case.table.samples_with(case.then)
-    _, meant, _ = _named(case)
+    _, meant, *_ = _named(case)
     now = _present(case)
     evidence = (
         f"{_share(case.against, total)} cannot be {now}, {_share(then, total)} cannot be {meant}",
@@ -146,7 +152,7 @@ def mixed_verdict(case: Weighed) -> Verdict:
         max(0.0, 1 - (case.against + then) / total),
         evidence[0],
         evidence,
-        "find out which rows come from where, and import them as two files",
+        work="find out which rows come from where, and import them as two files",
     )
 
 
@@ -162,7 +168,7 @@ def _evidence(case: Weighed) -> list[str]:
         lines.append(
             f"measured on {case.pictures} pictures, the sides of the boxes so read stand on edges"
             f" better than in other pictures for {after} (by accident: {_odds(case)}), as they"
-            f" are read now for {before}; no connection is 50 %"
+            f" are read now for {before} of those that are possible so; no connection is 50 %"
         )
     if case.asked:
         lines.append(_votes(case))
@@ -202,8 +208,8 @@ def _present(case: Weighed) -> str:
     return f"{_ORDERS[form.format]} in {units[form.units]}"
 
 
-def _named(case: Weighed) -> tuple[str, str, str]:
-    """Code, meaning in words, remedy."""
+def _named(case: Weighed) -> tuple[str, str, str, str]:
+    """Code, meaning in words, and as remedy the options to give and the work to do."""
     reading, form = case.other, case.table.form
     order = _ORDERS[reading.format]
     option = f"--box-format {reading.format}" if reading.format != form.format else ""
@@ -212,26 +218,27 @@ def _named(case: Weighed) -> tuple[str, str, str]:
         return (
             "boxes-before-turn",
             f"{order} in the picture as it is stored, before its EXIF turn",
-            "draw them in the upright picture, turn them with it, or save the pictures upright"
-            " with the boxes as they are",
+            "",
+            "turn the boxes as their picture is turned; or leave them and take the turn (EXIF tag"
+            " Orientation) out of the pictures, which then lie as the boxes do",
         )
     whole = reading.frame.across
     if base == "fixed" and whole in (1, 1000) and whole == reading.frame.down:
         code = "boxes-thousandths" if whole == 1000 else "boxes-shares"
         name = "thousandths of the picture" if whole == 1000 else "shares of the picture"
         if form.units == f"{whole:g}":
-            return f"boxes-{reading.format}", f"{order} in {name}", f"give {option}"
-        return code, f"{order} in {name}", f"give {f'{option} --box-units {whole:g}'.strip()}"
+            return f"boxes-{reading.format}", f"{order} in {name}", option, ""
+        return code, f"{order} in {name}", f"{option} --box-units {whole:g}".strip(), ""
     if base == "picture":
         if form.units == "pixel":
-            return f"boxes-{reading.format}", f"{order} in pixels", f"give {option}"
-        return "boxes-pixels", f"{order} in pixels", f"give {f'{option} --box-units pixel'.strip()}"
+            return f"boxes-{reading.format}", f"{order} in pixels", option, ""
+        return "boxes-pixels", f"{order} in pixels", f"{option} --box-units pixel".strip(), ""
     copy = _copy(reading.frame, case.table)
     return (
         "boxes-resized",
         f"{order} in pixels of a resized copy, {copy}",
-        (f"give {option}, and " if option else "")
-        + "scale the boxes back to the picture that the data names, x by its width over the"
+        option,
+        "scale the boxes back to the picture that the data names, x by its width over the"
         " copy's and y by its height over the copy's; or name the copies as the pictures",
     )
 

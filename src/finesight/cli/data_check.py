@@ -106,15 +106,16 @@ def check(
         box_units=box_units,
         limit=limit,
     )
-    if len(sources) == 1 and format_name is None and is_recipe(sources[0]):
-        if request != Request() or against or model or max_length:
+    recipe = next(filter(is_recipe, sources), None) if format_name is None else None
+    if recipe is not None:
+        if len(sources) > 1 or request != Request() or against or model or max_length:
             raise UserError(
-                "options that a recipe has its own settings for",
-                where=str(sources[0]),
+                "options or sources beside a recipe, which has its own",
+                where=str(recipe),
                 expected="a recipe with no more than --fix, --html and --json",
-                remedy="leave the other options out, or check the data files themselves",
+                remedy="leave the others out, or check the data files themselves",
             )
-        subjects, judge = of_recipe(sources[0])
+        subjects, judge = of_recipe(recipe)
     else:
         subjects, judge = of_files(sources, against or [], request), model_of(model, max_length)
     raise typer.Exit(_carried_out(subjects, judge, fix, html, as_json))

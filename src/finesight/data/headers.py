@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises DamagedPicture for a missing file, one that is no picture and one over `max_pixels`.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe is to wait for ever
+        raise DamagedPicture(
+            "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
+            where=str(path),
+            expected="a picture's file",
+            remedy="correct the path",
+        )
     try:
         image = Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:

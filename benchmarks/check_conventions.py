@@ -28,8 +28,8 @@ import numpy as np
 import PIL
 from scenes import Corners, Gallery, Item, Page, Scene, pages, quickstart, real, scenes
 
-from finesight.check.conventions import conventions
-from finesight.check.readings import PIXEL_CORNERS, Claim, turned
+from finesight.check.conventions.judge import conventions
+from finesight.check.conventions.readings import PIXEL_CORNERS, Claim, turned
 from finesight.data.boxes import BoxForm
 
 SAMPLES = 300

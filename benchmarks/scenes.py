@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from finesight.check.edges import SIDE, Sides, small_grey
+from finesight.check.conventions.edges import SIDE, Sides, small_grey
 from finesight.data.generated import COLOURS, SHAPES, Shape, draw
 
 Corners = tuple[float, float, float, float]

@@ -123,7 +123,8 @@ def renewed(page: str, name: str, content: str) -> str:
     begin, end = f"<!-- {name}: made by tools/pages.py -->\n", f"<!-- end of {name} -->\n"
     before, found, rest = page.partition(begin)
     _, ended, after = rest.partition(end)
-    assert found and ended, f"the page lacks {begin.strip()} or {end.strip()}"
+    assert found, f"the page lacks {begin.strip()}"
+    assert ended, f"the page lacks {end.strip()}"
     return f"{before}{begin}{content}\n{end}{after}"
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.check.conventions import conventions
+from finesight.check.conventions.judge import conventions
+from finesight.check.conventions.readings import Claim
 from finesight.check.findings import FAULTS, Checked, Finding, Place, Source, where_of
 from finesight.check.leaks import Leaks
 from finesight.check.mending import Mending
@@ -15,7 +16,6 @@ from finesight.check.pairs import Ledger
 from finesight.check.pictures import Album
 from finesight.check.problems import problem_finding
 from finesight.check.processes import processes
-from finesight.check.readings import Claim
 from finesight.check.samples import paths_of, sample_findings
 from finesight.check.subjects import Model, Subject
 from finesight.data.jsonl import Located

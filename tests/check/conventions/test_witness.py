@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.check.edges import SIDE, Sides, small_grey
-from finesight.check.readings import Claim, Reading, Table
-from finesight.check.witness import FEWEST, RARE, Witness, chance, look_at, needed
+from finesight.check.conventions.edges import SIDE, Sides, small_grey
+from finesight.check.conventions.readings import Claim, Reading, Table
+from finesight.check.conventions.witness import FEWEST, RARE, Witness, chance, look_at, needed
 from finesight.data.headers import DamagedPicture
 
 RNG = np.random.default_rng(0)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.check.conventions.readings import Bools, Frame, Reading, Table, overlap
+from finesight.check.conventions.witness import Witness, chance
 from finesight.check.findings import Finding
-from finesight.check.readings import Bools, Frame, Reading, Table, overlap
-from finesight.check.witness import Witness, chance
 
 Floats = NDArray[np.float64]
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from finesight.check.conventions import conventions
-from finesight.check.edges import Sides
+from finesight.check.conventions.edges import Sides
+from finesight.check.conventions.frames import find_frame
+from finesight.check.conventions.judge import conventions
+from finesight.check.conventions.readings import Claim, Frame, Table
+from finesight.check.conventions.witness import Witness, look_at
 from finesight.check.findings import FAULTS
-from finesight.check.frames import find_frame
-from finesight.check.readings import Claim, Frame, Table
-from finesight.check.witness import Witness, look_at
 from finesight.data.boxes import BoxForm
 
 Numbers = tuple[float, float, float, float]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from finesight.check.readings import (
+from finesight.check.conventions.readings import (
     Claim,
     Frame,
     Reading,

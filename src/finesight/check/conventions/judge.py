@@ -33,8 +33,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.check.frames import find_frame
-from finesight.check.readings import (
+from finesight.check.conventions.frames import find_frame
+from finesight.check.conventions.readings import (
     Bools,
     Claim,
     Frame,
@@ -46,8 +46,8 @@ from finesight.check.readings import (
     reading_of,
     reversed_or_empty,
 )
-from finesight.check.verdicts import Verdict, Weighed, mixed_verdict, verdict
-from finesight.check.witness import MOST, Look, Witness, look_at, needed
+from finesight.check.conventions.verdicts import Verdict, Weighed, mixed_verdict, verdict
+from finesight.check.conventions.witness import MOST, Look, Witness, look_at, needed
 from finesight.data.boxes import BoxForm, BoxFormat, BoxUnits
 
 FEWEST = 20

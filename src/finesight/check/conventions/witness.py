@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.check.edges import Sides, small_grey
-from finesight.check.readings import Bools, Table
+from finesight.check.conventions.edges import Sides, small_grey
+from finesight.check.conventions.readings import Bools, Table
 from finesight.data.headers import DamagedPicture
 
 Floats = NDArray[np.float64]

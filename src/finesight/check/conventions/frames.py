@@ -10,8 +10,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.check.readings import Base, Frame, Reading, Table, copied_side, corners_of
-from finesight.check.witness import MOST, Witness
+from finesight.check.conventions.readings import (
+    Base,
+    Frame,
+    Reading,
+    Table,
+    copied_side,
+    corners_of,
+)
+from finesight.check.conventions.witness import MOST, Witness
 from finesight.data.boxes import BoxFormat
 
 Floats = NDArray[np.float64]

@@ -6,7 +6,16 @@ import pytest
 from run_folders import measured_line
 
 from finesight.evaluate.compare import Difference
-from finesight.report.figures import Row, between, interval_of, rows, sentence, signed
+from finesight.report.figures import (
+    Row,
+    between,
+    interval_of,
+    named,
+    plain,
+    rows,
+    sentence,
+    signed,
+)
 
 NONE = "no clear change"
 
@@ -79,3 +88,17 @@ def test_signs_and_digits() -> None:
         *("+0.5000", "−0.5000", "+0.0000", "−123.5")
     ]
     assert between((0.12345, 12.0)) == "0.123 to 12.0"
+    assert [plain(value) for value in (0.12345, 46.55, 560.12)] == ["0.1235", "46.55", "560.1"]
+
+
+def test_figures_are_called_what_people_call_them() -> None:
+    assert [named(name) for name in ("held_out_loss", "bleu_2", "my_own")] == [
+        *("held-out loss", "BLEU-2", "my_own")
+    ]
+
+
+def test_a_headline_that_no_answer_gave_is_said_so() -> None:
+    lines = [measured_line(step, 0.2, scores={}) for step in (0, 9)]
+    found = rows(lines, {})[0]
+    assert (found.before, found.after) == (None, None)
+    assert sentence(found) == "The similarity could not be told from these answers."

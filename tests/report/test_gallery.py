@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ def test_an_example_holds_both_answers(picture: str) -> None:
     assert found["right"] == ["gold", "other"]
     assert found["pictures"] == [0]
     assert (found["before"]["text"], found["before"]["stopped"]) == ("b", False)
-    assert found["after"]["scores"] == {"similarity": 1.0, "exact": 1.0}
+    assert found["after"]["scores"] == {"similarity": 1.0, "exactly right": 1.0}
 
 
 def test_a_picture_is_held_once_and_boxes_stay_in_its_pixels(picture: str) -> None:
@@ -107,3 +111,55 @@ def test_lines_of_older_versions_lack_keys() -> None:
     (found,) = made(example(after={"id": "s", "answer": "a"}))["examples"]
     assert (found["question"], found["right"], found["boxes"]) == ("", [], [])
     assert found["after"]["stopped"] is True
+
+
+def test_boxes_are_in_pixels_of_the_picture_however_it_was_decoded(tmp_path: Path) -> None:
+    """A large JPEG is decoded at a part of its size, turned as it asks."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (6000, 2000), "red")
+    picture.paste("blue", (0, 0, 3000, 2000))
+    picture.save(tmp_path / "p.jpg", exif=exif)
+    line = answer_line("s", "", "", 1.0, image=str(tmp_path / "p.jpg"))
+    (found,) = made(example(after=line))["pictures"]
+    assert (found["width"], found["height"]) == (2000, 6000)
+    shown = Image.open(io.BytesIO(base64.b64decode(found["src"].partition(",")[2]))).convert("RGB")
+    assert shown.size == (320, 960)
+    assert [shown.getpixel((160, y))[2] > 200 for y in (100, 860)] == [True, False]
+
+
+def test_large_pictures_take_the_memory_of_one(tmp_path: Path) -> None:
+    """A report is written beside a run that trains, which may need the memory."""
+    Image.new("RGB", (7000, 7000)).save(tmp_path / "0.png", compress_level=1)
+    for number in range(1, 8):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+    program = (
+        "import resource, sys; from finesight.report.gallery import Gallery;"
+        "from finesight.report.examples import Example;"
+        "highest = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3;"
+        "before = highest();"
+        "found = Gallery((), None).data([Example(None, {'id': '', 'image': sys.argv[1:]},"
+        " 'right', 0.0)])['pictures'];"
+        "print(sum('src' in one for one in found), highest() - before)"
+    )
+    paths = [str(tmp_path / f"{number}.png") for number in range(8)]
+    command = [sys.executable, "-c", program, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, megabytes = done.stdout.split()
+    assert count == "8"
+    # One takes 147 MB as RGB, and twice that with the copy that is turned or shrunk.
+    assert float(megabytes) < 600
+
+
+def test_what_was_cut_off_is_not_drawn() -> None:
+    pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
+    lines = [
+        answer_line("s", "orange " * 50, "x", 0.0, stopped=stopped) for stopped in (True, False)
+    ]
+    found = Gallery((), Formulas()).data([example(after=line) for line in lines])["examples"]
+    assert [one["after"]["formula"] is None for one in found] == [False, True]
+
+
+def test_ids_are_short(picture: str) -> None:
+    (found,) = made(example(after=answer_line("i" * 9000, "", "", 1.0)))["examples"]
+    assert len(found["id"]) < 300

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_folders import MadeRun, answer_line
+from run_folders import MadeRun, answer_line, step_line
 
 from finesight.errors import UserError
 from finesight.report.record import read_record
+from finesight.report.run_page import run_page
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -70,3 +71,32 @@ def test_fingerprints_come_from_the_newest_checkpoint(tmp_path: Path) -> None:
         run.write(f"checkpoints/step-{step}/state.json", state)
     (run.folder / "checkpoints" / ".step-11.partial").mkdir()
     assert read_record(run.folder).identity == {"data.train": "new"}
+
+
+def test_a_damaged_line_is_left_out_and_named(tmp_path: Path) -> None:
+    """What comes after it counts: the run did not end there."""
+    run = MadeRun(tmp_path / "run")
+    run.trained(steps=9)
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged, named in (("{\n", "line 5 of"), ("[" * 99999 + "\n", "2 lines from line 5 of")):
+        at = 4 if damaged == "{\n" else 6
+        path.write_text("".join([*lines[:at], damaged, *lines[at + 1 :]]))
+        lines[at] = damaged
+        record = read_record(run.folder)
+        assert record.steps[-1]["step"] == 9
+        assert record.unreadable == [f"{named} metrics.jsonl"]
+
+
+@pytest.mark.parametrize("value", ["x", [1, 2], {"a": 1}, 10**400, float("inf")])
+def test_values_of_another_kind_are_taken_for_missing(tmp_path: Path, value: object) -> None:
+    run = MadeRun(tmp_path / "run")
+    lines = [step_line(step) for step in range(1, 5)]
+    lines[1] |= {"loss": value, "memory_gb": value, "skipped": value, "utilisation": value}
+    lines[2] |= {"seconds": value}
+    lines[3] |= {"step": value}
+    run.lines("metrics.jsonl", lines)
+    record = read_record(run.folder)
+    assert [line["step"] for line in record.steps] == [1, 2]
+    assert record.steps[1]["loss"] is None
+    run_page(run.folder)

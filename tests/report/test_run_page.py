@@ -81,7 +81,7 @@ def test_a_finished_run_says_everything(run: MadeRun) -> None:
         "need not be edited; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
         "in nats per token; lower is better 1.8000 1.1000 −0.7000 better",
         "vision frozen 9 900 0 yes: every bit is as it was",
-        "language trained 4 80 4 yes: a gradient came to 4",
+        "language trained 4 80 4 yes: gradients reached 4",
         "preparing 12.5 s training steps 30.0 s measuring 8.0 s",
         "over 8192 tokens long",
         "NVIDIA H200, bf16",
@@ -111,7 +111,7 @@ def test_too_many_examples_are_counted(run: MadeRun) -> None:
     page = run_page(run.folder, most=6)
     assert len(data_of(page)["examples"]) == 6
     assert (
-        "12 held-out samples, told apart by their own similarity before and after: right is full"
+        "12 held-out samples, told apart by the similarity of each: right is full"
         " marks, wrong is anything less. The greatest changes come first. Not on this page: 2 that"
         " got better, 2 that stayed wrong and 2 that stayed right; all of them are in the run's"
     ) in html.unescape(text_of(page))
@@ -160,6 +160,33 @@ def test_patience_keeps_the_best_and_the_page_says_so(run: MadeRun) -> None:
     page = run_page(run.folder)
     assert data_of(page)["measurements"] == ["before", "after step 40"]
     assert "the weights are those of step 40, the best" in text_of(page)
+
+
+def test_what_was_better_on_the_way_is_said(run: MadeRun) -> None:
+    lines = [(0, 0.2), (20, 0.95), (40, 0.7), (60, 0.9)]
+    losses = {20: 1.5, 40: 0.25}
+    run.lines(
+        "metrics.jsonl",
+        [
+            measured_line(s, f, **({"held_out_loss": losses[s]} if s in losses else {}))
+            for s, f in lines
+        ],
+    )
+    text = text_of(run_page(run.folder))
+    assert "The similarity was best after step 20: 0.9500." in text
+    assert "The held-out loss was best after step 40: 0.2500." in text
+    after = {"headline": "similarity", "scores": {"similarity": 0.0}}
+    run.finished(before=measured_line(0, 0.2), after=after)
+    assert "similarity was best after step 20: 0.9500." in text_of(run_page(run.folder))
+    run.trained()
+    run.finished()
+    assert "best after" not in text_of(run_page(run.folder))
+
+
+def test_a_headline_without_a_value_still_has_its_page(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run")
+    made.lines("metrics.jsonl", [START, measured_line(0, 0.2, scores={"stopped": 1.0})])
+    assert "could not be told" in text_of(run_page(made.folder))
 
 
 def test_a_run_of_an_older_version(run: MadeRun) -> None:
@@ -278,6 +305,31 @@ def test_by_keyboard(browser: Browser, run: MadeRun) -> None:
     assert browser.run("return document.querySelectorAll('.feed > li').length;") == 1
     browser.press("Escape", "j")
     assert browser.run(where) == "s11"
+
+
+def test_long_texts_begin_short(browser: Browser, run: MadeRun) -> None:
+    lines = [answer_line("a", "orange " * 400, "short", 0.5, stopped=False)]
+    run.answered("before", lines)
+    run.answered("after", with_figures(lines, 0.4))
+    browser.open(write_report(run.folder), PHONE)
+    height = "return document.querySelector('.before .text').offsetHeight;"
+    short = browser.run(height)
+    assert short < 120
+    browser.run("document.querySelector('.before .whole').focus();")
+    browser.press("Enter")
+    assert browser.run(height) > 5 * short
+    assert browser.run("return document.activeElement.textContent;") == "Show less"
+    assert browser.run("return document.activeElement.ariaExpanded;") == "true"
+
+
+def test_more_examples_come_next_for_the_keyboard(browser: Browser, run: MadeRun) -> None:
+    lines = [answer_line(f"s{i}", "a", "b", 0.5) for i in range(25)]
+    run.answered("before", lines)
+    run.answered("after", lines)
+    browser.open(write_report(run.folder))
+    browser.run("document.querySelector('.more').focus();")
+    browser.press("Enter")
+    assert browser.run("return document.activeElement.querySelector('.id').textContent;") == "s20"
 
 
 def test_differences_from_the_right_answer_are_marked(browser: Browser, run: MadeRun) -> None:

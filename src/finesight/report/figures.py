@@ -35,6 +35,9 @@ MEANINGS = {
     "rendered_share": "pairs of formulas that could be drawn",
     "stopped": "answers that ended by themselves",
     "accuracy": "answers that name the right class",
+    "bleu": "runs of up to four tokens that agree",
+    "f1": "words, classes or fields that agree: the mean of precision and recall",
+    "ap": "average precision over ten overlaps, 0.5 to 0.95",
     "accuracy_at_0.5": "boxes that overlap the right ones by half or more",
     "accuracy_at_0.75": "boxes that overlap the right ones by three quarters or more",
     "mean_iou": "overlap with the right boxes",
@@ -44,6 +47,40 @@ MEANINGS = {
     "rouge_l": "longest common sequence of words",
 }
 """What figures say, where their names do not."""
+
+NAMES = {
+    LOSS: "held-out loss",
+    "accuracy_at_0.5": "accuracy at overlap 0.5",
+    "accuracy_at_0.75": "accuracy at overlap 0.75",
+    "mean_iou": "mean overlap (IoU)",
+    "parse_rate": "readable answers",
+    "parsed": "readable",
+    "iou": "overlap (IoU)",
+    "hit": "hit at overlap 0.5",
+    "hit_at_0.75": "hit at overlap 0.75",
+    "f1": "F1",
+    "f1_macro": "F1, mean of the classes or fields",
+    "f1_at_0.5": "F1 at overlap 0.5",
+    "precision_at_0.5": "precision at overlap 0.5",
+    "recall_at_0.5": "recall at overlap 0.5",
+    "ap": "AP",
+    "ap_50": "AP at overlap 0.5",
+    "ap_75": "AP at overlap 0.75",
+    "exact": "exactly right",
+    "exact_folded": "right but for case and width",
+    "edit_distance": "edit distance",
+    "cer": "CER",
+    "wer": "WER",
+    "bleu": "BLEU",
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "cider_d": "CIDEr-D",
+    "rouge_l": "ROUGE-L",
+    "anls": "ANLS",
+    "rendered": "rendered alike",
+    "rendered_share": "share that could be rendered",
+    "stopped": "finished answers",
+}
+"""Figures as people call them; those of a user's own metric keep their names."""
 
 Ends = tuple[float, float]
 
@@ -127,6 +164,11 @@ def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> lis
     return found
 
 
+def named(figure: str) -> str:
+    """What people call a figure."""
+    return NAMES.get(figure, figure)
+
+
 def figures_of(line: Line) -> dict[str, float]:
     """All figures of a measurement that are finite numbers, its loss among them."""
     scores = line.get("scores")
@@ -156,7 +198,9 @@ def ends_of(content: object) -> Ends | None:
 
 def sentence(row: Row) -> str:
     """What became of a figure, and how sure that is."""
-    name = row.name.replace("_", " ")
+    name = named(row.name)
+    if row.before is None and row.after is None:
+        return f"The {name} could not be told from these answers."
     if row.change is None:
         return f"The {name} was measured once: there is nothing yet to compare it with."
     if row.change == 0:
@@ -173,8 +217,9 @@ def sentence(row: Row) -> str:
 
 
 def plain(value: float) -> str:
-    """A figure with as many digits as its neighbours have."""
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    """A figure with the digits that matter: shares to a hundredth of a percent."""
+    digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f}"
 
 
 def signed(value: float) -> str:

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finesight.data.headers import DamagedPicture
+from finesight.data.headers import MAX_PIXELS, DamagedPicture, picture_size
 from finesight.report.examples import Example, pictures_of, scores_of
+from finesight.report.figures import named
 from finesight.report.formulas import Formulas
 from finesight.report.picture import picture
 from finesight.report.record import Line
@@ -32,6 +33,13 @@ MOST_BOXES = 200
 READERS = 8
 """Threads that decode pictures."""
 
+LARGE = 16_000_000
+"""Pixels above which pictures are decoded one after another: every thread keeps the memory of the
+largest that it had, which in a process that goes on training are gigabytes for nothing."""
+
+LONGEST_ID = 200
+"""Characters of an id that are shown."""
+
 Data = dict[str, Any]
 
 
@@ -51,22 +59,31 @@ class Gallery:
         number = {path: i for i, path in enumerate(paths)}
         pixels = min(MOST_PIXELS, max(LEAST_PIXELS, ALL_PIXELS // max(1, len(paths))))
         with ThreadPoolExecutor(READERS) as pool:
-            pictures = list(pool.map(partial(self._picture, pixels), paths))
+            found = list(pool.map(partial(self._picture, pixels, LARGE), paths))
         return {
-            "pictures": pictures,
+            "pictures": [
+                self._picture(pixels, MAX_PIXELS, path) if one is None else one
+                for path, one in zip(paths, found, strict=True)
+            ],
             "examples": [self._example(one, number) for one in examples],
         }
 
-    def _picture(self, pixels: int, name: str) -> Data:
-        """A thumbnail of so many pixels at most, or why there is none."""
+    def _picture(self, pixels: int, largest: int, name: str) -> Data | None:
+        """A thumbnail of so many pixels at most, or why there is none. None, at once, of a picture
+        that has more than `largest`."""
         try:
-            image = open_picture(self._found(name))
+            path = self._found(name)
+            height, width = picture_size(path)
+            if height * width > largest:
+                return None
+            scale = min(1.0, math.sqrt(pixels / (width * height)))
+            longest, shortest = (max(1, round(f(width, height) * scale)) for f in (max, min))
+            shown = picture(open_picture(path, at_least=shortest), longest, QUALITY)
         except DamagedPicture as error:
             return {"path": name, "problem": error.what}
         except (OSError, ValueError) as error:  # no permission; a null byte in the path
             return {"path": name, "problem": f"cannot be read ({error})"}
-        longest = max(image.size) * min(1.0, math.sqrt(pixels / (image.width * image.height)))
-        return {"path": name, **picture(image, max(1, round(longest)), QUALITY)}
+        return {"path": name, "src": shown["src"], "width": width, "height": height}
 
     def _found(self, name: str) -> Path:
         places = [folder / name for folder in self._folders]
@@ -79,7 +96,7 @@ class Gallery:
         texts = [gold, *(references if isinstance(references, list) else [])]
         right = [text for text in texts if isinstance(text, str) and text]
         return {
-            "id": str(line.get("id")),
+            "id": _shortened(str(line.get("id")), LONGEST_ID),
             "kind": example.kind,
             "change": round(example.change, 4),
             "pictures": [number[path] for path in pictures_of(line)],
@@ -94,14 +111,16 @@ class Gallery:
     def _answer(self, line: Line | None) -> Data | None:
         if line is None:
             return None
-        text = str(line.get("answer", ""))
+        text, stopped = str(line.get("answer", "")), line.get("stopped") is not False
+        tokens = line.get("tokens")
         return {
             "text": _shortened(text),
-            "formula": self._formula(text),
+            # What was cut off is no formula, but the beginning of one or of no end of words.
+            "formula": self._formula(text) if stopped else None,
             "boxes": boxes_of(line.get("boxes")),
-            "scores": {name: round(value, 4) for name, value in scores_of(line).items()},
-            "stopped": line.get("stopped") is not False,
-            "tokens": line.get("tokens"),
+            "scores": {named(name): round(value, 4) for name, value in scores_of(line).items()},
+            "stopped": stopped,
+            "tokens": tokens if isinstance(tokens, int) else None,
         }
 
     def _formula(self, text: str) -> object:
@@ -132,7 +151,7 @@ def _all_finite(values: Iterable[object]) -> bool:
     return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= LONGEST:
+def _shortened(text: str, longest: int = LONGEST) -> str:
+    if len(text) <= longest:
         return text
-    return f"{text[:LONGEST]} [and {len(text) - LONGEST:,} more characters]"
+    return f"{text[:longest]} [and {len(text) - longest:,} more characters]"

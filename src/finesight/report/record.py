@@ -22,6 +22,23 @@ from finesight.storage import DIGESTS
 Line = dict[str, Any]
 """A JSON object: of one step, of one measurement, of one answer."""
 
+KINDS: dict[str, type] = {
+    **dict.fromkeys(["step", "steps", "samples", "tokens", "supervised", "skipped"], float),
+    **dict.fromkeys(["epoch", "loss", "held_out_loss", "grad_norm", "memory_gb"], float),
+    **dict.fromkeys(["seconds", "prepared_s", "samples_per_s", "utilisation"], float),
+    **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
+    **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
+    **dict.fromkeys(["before", "after"], dict),
+    **dict.fromkeys(["dropped", "differences"], list),
+    "weights_of": float,
+    "headline": str,
+}
+"""What the values of keys are, float for any number: those that are something else are taken for
+missing."""
+
+MOST = 1e15
+"""A greater number is none that a run counts or measures."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -68,7 +85,8 @@ def read_record(folder: Path) -> Record:
             remedy="give the run's output folder",
         )
     reader = _Reader(folder)
-    lines = list(reader.lines(names.METRICS))
+    lines = [_sound(line) for line in reader.lines(names.METRICS)]
+    lines = [line for line in lines if line.get("step") is not None]
     moved = reader.json(names.MOVED)
     text = reader.text(names.RECIPE) or ""
     return Record(
@@ -76,34 +94,57 @@ def read_record(folder: Path) -> Record:
         recipe=reader.yaml(text),
         recipe_text=text,
         manifest=_object(reader.json(MANIFEST)),
-        steps=[line for line in lines if "seconds" in line and "loss" in line],
+        steps=[line for line in lines if "loss" in line and line.get("seconds") is not None],
         measured=[line for line in lines if "held_out_loss" in line],
         starts=[line for line in lines if "started" in line],
         dropped=list(reader.lines(names.DROPPED)),
-        moved=[_object(row) for row in moved] if isinstance(moved, list) else None,
-        result=_object(reader.json(names.RESULT)) or None,
+        moved=[_sound(_object(row)) for row in moved] if isinstance(moved, list) else None,
+        result=_result(_object(reader.json(names.RESULT))) or None,
         weights=reader.weights(),
         identity=reader.identity(),
         unreadable=reader.unreadable,
     )
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Objects of a JSON Lines file up to the first line that is torn, as the last one of a run
-    that goes on or crashed may be."""
+def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[Line]:
+    """Objects of a JSON Lines file. Lines that are none are left out and, but for a last one that
+    is torn, as that of a run that goes on or crashed may be, their numbers added to `damaged`."""
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 content = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(content, dict):
-                return
-            yield content
+            except (ValueError, RecursionError):
+                content = None
+            if isinstance(content, dict):
+                yield content
+            elif damaged is not None and line.endswith(b"\n"):
+                damaged.append(number)
 
 
 def _object(content: object) -> Line:
     return content if isinstance(content, dict) else {}
+
+
+def _result(content: Line) -> Line:
+    result = _sound(content)
+    for name in ("before", "after"):
+        if result.get(name) is not None:
+            result[name] = _sound(result[name])
+    return result
+
+
+def _sound(line: Line) -> Line:
+    """The line without values of another kind than their keys say."""
+    return {
+        key: value if key not in KINDS or _is(value, KINDS[key]) else None
+        for key, value in line.items()
+    }
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < MOST
+    return isinstance(value, kind)
 
 
 class _Reader:
@@ -127,7 +168,7 @@ class _Reader:
             return None
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.unreadable.append(name)
             return None
 
@@ -140,7 +181,13 @@ class _Reader:
 
     def lines(self, name: str) -> Iterator[Line]:
         path = self._folder / name
-        return read_lines(path) if path.is_file() else iter(())
+        if not path.is_file():
+            return
+        damaged: list[int] = []
+        yield from read_lines(path, damaged)
+        if damaged:
+            lines = "line" if len(damaged) == 1 else f"{len(damaged):,} lines from line"
+            self.unreadable.append(f"{lines} {damaged[0]:,} of {name}")
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of the trained weights, by their path in the run's folder."""

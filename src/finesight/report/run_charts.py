@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finesight.report.curves import Drawing, Series, draw, finite, smooth
-from finesight.report.figures import interval_of
+from finesight.report.figures import interval_of, named
 from finesight.report.record import Line, Record
 
 
@@ -62,7 +62,8 @@ def _headline(record: Record) -> list[Drawing | None]:
         if found is not None:
             whiskers.append((float(line["step"]), *found))
     note = "held-out" + (", bars: 95 % intervals" if whiskers else "")
-    return [draw(name, [Series(name, points, "marks", whiskers)], note)]
+    said = named(name)
+    return [draw(said, [Series(said, points, "marks", whiskers)], note)]
 
 
 def _rates(steps: Sequence[Line]) -> list[Series]:

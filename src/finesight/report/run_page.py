@@ -10,12 +10,16 @@ from typing import Any
 
 from finesight import run_folder as names
 from finesight.evaluate.compare import Difference
+from finesight.evaluate.score import LOWER_IS_BETTER
 from finesight.report import facts
 from finesight.report.differences import differences
 from finesight.report.examples import KINDS, Examples, Kind, read_examples
 from finesight.report.figures import (
+    LOSS,
+    Row,
     between,
     figures_of,
+    named,
     plain,
     rows,
     sentence,
@@ -71,13 +75,14 @@ def run_page(run: Path, most: int = MOST_EXAMPLES) -> str:
         data={
             **gallery,
             "charts": [drawing.data for drawing in drawings],
-            "figure": examples.figure,
+            "figure": named(examples.figure),
             "measurements": measurements,
         },
         title=record.folder.resolve().name,
         record=record,
         measurements=measurements,
         charts=drawings,
+        boxed=any(one["boxes"] for one in gallery["examples"]),
         formulas_missing=formulas is not None and not formulas.installed,
         again=facts.command("report", str(record.folder)),
         **_result(record, compared),
@@ -95,13 +100,36 @@ def _result(record: Record, compared: Sequence[Line]) -> dict[str, Any]:
         "table": table,
         "row": row,
         "sentence": sentence(row) if row else "",
+        "best": [_best(record, name, compared[-1]) for name in _chief(row)],
         "intervals": known,
         **_details(compared[-1] if compared else {}),
         "figure": plain,
+        "named": named,
         "between": between,
         "signed": signed,
         "signed_between": signed_between,
     }
+
+
+def _chief(row: Row | None) -> list[str]:
+    """The figures to judge a run by."""
+    return list(dict.fromkeys([row.name, LOSS])) if row else []
+
+
+def _best(record: Record, name: str, shown: Line) -> str:
+    """When a figure was better than at the end, if it was: training that went on for too long."""
+    up = -1 if name in LOWER_IS_BETTER else 1
+    values = {
+        step: up * value
+        for line in (*record.measured, shown)
+        if (step := int(line.get("step") or 0))
+        and (value := figures_of(line).get(name)) is not None
+    }
+    now = figures_of(shown).get(name)
+    best = max(values, key=values.__getitem__, default=0)
+    if now is None or not best or values[best] <= up * now:
+        return ""
+    return f"The {named(name)} was best after step {best:,}: {plain(up * values[best])}."
 
 
 def _details(measured: Line) -> dict[str, Any]:
@@ -131,11 +159,11 @@ def _examples_note(examples: Examples, words: dict[Kind, str]) -> str:
     note = f"{examples.total:,} held-out samples"
     if examples.figure and examples.paired:
         note += (
-            f", told apart by their own {examples.figure} before and after: right is full marks,"
+            f", told apart by the {named(examples.figure)} of each: right is full marks,"
             " wrong is anything less. The greatest changes come first"
         )
     elif examples.figure:
-        note += f", right where their {examples.figure} is at full marks"
+        note += f", right where the {named(examples.figure)} is at full marks"
     left = [f"{count:,} that {words[kind]}" for kind, count in examples.left_out().items()]
     kept_in = "all of them are in the run's folder"
     return note + (f". Not on this page: {facts.listed(left)}; {kept_in}." if left else ".")
@@ -174,7 +202,7 @@ class _Part:
         reached, relative = int(line.get("reached") or 0), line.get("relative")
         holds = bool(changed and reached) if trained else not changed
         check = {
-            (True, True): f"yes: a gradient came to {reached:,}",
+            (True, True): f"yes: gradients reached {reached:,}",
             (True, False): "no: it should have moved",
             (False, True): "yes: every bit is as it was",
             (False, False): "no: it should have stayed",
@@ -185,7 +213,7 @@ class _Part:
             tensors=f"{int(line.get('tensors') or 0):,}",
             numbers=f"{int(line.get('numbers') or 0):,}",
             changed=f"{changed:,}",
-            relative=f"{relative:.2e}" if trained and isinstance(relative, float) else "",
+            relative=f"{100 * relative:.3g} %" if trained and relative is not None else "",
             holds=holds,
             check=check[trained, holds],
         )
@@ -236,7 +264,7 @@ def _differences(record: Record, compared: Sequence[Line]) -> dict[str, Differen
     run says or, before its end, as far as its answers' scores say it."""
     told = (record.result or {}).get("differences")
     if told:
-        return {line["name"]: Difference(**line) for line in told}
+        return {line["name"]: Difference(**line) for line in told if isinstance(line, dict)}
     files = record.answers
     if len(files) < 2 or len(compared) < 2:
         return {}

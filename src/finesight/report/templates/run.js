@@ -66,6 +66,8 @@ function nearest(values, wanted) {
 const KIND_WORDS = DATA.measurements.length > 1
   ? {better: "got better", worse: "got worse", wrong: "stayed wrong", right: "stayed right"}
   : {better: "", worse: "", wrong: "wrong", right: "right"};
+/* Whether answers are formulas, whose source is told apart by its letters. */
+const IS_CODE = DATA.examples.some(({formula}) => formula);
 const CHIPS = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 
 function drawExample(example) {
@@ -90,7 +92,8 @@ function drawExample(example) {
 function drawnPicture(picture, number, example) {
   const name = picture.path.split("/").pop();
   if (picture.problem) {
-    return make("p", {class: "missing small"}, `${picture.path}: ${picture.problem}`);
+    const told = make("p", {class: "small"}, `${picture.path}: ${picture.problem}`);
+    return make("div", {class: "missing"}, ...clamped(told));
   }
   const boxes = [];
   const several = example.pictures.length > 1;
@@ -133,7 +136,7 @@ function answerRow(kind, title, text, formula, boxes, score = "", right = null) 
   const row = make("section", {class: `answer ${kind}`},
     make("h4", {}, title, make("span", {class: "score"}, score)));
   if (formula) row.append(make("div", {class: "formula"}, built(formula)));
-  const source = make("p", {class: formula || boxes.length ? "text mono" : "text"});
+  const source = make("p", {class: IS_CODE || boxes.length ? "text mono" : "text"});
   if (right === null || right === text) source.append(text);
   else source.append(...marked(text, right));
   if (text || !boxes.length) row.append(...clamped(source));
@@ -147,7 +150,7 @@ function answerRow(kind, title, text, formula, boxes, score = "", right = null) 
 /* A text, of a long one the beginning and a button for the rest. */
 function clamped(text) {
   const {length} = text.textContent;
-  if (length < 500 && text.textContent.split("\n").length <= 8) return [text];
+  if (length < 360 && text.textContent.split("\n").length <= 5) return [text];
   text.classList.add("clamped");
   const whole = `Show all ${length.toLocaleString("en")} characters`;
   const button = make("button", {type: "button", class: "whole", "aria-expanded": "false"}, whole);

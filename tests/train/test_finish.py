@@ -24,6 +24,13 @@ def score(case):
     return {"score": -abs(done - 2.0), "length": len(case.answer)}
 """
 
+FALLS = """
+from pathlib import Path
+
+def score(case):
+    return -float(len(list((Path(__file__).parent / "run" / "predictions").glob("*.jsonl"))))
+"""
+
 
 def _eval(task: Task, text: str, function: str, **more: Any) -> dict[str, Any]:
     (task.folder / "mine.py").write_text(text)
@@ -35,12 +42,13 @@ def _weights(run: Path, step: int) -> dict[str, Any]:
     return load_file(run / "checkpoints" / f"step-{step}" / "trainable.safetensors")
 
 
-def test_a_run_whose_score_stays_stops_and_says_so(task: Task) -> None:
-    result = task.run(eval=_eval(task, CONSTANT, "same", patience=3))
-    assert (result.steps, result.stopped_early, result.samples) == (3, True, 12)
-    assert "stopping after step 3 of 6: 3 measurements without a better score" in task.screen
-    assert [line["step"] for line in task.history() if "loss" in line] == [1, 2, 3]
-    assert task.run(eval=_eval(task, CONSTANT, "same", patience=3), resume=True) == result
+def test_a_run_whose_score_falls_stops_and_says_so(task: Task) -> None:
+    result = task.run(eval=_eval(task, FALLS, "score", patience=3))
+    assert (result.steps, result.stopped_early, result.samples) == (4, True, 16)
+    assert "stopping after step 4 of 6: 3 measurements without a better score" in task.screen
+    assert [line["step"] for line in task.history() if "loss" in line] == [1, 2, 3, 4]
+    assert result.weights_of == 1
+    assert task.run(eval=_eval(task, FALLS, "score", patience=3), resume=True) == result
 
 
 def test_the_weights_of_the_best_measurement_are_kept(task: Task) -> None:
@@ -123,7 +131,7 @@ def test_answers_that_were_tidied_away_cost_the_intervals_only(task: Task) -> No
 
 
 def test_the_best_answers_that_were_tidied_away_cost_the_intervals_only(task: Task) -> None:
-    settings = _eval(task, CONSTANT, "same", patience=2)
+    settings = _eval(task, FALLS, "score", patience=2)
     task.run(eval=settings)
     run = task.folder / "run"
     (run / "result.json").unlink()

@@ -7,7 +7,6 @@ help stays quick.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from finesight import __version__
 from finesight.cli.data_check import check
 from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
@@ -48,7 +48,7 @@ data = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"finesight {importlib.metadata.version('finesight')}")
+        typer.echo(f"finesight {__version__}")
         raise typer.Exit
 
 

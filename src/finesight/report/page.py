@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.metadata
 import importlib.resources
 import json
 from functools import cache
@@ -13,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from finesight import __version__
 from finesight.errors import UserError
 from finesight.storage import write_file
 
@@ -47,7 +47,7 @@ def render(template: str, data: object = None, **values: object) -> str:
         policy=_policy(script),
         script=Markup(script),
         style=Markup(style),
-        version=importlib.metadata.version("finesight"),
+        version=__version__,
     )
     # Names of files may hold bytes that are no text, which Python keeps as lone surrogates.
     return text.encode("utf-8", "replace").decode()

@@ -7,12 +7,12 @@ import json
 import os
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finesight import __version__
 from finesight.config import Recipe
 from finesight.data.sample import files_of
 from finesight.data.sources import Corpus, load_sources
@@ -155,11 +155,11 @@ class Session:
 
 def versions() -> dict[str, str]:
     """What computes, by name."""
-    try:
-        own = metadata.version("finesight")
-    except metadata.PackageNotFoundError:
-        own = "not installed as a package"
-    return {"finesight": own, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "finesight": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:

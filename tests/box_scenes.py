@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from finesight.data.exporting import Exported, export
-from finesight.data.importing import Request, Summary, import_file
+from finesight.data.importing import Summary, import_file
 from finesight.data.jsonl import Located, read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import BoxPart, Sample, TextPart
 from finesight.vision.picture import open_picture
 

@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 
 from finesight.data.generated import LABELS, draw_scenes
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import BoxPart
 from finesight.errors import Interrupted, UserError
 from finesight.evaluate.answered import truths_of

@@ -13,7 +13,7 @@ from scenery import paint
 from finesight.check.findings import FAULTS, Finding
 from finesight.check.pictures import Album
 from finesight.check.processes import WORTH_IT, processes
-from finesight.check.run import Check, Claims, Listener
+from finesight.check.run import Check, Claims
 from finesight.check.subjects import is_recipe, of_files
 from finesight.data.boxes import BoxForm
 from finesight.data.formats.format import RawBox
@@ -33,21 +33,19 @@ def test_other_processes_find_the_same_and_all_is_told(folder):
     ]
     source = lines(folder / "data.jsonl", records)
     told: list[Finding] = []
-    rows: list[int] = []
     done: list[int] = []
     (folder / "saved").mkdir()
     check = Check(
         of_files([source], [], Request()),
         folder / "saved",
         keep=5,
-        listener=Listener(told.append, rows.append, done.append),
     )
-    found, album = check.run()
+    found, album = check.run(told.append, done.append)
     gone = range(1, WORTH_IT + 31, 10)
     assert [finding.where for finding in told] == [f"{source}:{line}" for line in gone]
     assert list(found.findings) == told[:5]
     assert found.counts == {"picture-missing": len(gone)} == found.affected
-    assert rows == [WORTH_IT + 30] == [sum(done)]
+    assert check.rows == WORTH_IT + 30 == sum(done)
     assert len(album) == 1 + len(gone)
 
 

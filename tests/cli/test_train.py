@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import final_files, losses, make_task, write_recipe
 
 from finesight import storage
@@ -19,6 +21,15 @@ from finesight.cli.app import run
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_the_other_process() -> Iterator[None]:
+    """On some processors two threads add up in another order than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from finesight.data.boxes import Box, BoxForm, BoxFormat, BoxUnits, fitted, four_numbers
+from finesight.data.boxes import Box, BoxForm, BoxFormat, BoxUnits, fitted, four_numbers, iou
 from finesight.errors import UserError
 
 SIZE = (200, 500)
@@ -72,3 +72,19 @@ def test_thousandths_give_the_nearest_float() -> None:
 
 def test_numbers_may_be_text() -> None:
     assert four_numbers(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
+        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
+        ((0, 0, 10, 10), (10, 0, 20, 10), 0),
+        ((0, 0, 10, 10), (2, 2, 4, 4), 4 / 100),
+        ((10, 10, 0, 0), (0, 0, 10, 10), 0),
+        ((0, 0, 0, 10), (0, 0, 0, 10), 0),
+    ],
+)
+def test_iou(a, b, expected):
+    assert iou(a, b) == pytest.approx(expected)
+    assert iou(b, a) == pytest.approx(expected)

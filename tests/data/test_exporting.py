@@ -14,8 +14,9 @@ from scenery import paint
 from finesight import storage
 from finesight.data.exporting import export
 from finesight.data.formats import FORMATS
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples, sample_from
+from finesight.data.opening import Request
 from finesight.data.sample import Sample
 from finesight.errors import UserError
 from finesight.storage import verify_folder

@@ -19,8 +19,9 @@ from finesight.data.generated import (
     draw,
     draw_scenes,
 )
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 

@@ -13,8 +13,9 @@ from scenery import paint, write_jsonl
 
 from finesight import storage
 from finesight.config import DataFile
-from finesight.data.importing import SHOWN_IN_EVAL, UNSELECTED, Request, Summary, import_file
+from finesight.data.importing import SHOWN_IN_EVAL, UNSELECTED, Summary, import_file
 from finesight.data.jsonl import read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import BoxPart, ImagePart, Sample
 from finesight.data.sources import load_sources
 from finesight.errors import UserError

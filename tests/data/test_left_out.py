@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from scenery import paint, write_jsonl
 
-from finesight.data.importing import UNSELECTED, Request, import_file
+from finesight.data.importing import UNSELECTED, import_file
 from finesight.data.jsonl import read_samples
+from finesight.data.opening import Request
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 

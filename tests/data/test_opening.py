@@ -9,7 +9,8 @@ import pytest
 from scenery import paint, write_jsonl
 
 from finesight.data.boxes import BadBox, BoxForm
-from finesight.data.importing import Drafted, Request, draft, import_file
+from finesight.data.importing import import_file
+from finesight.data.opening import Drafted, Request, draft
 from finesight.data.sample import BoxPart, ImagePart
 from finesight.errors import UserError
 

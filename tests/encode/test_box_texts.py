@@ -134,6 +134,7 @@ def test_other_text_stays(source: str) -> None:
         ('{"bbox_2d": [1, 2, 3, "x"]}', "qwen3_vl", "qwen2_vl", "cannot be read"),
         ('{"bbox_2d": 5}', "qwen3_vl", "qwen2_vl", "cannot be read"),
         ('{"bbox_2d": [1, 2, 3, 4]', "qwen3_vl", "qwen2_vl", "cannot be read"),
+        ('bbox_2d {"bbox_2d": [1, 2, 3, 4]}', "qwen3_vl", "qwen2_vl", "cannot be read"),
         ('{"bbox_2d": [1, 2, 3, 4], "score": 1}', "qwen3_vl", "qwen2_vl", "the box"),
         ('{"a": {"bbox_2d": [1, 2, 3, 4]}}', "qwen3_vl", "qwen2_vl", "the box"),
         ('{"bbox_2d": [1, 2, 1200, 4]}', "qwen3_vl", "qwen2_vl", "outside of its frame"),

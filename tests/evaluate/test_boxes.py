@@ -4,27 +4,11 @@ import pytest
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.answered import Case
-from finesight.evaluate.boxes import box_scores, iou, match, score
+from finesight.evaluate.boxes import box_scores, match, score
 
 
 def box(x1: float, y1: float, x2: float, y2: float, label: str | None = None, image: int = 0):
     return BoxPart(image=image, label=label, xyxy=(x1, y1, x2, y2))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
-        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
-        ((0, 0, 10, 10), (10, 0, 20, 10), 0),
-        ((0, 0, 10, 10), (2, 2, 4, 4), 4 / 100),
-        ((10, 10, 0, 0), (0, 0, 10, 10), 0),
-        ((0, 0, 0, 10), (0, 0, 0, 10), 0),
-    ],
-)
-def test_iou(a, b, expected):
-    assert iou(a, b) == pytest.approx(expected)
-    assert iou(b, a) == pytest.approx(expected)
 
 
 def test_one_box_for_one_target():

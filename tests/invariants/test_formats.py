@@ -10,8 +10,9 @@ from scenery import paint
 
 from finesight.data.exporting import export
 from finesight.data.headers import picture_size
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples
+from finesight.data.opening import Request
 from finesight.data.rules import check_sample
 from finesight.data.sample import BoxPart, ImagePart, Message, Part, Sample, TextPart
 from finesight.errors import UserError

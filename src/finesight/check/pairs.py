@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finesight.check.findings import Finding, Place, Shown
 from finesight.check.pictures import Album
-from finesight.data.boxes import Box
+from finesight.data.boxes import Box, iou
 from finesight.data.case import text_of
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, files_of
 
@@ -135,7 +135,7 @@ def _contradict(one: _Said, other: _Said) -> bool:
     """Whether two answers to one question cannot both be meant."""
     if one.boxes or other.boxes:
         found = len(one.boxes) == len(other.boxes) and all(
-            any(image == i and _overlap(box, b) >= AGREE for i, b in other.boxes)
+            any(image == i and iou(box, b) >= AGREE for i, b in other.boxes)
             for image, box in one.boxes
         )
         return not found
@@ -148,19 +148,6 @@ def _short(pair: tuple[_Said, _Said]) -> bool:
 
 def _plain(words: str) -> str:
     return words.casefold().strip(" .!?\"'")
-
-
-def _overlap(one: Box, other: Box) -> float:
-    """Intersection over union; 0 for boxes without an area."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    union = _area(one) + _area(other) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def _area(box: Box) -> float:
-    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
 
 
 def _contradiction(one: _Said, other: _Said) -> Finding:

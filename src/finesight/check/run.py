@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.check.conventions.judge import conventions
@@ -30,14 +29,8 @@ CLAIMS = 40_000
 """Boxes of a source, about, that its convention is told by; the samples are spread over it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """Whom to tell while a check goes on: `tell` gets every finding as it comes up, `begin` the
-    number of rows in all, `advance` each number of rows that is done."""
-
-    tell: Callable[[Finding], None] = lambda finding: None
-    begin: Callable[[int], None] = lambda rows: None
-    advance: Callable[[int], None] = lambda rows: None
+def _nobody(news: object) -> None:
+    """Who does not want to be told."""
 
 
 class Check:
@@ -53,11 +46,12 @@ class Check:
         saved: Path,
         model: Model | None = None,
         keep: int = 1000,
-        listener: Listener | None = None,
     ) -> None:
         """Open all sources. Raises UserError as `draft` does."""
         self._model = model or Model()
-        self._keep, self._listener = keep, listener or Listener()
+        self._keep = keep
+        self._tell: Callable[[Finding], None] = _nobody
+        self._advance: Callable[[int], None] = _nobody
         ordered = sorted(subjects, key=lambda subject: not subject.held_out)
         self._subjects = [(s, _opened(s, saved / f"source-{n}")) for n, s in enumerate(ordered)]
         self.mending = Mending()
@@ -71,11 +65,22 @@ class Check:
         """The sources as they are read, in the order in which they are."""
         return [drafts for _, drafts in self._subjects]
 
-    def run(self) -> tuple[Checked, Album]:
-        """Read everything. The gravest faults come first in the result, then the most frequent."""
-        rows = sum(len(drafts) for drafts in self.drafts)
-        self._listener.begin(rows)
-        with processes(rows) as pool:
+    @property
+    def rows(self) -> int:
+        """The rows of all sources."""
+        return sum(map(len, self.drafts))
+
+    def run(
+        self,
+        tell: Callable[[Finding], None] = _nobody,
+        advance: Callable[[int], None] = _nobody,
+    ) -> tuple[Checked, Album]:
+        """Read everything. The gravest faults come first in the result, then the most frequent.
+
+        `tell` gets every finding as it comes up, `advance` each number of rows that is done.
+        """
+        self._tell, self._advance = tell, advance
+        with processes(self.rows) as pool:
             album = Album(pool)
             leaks = Leaks(album)
             sides = {held_out: Ledger(album) for held_out in (True, False)}
@@ -124,7 +129,7 @@ class Check:
                             self._add(finding, place)
                 samples += len(drafted.samples)
                 claims.take(drafted, where, album)
-            self._listener.advance(len(group))
+            self._advance(len(group))
         for verdict in conventions(claims.taken):
             takes_options = "boxes" in drafts.source.form.takes
             self._add(verdict.finding(str(subject.path), takes_options=takes_options))
@@ -168,7 +173,7 @@ class Check:
         self._counts[finding.code] += 1
         if self._counts[finding.code] <= self._keep:
             self._kept.append(finding)
-        self._listener.tell(finding)
+        self._tell(finding)
         if place is None:
             self.mending.note_source(finding)
             return

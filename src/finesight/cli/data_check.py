@@ -126,7 +126,7 @@ def _carried_out(
 ) -> int:
     """Check, print, draw and mend; gives the exit code."""
     from finesight.check.findings import exit_code
-    from finesight.check.run import Check, Listener
+    from finesight.check.run import Check
     from finesight.check.summary import as_lines, as_record
     from finesight.report.check_page import check_page
     from finesight.report.page import refuse_other_files, write_page
@@ -140,11 +140,9 @@ def _carried_out(
             typer.echo(json.dumps(finding.as_json(), ensure_ascii=False))
 
     with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
-        with _progress() as (begin, advance):
-            listener = Listener(tell, begin, advance)
-            keep = KEPT if html else SHOWN
-            check = Check(subjects, Path(folder), judge, keep, listener)
-            checked, album = check.run()
+        check = Check(subjects, Path(folder), judge, KEPT if html else SHOWN)
+        with _progress(check.rows) as advance:
+            checked, album = check.run(tell, advance)
         if not as_json:
             typer.echo("\n".join(as_lines(checked, SHOWN)))
         if html:
@@ -158,33 +156,22 @@ def _carried_out(
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar on a terminal, a line now and then in a log: what to call with the number of all rows,
-    and with each number of rows that is done."""
+def _progress(rows: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then in a log: what to call with each number of rows that
+    is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    bar = Progress(
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("rows", total=None)
+    from finesight.train.progress import Screen
+
+    screen = Screen(Console(stderr=True))
     done = 0
+    with screen.stage("rows", rows) as advance_bar:
 
-    def begin(rows: int) -> None:
-        bar.update(task, total=rows)
+        def advance(more: int) -> None:
+            nonlocal done
+            advance_bar(more)
+            if not screen.console.is_terminal and done // LINE < (done + more) // LINE:
+                screen.say(f"{done + more} rows")
+            done += more
 
-    def advance(rows: int) -> None:
-        nonlocal done
-        bar.advance(task, rows)
-        if not console.is_terminal and done // LINE < (done + rows) // LINE:
-            console.print(f"{done + rows} rows", highlight=False)
-        done += rows
-
-    with bar:
-        yield begin, advance
+        yield advance

@@ -81,7 +81,8 @@ def import_data(
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --split 0.9
     """
-    from finesight.data.importing import Request, import_file
+    from finesight.data.importing import import_file
+    from finesight.data.opening import Request
 
     request = Request(
         format=format_name,

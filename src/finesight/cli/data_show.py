@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from finesight.data.jsonl import Located
+    from finesight.encode.render import Renderer
 
 
 def show(
@@ -35,17 +42,11 @@ def show(
 
     Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --samples 2
     """
-    from rich.console import Console
-
     from finesight.data.sources import load_sources
     from finesight.encode.render import Renderer
-    from finesight.encode.show import as_lines, as_record
-    from finesight.errors import UserError
     from finesight.hub import locate
     from finesight.recipe import load_recipe
-    from finesight.report.page import refuse_other_files, write_page
-    from finesight.report.sample_page import sample_page
-    from finesight.train.progress import Screen
+    from finesight.report.page import refuse_other_files
 
     if html is not None:
         refuse_other_files(html)
@@ -62,12 +63,29 @@ def show(
     chosen = load_sources(files).samples[:samples]
     if html is not None:
         source = f"The first {len(chosen)} of {', '.join(str(file.path) for file in files)}"
-        with Screen(Console(stderr=True)).stage("samples", len(chosen)) as advance:
-            page = sample_page(renderer, chosen, source, advance)
-        write_page(html, page)
-        typer.echo(f"page: {html}", err=True)
-        if not as_json:
-            return
+        _draw(html, renderer, chosen, source)
+    if html is None or as_json:
+        _print(renderer, chosen, as_json)
+
+
+def _draw(page: Path, renderer: Renderer, chosen: Sequence[Located], source: str) -> None:
+    """Write the page of these samples, with a bar while it is made."""
+    from rich.console import Console
+
+    from finesight.report.page import write_page
+    from finesight.report.sample_page import sample_page
+    from finesight.train.progress import Screen
+
+    with Screen(Console(stderr=True)).stage("samples", len(chosen)) as advance:
+        content = sample_page(renderer, chosen, source, advance)
+    write_page(page, content)
+    typer.echo(f"page: {page}", err=True)
+
+
+def _print(renderer: Renderer, chosen: Sequence[Located], as_json: bool) -> None:
+    """A table, or one JSON object, for each sample."""
+    from finesight.encode.show import as_lines, as_record
+
     for located in chosen:
         outline = renderer.outline(located)
         if as_json:

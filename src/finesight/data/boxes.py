@@ -98,3 +98,19 @@ def _guess(form: BoxForm) -> str:
         f"are the boxes {other}? then give --box-format {other}; are they not in units of "
         f"{form.units}? then give --box-units pixel, 1 or 1000; else correct the row"
     )
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, in [0, 1]. Corners in the wrong order make an empty
+    box: who answered or drew it so is mistaken, and it is not put right here."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0 or area(a) == 0 or area(b) == 0:
+        return 0.0
+    common = width * height
+    return common / (area(a) + area(b) - common)
+
+
+def area(box: Box) -> float:
+    """Square pixels of a box; 0 where its corners are in the wrong order."""
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

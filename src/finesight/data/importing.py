@@ -16,7 +16,7 @@ from finesight.data.formats import table as table_format
 from finesight.data.formats.format import BadOption, Format, Reading, StrayMark, UnreadKey
 from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import write_samples
-from finesight.data.opening import Drafted, Drafts, Request, Source, draft, open_source
+from finesight.data.opening import Request, Source, open_source
 from finesight.data.pictures import FOLDER, named, same_pictures
 from finesight.data.rows import Row
 from finesight.data.rules import BadTurns, check_sample
@@ -24,8 +24,6 @@ from finesight.data.sample import Sample, files_of
 from finesight.data.split import hold_out_last, split_by_picture
 from finesight.errors import UserError
 from finesight.storage import write_file, write_folder
-
-__all__ = ["Drafted", "Drafts", "Request", "Summary", "Written", "draft", "import_file"]
 
 DESCRIBED = 5
 """Bad rows that are described; the others are counted."""
@@ -113,13 +111,6 @@ def import_file(source: Path, out: Path, request: Request) -> Summary:
     with write_folder(out) as staging:
         reading = opened.reading(request, staging)
         rows, dropped = _read(opened, reading, request)
-        if not any(rows):
-            raise UserError(
-                f"none of the {len(rows)} rows makes a sample",
-                where=str(source),
-                expected="at least one that says something to learn",
-                remedy="; ".join(reading.left_out) or "select other rows",
-            )
         parts = _parts(_with_own_ids(rows), request)
         pictures = _pictures(case for part in parts for cases in part.rows for case in cases)
         names = named(pictures, staging, out, copy=request.copy_pictures)

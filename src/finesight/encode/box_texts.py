@@ -8,11 +8,11 @@ qwen3_vl     the same JSON in thousandths of the picture, 0 to 1000
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from finesight.data.json_boxes import BOX_KEY, around_boxes, box_item, unfenced
 from finesight.encode.dialect import (
     Corners,
     Piece,
@@ -44,18 +44,14 @@ _TOKENS = {
     "<|box_start|>": "<box>",
     "<|box_end|>": "</box>",
 }
-_KEY = "bbox_2d"
-_LABELS = ("label", "text_content")
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
-_FOUR = re.compile(rf"([\"']{_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}(\])")
-_FENCE = re.compile(rf"```(?:json)?\s*([\[{{][^`]*?\"{_KEY}\"[^`]*[\]}}])\s*```")
-_OPENING = re.compile(r"[\[{]")
+_FOUR = re.compile(rf"([\"']{BOX_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}(\])")
 _HINTS = {
     "qwen_vl": re.compile(r"</?(?:box|quad)>"),
     "qwen2_vl": re.compile(r"<\|(?:box|quad)_(?:start|end)\|>"),
-    "qwen2_5_vl": re.compile(_KEY),
-    "qwen3_vl": re.compile(_KEY),
+    "qwen2_5_vl": re.compile(BOX_KEY),
+    "qwen3_vl": re.compile(BOX_KEY),
 }
 
 
@@ -115,42 +111,35 @@ def _renumbered(text: str, source: str, frames: Frames) -> tuple[str, int]:
         return f"{match[1]}{', '.join(map(str, corners))}{match[6]}"
 
     written, boxes = _FOUR.subn(anew, text)
-    if boxes != text.count(_KEY):
+    if boxes != text.count(BOX_KEY):
         raise _unreadable(text, source)
     return written, boxes
 
 
 def _in_json(text: str, source: str) -> Iterator[str | Named | list[Found]]:
-    text = _FENCE.sub(r"\1", text)
-    decoder, start, at = json.JSONDecoder(), 0, 0
-    while found := _OPENING.search(text, at):
-        try:
-            value, at = decoder.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
-            at = found.end()
-            continue
-        if _KEY in text[found.start() : at]:
-            yield text[start : found.start()]
-            yield [_item(item, source) for item in (value if isinstance(value, list) else [value])]
-            start = at
-    if _KEY in text[start:]:
-        raise _unreadable(text[start:], source)
-    yield text[start:]
+    for piece in around_boxes(unfenced(text)):
+        if not isinstance(piece, str):
+            yield [_item(value, source) for value in piece]
+        elif BOX_KEY in piece:
+            raise _unreadable(piece, source)
+        else:
+            yield piece
 
 
-def _item(item: object, source: str) -> Found:
-    if not isinstance(item, dict) or not {_KEY} <= item.keys() <= {_KEY, *_LABELS}:
+def _item(value: object, source: str) -> Found:
+    item = box_item(value)
+    if item is None:
         raise UserError(
-            f"the box {str(item)[:80]}",
-            expected=f'{{"{_KEY}": [four numbers], "label": text}}, as marks in text hold no more',
+            f"the box {str(value)[:80]}",
+            expected=f'{{"{BOX_KEY}": [four numbers], "label": text}}, as marks in text hold no'
+            " more",
             remedy="take the other keys out, or migrate to a family that writes JSON",
         )
-    labels = [str(item[key]) for key in _LABELS if item.get(key) is not None]
     try:
-        x1, y1, x2, y2 = (float(number) for number in item[_KEY])
+        x1, y1, x2, y2 = (float(number) for number in item.numbers)
     except (TypeError, ValueError) as error:
-        raise _unreadable(str(item), source) from error
-    return Found(labels[0] if labels else None, (x1, y1, x2, y2))
+        raise _unreadable(str(value), source) from error
+    return Found(item.label, (x1, y1, x2, y2))
 
 
 def _in_tokens(text: str, source: str) -> Iterator[str | Named | list[Found]]:

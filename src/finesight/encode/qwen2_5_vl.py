@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.json_boxes import BOX_KEY, LABEL_KEYS, json_values
 from finesight.encode.dialect import Box, Corners, Piece, PlacedBox, in_whole_numbers, scaled
 from finesight.encode.encoded import Size
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _NUMBERS_ALONE = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
-_LABELS = ("label", "text_content")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +66,29 @@ class Qwen25VL:
 
 def _as_item(box: PlacedBox) -> dict[str, Any]:
     corners = in_whole_numbers(scaled(box.xyxy, box.original, box.resized), box.resized)
-    item: dict[str, Any] = {"bbox_2d": list(corners)}
+    item: dict[str, Any] = {BOX_KEY: list(corners)}
     return item if box.label is None else {**item, "label": box.label}
 
 
 def _items(text: str) -> Iterator[tuple[str | None, Corners | None]]:
     """Label and corners of every JSON object in `text` that has a `bbox_2d`."""
-    decoder = json.JSONDecoder()
-    at = text.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            yield from _boxes_within(value)
-        at = text.find("{", end)
+    # Objects alone: the list around them may break off.
+    for found in json_values(text, "{"):
+        yield from _boxes_within(found.value)
 
 
 def _boxes_within(value: object) -> Iterator[tuple[str | None, Corners | None]]:
     if isinstance(value, list):
         for item in value:
             yield from _boxes_within(item)
-    elif isinstance(value, dict) and "bbox_2d" in value:
+    elif isinstance(value, dict) and BOX_KEY in value:
         # JSON may escape half of a surrogate pair, which no file in UTF-8 can hold.
         labels = [
             value[key].encode("utf-8", "replace").decode()
-            for key in _LABELS
+            for key in LABEL_KEYS
             if isinstance(value.get(key), str)
         ]
-        yield (labels[0] if labels else None), _corners(value["bbox_2d"])
+        yield (labels[0] if labels else None), _corners(value[BOX_KEY])
     elif isinstance(value, dict):
         for item in value.values():
             yield from _boxes_within(item)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finesight.data.boxes import iou
 from finesight.data.sample import BoxPart
 from finesight.evaluate.answered import Case, Scored, means
-
-XYXY = tuple[float, float, float, float]
 
 
 def score(cases: Sequence[Case]) -> Scored:
@@ -15,17 +14,6 @@ def score(cases: Sequence[Case]) -> Scored:
     each = [box_scores(case.boxes, case.targets) for case in cases]
     names = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
     return Scored(each, means(each, **names, mean_iou="iou", parse_rate="parsed"))
-
-
-def iou(a: XYXY, b: XYXY) -> float:
-    """Intersection over union of two boxes, in [0, 1]. Corners in the wrong order make an empty
-    box: they are the answer's mistake and are not put right here."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0 or _area(a) == 0 or _area(b) == 0:
-        return 0.0
-    common = width * height
-    return common / (_area(a) + _area(b) - common)
 
 
 def match(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[tuple[int, int, float]]:
@@ -70,10 +58,6 @@ def box_scores(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> dict[str, 
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / most,
         "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / most,
     }
-
-
-def _area(box: XYXY) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def name_of(target: BoxPart) -> str:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.boxes import iou
 from finesight.data.sample import BoxPart
 from finesight.evaluate.answered import Case, Scored, Scores, means, together
 from finesight.evaluate.bootstrap import Array, Weights, divided, ratios
-from finesight.evaluate.boxes import box_scores, iou, name_of
+from finesight.evaluate.boxes import box_scores, name_of
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -167,7 +167,3 @@ def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator
     the workers."""
     parcels: Iterator[Parcel] = read_ahead(data, range(start, len(data)), workers, pin)
     return (parcel.open() for parcel in parcels)
-
-
-Advance = Callable[[int], None]
-"""Told how many more samples are done."""

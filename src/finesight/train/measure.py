@@ -15,11 +15,11 @@ from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.bootstrap import Interval
 from finesight.evaluate.evaluate import evaluate
-from finesight.train.loader import Advance, Dropped, read_steps
+from finesight.train.loader import Dropped, read_steps
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
-from finesight.train.progress import Screen
+from finesight.train.progress import Advance, Screen
 from finesight.train.run import Run
 from finesight.train.stop import Stop
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from finesight.train.loader import Advance
+Advance = Callable[[int], None]
+"""To be called with the number of samples that are through with a stage."""
 
 LINES = 20
 """Lines in a log for each stage, at most and about."""

@@ -14,7 +14,8 @@ from finesight.encode.encoded import Outline
 from finesight.encode.lengths import usable
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
-from finesight.train.loader import Advance, Dropped
+from finesight.train.loader import Dropped
+from finesight.train.progress import Advance
 from finesight.train.workers import guarded, read_ahead
 
 CHUNK = 64

@@ -55,6 +55,13 @@ def test_other_text_stays_as_it_is(folder: Path, text: str) -> None:
     assert answer(folder, text) == [text]
 
 
+@pytest.mark.parametrize("text", ["its bbox_2d {}", "{} bbox_2d: 1, 2", "{} bbox_2d {}"])
+def test_boxes_that_are_no_json_are_refused_wherever_they_stand(folder: Path, text: str) -> None:
+    box = '{"bbox_2d": [1, 2, 3, 4]}'
+    with pytest.raises(UserError, match="outside of JSON"):
+        answer(folder, text.replace("{}", box))
+
+
 def test_nothing_is_no_part(folder: Path) -> None:
     assert answer(folder, "") == []
 

@@ -11,7 +11,7 @@ from box_scenes import answers, imported, questions, there_and_back, white_at, w
 from PIL import Image
 
 from finesight.data.formats.coco import CAPTION_PROMPT
-from finesight.data.importing import Request, draft
+from finesight.data.opening import Request, draft
 from finesight.errors import UserError
 
 WHITE = (12, 3, 31, 17)

@@ -12,8 +12,9 @@ from PIL import Image
 from scenery import paint
 
 from finesight.data.exporting import export
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import Sample
 
 

@@ -10,8 +10,9 @@ import pytest
 from box_scenes import white_at, white_in
 
 from finesight.data.exporting import export
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples
+from finesight.data.opening import Request
 from finesight.data.sample import BoxPart, ImagePart, Sample
 
 WHITE = (10, 4, 30, 16)

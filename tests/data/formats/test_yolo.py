@@ -11,8 +11,9 @@ from box_scenes import answers, imported, questions, there_and_back, white_at, w
 from finesight.data.formats import yolo
 from finesight.data.formats.format import Writing
 from finesight.data.headers import picture_size
-from finesight.data.importing import Request, import_file
+from finesight.data.importing import import_file
 from finesight.data.jsonl import Located
+from finesight.data.opening import Request
 from finesight.data.sample import ImagePart
 from finesight.errors import UserError
 

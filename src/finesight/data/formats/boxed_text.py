@@ -14,15 +14,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from finesight.data.boxes import BoxForm
-from finesight.data.formats.format import Scene, listed, pieces, plain, worded
+from finesight.data.formats.format import Scene, pieces, plain, worded
+from finesight.data.json_boxes import BOX_KEY, Item, around_boxes, box_item, unfenced
 from finesight.data.sample import BoxPart, Part, TextPart, shortest
 from finesight.errors import UserError
 
-BOX_KEY = "bbox_2d"
 GRID = BoxForm(units="1000")
-_LABELS = ("label", "text_content")
-_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*?\"bbox_2d\"[^`]*[\]}])\s*```")
-_OPENING = re.compile(r"[\[{]")
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _POINT = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _CORNERS = re.compile(rf"<\|box_start\|>\s*({_POINT}\s*,\s*{_POINT})\s*<\|box_end\|>")
@@ -30,7 +27,7 @@ _MARKED = re.compile(
     r"(?:<\|object_ref_start\|>(?P<label>(?s:(?:(?!<\|object_ref_).)*))<\|object_ref_end\|>\s*)?"
     rf"(?P<boxes>(?:{_CORNERS.pattern})+)"
 )
-Boxes = list[tuple[object, str | None]]
+Boxes = list[Item]
 
 
 def answer_parts(answer: str, scene: Scene) -> Iterator[Part]:
@@ -52,7 +49,7 @@ def _json_parts(answer: str, scene: Scene) -> Iterator[Part]:
     if BOX_KEY not in answer:
         yield worded(answer)
         return
-    for piece in _boxes_in(_FENCE.sub(r"\1", answer)):
+    for piece in _boxes_in(unfenced(answer)):
         if isinstance(piece, str):
             yield worded(piece)
             continue
@@ -70,7 +67,7 @@ def answer_text(content: Sequence[Part], pictures: int) -> str:
     for part in content:
         if isinstance(part, BoxPart):
             label = None if part.label is None else plain(part.label).text
-            box = ([shortest(number) for number in part.xyxy], label)
+            box = Item([shortest(number) for number in part.xyxy], label)
             said = [*said[:-1], [*_run(said), box]] if _run(said) else [*said, [box]]
         elif isinstance(part, TextPart):
             before = said.pop() if said and isinstance(said[-1], str) else ""
@@ -106,35 +103,26 @@ def _as_json(boxes: Boxes) -> str:
 
 
 def _boxes_in(text: str) -> Iterator[str | Boxes]:
-    decoder, start, at = json.JSONDecoder(), 0, 0
-    while found := _OPENING.search(text, at):
-        try:
-            value, at = decoder.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
-            at = found.end()
+    for piece in around_boxes(text):
+        if not isinstance(piece, str):
+            yield [_item(value) for value in piece]
             continue
-        if BOX_KEY in text[found.start() : at]:
-            yield from filter(None, [text[start : found.start()]])
-            yield _boxes(value)
-            start = at
-    if BOX_KEY in text[start:]:
-        raise UserError(
-            f"{BOX_KEY} outside of JSON in the answer {text[start:][:80]!r}",
-            expected=f'{{"{BOX_KEY}": [x1, y1, x2, y2]}}',
-            remedy="correct the row",
-        )
-    yield from filter(None, [text[start:]])
-
-
-def _boxes(value: object) -> Boxes:
-    boxes: Boxes = []
-    for item in listed(value):
-        if not isinstance(item, dict) or not {BOX_KEY} <= item.keys() <= {BOX_KEY, *_LABELS}:
+        if BOX_KEY in piece:
             raise UserError(
-                f"the box {str(item)[:80]}",
-                expected=f'{{"{BOX_KEY}": [four numbers], "label": text}}',
+                f"{BOX_KEY} outside of JSON in the answer {piece[:80]!r}",
+                expected=f'{{"{BOX_KEY}": [x1, y1, x2, y2]}}',
                 remedy="correct the row",
             )
-        labels = [str(item[key]) for key in _LABELS if item.get(key) is not None]
-        boxes.append((item[BOX_KEY], labels[0] if labels else None))
-    return boxes
+        if piece:
+            yield piece
+
+
+def _item(value: object) -> Item:
+    item = box_item(value)
+    if item is None:
+        raise UserError(
+            f"the box {str(value)[:80]}",
+            expected=f'{{"{BOX_KEY}": [four numbers], "label": text}}',
+            remedy="correct the row",
+        )
+    return item

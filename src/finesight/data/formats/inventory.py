@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finesight.data.rows import Row, Rows, rows_of
 from finesight.storage import DIGESTS
 
 PICTURE_SUFFIXES = frozenset(
@@ -20,6 +21,9 @@ PICTURE_SUFFIXES = frozenset(
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """The endings of files that hold rows or a whole data set."""
+
+LOOKED_AT = 5
+"""Files by which a folder of descriptions is known."""
 
 START = 4096
 """Bytes that are read to see how a file begins."""
@@ -70,6 +74,26 @@ class Inventory:
 def inventory(root: Path) -> Inventory:
     """All files below `root`; links to folders are followed, each folder once."""
     return Inventory(root, tuple(sorted(_walk(root))))
+
+
+def open_described(
+    files: Sequence[Path],
+    stem: str,
+    kind: str,
+    described: Callable[[Path], bool],
+    classes_in: Callable[[Path], set[str]],
+) -> tuple[Rows, str] | None:
+    """A row for each file that describes one picture, with the classes of all of them, and why
+    they are known; None where none of the first is `described` by the format. `kind` names it."""
+    if not any(map(described, files[:LOOKED_AT])):
+        return None
+    classes = sorted({name for file in files for name in classes_in(file)})
+
+    def row(number: int, file: Path) -> Row:
+        record = {"id": file.stem, "file": str(file), "classes": classes}
+        return Row(number, str(file), record, stem)
+
+    return rows_of(files, row), f"{kind}, {len(classes)} classes"
 
 
 def is_json_object(path: Path) -> bool:

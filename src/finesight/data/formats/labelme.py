@@ -24,16 +24,15 @@ from finesight.data.case import Case
 from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
 from finesight.data.formats.by_picture import Gathered, boxes_by_picture, distinct
 from finesight.data.formats.format import Format, Reading, Writing, never
-from finesight.data.formats.inventory import inventory, is_json_object
+from finesight.data.formats.inventory import inventory, is_json_object, open_described
 from finesight.data.jsonl import Located, read_bytes
-from finesight.data.rows import Record, Row, Rows, rows_of
+from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
 
 VERSION = "5.5.0"
 """The version of LabelMe whose files these are written like."""
 
 OUTLINED = "polygons, read as the boxes around them"
-LOOKED_AT = 5
 
 
 def open_folder(source: Path) -> tuple[Rows, str] | None:
@@ -41,16 +40,8 @@ def open_folder(source: Path) -> tuple[Rows, str] | None:
     files = [source] if is_json_object(source) else []
     if source.is_dir():
         files = inventory(source).ending(".json")
-    if not any(map(_is_labelme, files[:LOOKED_AT])):
-        return None
-    classes = sorted({name for file in files for name in _classes_in(file)})
-
-    def row(number: int, file: Path) -> Row:
-        record = {"id": file.stem, "file": str(file), "classes": classes}
-        return Row(number, str(file), record, source.stem)
-
-    reason = f"JSON files with shapes and imagePath: LabelMe, {len(classes)} classes"
-    return rows_of(files, row), reason
+    kind = "JSON files with shapes and imagePath: LabelMe"
+    return open_described(files, source.stem, kind, _is_labelme, _classes_in)
 
 
 def read(row: Row, reading: Reading) -> list[Case]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from finesight.data.case import Case
 from finesight.data.formats import texts
-from finesight.data.formats.boxed_text import BOX_KEY, answer_parts
+from finesight.data.formats.boxed_text import answer_parts
 from finesight.data.formats.format import (
     PICTURE_KEYS,
     Format,
@@ -27,6 +27,7 @@ from finesight.data.formats.format import (
     worded,
 )
 from finesight.data.formats.turns import Role, Turn, history_of, pictures_named, read_turns
+from finesight.data.json_boxes import BOX_KEY
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
 from finesight.data.sample import Part

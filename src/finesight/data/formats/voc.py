@@ -25,10 +25,10 @@ from finesight.data.case import Case
 from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
 from finesight.data.formats.by_picture import Gathered, boxes_by_picture, distinct, shortest
 from finesight.data.formats.format import Format, Reading, Writing, never
-from finesight.data.formats.inventory import inventory
+from finesight.data.formats.inventory import inventory, open_described
 from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located, read_bytes
-from finesight.data.rows import Row, Rows, rows_of
+from finesight.data.rows import Row, Rows
 from finesight.errors import UserError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -36,7 +36,6 @@ FLAGS = ("difficult", "truncated", "occluded")
 FOLDERS = ("JPEGImages", "images")
 UNBOXED = "objects without a bndbox, left out"
 PARTS = "parts of objects, not read"
-LOOKED_AT = 5
 
 
 class _Guarded(ElementTree.TreeBuilder):
@@ -56,16 +55,8 @@ def open_folder(source: Path) -> tuple[Rows, str] | None:
     files = [source] if source.suffix.lower() == ".xml" and source.is_file() else []
     if source.is_dir():
         files = inventory(source).ending(".xml")
-    if not any(map(_is_annotation, files[:LOOKED_AT])):
-        return None
-    classes = sorted({name for file in files for name in _classes_in(file)})
-
-    def row(number: int, file: Path) -> Row:
-        record = {"id": file.stem, "file": str(file), "classes": classes}
-        return Row(number, str(file), record, source.stem)
-
-    reason = f"XML files with <annotation>: Pascal VOC, {len(classes)} classes"
-    return rows_of(files, row), reason
+    kind = "XML files with <annotation>: Pascal VOC"
+    return open_described(files, source.stem, kind, _is_annotation, _classes_in)
 
 
 def read(row: Row, reading: Reading) -> list[Case]:

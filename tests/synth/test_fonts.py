@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import string
 from collections import Counter
@@ -92,3 +93,39 @@ def test_chinese_faces_have_chinese(chinese_fonts):
     for face in (face for faces in chinese_fonts for face in faces):
         assert fonts.drawable(face, "中文收据")
         assert fonts.load(face, 20).getname()[0].endswith("SC")
+
+
+STATED = {
+    "SIL Open Font License 1.1": ("SIL Open Font License", "Open Font License, Version 1.1"),
+    "Apache License 2.0": ("Apache License, Version 2.0",),
+    "Bitstream Vera licence": ("Bitstream Vera Fonts Copyright", "DejaVu changes are in public"),
+    "CC0 1.0": ("No Rights Reserved",),
+}
+"""What the files of a family under a licence say of themselves, one or the other of it."""
+
+
+def test_font_files_state_the_licence_that_is_named(installed_fonts, chinese_fonts):
+    reader = pytest.importorskip("fontTools.ttLib", reason="fontTools reads the tables of fonts")
+    for face in (face for faces in (*installed_fonts, *chinese_fonts) for face in faces):
+        (licence,) = [family.licence for family in fonts.FAMILIES if family.name == face.family]
+        (known,) = [stated for name, stated in STATED.items() if licence.startswith(name)]
+        source = face.path or io.BytesIO(fonts.load(face, 12).font_bytes)
+        names = reader.TTFont(source, fontNumber=face.index)["name"]
+        said = " ".join(names.getDebugName(number) or "" for number in (0, 13))
+        assert any(words in said for words in known), f"{face.path}: {licence}, but it says {said}"
+
+
+@pytest.mark.parametrize(
+    ("file", "family", "said"),
+    [
+        ("cmr10.ttf", "Computer Modern", "BaKoMa Fonts Collection"),
+        ("STIXGeneral.ttf", "STIX", "SIL Open Font License"),
+        ("DejaVuSerif.ttf", "DejaVu Sans and Serif", "Bitstream Vera Fonts Copyright"),
+    ],
+)
+def test_fonts_of_mathtext_state_the_licence_that_is_named(file, family, said):
+    reader = pytest.importorskip("fontTools.ttLib", reason="fontTools reads the tables of fonts")
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib brings the fonts")
+    names = reader.TTFont(f"{matplotlib.get_data_path()}/fonts/ttf/{file}")["name"]
+    assert said in " ".join(names.getDebugName(number) or "" for number in (0, 13))
+    assert said.split(" Font")[0] in fonts.MATHTEXT[family]

@@ -96,16 +96,16 @@ def _noto(name: str, stem: str, *, unseen: bool = False) -> Family:
     return Family(name, _OFL, "fonts-noto-cjk", None, files, unseen, "chinese")
 
 
-_DEJAVU = "Bitstream Vera licence, changes in the public domain"
+_DEJAVU = "Bitstream Vera licence, for some signs that of Arev, changes in the public domain"
+_STIX = "SIL Open Font License 1.1, as STIX Font License of 2010"
+_BAKOMA = "BaKoMa Fonts Licence"
 
 FAMILIES = (
     Family("Aileron", "CC0 1.0", "pillow", "PIL", ()),
     _matplotlib("DejaVu Sans", _DEJAVU, ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique")),
     _matplotlib("DejaVu Serif", _DEJAVU, ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic")),
     _matplotlib("DejaVu Sans Mono", _DEJAVU, ("DejaVuSansMono", "DejaVuSansMono-Bold")),
-    _matplotlib(
-        "STIX", "STIX Font License", ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")
-    ),
+    _matplotlib("STIX", _STIX, ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")),
     Family(
         "Open Sans",
         _APACHE,
@@ -141,6 +141,14 @@ FAMILIES = (
     _noto("Noto Serif CJK SC", "NotoSerifCJK", unseen=True),
 )
 """Every family that is drawn with. A family is seen or unseen as a whole, in all its styles."""
+
+MATHTEXT = {
+    "Computer Modern": _BAKOMA,
+    "STIX": _STIX,
+    "DejaVu Sans and Serif": _DEJAVU,
+}
+"""What matplotlib's mathtext draws formulas with, and the licence of each, as matplotlib's own
+LICENSE states it. The families' licences are those that font files and packages state."""
 
 
 @lru_cache

@@ -6,11 +6,12 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.synth import vocabulary
-from finesight.synth.drawn import Drawn, Said, boxed
+from finesight.synth.drawn import Drawn, Said, Turn, boxed
 from finesight.synth.fonts import Choice, any_face, load
 from finesight.synth.questions import ask
 from finesight.synth.sheet import Colour, Sheet, Word, paper, photographed
@@ -86,14 +87,12 @@ class _Roll:
 
 
 def receipt(rng: random.Random, fonts: Choice) -> Drawn:
-    """A receipt with one question about it."""
+    """A receipt, asked about as a whole or about one of its words."""
     content = invented(rng)
     picture = printed(content, rng, fonts)
     if picture is None:
         return receipt(rng, fonts)
-    asked = rng.choices(list(_ANSWERS), [weight for _, weight in _ANSWERS.values()])[0]
-    question, answer = _ANSWERS[asked][0](content, rng)
-    return Drawn(photographed(picture, rng, wear=0.6), question, answer, asked)
+    return Drawn.about(photographed(picture, rng, wear=0.6), partial(_asking, content), rng)
 
 
 def invented(rng: random.Random) -> Receipt:
@@ -188,6 +187,11 @@ def _prices(content: Receipt, rng: random.Random) -> Asked:
 def _read_at(content: Receipt, rng: random.Random) -> Asked:
     word = rng.choice(content.words)
     return ask("read_at", rng, box=boxed(None, word.corners)), (word.text,)
+
+
+def _asking(content: Receipt, rng: random.Random) -> Turn:
+    asked = rng.choices(list(_ANSWERS), [weight for _, weight in _ANSWERS.values()])[0]
+    return Turn(*_ANSWERS[asked][0](content, rng), asked)
 
 
 _ANSWERS: dict[str, tuple[Callable[[Receipt, random.Random], Asked], float]] = {

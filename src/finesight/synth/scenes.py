@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from PIL import Image
 
 from finesight.synth import captions
 from finesight.synth.captions import Relation, Stated, spoken
-from finesight.synth.drawn import Corners, Drawn, Said, boxed
+from finesight.synth.drawn import Corners, Drawn, Said, Turn, boxed
 from finesight.synth.fonts import Choice
 from finesight.synth.questions import ask, in_chinese
 from finesight.synth.shapes import (
@@ -67,13 +68,13 @@ class Scene:
 
 
 def scene(rng: random.Random, fonts: Choice) -> Drawn:
-    """A few shapes, all different, with a question about one, two or all of them."""
+    """A few shapes, all different, asked about one by one, two by two or all together."""
     made = compose(rng, crowded=False)
     kinds = {"describe": 5.0, "all_shapes": 1.5, "find_shapes": 1.5, "shape_at": 1.5}
     if len(made.standing) > 1:
         kinds |= {"is_it": 1.5, "how_related": 1.5}
         kinds["larger"] = 1.2 if len({shape.large for shape in made.standing}) > 1 else 0.0
-    return _asked(made, kinds, rng)
+    return _about(made, kinds, rng)
 
 
 def crowd(rng: random.Random, fonts: Choice) -> Drawn:
@@ -82,7 +83,7 @@ def crowd(rng: random.Random, fonts: Choice) -> Drawn:
     least = min(Counter(shape.kind for shape in made.placed).values())
     kinds = {"count": 4.0, "shape_at": 1.0, "find_shapes": 2.0 if least <= MOST_LISTED else 0.0}
     kinds["all_shapes"] = 1.0 if len(made.placed) <= MOST_LISTED else 0.0
-    return _asked(made, kinds, rng)
+    return _about(made, kinds, rng)
 
 
 def stated(made: Scene) -> list[Stated]:
@@ -110,10 +111,8 @@ def relation(first: Placed, second: Placed) -> Relation:
     return "above" if down < 0 else "below"
 
 
-def _asked(made: Scene, kinds: dict[str, float], rng: random.Random) -> Drawn:
-    kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    question, answer = _ANSWERS[kind](made, in_chinese(rng), rng)
-    return Drawn(photographed(made.picture, rng), question, answer, kind)
+def _about(made: Scene, kinds: dict[str, float], rng: random.Random) -> Drawn:
+    return Drawn.about(photographed(made.picture, rng), partial(_asking, made, kinds), rng)
 
 
 def compose(rng: random.Random, *, crowded: bool) -> Scene:
@@ -287,6 +286,12 @@ def _larger(made: Scene, chinese: bool, rng: random.Random) -> Asked:
 def _pair(made: Scene, rng: random.Random) -> tuple[Placed, Placed]:
     first, second = rng.sample(made.standing, 2)
     return first, second
+
+
+def _asking(made: Scene, kinds: Mapping[str, float], rng: random.Random) -> Turn:
+    """One of the kinds of questions, by their shares, in one of the two languages."""
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    return Turn(*_ANSWERS[kind](made, in_chinese(rng), rng), kind)
 
 
 _ANSWERS: dict[str, Callable[[Scene, bool, random.Random], Asked]] = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from finesight.synth import vocabulary
-from finesight.synth.drawn import Corners, Drawn
+from finesight.synth.drawn import Corners, Drawn, Turn
 from finesight.synth.fonts import Choice, any_face, drawable, load
 from finesight.synth.sheet import Colour, Sheet, Word, any_colour, ink_on, paper, photographed
 from finesight.synth.texts import SQUARE, answered, occurring_once
@@ -41,9 +42,12 @@ def street(rng: random.Random, fonts: Choice) -> Drawn:
         words += [_moved(word, x, y) for word in written]
     if not occurring_once([words]):
         return street(rng, fonts)
+    return Drawn.about(photographed(picture, rng), partial(_asking, words), rng)
+
+
+def _asking(words: list[Word], rng: random.Random) -> Turn:
     kind = rng.choices(("find", "read_at"), (3, 2))[0]
-    question, answer = answered(kind, [words], rng)
-    return Drawn(photographed(picture, rng), question, answer, kind)
+    return Turn(*answered(kind, [words], rng), kind)
 
 
 def cluttered(size: tuple[int, int], rng: random.Random) -> Image.Image:

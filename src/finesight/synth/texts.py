@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from PIL import ImageDraw, ImageFont
 
 from finesight.synth import vocabulary
-from finesight.synth.drawn import Drawn, Said, boxed
+from finesight.synth.drawn import Drawn, Said, Turn, boxed
 from finesight.synth.fonts import Choice, Face, any_face, drawable, load
 from finesight.synth.questions import ask
 from finesight.synth.sheet import (
@@ -57,6 +58,23 @@ def word(rng: random.Random, fonts: Choice) -> Drawn:
         if written:
             return _about(sheet, [[written]], rng, kind="word")
     return word(rng, fonts)
+
+
+def letters(rng: random.Random, fonts: Choice) -> Drawn:
+    """One to four signs that nearly fill a small picture: the first thing to learn reading from."""
+    text = vocabulary.few(rng)
+    face = _face(text, rng, fonts)
+    font = load(face, rng.randint(16, 36))
+    x1, y1, x2, y2 = font.getbbox(text, anchor="ls")
+    size = _sides(max(SQUARE, round(x2 - x1) + 6), max(SQUARE, round(y2 - y1) + 6), rng)
+    sheet = paper(size, rng, pale=0.8)
+    left = rng.uniform(2, max(2, size[0] - (x2 - x1) - 2)) - x1
+    base = rng.uniform(2, max(2, size[1] - (y2 - y1) - 2)) - y1
+    written = sheet.write(text, font, left, base, ink_on(sheet.paper, rng))
+    if not written:
+        return letters(rng, fonts)
+    question, answer = answered("read", [[written]], rng)
+    return Drawn(sheet.picture, question, answer, "letters")
 
 
 def words(rng: random.Random, fonts: Choice) -> Drawn:
@@ -144,10 +162,14 @@ def _about(
     if len(written) > 1:
         choices |= {"read_at": 3.0, "count_words": 0.4 * countable}
         choices["spot"] = 1.5 if len(written) <= _MOST_WORDS else 0.0
+    asking = partial(_asking, rows, choices)
+    return Drawn.about(photographed(sheet.picture, rng), asking, rng)
+
+
+def _asking(rows: Rows, choices: Mapping[str, float], rng: random.Random) -> Turn:
+    """One of the kinds of questions, by their shares."""
     asked = rng.choices(list(choices), list(choices.values()))[0]
-    picture = photographed(sheet.picture, rng)
-    question, answer = answered(asked, rows, rng)
-    return Drawn(picture, question, answer, asked)
+    return Turn(*answered(asked, rows, rng), asked)
 
 
 Asked = tuple[tuple[Said, ...], tuple[Said, ...]]

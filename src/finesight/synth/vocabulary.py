@@ -105,6 +105,8 @@ _ONE_SHAPE = frozenset("cosuvwxz")
 _MONTHS = _listed("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
 _FIRST_DAY = datetime.date(1990, 1, 1)
 _DAYS = 18_000
+_ALIKE = frozenset("lI1|oO0-.,:/")
+"""What looks like another sign, or like dirt, when it stands alone."""
 
 
 def word(rng: random.Random) -> str:
@@ -119,6 +121,14 @@ def word(rng: random.Random) -> str:
     else:
         text = rng.choice(NUMBERS)(rng)
     return text if readable(text) else word(rng)
+
+
+def few(rng: random.Random) -> str:
+    """One to four signs out of the middle of a word, none that looks like another when alone."""
+    text = word(rng)
+    start, number = rng.randrange(len(text)), rng.randint(1, 4)
+    piece = text[start : start + number]
+    return piece if readable(piece) and not _ALIKE.intersection(piece) else few(rng)
 
 
 def readable(text: str) -> bool:

@@ -63,7 +63,7 @@ def main() -> None:
 
     work, start = options.work, time.time()
     work.mkdir(parents=True)
-    make_tiny(work / "model", options.family, seed=0, size="quickstart")
+    make_tiny(work / "model", options.family, seed=0, size="small")
     source = str(options.data / "latex_ocr.jsonl")
     fields = ("--map", "image=image", "--map", "answer=latex", "--prompt", "Read the formula.")
     call("data", "import", source, str(work / "data"), *fields, "--limit", str(options.samples))

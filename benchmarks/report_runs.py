@@ -75,7 +75,7 @@ def run_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
 
     work, start = options.work / task.name, time.time()
     work.mkdir(parents=True)
-    make_tiny(work / "model", task.family, seed=0, size="quickstart")
+    make_tiny(work / "model", task.family, seed=0, size="small")
     fields = [word for field in task.fields for word in ("--map", field)]
     prompt = () if task.name == "grounding" else ("--prompt", "Read the formula.")
     source = str(options.data / task.table)

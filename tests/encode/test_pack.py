@@ -19,7 +19,7 @@ from finesight.hub import ModelFolder
 def plain(name: str, ids: list[int], learned: list[bool]) -> Encoded:
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     outline = Outline(name, np.array(ids, dtype=np.int32), np.array(learned), positions, ())
-    return Encoded(outline, np.empty((0, 1176), dtype=np.uint8))
+    return Encoded(outline, np.empty((0, 1176), dtype=np.uint8), 2)
 
 
 def test_a_first_token_has_no_predecessor() -> None:
@@ -95,3 +95,18 @@ def test_every_sample_is_in_one_pack_within_the_budget() -> None:
         # First fit leaves at most one pack half empty.
         halves = [sum(lengths[index] for index in members) <= 250 for members in packs]
         assert sum(halves) <= 1
+
+
+def test_stills_travel_as_one_frame_and_videos_whole(tmp_path: Path) -> None:
+    pictures = make_pictures(tmp_path)
+    renderer = Renderer(ModelFolder(make_folder(tmp_path / "model", "qwen2_5_vl")))
+    stills = [renderer.encode(make_conversation(n, pictures, videos=False)) for n in range(8)]
+    stills = [one for one in stills if len(one.patches_ND)]
+    whole = np.concatenate([one.patches_ND for one in stills]).reshape(-1, 3, 2, 196)
+    half = pack(stills).patches_ND.numpy().reshape(-1, 3, 196)
+    np.testing.assert_array_equal(half, whole[:, :, 0])
+    np.testing.assert_array_equal(half, whole[:, :, 1])
+    mixed = [renderer.encode(make_conversation(n, pictures, videos=True)) for n in range(12)]
+    kinds = {span.kind for one in mixed for span in one.outline.spans}
+    assert kinds == {"image", "video"}, kinds
+    assert pack(mixed).patches_ND.shape[1] == 1176

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.model.fused import gated, quick_gelu, turn
+from finesight.model.fused import RmsNormed, drop, drop_alike, gated, quick_gelu, rms_norm, turn
 
 SHAPES = [(5, 3, 16), (1, 1, 80), (260, 12, 128), (77, 32, 80), (3, 5, 6)]
 
@@ -46,6 +46,42 @@ def test_gradients_equal_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: turn(x, cos, sin), (x,))
     assert torch.autograd.gradcheck(quick_gelu, (x,))
     assert torch.autograd.gradcheck(gated, (x, y))
+    weight = numbers(6, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: RmsNormed.apply(x, w, 1e-6), (x, weight))
+
+
+def test_the_norm_is_that_of_torch_and_in_16_bits_rounded_once() -> None:
+    x, weight = numbers(7, 64), numbers(64, seed=3)
+    expected = F.rms_norm(x, (64,), weight, 1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected)
+    torch.testing.assert_close(RmsNormed.apply(x, weight, 1e-6), expected)
+    narrow = x.bfloat16(), weight.bfloat16()
+    exact = F.rms_norm(narrow[0].double(), (64,), narrow[1].double(), 1e-6)
+    found = rms_norm(*narrow, 1e-6)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_the_share_that_was_asked_for_is_dropped_and_the_rest_scaled_up(
+    share: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = numbers(301, 333, dtype=dtype) + 10
+    dropped, kept = drop(x, share)
+    gone = dropped == 0
+    # Six deviations of a binomial share.
+    assert abs(gone.double().mean() - share) < 6 * (share * (1 - share) / x.numel()) ** 0.5
+    torch.testing.assert_close(dropped[~gone], x[~gone] / (1 - share))
+    torch.testing.assert_close(drop_alike(x, kept, share), dropped, rtol=0, atol=0)
+    # Neighbours have nothing in common, though they come from the same draw: six deviations again,
+    # of a mean product of independent numbers.
+    centred = gone.double().flatten() - share
+    for lag in (1, 2, 3):
+        together = (centred[lag:] * centred[:-lag]).mean()
+        assert abs(together) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
+    assert not torch.equal(drop(x, share)[0], dropped)
 
 
 def test_slices_of_a_wider_tensor_are_read_where_they_lie() -> None:

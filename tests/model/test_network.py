@@ -60,6 +60,14 @@ def test_pictures_without_placeholders_are_an_error(theirs: Any) -> None:
         model(replace(batch, patches_ND=batch.patches_ND[1:]))
 
 
+def test_one_frame_stands_for_frames_that_are_alike(theirs: Any) -> None:
+    model = native(theirs.settings, theirs)
+    one_NCP = torch.randint(0, 256, (16, 3, 196), dtype=torch.uint8)
+    both = one_NCP.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1)
+    grids = ((1, 4, 4),)
+    assert torch.equal(model.see(one_NCP.flatten(1), grids), model.see(both, grids))
+
+
 def test_frozen_vision_keeps_no_graph_and_the_first_layer_no_gradient(theirs: Any) -> None:
     model = native(theirs.settings, theirs)
     batch = packed(theirs, SAMPLES)

@@ -67,7 +67,7 @@ def test_any_text_comes_back(tiny, text):
 
 
 def test_known_words_are_one_token_and_digits_stand_alone(tmp_path):
-    folder = make_tiny(tmp_path / "tiny", size="quickstart")
+    folder = make_tiny(tmp_path / "tiny", size="small")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert len(tokenizer.encode(" yellow triangle").ids) == 2
     assert len(tokenizer.encode("1000").ids) == 4
@@ -79,7 +79,7 @@ def test_sizes_are_as_said(tmp_path):
         weights = load_file(make_tiny(tmp_path / name, size=name) / "model.safetensors")
         numbers[name] = sum(tensor.numel() for tensor in weights.values())
     assert 100_000 < numbers["test"] < 300_000
-    assert 5e6 < numbers["quickstart"] < 15e6
+    assert 5e6 < numbers["small"] < 15e6
 
 
 def test_linear_layers_keep_the_size_of_their_input(tiny):

@@ -102,6 +102,21 @@ def test_speed_and_memory_are_of_all_steps(whole: Record) -> None:
     assert cost["samples seen"] == "960"
 
 
+def test_looking_at_pictures_before_the_steps_takes_time(tmp_path: Path) -> None:
+    looked = {"step": 0, "seen_s": 10.0, "pictures": 950}
+    made = run(tmp_path)
+    made.lines("metrics.jsonl", [START, looked, *map(step_line, range(1, 21))])
+    found = record(made)
+    assert [(one.name, one.seconds) for one in facts.phases(found)] == [
+        ("preparing", 12.5),
+        ("looking at pictures", 10.0),
+        ("training steps", 10.0),
+    ]
+    cost = dict(facts.cost(found))
+    assert (cost["samples a second"], cost["tokens a second"]) == ("16", "1,000")
+    assert cost["median step"] == "500 ms"
+
+
 def test_dropped_samples_are_grouped_by_reason(tmp_path: Path) -> None:
     made = run(tmp_path)
     cut = "cut off: the file ends before its picture does"

@@ -87,7 +87,8 @@ def test_parcel_gives_back_what_was_put_in_as_views_of_one_block(folder: Path) -
 
 
 def test_parcel_of_a_step_without_packs() -> None:
-    assert Parcel.of(Step(3, (), ())).open() == Step(3, (), ())
+    step = Step(3, (), (), ())
+    assert Parcel.of(step).open() == step
 
 
 def truncate(path: Path) -> None:

@@ -96,7 +96,7 @@ def test_overflow_in_fp16_skips_the_step_and_lowers_the_scale(tmp_path: Path) ->
 def test_step_without_a_sample_moves_nothing(tmp_path: Path) -> None:
     session = session_of(tmp_path)
     before = values(session)
-    taken = take_step(session, Step(0, (), ()), Stop())
+    taken = take_step(session, Step(0, (), (), ()), Stop())
     assert not taken.moved
     assert taken.wait() == (0.0, 0.0)
     assert same(values(session), before)

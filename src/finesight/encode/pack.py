@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.encoded import Encoded, Grid
+from finesight.vision.patches import CHANNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class PackedBatch:
 
     `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32).
     `visual_at_M` says where in the pack the placeholder tokens stand, one for each merged feature.
+    `patches_ND` holds one frame of each patch where all its frames are alike, as a still's are.
     `predict_L` says which tokens predict a learned token and `target_L` which token that is.
     """
 
@@ -80,11 +83,27 @@ def pack(encoded: Sequence[Encoded]) -> PackedBatch:
         ids_T=torch.from_numpy(ids_T),
         positions_3T=torch.from_numpy(positions_3T.astype(np.int64)),
         bounds_S1=torch.from_numpy(bounds.astype(np.int32)),
-        patches_ND=torch.from_numpy(np.concatenate([one.patches_ND for one in encoded])),
+        patches_ND=torch.from_numpy(_patches(encoded)),
         visual_at_M=torch.from_numpy(np.concatenate([none, *visual_at])),
         predict_L=torch.from_numpy(targets_at - 1),
         target_L=torch.from_numpy(ids_T[targets_at]),
     )
+
+
+def _patches(encoded: Sequence[Encoded]) -> NDArray[np.uint8]:
+    """Patches end to end; of stills alone one frame, which is half of what travels to a card."""
+    spans = [span for one in encoded for span in one.outline.spans]
+    if not spans or any(span.kind != "image" for span in spans):
+        return np.concatenate([one.patches_ND for one in encoded])
+    first_NCP = np.concatenate([_framed(one)[:, :, 0] for one in encoded])
+    number, channels, pixels = first_NCP.shape
+    return first_NCP.reshape(number, channels * pixels)
+
+
+def _framed(one: Encoded) -> NDArray[np.uint8]:
+    """Patches as [N, channels, frames, pixels of a frame]."""
+    number, width = one.patches_ND.shape
+    return one.patches_ND.reshape(number, CHANNELS, one.depth, width // (CHANNELS * one.depth))
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:

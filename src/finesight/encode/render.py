@@ -108,9 +108,9 @@ class Renderer:
         """The outline with the patches of its pictures, decoded now."""
         patches = [self._patches(span) for span in outline.spans]
         if len(patches) == 1:
-            return Encoded(outline, patches[0])
+            return Encoded(outline, patches[0], self.geometry.temporal)
         none = np.empty((0, self.geometry.numbers), dtype=np.uint8)
-        return Encoded(outline, np.concatenate([none, *patches]))
+        return Encoded(outline, np.concatenate([none, *patches]), self.geometry.temporal)
 
     def text(self, ids: Sequence[int]) -> tuple[str, str]:
         """What generated ids say: up to the end token without special tokens, and all of it."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from finesight.model.runs import Runs, alike, padded, upload
+from finesight.model.short_attention import LONGEST, attend_short
 
 _TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
@@ -29,25 +30,6 @@ class Attention(Protocol):
         """Queries, keys and values of the new tokens, with fewer heads K than H where grouped,
         to what each query takes from the values: [T, H, D]."""
         ...
-
-
-def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The array on `device`, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Segments in an order where those of one length stand together: `(length, count)` pairs.
-
-    `order_T` brings the tokens into that order and `back_T` undoes it; both None where the
-    segments already stand so.
-    """
-
-    lengths: tuple[tuple[int, int], ...]
-    order_T: Tensor | None
-    back_T: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,23 +50,13 @@ class Segments:
 
     @cached_property
     def runs(self) -> Runs:
-        """Segments grouped by length, the tokens reordered only if that makes fewer groups."""
-        inline = tuple((length, len(list(group))) for length, group in groupby(self.lengths))
-        if len(inline) == len(set(self.lengths)):
-            return Runs(inline, None, None)
-        lengths = np.array(self.lengths)
-        by_length = np.argsort(lengths, kind="stable")
-        sorted_lengths = lengths[by_length]
-        starts = np.cumsum(lengths) - lengths
-        new_starts = np.cumsum(sorted_lengths) - sorted_lengths
-        shift = np.repeat(starts[by_length] - new_starts, sorted_lengths)
-        order = np.arange(lengths.sum()) + shift
-        device = self.bounds_S1.device
-        return Runs(
-            tuple((length, len(list(group))) for length, group in groupby(sorted_lengths.tolist())),
-            upload(order, device),
-            upload(np.argsort(order), device),
-        )
+        """Segments grouped by length."""
+        return alike(self.lengths, self.bounds_S1.device)
+
+    @cached_property
+    def padded(self) -> Runs:
+        """Segments of like length grouped, and padded."""
+        return padded(self.lengths, self.bounds_S1.device)
 
 
 @dataclass(frozen=True)
@@ -102,6 +74,9 @@ def attend(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, *, causal: bool
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it."""
+    if q_THD.device.type == "cpu" and q_THD.dtype == torch.bfloat16 and segments.longest <= LONGEST:
+        runs = segments.padded if causal else segments.runs
+        return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
     if not has_varlen(q_THD):
         return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
     bounds_S1, longest = segments.bounds_S1, segments.longest

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 _TRITON = find_spec("triton") is not None
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their size in bytes."""
 
 if _TRITON:
     from finesight.model import kernels
@@ -37,6 +39,41 @@ def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     """silu(gate) up (Shazeer 2020)."""
     y_TD: Tensor = _Gated.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) weight (Zhang & Sennrich 2019), rounded once."""
+    if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    # For 16-bit numbers on a CPU, torch keeps a wide copy of each step for its backward pass.
+    y_TD: Tensor = RmsNormed.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def drop(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """`x` with about `share` of its numbers set to zero and the others scaled up (Srivastava et al.
+    2014), and what `drop_alike` needs to do the same to a gradient."""
+    if x.is_cuda:
+        return torch.native_dropout(x, share, True)
+    # On a CPU torch draws for one number after the other. Here several share a draw of 64 bits, and
+    # masks of whole numbers are applied many at a time.
+    whole = _WHOLE[x.itemsize]
+    drawn = torch.empty(-(-x.nbytes // 8), dtype=torch.int64).random_(-(2**63), None)
+    highest = torch.iinfo(whole).max
+    above = drawn.view(whole)[: x.numel()].view(x.shape).bitwise_and_(highest)
+    # Ones in every bit where the number is kept, zeros elsewhere.
+    kept = above.sub_(round(share * (highest + 1))).bitwise_right_shift_(8 * x.itemsize - 1)
+    kept = kept.bitwise_not_()
+    return drop_alike(x, kept, share), kept
+
+
+def drop_alike(x: Tensor, kept: Tensor, share: float) -> Tensor:
+    """The numbers of `x` that `drop` kept of another tensor, scaled up like those."""
+    scale = 1.0 / (1.0 - share)
+    if kept.dtype == torch.bool:
+        y: Tensor = torch.ops.aten.native_dropout_backward(x, kept, scale)
+        return y
+    return (x.view(kept.dtype) & kept).view(x.dtype).mul_(scale)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -75,7 +112,7 @@ class _QuickGelu(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD)
         # silu(a x) / a is the same with less traffic, but rounds a x where it matters in 16 bits.
-        return kernels.quick_gelu(x_TD) if _has_kernels(x_TD) else x_TD * _gate(x_TD)
+        return kernels.quick_gelu(x_TD) if _has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +124,7 @@ class _QuickGelu(torch.autograd.Function):
 
 
 def _gate(x_TD: Tensor) -> Tensor:
-    return torch.sigmoid(x_TD * 1.702)
+    return (x_TD * 1.702).sigmoid_()
 
 
 class _Gated(torch.autograd.Function):
@@ -106,3 +143,27 @@ class _Gated(torch.autograd.Function):
             return kernels.gated_back(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
+
+
+class RmsNormed(torch.autograd.Function):
+    """`rms_norm` that computes in fp32, or in fp64 where its inputs are."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        scale_T1 = wide_TD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return (wide_TD * scale_T1).mul_(weight_D).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        wide_TD = x_TD * scale_T1
+        dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (wide_TD * dy_TD).sum(0).to(weight_D.dtype)
+        dwide_TD = dy_TD.to(scale_T1.dtype) * weight_D
+        along_T1 = (dwide_TD * wide_TD).mean(-1, keepdim=True)
+        dx_TD = dwide_TD.addcmul_(wide_TD, along_T1, value=-1).mul_(scale_T1)
+        return dx_TD.to(x_TD.dtype), dweight_D, None

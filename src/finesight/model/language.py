@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.attention import Attention
 from finesight.model.geometry import LanguageGeometry
-from finesight.model.layers import GatedMlp, run_layer
+from finesight.model.layers import GatedMlp, RmsNorm, run_layer
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, language_rotation, rotate
 
@@ -41,9 +41,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, geometry: LanguageGeometry, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+        self.input_layernorm = RmsNorm(geometry.width, eps=geometry.norm_eps)
         self.self_attn = SelfAttention(geometry, layer)
-        self.post_attention_layernorm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+        self.post_attention_layernorm = RmsNorm(geometry.width, eps=geometry.norm_eps)
         self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=False)
 
     def forward(
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.geometry = geometry
         self.embed_tokens = nn.Embedding(geometry.vocabulary, geometry.width)
         self.layers = nn.ModuleList(DecoderLayer(geometry, n) for n in range(geometry.depth))
-        self.norm = nn.RMSNorm(geometry.width, eps=geometry.norm_eps)
+        self.norm = RmsNorm(geometry.width, eps=geometry.norm_eps)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Ids to [T, D]."""

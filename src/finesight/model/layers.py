@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, attend
-from finesight.model.fused import gated
+from finesight.model.fused import gated, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
@@ -25,6 +25,15 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
         return kept
     y: Tensor = layer(*inputs)
     return y
+
+
+class RmsNorm(nn.RMSNorm):
+    """Every token divided by its root mean square, times a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]."""
+        assert self.eps is not None, "a norm without eps"
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedMlp(nn.Module):
@@ -55,12 +64,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(geometry.patch_numbers, geometry.width, bias=False)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """uint8 [N, channels x frames x patch x patch] to [N, width]."""
+        """uint8 [N, channels x frames x patch x patch] to [N, width]; [N, channels x patch x patch]
+        stands for frames that are all alike."""
         scale, mean, std = self.pixels.scale, self.pixels.mean, self.pixels.std
         channels = patches_ND.chunk(len(mean), dim=1)
         # Python numbers turn the bytes into fp32, and nothing has to travel to the device.
         normal = [x * (scale / std[c]) - mean[c] / std[c] for c, x in enumerate(channels)]
-        y_ND: Tensor = self.proj(torch.cat(normal, 1).to(self.proj.weight.dtype))
+        frames = self.proj.in_features // patches_ND.shape[1]
+        whole = [x for x in normal for _ in range(frames)]
+        y_ND: Tensor = self.proj(torch.cat(whole, 1).to(self.proj.weight.dtype))
         return y_ND
 
 

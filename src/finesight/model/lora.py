@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finesight.model.fused import drop, drop_alike
 from finesight.model.linear import GroupedLinear, products
 
 
@@ -161,7 +162,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ys_TO = products(x_TI, weight_OI, bias_O, layout.widths)
         kept_TI: Tensor | None = None
         if dropout > 0.0:
-            x_TI, kept_TI = torch.native_dropout(x_TI, dropout, True)
+            x_TI, kept_TI = drop(x_TI, dropout)
         low_TS = F.linear(x_TI, a_SI)
         for band, b_OR in zip(layout.bands, bs_OR, strict=True):
             ys_TO[band.output].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
@@ -188,8 +189,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if needs_x:
             dx_TI = dlow_TS @ a_SI
             if kept_TI is not None:
-                keep_scale = 1.0 / (1.0 - ctx.dropout)
-                dx_TI = torch.ops.aten.native_dropout_backward(dx_TI, kept_TI, keep_scale)
+                dx_TI = drop_alike(dx_TI, kept_TI, ctx.dropout)
             for dy_TO, rows_OI in zip(dys_TO, weight_OI.split(ctx.layout.widths), strict=True):
                 dx_TI.addmm_(dy_TO, rows_OI)
         return dx_TI, None, None, da_SI, None, None, *dbs_OR

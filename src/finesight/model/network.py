@@ -83,9 +83,11 @@ class VisionLanguageModel(nn.Module):
         """Normed hidden states to [T, V]."""
         return F.linear(h_TD, self.head_weight)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """A pack to the normed hidden states [L, D] of the tokens that predict learned ones."""
-        features_MD = self.see(batch.patches_ND, batch.grids) if batch.grids else None
+    def forward(self, batch: PackedBatch, features_MD: Tensor | None = None) -> Tensor:
+        """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
+        `features_MD` are those of its pictures where they are known."""
+        if features_MD is None and batch.grids:
+            features_MD = self.see(batch.patches_ND, batch.grids)
         x_TD = self.embed(batch.ids_T, features_MD, batch.visual_at_M)
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         attention = PackedAttention(segments)

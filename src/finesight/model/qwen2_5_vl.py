@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
-from finesight.model.attention import Segments, upload
+from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_vision
-from finesight.model.layers import GatedMlp, VisionAttention
+from finesight.model.layers import GatedMlp, RmsNorm, VisionAttention
 from finesight.model.rope import Rotation
+from finesight.model.runs import upload
 from finesight.model.tower import Route, VisionTower, frame_segments, positions_by_square
 
-_norm = partial(nn.RMSNorm, eps=1e-6)
+_norm = partial(RmsNorm, eps=1e-6)
 
 
 class Block(nn.Module):

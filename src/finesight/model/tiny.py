@@ -1,12 +1,13 @@
 """A small model of a family, made on the spot: real files, random weights, its own tokenizer.
 
-It is what the quickstart starts from and what the tests compute with. The folder has the hub's
+It is what pretraining starts from and what the tests compute with. The folder has the hub's
 layout, so everything that reads a published model reads this one too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from finesight.model.weights import random_model, save_model
 from finesight.storage import write_folder
 
 TinyFamily = Literal["qwen2_vl", "qwen2_5_vl"]
+SizeName = Literal["test", "small", "finesight-tiny"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class TinySize:
     theta: float = 1e6
 
 
-SIZES = {
+SIZES: dict[SizeName, TinySize] = {
     "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
-    "quickstart": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=4.0),
+    "small": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=4.0),
+    "finesight-tiny": TinySize(2546, 320, 5, 5, 1, 896, 256, 6, 4, theta=4.0),
 }
-"""`test`: 0.2 M parameters; `quickstart`: 5 M."""
+"""`test`: 0.2 M parameters; `small`: 5 M; `finesight-tiny`: 12.8 M."""
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -111,13 +114,15 @@ def make_tiny(
     target: Path,
     family: TinyFamily = "qwen2_vl",
     seed: int = 0,
-    size: Literal["test", "quickstart"] | TinySize = "test",
+    size: SizeName | TinySize = "test",
+    text: Iterable[str] | None = None,
 ) -> Path:
     """Write a complete model folder with random fp32 weights at `target`, the same for the same
-    arguments. Raises UserError when `target` exists."""
+    arguments. The tokenizer learns from `text`, or from a built-in one. Raises UserError when
+    `target` exists."""
     geometry = SIZES[size] if isinstance(size, str) else size
     with write_folder(target) as folder:
-        tokenizer = _tokenizer(geometry.vocabulary)
+        tokenizer = _tokenizer(geometry.vocabulary, training_text() if text is None else text)
         tokenizer.save(str(folder / "tokenizer.json"))
         config = _config(family, geometry, tokenizer)
         _write_json(folder / "config.json", config)
@@ -148,8 +153,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer(vocabulary: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016) on the built-in text, cut like the families'."""
+def _tokenizer(vocabulary: int, text: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016) learned from the text, cut like the families'."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -165,7 +170,7 @@ def _tokenizer(vocabulary: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
-from finesight.model.attention import Segments, upload
+from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.layers import PatchEmbed, PatchMerger, run_layer
 from finesight.model.rope import vision_rotation
+from finesight.model.runs import upload
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def phases(record: Record) -> list[Phase]:
     """Where the time went, as far as it was written down."""
     seconds = {
         "preparing": _sum(record.starts, "prepared_s"),
+        "looking at pictures": _sum(record.looks, "seen_s"),
         "training steps": _sum(record.steps, "seconds"),
         "measuring": _sum(record.measured, "seconds"),
     }
@@ -138,16 +139,17 @@ def phases(record: Record) -> list[Phase]:
 
 
 def cost(record: Record) -> list[Fact]:
-    """Speed and memory."""
+    """Speed and memory. The time of looking at pictures before the steps counts as theirs."""
     steps = record.steps
     seconds = _sum(steps, "seconds")
     if not seconds:
         return [("training steps", "none yet")]
     used = sum(float(s.get("utilisation") or 0) * float(s["seconds"]) for s in steps) / seconds
     tokens, learned = _sum(steps, "tokens"), _sum(steps, "supervised")
+    whole = seconds + _sum(record.looks, "seen_s")
     return [
-        ("samples a second", f"{_sum(steps, 'samples') / seconds:,.4g}"),
-        ("tokens a second", f"{tokens / seconds:,.0f}"),
+        ("samples a second", f"{_sum(steps, 'samples') / whole:,.4g}"),
+        ("tokens a second", f"{tokens / whole:,.0f}"),
         ("median step", duration(median(float(line["seconds"]) for line in steps))),
         ("of the device's peak", f"{100 * used:.3g} %" if used else UNKNOWN),
         ("peak memory", _memory(steps)),

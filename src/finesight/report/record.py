@@ -25,7 +25,7 @@ Line = dict[str, Any]
 KINDS: dict[str, type] = {
     **dict.fromkeys(["step", "steps", "samples", "tokens", "supervised", "skipped"], float),
     **dict.fromkeys(["epoch", "loss", "held_out_loss", "grad_norm", "memory_gb"], float),
-    **dict.fromkeys(["seconds", "prepared_s", "samples_per_s", "utilisation"], float),
+    **dict.fromkeys(["seconds", "prepared_s", "seen_s", "samples_per_s", "utilisation"], float),
     **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
     **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
     **dict.fromkeys(["before", "after"], dict),
@@ -44,8 +44,9 @@ MOST = 1e15
 class Record:
     """What a run folder says.
 
-    `steps`, `measured` and `starts` are the lines of `metrics.jsonl` that speak of a step, of a
-    measurement, and of a process that began or went on. `weights` are digests by file, `identity`
+    `steps`, `measured`, `starts` and `looks` are the lines of `metrics.jsonl` that speak of a step,
+    of a measurement, of a process that began or went on, and of looking at all pictures before its
+    steps. `weights` are digests by file, `identity`
     the fingerprints that the newest checkpoint keeps. `unreadable` names files that are damaged.
     """
 
@@ -56,6 +57,7 @@ class Record:
     steps: list[Line]
     measured: list[Line]
     starts: list[Line]
+    looks: list[Line]
     dropped: list[Line]
     moved: list[Line] | None
     result: Line | None
@@ -97,6 +99,7 @@ def read_record(folder: Path) -> Record:
         steps=[line for line in lines if "loss" in line and line.get("seconds") is not None],
         measured=[line for line in lines if "held_out_loss" in line],
         starts=[line for line in lines if "started" in line],
+        looks=[line for line in lines if "seen_s" in line],
         dropped=list(reader.lines(names.DROPPED)),
         moved=[_sound(_object(row)) for row in moved] if isinstance(moved, list) else None,
         result=_result(_object(reader.json(names.RESULT))) or None,

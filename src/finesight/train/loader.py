@@ -6,11 +6,13 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from finesight.data.headers import DamagedPicture
+from finesight.data.jsonl import Located
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import PackedBatch, pack, plan_packs
@@ -34,12 +36,14 @@ class Dropped(NamedTuple):
 class Step:
     """What one optimiser step reads: its packs are its micro-batches.
 
-    `dropped` are the samples whose pictures could not be decoded.
+    `dropped` are the samples whose pictures could not be decoded. `members` are the indices into
+    the corpus of each pack's samples.
     """
 
     number: int
     packs: tuple[PackedBatch, ...]
     dropped: tuple[Dropped, ...]
+    members: tuple[tuple[int, ...], ...]
 
     @property
     def samples(self) -> int:
@@ -125,7 +129,8 @@ class StepData(Dataset[Parcel | UserError]):
     """Item k is step k: its samples encoded and packed within the token budget.
 
     A picture that turns out damaged when it is decoded drops its sample from the step, or is an
-    error, by the recipe's `data.unusable`.
+    error, by the recipe's `data.unusable`. Without `pictures` none is decoded, and packs hold
+    neither patches nor grids: their features are known.
     """
 
     def __init__(
@@ -135,9 +140,17 @@ class StepData(Dataset[Parcel | UserError]):
         members: Members,
         pack_tokens: int,
         unusable: Literal["drop", "refuse"],
+        pictures: bool = True,
     ) -> None:
         self._corpus, self._renderer, self._members = corpus, renderer, members
         self._pack_tokens, self._unusable = pack_tokens, unusable
+        self._pictures = pictures
+
+    def without_pictures(self) -> StepData:
+        """The same steps for a model that knows the features of all pictures."""
+        return StepData(
+            self._corpus, self._renderer, self._members, self._pack_tokens, self._unusable, False
+        )
 
     def __len__(self) -> int:
         return len(self._members)
@@ -148,18 +161,30 @@ class StepData(Dataset[Parcel | UserError]):
     def step(self, number: int) -> Step:
         """The step with this number, counted from 0."""
         encoded: list[Encoded] = []
+        indices: list[int] = []
         dropped: list[Dropped] = []
         for index in self._members.of(number):
             located = self._corpus[index]
             try:
-                encoded.append(self._renderer.encode(located))
+                encoded.append(self._encode(located))
+                indices.append(index)
             except DamagedPicture as error:
                 if self._unusable == "refuse":
                     raise
                 dropped.append(Dropped(located.sample.id, str(error).splitlines()[0]))
         plan = plan_packs([one.outline.tokens for one in encoded], self._pack_tokens)
-        packs = tuple(pack([encoded[i] for i in group]) for group in plan)
-        return Step(number, packs, tuple(dropped))
+        packs = [pack([encoded[i] for i in group]) for group in plan]
+        if not self._pictures:
+            packs = [replace(batch, grids=()) for batch in packs]
+        members = tuple(tuple(indices[i] for i in group) for group in plan)
+        return Step(number, tuple(packs), tuple(dropped), members)
+
+    def _encode(self, located: Located) -> Encoded:
+        if self._pictures:
+            return self._renderer.encode(located)
+        geometry = self._renderer.geometry
+        nothing = np.empty((0, geometry.numbers), dtype=np.uint8)
+        return Encoded(self._renderer.outline(located), nothing, geometry.temporal)
 
 
 def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator[Step, None, None]:

@@ -21,6 +21,7 @@ from finesight.train.progress import Screen
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
 from finesight.train.schedule import in_steps
+from finesight.train.seen import Seen, look, pays
 from finesight.train.step import take_step
 from finesight.train.stop import Stop
 from finesight.train.track import trackers
@@ -129,15 +130,27 @@ class Loop:
         pin = session.machine.device.type == "cuda"
         if not self.after_step():
             return
-        reading = read_steps(session.data, progress.step, session.machine.workers, pin)
+        seen = self.look()
+        data = session.data if seen is None else session.data.without_pictures()
+        reading = read_steps(data, progress.step, session.machine.workers, pin)
         with closing(reading) as steps, self.reporter.showing(self.total):
             for step in steps:
-                taken = take_step(session, step, self.stop)
+                taken = take_step(session, step, self.stop, seen)
                 progress.step += 1
                 self.reporter.take(taken)
                 if not self.after_step():
                     break
             self.reporter.catch_up()
+
+    def look(self) -> Seen | None:
+        """Features of all pictures, where steps are left and looking at them beforehand pays."""
+        if self.session.progress.step == self.total or not pays(self.session):
+            return None
+        start = time.perf_counter()
+        seen = look(self.session, self.screen, self.stop)
+        pictures = 0 if seen is None else seen.pictures
+        self.reporter.looked(time.perf_counter() - start, pictures)
+        return seen
 
     def after_step(self) -> bool:
         """Measure, save and stop where it is time to; otherwise do not wait for the device. False

@@ -20,7 +20,7 @@ from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.score import task_of
-from finesight.hub import ModelFolder
+from finesight.hub import ModelFolder, lasting_name
 from finesight.infer.load import find_parts, resolve_device, resolve_precision
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
@@ -232,9 +232,9 @@ def _machine(recipe: Recipe) -> Machine:
 def _base(recipe: Recipe) -> Base:
     """The recipe's model may be a model folder, a hub name, an adapter or a run to go on from."""
     parts = find_parts(recipe.model)
-    # A folder is found again by its absolute path, a hub model by its name.
+    # A folder is found again by its absolute path, a model of the hub or the package by its name.
     is_path = Path(recipe.model).expanduser().exists()
-    name = str(parts.folder.path.resolve()) if is_path else recipe.model
+    name = lasting_name(parts.folder) if is_path else recipe.model
     adapter = recipe.adapter
     if adapter is None:
         return Base(name, parts.folder, parts.adapter, parts.manifest)

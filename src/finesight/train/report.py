@@ -79,6 +79,12 @@ class Reporter:
         }
         session.run.note(figures)
 
+    def looked(self, seconds: float, pictures: int) -> None:
+        """Note the time that no step counts: so many seconds for features of so many pictures, 0
+        where a damaged one made them useless."""
+        step = self._session.progress.step
+        self._session.run.note({"step": step, "seen_s": seconds, "pictures": pictures})
+
     @contextmanager
     def showing(self, total: int) -> Iterator[None]:
         """Within the block, steps are shown on the screen."""

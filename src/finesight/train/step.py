@@ -14,6 +14,7 @@ from finesight.train.loader import Step
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
+from finesight.train.seen import Seen
 from finesight.train.stop import Stop
 
 
@@ -53,9 +54,10 @@ def seed_of(seed: int, step: int, micro: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def take_step(session: Session, step: Step, stop: Stop) -> Taken:
+def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None) -> Taken:
     """Run a step. Its loss is the mean over the learned tokens of all its packs together, so that
-    it does not matter how the samples were packed.
+    it does not matter how the samples were packed. `seen` are the features of its pictures, where
+    they are known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way. A bad
     gradient raises UserError here where waiting for the device costs nothing, and otherwise in
@@ -63,7 +65,7 @@ def take_step(session: Session, step: Step, stop: Stop) -> Taken:
     """
     masters, scale = session.masters, session.scale
     by = scale.value
-    total = _accumulate(session, step, stop)
+    total = _accumulate(session, step, stop, seen)
     norm = masters.norm()
     taken = Taken(
         step=step,
@@ -87,7 +89,7 @@ def take_step(session: Session, step: Step, stop: Stop) -> Taken:
     return taken
 
 
-def _accumulate(session: Session, step: Step, stop: Stop) -> Tensor:
+def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> Tensor:
     """Gradients of all packs into the masters; returns the mean loss times the loss scale."""
     model, device = session.model, session.machine.device
     total = torch.zeros((), device=device)
@@ -98,7 +100,9 @@ def _accumulate(session: Session, step: Step, stop: Stop) -> Tensor:
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         batch = packed.to(device)
-        loss = label_loss(model(batch), model.head_weight, batch.target_L, share)
+        features_MD = None if seen is None else seen.of(step.members[micro])
+        h_LD = model(batch, features_MD)
+        loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total

@@ -1,0 +1,51 @@
+"""Batches of segments: every token in its place and back again, padding known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import CPU
+
+from finesight.model.runs import BUCKET, alike, padded
+
+LENGTHS = [[5], [5, 5], [5, 9, 40, 33, 5, 64, 1, 70], [32, 33, 31, 65], [70, 3, 70]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_padded_batches_hold_every_token_once(lengths: list[int]) -> None:
+    runs = padded(lengths, CPU)
+    places = sum(length * count for length, count in runs.lengths)
+    assert sum(count for _, count in runs.lengths) == len(lengths)
+    tokens = torch.arange(sum(lengths))
+    order_P = tokens if runs.order_T is None else runs.order_T
+    back_T = tokens if runs.back_T is None else runs.back_T
+    assert len(order_P) == places
+    assert torch.equal(order_P[back_T], tokens)
+    if runs.padding_P is None:
+        assert places == len(tokens)
+    else:
+        assert int(runs.padding_P.sum()) == places - len(tokens) > 0
+        assert not runs.padding_P[back_T].any()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_segment_keeps_its_order_and_stands_at_the_start_of_its_row(lengths: list[int]) -> None:
+    runs = padded(lengths, CPU)
+    tokens = torch.arange(sum(lengths))
+    order_P = tokens if runs.order_T is None else runs.order_T
+    rows = [
+        row.tolist()
+        for (length, count), part in zip(
+            runs.lengths, order_P.split([n * count for n, count in runs.lengths]), strict=True
+        )
+        for row in part.view(count, length)
+    ]
+    segments = sorted((part.tolist() for part in tokens.split(lengths)), key=len)
+    for row, segment in zip(rows, segments, strict=True):
+        assert row[: len(segment)] == segment
+        assert len(row) - len(segment) < BUCKET
+
+
+def test_nothing_is_padded_where_lengths_are_those_of_their_batches() -> None:
+    assert padded([40, 8, 40], CPU).padding_P is None
+    assert padded([40, 8, 40], CPU).lengths == alike([40, 8, 40], CPU).lengths == ((8, 1), (40, 2))

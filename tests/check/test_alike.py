@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from shape_pictures import draw_scenes
 
 from finesight.check.alike import Lookalikes, same_picture, shows_something, thumbnail
-from finesight.data.generated import draw_scenes
 from finesight.vision.picture import open_picture
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from plant import CAPTION, FAULTS, Garden, Planted, parted, plant, samples_of, write
+from shape_pictures import LABELS, draw_scenes
 
 from finesight.check.findings import Checked
 from finesight.check.run import Check
 from finesight.check.subjects import Model, model_of, of_files
-from finesight.data.generated import LABELS, draw_scenes
 from finesight.data.opening import Request
 from finesight.model.tiny import make_tiny
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conversing import checked, lines, mended, sample
 from scenery import paint
+from shape_pictures import draw_scenes
 
 from finesight.check.run import Check
 from finesight.check.subjects import of_files
-from finesight.data.generated import draw_scenes
 from finesight.data.jsonl import read_samples
 from finesight.data.opening import Request
 from finesight.errors import UserError

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from conversing import by_line, checked, codes, lines, sample
 from PIL import Image
-
-from finesight.data.generated import draw_scenes
+from shape_pictures import draw_scenes
 
 
 @pytest.fixture

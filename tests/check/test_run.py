@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,21 @@ def test_other_processes_find_the_same_and_all_is_told(folder):
     assert found.counts == {"picture-missing": len(gone)} == found.affected
     assert check.rows == WORTH_IT + 30 == sum(done)
     assert len(album) == 1 + len(gone)
+
+
+def test_a_script_that_is_not_guarded_against_other_processes_can_check(folder):
+    source = lines(folder / "data.jsonl", [sample("a.png", f"{n}?") for n in range(WORTH_IT + 1)])
+    script = folder / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from finesight.check.run import check_sources\n"
+        "from finesight.check.subjects import of_files\n"
+        "from finesight.data.opening import Request\n"
+        f"subjects = of_files([Path({str(source)!r})], [], Request())\n"
+        "print(check_sources(subjects).samples)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{WORTH_IT + 1}\n"
 
 
 def test_the_gravest_faults_come_first(folder):

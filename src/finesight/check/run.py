@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,13 +75,16 @@ class Check:
         self,
         tell: Callable[[Finding], None] = _nobody,
         advance: Callable[[int], None] = _nobody,
+        *,
+        alone: bool = False,
     ) -> tuple[Checked, Album]:
         """Read everything. The gravest faults come first in the result, then the most frequent.
 
-        `tell` gets every finding as it comes up, `advance` each number of rows that is done.
+        `tell` gets every finding as it comes up, `advance` each number of rows that is done. Of
+        many rows the pictures are looked at in other processes, unless this one works `alone`.
         """
         self._tell, self._advance = tell, advance
-        with processes(self.rows) as pool:
+        with processes(0 if alone else self.rows) as pool:
             album = Album(pool)
             leaks = Leaks(album)
             sides = {held_out: Ledger(album) for held_out in (True, False)}
@@ -182,6 +186,19 @@ class Check:
         if self._last.get(finding.code) != place:
             self._affected[finding.code] += 1
             self._last[finding.code] = place
+
+
+def check_sources(
+    subjects: Sequence[Subject], model: Model | None = None, keep: int = 1000
+) -> Checked:
+    """What a check of sources that belong together finds, as `Check` says it.
+
+    It can be called from a script or a notebook, which other processes could not start from: all
+    is done in this one. Pictures out of tables are saved in a folder that is gone afterwards.
+    Raises UserError as `draft` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return Check(subjects, Path(folder), model, keep).run(alone=True)[0]
 
 
 class Claims:

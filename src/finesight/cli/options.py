@@ -12,7 +12,8 @@ from finesight.errors import UserError
 RunOrModel = Annotated[
     str,
     typer.Argument(
-        metavar="RUN_OR_MODEL", help="A run folder, a model or adapter folder, or a hub name."
+        metavar="RUN_OR_MODEL",
+        help="A run folder, a model or adapter folder, a hub name, or finesight-tiny.",
     ),
 ]
 
@@ -38,7 +39,8 @@ Columns = Annotated[
     typer.Option(
         "--map",
         metavar="ROLE=COLUMN",
-        help="What a table's columns are: image, answer, question, box, label.",
+        help="What a table's columns are: image, answer, question, box, label; or fields=A,B,C for "
+        "an answer of these columns as JSON.",
     ),
 ]
 

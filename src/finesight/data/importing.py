@@ -275,5 +275,6 @@ def _unused(opened: Source, request: Request) -> tuple[str, ...]:
     """Columns of a table that no role was given to."""
     if opened.form is not table_format.FORMAT:
         return ()
-    used = {name for column in request.columns.values() for name in (column, *column.split(","))}
-    return tuple(name for name in opened.head[0] if name not in used and name != "id")
+    head, mapped = opened.head[0], request.columns.values()
+    used = {name for column in mapped for name in (column, *table_format.several(column, head))}
+    return tuple(name for name in head if name not in used and name != "id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from foreign import brief, read, talk
 from finesight.data.case import Case
 from finesight.data.formats.table import FORMAT, suggestion
 from finesight.errors import UserError
+
+NAN = float("nan")
 
 
 def case(folder: Path, record: dict[str, Any], columns: str, **said: Any) -> Case:
@@ -94,6 +97,57 @@ def test_boxes_as_json_in_an_answer_become_boxes(folder: Path) -> None:
     assert talk(found)[1][1] == [(0, None, (1.0, 2.0, 3.0, 4.0))]
 
 
+def test_columns_become_the_fields_of_a_json_answer(folder: Path) -> None:
+    record = {"from": "Zürich", "seat": "7C", "price": 12.5, "none": None, "empty": "", "nan": NAN}
+    columns = "image=image fields=from,price,none,empty,nan,seat"
+    found = case(folder, record, columns, prompt="?")
+    assert talk(found)[1] == ("assistant", ['{"from": "Zürich", "price": 12.5, "seat": "7C"}'])
+    assert len(found.answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("12", '"12"'),
+        (["a", {"b": 1}], '["a", {"b": 1}]'),
+        (datetime.date(2027, 3, 14), '"2027-03-14"'),
+    ],
+)
+def test_one_column_may_be_the_only_field(folder: Path, value: object, written: str) -> None:
+    found = case(folder, {"a,b": value}, "image=image fields=a,b", prompt="?")
+    assert talk(found)[1][1] == [f'{{"a,b": {written}}}']
+
+
+def test_fields_stay_text_whatever_their_columns_are_called(folder: Path) -> None:
+    record = {"bbox_2d": [1, 2, 3, 4], "label": "cat"}
+    text = '{"bbox_2d": [1, 2, 3, 4], "label": "cat"}'
+    found = case(folder, record, "image=image fields=bbox_2d,label", prompt="?")
+    assert talk(found)[1] == ("assistant", [text])
+    from_csv = case(
+        folder, {**record, "bbox_2d": "1 2 3 4"}, "image=image fields=bbox_2d,label", prompt="?"
+    )
+    assert talk(from_csv)[1][1] == [text.replace("[1, 2, 3, 4]", '"1 2 3 4"')]
+
+
+def test_blank_cells_are_empty_fields(folder: Path) -> None:
+    record = {"a": " ", "b": "\t\n", "c": " x "}
+    found = case(folder, record, "image=image fields=a,b,c", prompt="?")
+    assert talk(found)[1][1] == ['{"c": " x "}']
+
+
+def test_blanks_around_the_names_of_columns(folder: Path) -> None:
+    record = {"a": 1, " b ": 2, "x": 1, "y": 2, "z": 3, "w": 4}
+    columns = {"image": "image", "fields": " a, b ", "box": "x, y, z, w"}
+    found = read(FORMAT, {"image": "b.png", **record}, folder, columns=columns, prompt="?")
+    assert talk(found)[1][1] == ['{"a": 1, " b ": 2}\n', (0, None, (1.0, 2.0, 3.0, 4.0))]
+
+
+def test_fields_with_a_box_stand_before_it(folder: Path) -> None:
+    record = {"a": "x", "b": [1, 2, 3, 4]}
+    found = case(folder, record, "image=image fields=a box=b", prompt="?")
+    assert talk(found)[1][1] == ['{"a": "x"}\n', (0, None, (1.0, 2.0, 3.0, 4.0))]
+
+
 def test_an_empty_list_is_no_picture(folder: Path) -> None:
     found = case(folder, {"image": [], "a": "x"}, "image=image answer=a", prompt="?")
     assert talk(found)[0][1] == ["?"]
@@ -147,6 +201,16 @@ def test_several_pictures(folder: Path) -> None:
         ({"b": [1, 2, 3, 4], "image": ["a.png"] * 2}, "image=image box=b", "2 pictures"),
         ({"b": [1, 2, 3, 4]}, "box=b", "0 pictures"),
         ({"image": "", "a": "x"}, "image=image answer=a", "a picture given as str"),
+        ({"a": "", "b": None}, "image=image fields=a,b", "no answer in image, a,b"),
+        ({"a": "x"}, "image=image fields=a,c", "no column 'a,c' for --map fields=a,c"),
+        ({"a": " ", "b": "\t"}, "image=image fields=a,b", "no answer in image, a,b"),
+        ({"a": 1, "b": [NAN]}, "image=image fields=a,b", "column 'b' .* cannot be written as JSON"),
+        ({"a": b"raw", "b": 1}, "image=image fields=a,b", "column 'a' .*3 bytes that are no text"),
+        ({"a": 1, "b": "<image>"}, "image=image fields=a,b", "column 'b': the mark '<image>'"),
+        ({"a": 1, "b": {"<bbox>": 2}}, "image=image fields=a,b", "column 'b': the mark '<bbox>'"),
+        ({"<image>": 1}, "image=image fields=<image>", "column '<image>': the mark '<image>'"),
+        ({"a": 1, "b": 2}, "image=image fields=b,a,b", "column 'b' twice in fields=b,a,b"),
+        ({"a": "x", "b": "y"}, "image=image fields=b answer=a", "fields=b beside answer=a"),
     ],
 )
 def test_refused(folder: Path, record: dict[str, Any], columns: str, what: str) -> None:

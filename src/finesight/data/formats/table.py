@@ -1,14 +1,15 @@
 """Any table, its columns named by the user: --map image=COLUMN --map answer=COLUMN and so on.
 
 The user's turn is the picture (or several, from a list), then the question, then the prompt on a
-line of its own. A list of answers becomes a training sample each. Boxes without an answer are the
-answer; with both, the answer's text comes first and the boxes on the next line. See `boxed_text`
-for boxes within the text of an answer.
+line of its own. A list of answers becomes a training sample each. Columns mapped to `fields` become
+one answer, a JSON object. Boxes without an answer are the answer; with both, the answer's text
+comes first and the boxes on the next line. See `boxed_text` for boxes within the text of an answer.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,26 @@ from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
 from finesight.data.formats import texts
 from finesight.data.formats.boxed_text import answer_parts, answer_text
-from finesight.data.formats.format import Format, Reading, Scene, Writing, listed, plain
+from finesight.data.formats.format import (
+    BadOption,
+    Format,
+    Reading,
+    Scene,
+    StrayMark,
+    Writing,
+    listed,
+    plain,
+)
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
 from finesight.data.rules import EmptyAnswer
-from finesight.data.sample import BoxPart, Message, Part, shortest
+from finesight.data.sample import BoxPart, Message, Part, TextPart, shortest
 from finesight.errors import UserError
 
-COLUMNS = ("image", "answer", "question", "box", "label")
-"""What a column can be mapped to."""
+_WRITTEN = ("image", "answer", "question", "box", "label")
+COLUMNS = (*_WRITTEN, "fields")
+"""The roles of `--map ROLE=COLUMN`. A box may be in four columns, fields in any number of them:
+--map ROLE=COLUMN,COLUMN."""
 
 _GAP = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 """White space or a semicolon that parts two numbers or two boxes."""
@@ -64,15 +76,18 @@ def read(row: Row, reading: Reading) -> Case:
         parts.append(plain(_words(question, "question")))
     user = Message(role="user", content=reading.asked(parts))
     boxes = tuple(_boxes(row, reading, scene))
+    end = "\n" if boxes else ""
     texts = [_words(answer, "answer") for answer in listed(_cell(row, reading, "answer"))]
-    answers = [(*answer_parts(f"{text}\n" if boxes else text, scene), *boxes) for text in texts]
-    if boxes and not texts:
+    answers = [(*answer_parts(f"{text}{end}", scene), *boxes) for text in texts]
+    answers += [(TextPart(text=f"{form}{end}"), *boxes) for form in _form(row, reading)]
+    if boxes and not answers:
         answers = [boxes]
     if not answers:
         raise EmptyAnswer(
             f"no answer in {', '.join(reading.columns.values())}",
             expected="an answer or a box in every row",
-            remedy="give --map answer=COLUMN or --map box=COLUMN, or leave the row out",
+            remedy="fill it in, or leave the row out; where the answer is in another column, name "
+            "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return Case(row.id, (user,), tuple(answers))
 
@@ -94,7 +109,7 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
         return None
     if column in row.record:
         return row.record[column]
-    names = column.split(",")
+    names = several(column, row.record)
     if len(names) > 1 and all(name in row.record for name in names):
         return [row.record[name] for name in names]
     raise UserError(
@@ -102,6 +117,11 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
         expected=f"one of {', '.join(map(str, row.record))}",
         remedy="name one of these columns",
     )
+
+
+def several(column: str, record: Record) -> list[str]:
+    """The columns that a role is mapped to, where its value is not one column's name as a whole."""
+    return [name if name in record else name.strip() for name in column.split(",")]
 
 
 def _words(value: object, role: str) -> str:
@@ -114,6 +134,67 @@ def _words(value: object, role: str) -> str:
             remedy="fill it in, or leave the row out",
         )
     return text
+
+
+def _form(row: Row, reading: Reading) -> list[str]:
+    """The cells of `fields` as one JSON object by the names of their columns, empty ones left out;
+    nothing where all are empty or no columns are mapped."""
+    column = reading.columns.get("fields")
+    if column is None:
+        return []
+    if "answer" in reading.columns:
+        raise BadOption(
+            f"fields={column} beside answer={reading.columns['answer']}",
+            where="--map",
+            expected="an answer in one column, or made of several",
+            remedy="leave one of the two out",
+        )
+    cell = _cell(row, reading, "fields")
+    alone = column in row.record
+    cells = (
+        [(column, cell)] if alone else zip(several(column, row.record), listed(cell), strict=True)
+    )
+    said: dict[str, str] = {}
+    for name, value in cells:
+        if name in said:
+            raise BadOption(
+                f"the column {name!r} twice in fields={column}",
+                where="--map",
+                expected="each column once",
+                remedy="leave one of the two out",
+            )
+        said[name] = "" if _empty(value) else _member(name, value)
+    members = ", ".join(filter(None, said.values()))
+    return [f"{{{members}}}"] if members else []
+
+
+def _empty(value: object) -> bool:
+    blank = isinstance(value, str) and not value.strip()
+    return blank or value is None or value != value  # only NaN is not itself
+
+
+def _member(name: str, value: object) -> str:
+    """Name and value as they stand in a JSON object. Raises UserError that names the column."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_text)
+        return plain(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
+    except StrayMark as error:
+        raise StrayMark(
+            f"in the column {name!r}: {error.what}", expected=error.expected, remedy=error.remedy
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",
+            expected="a text, a number, or a list or object of them",
+            remedy="correct the row, or leave it out",
+        ) from error
+
+
+def _as_text(value: object) -> str:
+    """A value of a type that JSON lacks, such as a date out of a Parquet table."""
+    if isinstance(value, bytes):
+        raise ValueError(f"{len(value)} bytes that are no text")
+    return str(value)
 
 
 def _boxes(row: Row, reading: Reading, scene: Scene) -> Iterator[BoxPart]:
@@ -159,10 +240,10 @@ def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
         if columns.setdefault("question", "question" in row) != ("question" in row):
             raise _unfit("a question in some samples and none in others")
         columns.update(dict.fromkeys(row, True))
-        return texts.record(located, writing, {role: row.get(role) for role in COLUMNS})
+        return texts.record(located, writing, {role: row.get(role) for role in _WRITTEN})
 
     yield from texts.rows(samples, record_of)
-    options = [f"--map {role}={role}" for role in COLUMNS if columns.get(role)]
+    options = [f"--map {role}={role}" for role in _WRITTEN if columns.get(role)]
     unasked = [] if columns["question"] else ['--prompt ""']
     writing.notes.append(f"to read the table: {' '.join(options + unasked)}")
 

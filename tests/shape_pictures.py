@@ -1,4 +1,4 @@
-"""Pictures drawn on the spot, with labels in a foreign file: a task for trying the whole path."""
+"""Pictures of shapes drawn on the spot, with labels and boxes in a foreign file."""
 
 from __future__ import annotations
 

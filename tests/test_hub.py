@@ -15,7 +15,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from finesight.errors import UserError
-from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder, locate
+from finesight.hub import (
+    PREPROCESSOR_DEFAULTS,
+    TINY,
+    TINY_FOLDER,
+    ModelFolder,
+    lasting_name,
+    locate,
+    named,
+)
 
 
 @pytest.fixture
@@ -54,6 +62,20 @@ def test_a_missing_folder_is_named(name: str) -> None:
     with pytest.raises(UserError, match="no folder") as raised:
         locate(name)
     assert name in raised.value.what
+    assert TINY in raised.value.expected
+
+
+def test_the_packages_model_is_found_again_by_its_name_and_others_by_their_path(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(TINY_FOLDER)
+    for path in (TINY_FOLDER, tmp_path / "link", TINY_FOLDER / ".." / TINY):
+        assert lasting_name(ModelFolder(path)) == TINY
+    monkeypatch.chdir(tmp_path)
+    assert lasting_name(ModelFolder(Path("model"))) == str(folder.resolve())
+    assert named(TINY) == TINY_FOLDER
+    assert named(f"./{TINY}") == named(f"{TINY}/") == Path(TINY)
+    assert named("~/a") == Path.home() / "a"
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:

@@ -31,7 +31,9 @@ FOLDERS = {
 """Folders that are described as a whole."""
 
 PAGES = {
+    "pretraining": "One command that makes finesight-tiny again from nothing.",
     "recipes": "Recipes of the four tutorials.",
+    "examples": "The quickstart by the Python API, as a script in cells.",
     "docs": "Settings, commands, promises, and what changes for who comes from a tutorial.",
     "constraints.txt": "Exact versions that it was tested with.",
     "Makefile": "make quickstart, make test.",

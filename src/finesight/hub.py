@@ -31,11 +31,18 @@ deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled 
 
 PREPROCESSOR = "preprocessor_config.json"
 
+TINY = "finesight-tiny"
+"""The name of the model that the package brings: a recipe says `model: finesight-tiny`."""
+
+TINY_FOLDER = Path(__file__).resolve().parent / "assets" / TINY
+"""Where that model lies, wherever finesight is installed."""
+
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format for the header of a file."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LONGEST_LINK = 1024
+_POSSIBLE = f"a model folder, a hub name such as Qwen/Qwen2-VL-2B-Instruct, or {TINY}"
 
 
 @dataclass(frozen=True)
@@ -187,30 +194,54 @@ class ModelFolder:
 
 
 def locate(name_or_path: str) -> ModelFolder:
-    """The model folder at a path, or the hub's model of that name, downloaded if need be.
+    """The package's own model, the model folder at a path, or the hub's model of that name,
+    downloaded if need be.
 
-    Only a name that is no existing folder touches the network or the hub's cache. Raises
-    UserError for a missing folder and for a model that cannot be had (unknown, gated, offline).
+    The bare name `finesight-tiny` always is the package's model, so that a recipe or a run that
+    names it means the same in every working directory; a folder of that name is
+    `./finesight-tiny`. A folder wins over a hub's model of the same name: only a name that is no
+    existing folder touches the network or the hub's cache. Raises UserError for a missing folder
+    and for a model that cannot be had (unknown, gated, offline, left out of the installation).
     """
     # os.path's functions also stand what cannot be a path: a home of nobody, a name too long.
-    path = Path(os.path.expanduser(name_or_path))
+    path = named(name_or_path)
     if name_or_path and os.path.isdir(path):
         return ModelFolder(path)
+    if name_or_path == TINY:
+        raise UserError(
+            f"finesight is installed without its model {TINY}",
+            where=str(path),
+            expected="the folder that the package brings",
+            remedy="install finesight again, from its wheel or its source archive",
+        )
     if os.path.isfile(path):
         raise UserError(
             f"{name_or_path} is a file",
             where="model",
-            expected="a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct",
+            expected=_POSSIBLE,
             remedy=f"give the folder, {path.parent}",
         )
     if not _HUB_NAME.fullmatch(name_or_path) or name_or_path.startswith("."):
         raise UserError(
             f"no folder {name_or_path!r}",
             where="model",
-            expected="a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct",
+            expected=_POSSIBLE,
             remedy="correct the path",
         )
     return ModelFolder(_download(name_or_path))
+
+
+def named(name_or_path: str) -> Path:
+    """The path that a name stands for, which need not exist: the package's own folder for the bare
+    name `finesight-tiny`, else the name read as a path, `~` as the user's home."""
+    return TINY_FOLDER if name_or_path == TINY else Path(os.path.expanduser(name_or_path))
+
+
+def lasting_name(folder: ModelFolder) -> str:
+    """What finds a local folder again from any working directory: its absolute path or, for the
+    package's own model, which lies elsewhere in another installation, `finesight-tiny`."""
+    path = folder.path.resolve()
+    return TINY if path == TINY_FOLDER.resolve() else str(path)
 
 
 def _download(name: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from finesight.config import Device, Precision
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
-from finesight.hub import ModelFolder, locate
+from finesight.hub import ModelFolder, locate, named
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import install_adapter
@@ -66,6 +67,12 @@ def load_answerer(
     return Answerer(model, renderer)
 
 
+def cpu_precision() -> Literal["bf16", "fp32"]:
+    """What a CPU trains in most quickly: bf16 where it multiplies it, which others only imitate."""
+    able = torch.cpu.get_capabilities()
+    return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+
+
 def resolve_device(device: Device) -> torch.device:
     """`auto` is CUDA where there is a card. Raises UserError when cuda is asked for in vain."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -112,7 +119,7 @@ def find_parts(run_or_model: str, base: str | None = None) -> Parts:
     not needed.
     """
     # os.path's functions stand what cannot be a path: a home of nobody, a name too long.
-    path = Path(os.path.expanduser(run_or_model))
+    path = named(run_or_model)
     manifest = _read_manifest(path / MANIFEST) if os.path.isfile(path / MANIFEST) else None
     if manifest is not None and not (path / "config.json").is_file():
         return _parts_of_run(path, manifest, base)

@@ -12,7 +12,7 @@ import pytest
 
 from finesight.errors import UserError
 from finesight.synth import grammar, tasks, vocabulary
-from finesight.synth.tasks import HELD_OUT, MIXTURE, TASKS, Task, mixed, of_kind, sample
+from finesight.synth.tasks import FIRST, HELD_OUT, MIXTURE, TASKS, Task, mixed, of_kind, sample
 
 PILLOW_ONLY = ("word", "words", "lines", "sign", "street", "receipt", "scene", "crowd")
 
@@ -122,6 +122,8 @@ def test_a_kind_that_is_never_asked_is_refused():
 
 def test_the_mixture_draws_each_task_by_its_share():
     assert sum(MIXTURE.values()) == pytest.approx(1)
+    assert sum(FIRST.values()) == pytest.approx(1)
+    assert set(FIRST) < set(TASKS)
     assert set(MIXTURE) == set(TASKS)
     shares = {"scene": 0.75, "crowd": 0.25}
     crowds = sum(mixed(shares, 0, index, "built-in").kind == "count" for index in range(300))

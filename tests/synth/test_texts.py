@@ -71,6 +71,14 @@ def test_a_word_with_a_mark_behind_it_is_not_sought():
         assert texts.answered("find", rows, random.Random(seed))[1][0].label == "b"
 
 
+def test_letters_are_few_and_nearly_fill_their_picture():
+    for each in _drawn(texts.letters, "built-in"):
+        (text,) = each.answer
+        assert 1 <= len(text) <= 4, text
+        assert not set("lI1|oO0").intersection(text), text
+        assert max(each.picture.size) < texts.LARGEST / 2, each.picture.size
+
+
 def test_every_kind_of_question_is_asked():
     kinds = {each.kind for task in TASKS for each in _drawn(task, "built-in")}
     assert kinds == {"word", "read", "find", "read_at", "spot", "count_words"}

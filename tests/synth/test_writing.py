@@ -9,8 +9,8 @@ from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.storage import verify_folder
-from finesight.synth.tasks import Task, sample
-from finesight.synth.writing import write_task
+from finesight.synth.tasks import Task, mixed, sample
+from finesight.synth.writing import write_mixture, write_task
 
 
 def test_a_folder_holds_the_samples(tmp_path):
@@ -25,6 +25,22 @@ def test_a_folder_holds_the_samples(tmp_path):
         assert each.meta["kind"] == drawn.kind
         said = [part.text if isinstance(part, TextPart) else part for part in _answer(each)]
         assert tuple(said) == drawn.answer
+
+
+def test_a_mixture_goes_on_where_another_part_ended(tmp_path):
+    mixture = {"letters": 0.5, "scene": 0.5}
+    whole = read_samples(write_mixture(tmp_path / "whole", mixture, 3, range(12)))
+    parts = [
+        read_samples(write_mixture(tmp_path / f"part-{numbers.start}", mixture, 3, numbers))
+        for numbers in (range(5), range(5, 12))
+    ]
+    assert [*parts[0], *parts[1]] == whole
+    assert {len(each.messages) for each in whole} > {2}, "never a second question"
+    for number in (0, 11):
+        drawn = mixed(mixture, 3, number)
+        (name,) = {part.image for part in whole[number].parts() if isinstance(part, ImagePart)}
+        kept = Image.open(tmp_path / "whole" / name)
+        assert kept.tobytes() == drawn.picture.tobytes()
 
 
 def _answer(sample):

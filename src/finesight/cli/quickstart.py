@@ -17,7 +17,7 @@ def quickstart(
         bool, typer.Option("--json", help="The result as one JSON object at the end.")
     ] = False,
 ) -> None:
-    """Draw pictures, import their labels, train a small model from random weights, and ask it.
+    """Draw train tickets, import and check them, and teach the package's small model to read them.
 
     Needs no network and no GPU. Stopped half-way, the same command goes on where it was.
 

@@ -26,10 +26,12 @@ import numpy
 import PIL
 from plant import CAPTION, Garden, Planted, Record, parted, plant, samples_of, write
 
-from finesight.data.generated import LABELS, draw_scenes
 from finesight.data.opening import Request
 from finesight.data.sample import Sample
 from finesight.model.tiny import make_tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from shape_pictures import LABELS, draw_scenes
 
 OUT = Path(__file__).parent / "results" / "check_faults.json"
 

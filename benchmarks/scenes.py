@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from finesight.check.conventions.edges import SIDE, Sides, small_grey
-from finesight.data.generated import COLOURS, SHAPES, Shape, draw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from shape_pictures import COLOURS, SHAPES, Shape, draw
 
 Corners = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -81,7 +84,7 @@ def real(folder: Path) -> dict[str, list[Item]]:
 
 
 def quickstart(gallery: Gallery, count: int, rng: random.Random) -> Iterator[Item]:
-    """The pictures of `finesight quickstart`: shapes in the cells of a small square."""
+    """Shapes in the cells of a small square."""
     for number in range(count):
         cells = rng.sample(range(9), rng.randint(1, 2))
         shapes = []

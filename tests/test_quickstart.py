@@ -49,7 +49,11 @@ def test_result_is_measured_before_and_after_on_all_held_out_pictures(done):
     assert result.result.after.headline == "f1"
     for name in ("before", "after"):
         assert len((out / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()) == 4
-    assert {part.part for part in result.result.moved if part.trained} == {"language"}
+    assert {part.part for part in result.result.moved if part.trained} == {
+        "vision",
+        "merger",
+        "language",
+    }
 
 
 def test_answers_stand_beside_what_the_tickets_say(done):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from by_path import loaded
 
 from finesight.errors import UserError
 from finesight.synth.fonts import FAMILIES
@@ -20,17 +19,7 @@ from finesight.synth.tasks import FIRST, MIXTURE, TASKS
 FILE = Path(__file__).parents[1] / "pretraining" / "card.py"
 
 
-def _card() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("card", FILE)
-    assert spec is not None, "pretraining/card.py is not there"
-    assert spec.loader is not None, "pretraining/card.py cannot be loaded"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["card"] = module  # pydantic looks the module up
-    spec.loader.exec_module(module)
-    return module
-
-
-CARD = _card()
+CARD = loaded("pretraining/card.py")
 
 FACTS: dict[str, Any] = {
     "parameters": 12_834_560,

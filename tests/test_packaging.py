@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from by_path import loaded
 from safetensors import safe_open
 
 from finesight.hub import TINY, TINY_FOLDER, locate
@@ -20,17 +19,7 @@ from finesight.storage import digest
 ROOT = Path(__file__).parents[1]
 
 
-def _try_wheel() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("try_wheel", ROOT / "tools" / "try_wheel.py")
-    assert spec is not None, "tools/try_wheel.py is not there"
-    assert spec.loader is not None, "tools/try_wheel.py cannot be loaded"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["try_wheel"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-TRY = _try_wheel()
+TRY = loaded("tools/try_wheel.py")
 SOURCES = {str(path) for path in TRY.source_files(ROOT)}
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from by_path import loaded
 
 ROOT = Path(__file__).parents[1]
 
 
-def _house() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
-    assert spec is not None, "tools/house.py is not there"
-    assert spec.loader is not None, "tools/house.py cannot be loaded"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["house"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-HOUSE = _house()
+HOUSE = loaded("tools/house.py")
 MEASURES = {one.name: one for one in HOUSE.measure(ROOT)}
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "model_parity_cuda.py"
+from by_path import loaded
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up by name.
-    sys.modules[FILE.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("benchmarks/model_parity_cuda.py")
 
 
 def test_a_line_a_model_with_distances_by_case(

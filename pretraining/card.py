@@ -7,7 +7,8 @@ FACTS.json is one object, all of it required (see `Facts`):
     parameters  numbers that were learned
     geometry    {"layers of the language model": 5, ...}: shown as it is
     tokens      size of the vocabulary, special tokens counted
-    samples     {"first": 150000, "run": 560000}: pictures drawn to learn from, by run
+    pictures    1000000: all that were drawn to learn from
+    samples     {"first": 150000, "second": 400000, ...}: pictures that each run learns from
     mixtures    {"first": {"letters": 0.6, ...}, ...}: shares of the generated tasks, by run
     training    {"first": {"steps": 2500, ...}, ...}: settings, shown as they are, by run
     curves      {"first": [{"step": 625, "loss": 0.41, "held_out_loss": 0.38}, ...], ...}: `curve`
@@ -37,9 +38,10 @@ from finesight.errors import UserError
 from finesight.hub import TINY
 from finesight.storage import write_file
 from finesight.synth.fonts import FAMILIES, MATHTEXT
+from finesight.synth.sheet import SQUARE
 from finesight.synth.streets import ACROSS, DOWN
 from finesight.synth.tasks import MOST_TURNS, TASKS
-from finesight.synth.texts import LARGEST, SQUARE
+from finesight.synth.texts import LARGEST
 from finesight.synth.vocabulary import CHINESE
 
 
@@ -83,6 +85,7 @@ class Facts(Part):
     parameters: int
     geometry: dict[str, int | float | str]
     tokens: int
+    pictures: int
     samples: dict[str, int]
     mixtures: dict[str, dict[str, float]]
     training: dict[str, dict[str, Any]]
@@ -158,8 +161,9 @@ folder.
 
 ### Data
 
-{samples} pictures with questions and answers, one for letters and formulas and up to {turns} for
-the others, in English and, for some, in Chinese. They come in two runs, one after the other:
+{pictures} pictures with questions and answers, one for letters and formulas and up to {turns} for
+the others, in English and, for some, in Chinese. Runs follow each other; the third learns from the
+second one's pictures again, and from more:
 
 {mixture}
 
@@ -167,8 +171,9 @@ the others, in English and, for some, in Chinese. They come in two runs, one aft
 
 {geometry}
 
-The vocabulary has {tokens} tokens: byte-level BPE, learned from the words of the generated data,
-and Qwen2-VL's special tokens.
+The vocabulary has {tokens} tokens: bytes, Chinese characters and the words that questions,
+formulas and descriptions often say, as byte-level BPE that spells every other word, and Qwen2-VL's
+special tokens.
 
 ### Training
 
@@ -198,7 +203,7 @@ def card(facts: Facts) -> str:
         largest=LARGEST,
         clutter=f"{ACROSS[1] * SQUARE} by {DOWN[1] * SQUARE}",
         chinese=len(CHINESE),
-        samples=f"{sum(facts.samples.values()):,}",
+        pictures=f"{facts.pictures:,}",
         turns=MOST_TURNS,
         mixture=_mixture(facts),
         geometry=_table(("geometry", ""), facts.geometry.items()),

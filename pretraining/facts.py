@@ -17,19 +17,19 @@ from finesight.synth.tasks import FIRST, MIXTURE
 MEASURED = "measured.json"
 """What the figures of all held-out sets stand in, within the folder of a making."""
 
-STAGES = ("first", "run")
-"""Folders of the two runs."""
+STAGES = ("first", "second", "third")
+"""Folders of the runs."""
 
 
 def gather(out: Path, samples: dict[str, int]) -> dict[str, Any]:
-    """What `card.Facts` holds; `samples` are the numbers of pictures of the two runs."""
+    """What `card.Facts` holds; `samples` are how many pictures each run learns from."""
     config = json.loads((out / "random" / "config.json").read_text())
     vision = config["vision_config"]
     runs = {stage: _lines(out / stage / "metrics.jsonl") for stage in STAGES}
-    started = next(line for line in runs["run"] if "started" in line)
-    words = round(samples["first"] * FIRST["word"] + samples["run"] * MIXTURE["word"])
-    formulas = round(samples["run"] * MIXTURE["formula"])
-    moved = json.loads((out / "run" / "moved.json").read_text())
+    started = next(line for line in runs[STAGES[-1]] if "started" in line)
+    words = round(samples["first"] * FIRST["word"] + samples[STAGES[-1]] * MIXTURE["word"])
+    formulas = round(samples[STAGES[-1]] * MIXTURE["formula"])
+    moved = json.loads((out / STAGES[-1] / "moved.json").read_text())
     return {
         "parameters": sum(row["numbers"] for row in moved),
         "geometry": {
@@ -41,8 +41,9 @@ def gather(out: Path, samples: dict[str, int]) -> dict[str, Any]:
             "its width and heads": f"{vision['embed_dim']} and {vision['num_heads']}",
         },
         "tokens": config["vocab_size"],
+        "pictures": samples["first"] + samples[STAGES[-1]],
         "samples": samples,
-        "mixtures": {"first": FIRST, "run": MIXTURE},
+        "mixtures": {"first": FIRST, "second": MIXTURE, "third": MIXTURE},
         "training": {stage: _settings(out / stage) for stage in STAGES},
         "curves": {stage: curve(lines) for stage, lines in runs.items()},
         "seconds": json.loads((out / "seconds.json").read_text()),
@@ -65,7 +66,9 @@ def _settings(run: Path) -> dict[str, Any]:
     return {
         "steps": train.steps,
         "samples a step": train.batch,
+        "optimiser": train.optimizer,
         "learning rate": f"{train.learning_rate.default:g}, {train.schedule}",
+        "learning rate of embeddings": f"{train.learning_rate.embeddings:g}",
         "steps of warm-up": train.warmup,
         "AdamW's betas": ", ".join(map(str, train.betas)),
         "weight decay": train.weight_decay,

@@ -12,9 +12,10 @@ import argparse
 import gc
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -23,12 +24,11 @@ from typing import Any
 
 import torch
 from card import Facts, card
-from facts import MEASURED, gather
+from facts import MEASURED, STAGES, gather
 from rich.console import Console
 
 from finesight.config import Eval, Metric
 from finesight.data.jsonl import Located, read_samples
-from finesight.data.sample import BoxPart, TextPart
 from finesight.errors import Interrupted, UserError
 from finesight.evaluate.evaluate import evaluate
 from finesight.hub import TINY, ModelFolder
@@ -37,6 +37,7 @@ from finesight.model.tiny import make_tiny
 from finesight.model.weights import save_model
 from finesight.recipe import load_recipe
 from finesight.storage import digest, make_folder, write_file, write_folder
+from finesight.synth.drawn import Said
 from finesight.synth.tasks import FIRST, HELD_OUT, MIXTURE, mixed
 from finesight.synth.writing import DATA, write_mixture, write_task
 from finesight.train.loop import train
@@ -48,11 +49,16 @@ PART = 5_000
 
 TRAIN_SEED, EVAL_SEED = 1, 2
 
-TEXTS = 20_000
+TEXTS = 10_000
 """Samples whose words the tokenizer learns from."""
 
 CHAT = ["system\nYou are a helpful assistant.\n", "user\n", "assistant\n"] * 1000
 """What stands in every conversation."""
+
+READ_SINGLY = {"letters", "word", "find", "read_at", "spot"}
+"""Kinds of questions whose answers are words of the picture without a sentence around them."""
+
+_QUOTED = re.compile('"[^"]*"')
 
 SHARD = 11_900_000
 """Bytes of the tensors in a file of weights, at most: with its header no file reaches 12 MB."""
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for field in fields(Size):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     asked = parser.parse_intermixed_args(arguments)
-    size = Size(asked.first, asked.mixture, asked.held_out)
+    size = Size(*(getattr(asked, field.name) for field in fields(Size)))
     try:
         make(asked.out, size, asked.changes, Console())
     except Interrupted as interruption:
@@ -101,14 +107,18 @@ def make(out: Path, size: Size, changes: Sequence[str], console: Console) -> Non
     clock = Clock(out / "seconds.json")
     with closing(Drawing(out / "data", size)) as drawing:
         with clock.of("first pictures"):
-            first = drawing.first()
-        with clock.of("first"):
             make_random(out / "random", size)
-            teach("first.yaml", out / "random", first, out / "first", changes, console)
-        with clock.of("pictures"):
-            mixture = drawing.mixture()
-    with clock.of("train"):
-        teach("recipe.yaml", out / "first" / "model", mixture, out / "run", changes, console)
+            data = drawing.first()
+        with clock.of("first"):
+            teach("first.yaml", out / "random", data, out / "first", changes, console)
+        with clock.of("second pictures"):
+            data = drawing.mixture(size.second)
+        with clock.of("second"):
+            teach("second.yaml", out / "first" / "model", data, out / "second", changes, console)
+        with clock.of("third pictures"):
+            data = drawing.mixture(size.third)
+        with clock.of("third"):
+            teach("third.yaml", out / "second" / "model", data, out / "third", changes, console)
     if not (out / MEASURED).exists():
         with clock.of("measure"):
             measure(out, console)
@@ -131,10 +141,12 @@ def _claim(out: Path, size: Size) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """Samples of the two stages to learn from, and of each kind that is measured."""
+    """Pictures that each run learns from, those of the third with those of the second among them,
+    and samples of each kind that is measured."""
 
     first: int = 150_000
-    mixture: int = 560_000
+    second: int = 300_000
+    third: int = 650_000
     held_out: int = 1_200
 
 
@@ -163,33 +175,33 @@ class Drawing:
     def __init__(self, folder: Path, size: Size) -> None:
         self._folder = folder
         self._pool = ProcessPoolExecutor(os.cpu_count(), initializer=_as_helper)
-        self._held_out_samples = size.held_out
-        self._first = self._stage("first", FIRST, size.first)
+        self._held_out = range(size.held_out)
+        self._first = self._drawn("first", FIRST, size.first)
         self._measured = [
             self._pool.submit(_draw_held_out, folder, name, size.held_out) for name in HELD_OUT
         ]
-        self._mixture = self._stage("mixture", MIXTURE, size.mixture)
+        self._mixture = self._drawn("mixture", MIXTURE, size.third)
 
     def first(self) -> list[Path]:
-        """The data files of the first stage, once they are there: held-out samples, then parts."""
+        """The data files of the first run, once they are there: held-out samples, then parts."""
         return [future.result() for future in self._first]
 
-    def mixture(self) -> list[Path]:
-        """The data files of the second stage, once they and what is measured are there."""
+    def mixture(self, samples: int) -> list[Path]:
+        """The data files of so many samples, once they and what is measured are there."""
         for future in self._measured:
             future.result()
-        return [future.result() for future in self._mixture]
+        parts = -(-samples // PART)
+        return [future.result() for future in self._mixture[: 1 + parts]]
 
     def close(self) -> None:
         """Draw no more."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _stage(self, stage: str, mixture: Mapping[str, float], samples: int) -> list[Future[Path]]:
-        held_out = range(self._held_out_samples)
-        jobs = [(self._folder / f"{stage}-held-out", mixture, held_out, EVAL_SEED)]
+    def _drawn(self, name: str, mixture: Mapping[str, float], samples: int) -> list[Future[Path]]:
+        jobs = [(self._folder / f"{name}-held-out", mixture, self._held_out, EVAL_SEED)]
         for start in range(0, samples, PART):
             numbers = range(start, min(start + PART, samples))
-            part = self._folder / f"{stage}-{start // PART:04}"
+            part = self._folder / f"{name}-{start // PART:04}"
             jobs.append((part, mixture, numbers, TRAIN_SEED))
         return [self._pool.submit(_draw, *job) for job in jobs]
 
@@ -219,23 +231,28 @@ def _held_out(folder: Path, name: str) -> Path:
 def make_random(target: Path, size: Size) -> None:
     """A model that knows nothing, with a tokenizer made from what the mixture says."""
     if not target.exists():
-        numbers = range(0, size.mixture, max(1, size.mixture // TEXTS))
+        numbers = range(0, size.third, max(1, size.third // TEXTS))
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             said = [text for texts in pool.map(_texts, numbers, chunksize=50) for text in texts]
         make_tiny(target, "qwen2_vl", size="finesight-tiny", text=[*CHAT, *said])
 
 
 def _texts(number: int) -> list[str]:
-    """What is asked and said about a sample, boxes with any numbers."""
-    sample = mixed(MIXTURE, TRAIN_SEED, number).as_sample("", "")
+    """What is asked and said about a sample, boxes with any numbers, but not the words that are
+    read from its picture one by one: those are to be spelled."""
+    drawn = mixed(MIXTURE, TRAIN_SEED, number)
+    said = [(drawn.question, drawn.answer, drawn.kind), *drawn.further]
     return [
-        "".join(
-            f"{part.label or ''}(1,2),(3,4)" if isinstance(part, BoxPart) else part.text
-            for part in message.content
-            if isinstance(part, BoxPart | TextPart)
-        )
-        for message in sample.messages
+        _QUOTED.sub('""', _plain(part))
+        for question, answer, kind in said
+        for part in (question, () if kind in READ_SINGLY else answer)
     ]
+
+
+def _plain(said: Iterable[Said]) -> str:
+    return "".join(
+        piece if isinstance(piece, str) else f"{piece.label or ''}(1,2),(3,4)" for piece in said
+    )
 
 
 def teach(
@@ -259,7 +276,7 @@ def teach(
 
 def measure(out: Path, console: Console) -> None:
     """Answers to every held-out set: figures in `measured.json`, answers in `answers/`."""
-    answerer = load_answerer(str(out / "run"))
+    answerer = load_answerer(str(out / STAGES[-1]))
     figures: dict[str, Any] = {}
     for name in HELD_OUT:
         file = _held_out(out / "data", name) / DATA
@@ -277,9 +294,9 @@ def pack(out: Path, size: Size) -> None:
     target = out / TINY
     if target.exists():
         return
-    facts = gather(out, {"first": size.first, "run": size.mixture})
+    facts = gather(out, dict(zip(STAGES, (size.first, size.second, size.third), strict=True)))
     write_file(out / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
-    model = load_answerer(str(out / "run"), "cpu", "fp32").model
+    model = load_answerer(str(out / STAGES[-1]), "cpu", "fp32").model
     with write_folder(target) as folder:
         save_model(model, ModelFolder(out / "random"), folder, torch.bfloat16, SHARD)
         _tell_apart(folder)

@@ -25,6 +25,7 @@ FACTS: dict[str, Any] = {
     "parameters": 12_834_560,
     "geometry": {"width of the language model": 321, "rotary base": 10.0},
     "tokens": 2987,
+    "pictures": 1_234_567,
     "samples": {"first": 234_567, "run": 1_000_000},
     "mixtures": {"first": FIRST, "run": MIXTURE},
     "training": {

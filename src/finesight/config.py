@@ -154,7 +154,8 @@ def _as_rates(value: object) -> object:
 
 
 class Train(Section):
-    """The optimisation: AdamW (Loshchilov & Hutter 2019) over packed micro-batches.
+    """The optimisation: AdamW (Loshchilov & Hutter 2019) over packed micro-batches, or for weights
+    that start from nothing Muon (Jordan et al. 2024), with AdamW for vectors and embeddings.
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone).
@@ -164,6 +165,7 @@ class Train(Section):
     steps: Positive | None = None
     batch: Positive = 16
     pack_tokens: Positive = 4096
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Annotated[Rates, BeforeValidator(_as_rates)] = Rates(default=1e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrShare = 0.03

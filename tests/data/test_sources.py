@@ -52,4 +52,17 @@ def test_an_unanswered_sample_is_for_prediction_only(tmp_path: Path) -> None:
     file = DataFile(path=write_jsonl(tmp_path / "a.jsonl", [question]))
     assert ids(load_sources((file,), answered=False)) == ["a"]
     with pytest.raises(UserError, match="no answer"):
-        load_sources((file,))
+        _ = load_sources((file,)).samples
+
+
+def test_a_sample_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    """What is wrong with one is said when it is its turn, with file and line."""
+    path = write(tmp_path / "1.jsonl", "a", "b")
+    path.write_bytes(path.read_bytes() + b"\n{broken\n")
+    corpus = load_sources((DataFile(path=path),))
+    assert len(corpus) == 3
+    assert corpus[1].sample.id == "b"
+    with pytest.raises(UserError, match=r"1\.jsonl:4: broken JSON"):
+        corpus.checked(2)
+    with pytest.raises(UserError, match=r"1\.jsonl:4: broken JSON"):
+        _ = corpus.samples

@@ -24,7 +24,7 @@ from finesight.train.loop import train
 
 SIZES = [(84, 56), (56, 56), (112, 56), (56, 112)]
 CHARACTERS = "abcxyz0123456789+-=^_{}\\ é"
-STEPS = 110
+STEPS = 130
 
 
 def _samples(folder: Path) -> list[Located]:

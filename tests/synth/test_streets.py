@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finesight.data.sample import BoxPart
-from finesight.synth import streets
+from finesight.synth import sheet, streets
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_words_stand_out_where_their_boxes_are(drawn):
 def test_sides_are_whole_squares_within_bounds(drawn):
     for each in drawn:
         for side, bounds in zip(each.picture.size, (streets.ACROSS, streets.DOWN), strict=True):
-            assert side % streets.SQUARE == 0
-            assert bounds[0] <= side // streets.SQUARE <= bounds[1]
+            assert side % sheet.SQUARE == 0
+            assert bounds[0] <= side // sheet.SQUARE <= bounds[1]
 
 
 def test_clutter_is_not_plain():

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from finesight.data.sample import BoxPart
-from finesight.synth import texts
+from finesight.synth import sheet, texts
 
 TASKS = (texts.word, texts.words, texts.lines, texts.sign)
 
@@ -25,7 +25,7 @@ def test_pictures_are_small_and_coloured(drawn):
     for each in drawn:
         assert each.picture.mode == "RGB"
         assert max(each.picture.size) <= texts.LARGEST
-        assert min(each.picture.size) >= texts.SQUARE
+        assert min(each.picture.size) >= sheet.SQUARE
 
 
 def test_boxes_lie_in_the_picture(drawn):

@@ -40,7 +40,7 @@ def test_a_run_leaves_what_the_design_says(task: Task) -> None:
     assert result.after.held_out_loss < result.before.held_out_loss
     assert (result.steps, result.samples, result.dropped) == (6, 22, 0)
     assert "similarity" in task.screen
-    assert "training merger full, language lora: 33,024 of 195,840 numbers; 6 steps" in task.screen
+    assert "training merger full, language lora: 33,024 of 193,152 numbers; 6 steps" in task.screen
     assert re.search(r"step 6/6  loss .* samples/s .* tokens/s .* % of peak .* GB", task.screen)
     load_answerer(str(run), "cpu")
 

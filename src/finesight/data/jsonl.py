@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight import storage
+from finesight.data.lines import Lines, find_lines, opened
 from finesight.data.rules import check_sample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
@@ -49,20 +50,25 @@ def read_samples(path: Path, *, answered: bool = True) -> list[Sample]:
     Without `answered`, the last turn may be the user's, as prediction needs no answer. Raises
     UserError naming file and line for anything that `check_sample` or the types refuse.
     """
+    lines = sample_lines(path)
     samples = []
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            samples.append(_parse(line, where))
-            check_sample(samples[-1], where, answered=answered)
-    if not samples:
+    for index, line in enumerate(lines):
+        samples.append(parse(line, lines.where(index)))
+        check_sample(samples[-1], lines.where(index), answered=answered)
+    return samples
+
+
+def sample_lines(path: Path) -> Lines:
+    """The lines of a data file that hold samples. Raises UserError when there are none."""
+    lines = find_lines(path)
+    if not len(lines):
         raise UserError(
             "holds no samples",
             where=str(path),
             expected="one sample a line",
             remedy="make the file with `finesight data import`",
         )
-    return samples
+    return lines
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
@@ -91,30 +97,12 @@ def sample_from(record: dict[str, Any], where: str) -> Sample:
 
 def read_bytes(path: Path) -> bytes:
     """The content of a data file without a byte order mark. Raises UserError when unreadable."""
-    try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        raise UserError(
-            "no such file",
-            where=str(path),
-            expected="an existing data file",
-            remedy=f"did you mean {path.parent / near[0]}?" if near else "check the path",
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            expected="a data file",
-            remedy="check the path and its permissions",
-        ) from error
+    with opened(path) as file:
+        return file.read().removeprefix(b"\xef\xbb\xbf")
 
 
-def _names_beside(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-
-
-def _parse(line: bytes, where: str) -> Sample:
+def parse(line: bytes, where: str) -> Sample:
+    """The sample of a line by its types alone. Raises UserError at `where`."""
     try:
         return Sample.model_validate_json(line)
     except ValidationError as error:

@@ -3,43 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from finesight.config import DataFile
-from finesight.data.jsonl import Located, read_samples
+from finesight.data.jsonl import Located, parse, sample_lines
+from finesight.data.lines import Lines
+from finesight.data.rules import check_sample
 from finesight.storage import digest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
-    """The samples of all files end to end, limits applied.
+    """The samples of all files end to end, limits applied. They stay in their files, and each is
+    read when it is asked for: a corpus of millions needs little memory and no time to load.
 
-    `sizes` and `weights` are those of each file, in order. `fingerprint` is a SHA-256 over the
-    files' bytes, limits and weights: two corpora that share it give the same samples in the same
-    order, wherever the files lie.
+    `fingerprint` is a SHA-256 over the files' bytes, limits and weights: two corpora that share it
+    give the same samples in the same order, wherever the files lie.
     """
 
-    samples: tuple[Located, ...]
-    sizes: tuple[int, ...]
+    files: tuple[Lines, ...]
     weights: tuple[float, ...]
     fingerprint: str
+    answered: bool = True
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each file, in order."""
+        return tuple(len(lines) for lines in self.files)
+
+    @property
+    def samples(self) -> tuple[Located, ...]:
+        """All of them, checked."""
+        return tuple(self.checked(index) for index in range(len(self)))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return sum(self.sizes)
 
     def __getitem__(self, index: int) -> Located:
-        return self.samples[index]
+        """A sample that has been checked before, so that its types alone are looked at."""
+        lines, place = self._place(index)
+        return Located(parse(lines[place], lines.where(place)), lines.path.parent)
+
+    def checked(self, index: int) -> Located:
+        """A sample. Raises UserError naming file and line for what `check_sample` refuses."""
+        found = self[index]
+        lines, place = self._place(index)
+        check_sample(found.sample, lines.where(place), answered=self.answered)
+        return found
+
+    def _place(self, index: int) -> tuple[Lines, int]:
+        number = bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number] - len(self.files[number]))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.sizes))
 
 
 def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpus:
-    """Read every file of a recipe's `data.train` or `data.eval`; see `read_samples` for errors."""
-    samples: list[Located] = []
-    sizes: list[int] = []
+    """The files of a recipe's `data.train` or `data.eval`, their samples not yet looked at. Raises
+    UserError for a file that is missing, unreadable or empty."""
     identity = hashlib.sha256()
+    lines: list[Lines] = []
     for file in files:
-        taken = read_samples(file.path, answered=answered)[: file.limit]
-        samples += [Located(sample, file.path.parent) for sample in taken]
-        sizes.append(len(taken))
+        lines.append(sample_lines(file.path).first(file.limit))
         identity.update(f"{digest(file.path)} {file.limit} {file.weight!r}\n".encode())
     weights = tuple(file.weight for file in files)
-    return Corpus(tuple(samples), tuple(sizes), weights, identity.hexdigest())
+    return Corpus(tuple(lines), weights, identity.hexdigest(), answered)

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from finesight.encode.encoded import Outline
 from finesight.errors import UserError
+
+
+class Counted(Protocol):
+    """A sample whose tokens are counted: all of them, and those that carry loss."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def supervised(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +37,7 @@ class Usable:
 
 
 def usable(
-    outlines: Iterable[Outline], max_length: int, policy: Literal["drop", "refuse"]
+    outlines: Iterable[Counted], max_length: int, policy: Literal["drop", "refuse"]
 ) -> Usable:
     """Sort samples into those of at most `max_length` tokens that hold something to learn, and
     the rest. Nothing is ever cut: a cut sample loses its answer or half a picture.

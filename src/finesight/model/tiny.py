@@ -7,6 +7,7 @@ layout, so everything that reads a published model reads this one too.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -16,7 +17,6 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 
 from finesight.hub import ModelFolder
@@ -31,7 +31,7 @@ SizeName = Literal["test", "small", "finesight-tiny"]
 @dataclass(frozen=True)
 class TinySize:
     """Geometry: widths in numbers, depths in layers, `vocabulary` tokens before the special ones
-    (fewer where the built-in text runs out of merges).
+    (fewer where the text runs out of words).
 
     The width of a head must be a multiple of 4 in the vision tower and of 8 in the language model.
     `theta` is the base of the language model's rotary angles. The published 1e6 suits long texts,
@@ -54,7 +54,7 @@ class TinySize:
 SIZES: dict[SizeName, TinySize] = {
     "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
     "small": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=4.0),
-    "finesight-tiny": TinySize(2546, 320, 5, 5, 1, 896, 256, 6, 4, theta=4.0),
+    "finesight-tiny": TinySize(2034, 320, 5, 5, 1, 896, 256, 6, 4),
 }
 """`test`: 0.2 M parameters; `small`: 5 M; `finesight-tiny`: 12.8 M."""
 
@@ -63,6 +63,8 @@ _SPLIT = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Where the tokenizers of both families cut text before merging (from their tokenizer.json)."""
+
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -154,27 +156,37 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _tokenizer(vocabulary: int, text: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016) learned from the text, cut like the families'."""
-    tokenizer = Tokenizer(models.BPE())
+    """Byte-level BPE (Sennrich et al. 2016), cut like the families'.
+
+    Signs beyond ASCII are tokens, then the words that the text says most often; every other word
+    is spelled. A small model learns to read letter by letter: syllables that happen to merge would
+    only hide the letters.
+    """
+    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    texts = list(text)
+    merges: dict[tuple[str, str], None] = {}
+    for sign in sorted({sign for one in texts for sign in one if not sign.isascii()}):
+        spelled = _bytes(sign)
+        merges |= {(spelled[:end], spelled[end]): None for end in range(1, len(spelled))}
+    said = Counter(word for one in texts for word, _ in split.pre_tokenize_str(one))
+    often = [_bytes(word) for word, _ in said.most_common() if len(word) > 1 and word.isascii()]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = list(dict.fromkeys([*alphabet, *map("".join, merges), *often]))[:vocabulary]
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(merges), ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTES])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = ByteLevel(trim_offsets=False)
-    trainer = BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
     return tokenizer
+
+
+def _bytes(text: str) -> str:
+    """The text in the alphabet of byte-level BPE, a letter for each byte."""
+    return "".join(piece for piece, _ in _BYTES.pre_tokenize_str(text))
 
 
 def training_text() -> list[str]:
@@ -307,7 +319,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "model_max_length": 32768,
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }
 

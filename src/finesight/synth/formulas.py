@@ -15,7 +15,7 @@ from finesight.synth import grammar
 from finesight.synth.drawn import Drawn
 from finesight.synth.fonts import Choice
 from finesight.synth.questions import ask
-from finesight.synth.sheet import Sheet, paper, photographed
+from finesight.synth.sheet import Sheet, paper, photographed, sides
 
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
@@ -25,7 +25,7 @@ FAMILIES = ("cm", "cm", "cm", "stix", "stix", "dejavuserif", "dejavusans", "stix
 """Mathtext's families, the ones that print uses more often: Computer Modern (BaKoMa Fonts Licence),
 STIX (STIX Font License), DejaVu (Bitstream Vera licence). All may be drawn with freely."""
 
-SIZES = (13, 14, 14, 15, 16, 17, 18, 20, 22, 25, 28)
+SIZES = (15, 16, 16, 17, 18, 18, 19, 20, 22, 25, 28)
 """Pixels an em."""
 
 WIDEST = 336
@@ -33,7 +33,8 @@ WIDEST = 336
 
 TALLEST = 140
 
-_LEAST = 10
+_LEAST = 12
+"""Pixels an em below which scripts of scripts are a blot."""
 _MARGIN = 3
 
 
@@ -53,7 +54,7 @@ def formula(rng: random.Random, fonts: Choice) -> Drawn:
         rng.randint(0, min(24, spare[0] - right)),
         rng.randint(0, min(16, spare[1] - below)),
     )
-    size = (wide + left + right + 2 * _MARGIN, high + above + below + 2 * _MARGIN)
+    size = sides(wide + left + right + 2 * _MARGIN, high + above + below + 2 * _MARGIN, rng)
     sheet = _page(size, rng)
     ink = (0, 0, 0) if rng.random() < 0.7 else tuple(rng.randrange(90) for _ in range(3))
     sheet.picture.paste(ink, (left + _MARGIN, above + _MARGIN), cover)

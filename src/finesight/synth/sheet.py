@@ -22,6 +22,9 @@ INK = 64
 CONTRAST = 90.0
 """Least difference in brightness between ink and paper."""
 
+SQUARE = 28
+"""Pixels of a side of what becomes one token."""
+
 _GRAIN = 512
 
 
@@ -126,6 +129,14 @@ def paper(size: tuple[int, int], rng: random.Random, pale: float = 0.6) -> Sheet
     else:
         picture = _striped(size, base, rng)
     return Sheet(picture, base)
+
+
+def sides(width: int, height: int, rng: random.Random) -> tuple[int, int]:
+    """At least that wide and high: mostly filled up to whole squares, which need no resizing before
+    a model sees them, and sometimes as they are."""
+    if rng.random() < 0.2:
+        return width, height
+    return -(-width // SQUARE) * SQUARE, -(-height // SQUARE) * SQUARE
 
 
 def photographed(picture: Image.Image, rng: random.Random, wear: float = 1.0) -> Image.Image:

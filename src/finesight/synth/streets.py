@@ -10,8 +10,17 @@ from PIL import Image, ImageDraw, ImageFilter
 from finesight.synth import vocabulary
 from finesight.synth.drawn import Corners, Drawn, Turn
 from finesight.synth.fonts import Choice, any_face, drawable, load
-from finesight.synth.sheet import Colour, Sheet, Word, any_colour, ink_on, paper, photographed
-from finesight.synth.texts import SQUARE, answered, occurring_once
+from finesight.synth.sheet import (
+    SQUARE,
+    Colour,
+    Sheet,
+    Word,
+    any_colour,
+    ink_on,
+    paper,
+    photographed,
+)
+from finesight.synth.texts import answered, occurring_once
 
 ACROSS, DOWN = (9, 20), (7, 13)
 """Squares of a picture's sides."""

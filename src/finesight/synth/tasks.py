@@ -15,6 +15,7 @@ from finesight.synth.fonts import Choice
 
 TASKS: dict[str, Callable[[random.Random, Choice], Drawn]] = {
     "letters": texts.letters,
+    "pieces": texts.pieces,
     "word": texts.word,
     "words": texts.words,
     "lines": texts.lines,
@@ -63,26 +64,27 @@ class HeldOut:
     kind: str
 
 
-FIRST: dict[str, float] = {"letters": 0.6, "word": 0.2, "scene": 0.2}
+FIRST: dict[str, float] = {"letters": 0.4, "pieces": 0.3, "word": 0.15, "scene": 0.15}
 """Shares of the tasks at the beginning of pre-training. From letters a model soon learns that
 there is something to read; from whole words alone it takes many times longer."""
 
 MIXTURE: dict[str, float] = {
-    "letters": 0.06,
-    "word": 0.18,
+    "letters": 0.02,
+    "pieces": 0.04,
+    "word": 0.14,
     "words": 0.14,
-    "lines": 0.07,
+    "lines": 0.06,
     "sign": 0.04,
     "street": 0.03,
     "chinese": 0.04,
     "receipt": 0.07,
-    "formula": 0.26,
-    "scene": 0.08,
+    "formula": 0.30,
+    "scene": 0.09,
     "crowd": 0.03,
 }
 """Shares of the tasks in the rest of pre-training."""
 
-MOST_TURNS = 4
+MOST_TURNS = 8
 """Questions about a picture of a mixture, at most: it is dearer to draw than they are to ask."""
 
 HELD_OUT: dict[str, HeldOut] = {

@@ -14,6 +14,7 @@ from finesight.synth.drawn import Drawn, Said, Turn, boxed
 from finesight.synth.fonts import Choice, Face, any_face, drawable, load
 from finesight.synth.questions import ask
 from finesight.synth.sheet import (
+    SQUARE,
     Colour,
     Sheet,
     Word,
@@ -21,13 +22,11 @@ from finesight.synth.sheet import (
     ink_on,
     paper,
     photographed,
+    sides,
 )
 
 Rows = list[list[Word]]
 """The words of a picture in reading order, line by line."""
-
-SQUARE = 28
-"""Pixels of a side of what becomes one token: sides are often, not always, multiples of it."""
 
 LARGEST = 336
 """Pixels of the longest side."""
@@ -50,7 +49,7 @@ def word(rng: random.Random, fonts: Choice) -> Drawn:
         high = max(SQUARE, round(y2 - y1) + rng.randint(8, 48))
         if wide > LARGEST:
             continue
-        sheet = paper(_sides(wide, high, rng), rng)
+        sheet = paper(sides(wide, high, rng), rng)
         sheet.angle = _turn(rng, 5)
         left = rng.uniform(2, max(2, sheet.picture.width - (x2 - x1) - 2)) - x1
         base = rng.uniform(2, max(2, sheet.picture.height - (y2 - y1) - 2)) - y1
@@ -66,7 +65,7 @@ def letters(rng: random.Random, fonts: Choice) -> Drawn:
     face = _face(text, rng, fonts)
     font = load(face, rng.randint(16, 36))
     x1, y1, x2, y2 = font.getbbox(text, anchor="ls")
-    size = _sides(max(SQUARE, round(x2 - x1) + 6), max(SQUARE, round(y2 - y1) + 6), rng)
+    size = sides(max(SQUARE, round(x2 - x1) + 6), max(SQUARE, round(y2 - y1) + 6), rng)
     sheet = paper(size, rng, pale=0.8)
     left = rng.uniform(2, max(2, size[0] - (x2 - x1) - 2)) - x1
     base = rng.uniform(2, max(2, size[1] - (y2 - y1) - 2)) - y1
@@ -79,20 +78,29 @@ def letters(rng: random.Random, fonts: Choice) -> Drawn:
 
 def words(rng: random.Random, fonts: Choice) -> Drawn:
     """Up to six words in rows, each in a face, size and colour of its own or all in one."""
-    size = _sides(rng.randint(112, 308), rng.randint(56, 224), rng)
+    size = sides(rng.randint(112, 308), rng.randint(56, 224), rng)
     sheet = paper(size, rng)
     sheet.angle = _turn(rng, 4)
     styles = _styles(sheet.paper, rng, fonts)
-    most, rows, y = rng.randint(2, _MOST_WORDS), Rows(), rng.uniform(2, size[1] * 0.45)
-    while sum(map(len, rows)) < most and y < size[1] - 14:
-        row, y = _row(sheet, y, most - sum(map(len, rows)), styles, rng)
-        rows += [row] if row else []
+    rows = _rows(sheet, rng.randint(2, _MOST_WORDS), styles, vocabulary.word, rng)
     return _about(sheet, rows, rng) if rows else words(rng, fonts)
+
+
+def pieces(rng: random.Random, fonts: Choice) -> Drawn:
+    """Two to five pieces of words in rows: here a model learns that a question means one of several
+    things in a picture."""
+    sheet = paper(sides(rng.randint(84, 196), rng.randint(56, 140), rng), rng, pale=0.8)
+    styles = [(any_face(rng, fonts), rng.randint(16, 32), ink_on(sheet.paper, rng))]
+    rows = _rows(sheet, rng.randint(2, 5), styles, vocabulary.few, rng)
+    if sum(map(len, rows)) < 2 or not occurring_once(rows):
+        return pieces(rng, fonts)
+    asking = partial(_asking, rows, {"find": 5.0, "read_at": 3.0, "read": 1.0, "spot": 1.0})
+    return Drawn.about(sheet.picture, asking, rng)
 
 
 def lines(rng: random.Random, fonts: Choice) -> Drawn:
     """One to four lines of print in one face."""
-    size = _sides(rng.randint(168, LARGEST), rng.randint(40, 140), rng)
+    size = sides(rng.randint(168, LARGEST), rng.randint(40, 140), rng)
     sheet = paper(size, rng, pale=0.8)
     sheet.angle = _turn(rng, 2)
     face, ink = any_face(rng, fonts), ink_on(sheet.paper, rng)
@@ -116,7 +124,7 @@ def sign(rng: random.Random, fonts: Choice) -> Drawn:
     font = load(face, rng.randint(18, 40))
     pitch = font.size * rng.uniform(1.05, 1.4)
     widest = max(font.getlength(text) for text in texts)
-    size = _sides(
+    size = sides(
         round(widest) + rng.randint(36, 90), round(pitch * len(texts)) + rng.randint(36, 80), rng
     )
     if max(size) > LARGEST:
@@ -134,7 +142,7 @@ def sign(rng: random.Random, fonts: Choice) -> Drawn:
 
 def chinese(rng: random.Random, fonts: Choice) -> Drawn:
     """One to three short phrases of Chinese below each other."""
-    size = _sides(rng.randint(84, 252), rng.randint(40, 168), rng)
+    size = sides(rng.randint(84, 252), rng.randint(40, 168), rng)
     sheet = paper(size, rng, pale=0.7)
     sheet.angle = _turn(rng, 3)
     face, ink = any_face(rng, fonts, "chinese"), ink_on(sheet.paper, rng)
@@ -221,13 +229,6 @@ _ANSWERS: dict[str, Callable[[Rows, random.Random], Asked]] = {
 }
 
 
-def _sides(width: int, height: int, rng: random.Random) -> tuple[int, int]:
-    """At least that wide and high: as they are, or filled up to whole squares."""
-    if rng.random() < 0.5:
-        return width, height
-    return -(-width // SQUARE) * SQUARE, -(-height // SQUARE) * SQUARE
-
-
 def _turn(rng: random.Random, most: float) -> float:
     """Degrees, none for half of the pictures."""
     return rng.uniform(-most, most) if rng.random() < 0.5 else 0.0
@@ -253,8 +254,28 @@ def _styles(on: Colour, rng: random.Random, fonts: Choice) -> list[Style]:
     ]
 
 
+Inventing = Callable[[random.Random], str]
+
+
+def _rows(
+    sheet: Sheet, most: int, styles: Sequence[Style], invent: Inventing, rng: random.Random
+) -> Rows:
+    """Up to so many words in rows down the sheet."""
+    rows, height = Rows(), sheet.picture.height
+    y = rng.uniform(2, height * 0.45)
+    while sum(map(len, rows)) < most and y < height - 14:
+        row, y = _row(sheet, y, most - sum(map(len, rows)), styles, invent, rng)
+        rows += [row] if row else []
+    return rows
+
+
 def _row(
-    sheet: Sheet, y: float, most: int, styles: Sequence[Style], rng: random.Random
+    sheet: Sheet,
+    y: float,
+    most: int,
+    styles: Sequence[Style],
+    invent: Inventing,
+    rng: random.Random,
 ) -> tuple[list[Word], float]:
     """Words on one base line below `y`, and where the next row may start."""
     chosen = [rng.choice(styles) for _ in range(rng.randint(1, min(3, most)))]
@@ -262,7 +283,7 @@ def _row(
     descent = max(load(face, size).getmetrics()[1] for face, size, _ in chosen)
     x, row = rng.uniform(3, sheet.picture.width / 3), list[Word]()
     for face, size, ink in chosen:
-        text, font = vocabulary.word(rng), load(face, size)
+        text, font = invent(rng), load(face, size)
         written = sheet.write(text, font, x, y + ascent, ink) if drawable(face, text) else None
         if not written:
             break

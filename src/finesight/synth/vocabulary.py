@@ -160,7 +160,8 @@ def integer(rng: random.Random) -> str:
 
 
 def decimal(rng: random.Random) -> str:
-    return f"{rng.uniform(0, 10 ** rng.randint(1, 3)):.{rng.randint(1, 3)}f}"
+    """With one or two places: with three a small point would pass for the comma of thousands."""
+    return f"{rng.uniform(0, 10 ** rng.randint(1, 3)):.{rng.randint(1, 2)}f}"
 
 
 def thousands(rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""AdamW over fp32 masters: gradients of all micro-batches are summed, and stepped, in fp32.
+"""AdamW or Muon over fp32 masters: gradients of all micro-batches are summed, and stepped, in fp32.
 
 Shapes: E numbers of a group of parameters, laid end to end.
 """
@@ -6,7 +6,7 @@ Shapes: E numbers of a group of parameters, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finesight.config import Train
 from finesight.errors import UserError
 from finesight.model.parts import PARTS, Part, part_of
+from finesight.train.muon import Matrix, Muon
 
 _ALIGNED = 64
 """Numbers between possible starts of a parameter, so that each stays aligned to 128 bytes."""
@@ -32,13 +33,23 @@ class Piece:
         """This parameter's part of a tensor of its group, in its own shape."""
         return flat_E[self.place].view(self.parameter.shape)
 
+    def matrices(self, rows: Sequence[int]) -> Iterator[Matrix]:
+        """The parameter's matrices, stacked with so many rows each."""
+        columns, start = self.parameter.shape[1], self.place.start
+        for number in rows:
+            yield Matrix(slice(start, start + number * columns), number, columns)
+            start += number * columns
+
 
 class Group:
     """Parameters of one part that share learning rate and weight decay.
 
     `master_E` holds their fp32 values end to end, `narrow_E` those that the model computes with
-    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far.
+    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far. `muon`
+    steps a group of matrices where the recipe chose it.
     """
+
+    muon: Muon | None = None
 
     def __init__(self, part: Part, decay: float, rate: float, named: Mapping[str, nn.Parameter]):
         self.part, self.decay, self.rate = part, decay, rate
@@ -74,6 +85,18 @@ class Group:
 
         register(collect)
 
+    def use_muon(self, stacked: Mapping[str, Sequence[int]]) -> None:
+        """Let Muon step the group, if its parameters are matrices that multiply: neither vectors
+        nor a table of embeddings, of which a step moves few rows."""
+        if self.part == "embeddings" or any(piece.parameter.dim() != 2 for piece in self.pieces):
+            return
+        matrices = (
+            matrix
+            for piece in self.pieces
+            for matrix in piece.matrices(stacked.get(piece.name, piece.parameter.shape[:1]))
+        )
+        self.muon = Muon(self.master_E.detach(), matrices)
+
     def publish(self) -> None:
         """Give the model the masters' values, rounded to its own type."""
         if self.narrow_E.dtype != torch.float32:
@@ -81,23 +104,24 @@ class Group:
 
 
 class Masters:
-    """The parameters that learn, their gradients and AdamW's moments, all in fp32.
+    """The parameters that learn, their gradients and their optimiser's moments, all in fp32.
 
     From here on the model's parameters are views into one tensor a group, and a micro-batch's
     gradients move into the masters' sums as soon as autograd has made them.
     """
 
-    def __init__(self, trainable: Mapping[str, nn.Parameter], train: Train) -> None:
+    def __init__(
+        self,
+        trainable: Mapping[str, nn.Parameter],
+        train: Train,
+        stacked: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """`stacked` says of parameters that hold several matrices how many rows each one has."""
         self.groups = list(_groups(trainable, train))
-        cuda = next(iter(trainable.values())).is_cuda
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [group.master_E], "lr": group.rate, "weight_decay": group.decay}
-                for group in self.groups
-            ],
-            betas=train.betas,
-            fused=cuda,
-        )
+        if train.optimizer == "muon":
+            for group in self.groups:
+                group.use_muon(stacked or {})
+        self.adamw = _adamw([group for group in self.groups if group.muon is None], train)
         self.clip = train.clip
 
     def norm(self) -> Tensor:
@@ -116,10 +140,14 @@ class Masters:
         if self.clip is not None:
             # The small number keeps a norm of zero from dividing.
             shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
-        for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
+        for group in self.groups:
             group.grad_E.mul_(shrink)
-            settings["lr"] = group.rate * factor
-        self.adamw.step()
+            if group.muon is not None:
+                group.muon.step(group.grad_E, group.rate * factor, group.decay)
+        if self.adamw is not None:
+            for settings in self.adamw.param_groups:
+                settings["lr"] = settings["rate"] * factor
+            self.adamw.step()
         for group in self.groups:
             group.publish()
         self.forget_gradients()
@@ -142,36 +170,50 @@ class Masters:
         }
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state as tensors: `first.NAME`, `second.NAME`, and `steps`, a count."""
-        taken = self.adamw.state[self.groups[0].master_E].get("step", torch.tensor(0.0))
-        tensors = {"steps": taken.detach().clone().cpu()}
-        for group in self.groups:
-            first_E, second_E = self._moments_of(group)
-            for piece in group.pieces:
-                tensors[f"first.{piece.name}"] = piece.of(first_E)
-                tensors[f"second.{piece.name}"] = piece.of(second_E)
-        return tensors
+        """The optimiser's state as tensors: `first.NAME`, under AdamW `second.NAME` too, and
+        `steps`, a count."""
+        return {"steps": self._steps.detach().clone().cpu()} | {
+            f"{order}.{piece.name}": piece.of(moment_E)
+            for group in self.groups
+            for order, moment_E in self._moments_of(group).items()
+            for piece in group.pieces
+        }
 
     def reached(self) -> set[str]:
         """Names of the parameters that a gradient other than zero has ever come to."""
         seen = {
-            piece.name: piece.of(self._moments_of(group)[1]).any()
+            piece.name: piece.of(list(self._moments_of(group).values())[-1]).any()
             for group in self.groups
             for piece in group.pieces
         }
         flags = torch.stack(list(seen.values())).tolist()
         return {name for name, flag in zip(seen, flags, strict=True) if flag}
 
-    def _moments_of(self, group: Group) -> tuple[Tensor, Tensor]:
-        state = self.adamw.state[group.master_E]
+    @property
+    def _steps(self) -> Tensor:
+        """AdamW's own count; Muon needs none."""
+        for group in self.groups:
+            if group.muon is None:
+                self._moments_of(group)
+                return self._state_of(group)["step"]
+        return torch.tensor(0.0)
+
+    def _state_of(self, group: Group) -> dict[str, Tensor]:
+        assert self.adamw is not None, f"AdamW steps nothing, not even {group.pieces[0].name}"
+        state: dict[str, Tensor] = self.adamw.state[group.master_E]
+        return state
+
+    def _moments_of(self, group: Group) -> dict[str, Tensor]:
+        if group.muon is not None:
+            return {"first": group.muon.momentum_E}
+        state = self._state_of(group)
         if not state:
             # What AdamW would start from at its first step.
-            state["step"] = torch.tensor(0.0)
-            if group.master_E.is_cuda:
-                state["step"] = state["step"].to(group.master_E.device)
+            device = group.master_E.device if group.master_E.is_cuda else None
+            state["step"] = torch.tensor(0.0, device=device)
             state["exp_avg"] = torch.zeros_like(group.master_E)
             state["exp_avg_sq"] = torch.zeros_like(group.master_E)
-        return state["exp_avg"], state["exp_avg_sq"]
+        return {"first": state["exp_avg"], "second": state["exp_avg_sq"]}
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
@@ -180,13 +222,30 @@ class Masters:
         differing = sorted(set(own) ^ set(values))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
         for group in self.groups:
-            first_E, second_E = self._moments_of(group)
-            self.adamw.state[group.master_E]["step"].copy_(moments["steps"])
+            of_group = self._moments_of(group)
+            if group.muon is None:
+                self._state_of(group)["step"].copy_(moments["steps"])
             for piece in group.pieces:
                 piece.of(group.master_E.detach()).copy_(values[piece.name])
-                piece.of(first_E).copy_(moments[f"first.{piece.name}"])
-                piece.of(second_E).copy_(moments[f"second.{piece.name}"])
+                for order, moment_E in of_group.items():
+                    piece.of(moment_E).copy_(moments[f"{order}.{piece.name}"])
             group.publish()
+
+
+def _adamw(groups: Sequence[Group], train: Train) -> torch.optim.AdamW | None:
+    """The optimiser of these groups, each with its full rate beside the one of the step."""
+    settings = [
+        {
+            "params": [group.master_E],
+            "lr": group.rate,
+            "rate": group.rate,
+            "weight_decay": group.decay,
+        }
+        for group in groups
+    ]
+    if not settings:
+        return None
+    return torch.optim.AdamW(settings, betas=train.betas, fused=groups[0].master_E.is_cuda)
 
 
 def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:

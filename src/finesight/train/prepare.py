@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.data.sample import files_of
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
@@ -26,6 +25,7 @@ from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
+from finesight.model.linear import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.weights import load_model
@@ -39,7 +39,7 @@ from finesight.train.optimizer import LossScale, Masters
 from finesight.train.progress import Screen
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
-from finesight.train.survey import Survey, survey
+from finesight.train.survey import Survey, pictures_of, survey
 from finesight.train.workers import default_workers
 
 ANYTHING = {"workers", "keep", "save_every", "device", "precision"}
@@ -183,7 +183,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     if base.adapter is not None:
         continue_adapter(model, base.adapter, base=base.folder)
     model.recompute = recipe.train.recompute
-    masters = Masters(trainable(model), recipe.train)
+    masters = Masters(trainable(model), recipe.train, stacked(model))
     session = Session(
         recipe=recipe,
         run=run,
@@ -272,34 +272,31 @@ def _texts(
         )
     if recipe.eval is not None:
         task_of(own.found(recipe.eval.metric, recipe.output))
-    train = _surveyed(load_sources(recipe.data.train), recipe, renderer, workers, screen, "train")
+    corpus = load_sources(recipe.data.train)
     if not recipe.data.eval:
-        return train, None
+        return _surveyed(corpus, recipe, renderer, workers, screen, "train"), None
     held_out = load_sources(recipe.data.eval)
-    shared = _pictures(train.corpus) & _pictures(held_out)
-    if shared:
+    watched = {picture for located in held_out.samples for picture in pictures_of(located)}
+    train = _surveyed(corpus, recipe, renderer, workers, screen, "train", watched)
+    if train.survey.met:
         screen.say(
-            f"{len(shared)} pictures of data.eval are in data.train too: figures measured on them"
-            " say nothing about new ones"
+            f"{len(train.survey.met)} pictures of data.eval are in data.train too: figures measured"
+            " on them say nothing about new ones"
         )
     return train, _surveyed(held_out, recipe, renderer, workers, screen, "eval")
 
 
-def _pictures(corpus: Corpus) -> set[str]:
-    """Absolute paths of all pictures and frames."""
-    return {
-        os.path.abspath(located.folder / name)
-        for located in corpus.samples
-        for part in located.sample.parts()
-        for name in files_of(part)
-    }
-
-
 def _surveyed(
-    corpus: Corpus, recipe: Recipe, renderer: Renderer, workers: int, screen: Screen, name: str
+    corpus: Corpus,
+    recipe: Recipe,
+    renderer: Renderer,
+    workers: int,
+    screen: Screen,
+    name: str,
+    watched: Set[str] = frozenset(),
 ) -> Texts:
     with screen.stage(f"reading headers of data.{name}", len(corpus)) as advance:
-        found = survey(corpus, renderer, recipe.data, workers, advance)
+        found = survey(corpus, renderer, recipe.data, workers, advance, watched)
     screen.say(
         f"data.{name}: {len(found.kept)} samples, {found.tokens} tokens (longest {found.longest}),"
         f" {found.patches} patches, {len(found.dropped)} samples dropped"

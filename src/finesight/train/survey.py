@@ -1,16 +1,19 @@
-"""Every sample looked at before training: tokens counted, pictures' headers read."""
+"""Every sample looked at before training: checked, tokens counted, pictures' headers read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
 from finesight.config import Data
 from finesight.data.headers import DamagedPicture
+from finesight.data.jsonl import Located
+from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
-from finesight.encode.encoded import Outline
 from finesight.encode.lengths import usable
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
@@ -25,57 +28,94 @@ CHUNK = 64
 @dataclass(frozen=True, slots=True)
 class Survey:
     """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
-    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens."""
+    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `met` are the
+    pictures that were watched for."""
 
     kept: tuple[int, ...]
     dropped: tuple[Dropped, ...]
     tokens: int
     patches: int
     longest: int
+    met: frozenset[str] = frozenset()
 
 
-class _Outlines(Dataset[list[Outline | UserError] | UserError]):
-    def __init__(self, corpus: Corpus, renderer: Renderer) -> None:
-        self._corpus, self._renderer = corpus, renderer
+class _Glance(NamedTuple):
+    """What a worker reports of a sample; an outline would be a hundred times as much."""
 
-    def __getitem__(self, number: int) -> list[Outline | UserError] | UserError:
+    id: str
+    tokens: int
+    supervised: int
+    patches: int
+    met: frozenset[str]
+
+
+class _Glances(Dataset[list[_Glance | UserError] | UserError]):
+    def __init__(self, corpus: Corpus, renderer: Renderer, watched: Set[str]) -> None:
+        self._corpus, self._renderer, self._watched = corpus, renderer, watched
+
+    def __getitem__(self, number: int) -> list[_Glance | UserError] | UserError:
         chunk = range(number * CHUNK, min((number + 1) * CHUNK, len(self._corpus)))
-        return [self._outline(index) for index in chunk]
+        return [self._guarded(index) for index in chunk]
 
-    def _outline(self, index: int) -> Outline | UserError:
-        return guarded(lambda: self._renderer.outline(self._corpus[index]))
+    def _guarded(self, index: int) -> _Glance | UserError:
+        return guarded(lambda: self._glance(index))
+
+    def _glance(self, index: int) -> _Glance:
+        located = self._corpus.checked(index)
+        outline = self._renderer.outline(located)
+        met = pictures_of(located) & self._watched if self._watched else frozenset[str]()
+        return _Glance(
+            outline.id, outline.tokens, outline.supervised, outline.patches, frozenset(met)
+        )
+
+
+def pictures_of(located: Located) -> set[str]:
+    """Absolute paths of all pictures and frames of a sample."""
+    return {
+        os.path.abspath(located.folder / name)
+        for part in located.sample.parts()
+        for name in files_of(part)
+    }
 
 
 def survey(
-    corpus: Corpus, renderer: Renderer, data: Data, workers: int, advance: Advance | None = None
+    corpus: Corpus,
+    renderer: Renderer,
+    data: Data,
+    workers: int,
+    advance: Advance | None = None,
+    watched: Set[str] = frozenset(),
 ) -> Survey:
-    """Outline every sample of `corpus` and choose the usable ones.
+    """Check and outline every sample of `corpus` and choose the usable ones; `watched` are absolute
+    paths of pictures to be told of when samples have them.
 
     Over-long samples, samples with nothing to learn and unusable pictures are dropped with their
     reason or, by `data.unusable`, refused with a UserError; other mistakes in a sample always are.
     """
     chunks = range(-(-len(corpus) // CHUNK))
-    source = _Outlines(corpus, renderer)
-    lists: Iterator[list[Outline | UserError]] = read_ahead(
+    source = _Glances(corpus, renderer, watched)
+    lists: Iterator[list[_Glance | UserError]] = read_ahead(
         source, chunks, min(workers, len(chunks) // 4), pin=False
     )
     damaged: dict[int, str] = {}
     patches: list[int] = []
+    met: set[str] = set()
 
-    def whole() -> Iterator[Outline]:
+    def whole() -> Iterator[_Glance]:
         index = 0
-        for outlines in lists:
-            for outline in outlines:
-                if isinstance(outline, Outline):
-                    patches.append(outline.patches)
-                    yield outline
-                elif isinstance(outline, DamagedPicture) and data.unusable == "drop":
-                    damaged[index] = str(outline).splitlines()[0]
+        for glances in lists:
+            for glance in glances:
+                if isinstance(glance, _Glance):
+                    patches.append(glance.patches)
+                    met.update(glance.met)
+                    yield glance
+                elif isinstance(glance, DamagedPicture) and data.unusable == "drop":
+                    damaged[index] = str(glance).splitlines()[0]
                 else:
-                    raise outline
+                    raise glance
                 index += 1
             if advance is not None:
-                advance(len(outlines))
+                advance(len(glances))
         if not patches:
             raise UserError(
                 f"not one of {len(corpus)} samples has pictures that can be read",
@@ -95,4 +135,5 @@ def survey(
         tokens=sum(chosen.tokens),
         patches=sum(patches[i] for i in chosen.kept),
         longest=max(chosen.tokens),
+        met=frozenset(met),
     )

@@ -1,0 +1,78 @@
+"""Muon: momentum with all directions of a matrix made equally long (Jordan et al. 2024).
+
+A matrix that learns from nothing has gradients of few strong directions; what is rare, such as how
+one letter differs from another, drowns in them. Made orthogonal, a step takes every direction at
+the same pace.
+
+Shapes: E numbers of a group of parameters end to end, N matrices of R rows and C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+ROUNDS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+"""Coefficients of the odd polynomial whose iteration draws singular values to about one."""
+
+LIKE_ADAMW = 0.2
+"""Root mean square of AdamW's usual steps, so that both learn well at like rates (Liu et al. 2025,
+Muon is Scalable for LLM Training, section 2.2)."""
+
+
+class Matrix(NamedTuple):
+    """Where a matrix lies in its group, and its shape."""
+
+    place: slice
+    rows: int
+    columns: int
+
+
+class Muon:
+    """Steps for the matrices of one group; `momentum_E` is all that has to be remembered."""
+
+    def __init__(self, master_E: Tensor, matrices: Iterable[Matrix]) -> None:
+        self.momentum_E = torch.zeros_like(master_E)
+        self._master_E, self._ahead_E = master_E, torch.zeros_like(master_E)
+        by_shape: dict[tuple[int, int], list[slice]] = {}
+        for place, rows, columns in matrices:
+            by_shape.setdefault((rows, columns), []).append(place)
+        # Views made once: there are a hundred matrices, and steps of a small model are short.
+        self._alike = [
+            tuple([flat_E[place].view(shape) for place in places] for flat_E in self._moving)
+            for shape, places in by_shape.items()
+        ]
+
+    @property
+    def _moving(self) -> tuple[Tensor, Tensor]:
+        return self._ahead_E, self._master_E
+
+    @torch.no_grad()
+    def step(self, grad_E: Tensor, rate: float, decay: float) -> None:
+        """Move the masters by Nesterov's momentum of the gradients, made orthogonal, and shrink
+        them by `rate` times `decay`. Waits for nothing."""
+        self.momentum_E.lerp_(grad_E, 1 - MOMENTUM)
+        torch.lerp(grad_E, self.momentum_E, MOMENTUM, out=self._ahead_E)
+        self._master_E.mul_(1 - rate * decay)
+        for ahead, masters in self._alike:
+            moved_NRC = orthogonal(torch.stack(ahead))
+            moved_NRC.mul_(rate * LIKE_ADAMW * max(moved_NRC.shape[1:]) ** 0.5)
+            torch._foreach_sub_(masters, list(moved_NRC.unbind()))
+
+
+def orthogonal(x_NRC: Tensor) -> Tensor:
+    """About U V^T of each U S V^T, singular values between 0.7 and 1.2, by Newton and Schulz's
+    iteration; computed in bf16 on a card. Fp32; zeros stay zeros."""
+    wide = x_NRC.shape[1] <= x_NRC.shape[2]
+    y = x_NRC if wide else x_NRC.mT
+    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
+    y = y.bfloat16() if y.is_cuda else y
+    for _ in range(ROUNDS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)
+    return (y if wide else y.mT).float()

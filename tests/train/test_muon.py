@@ -1,0 +1,142 @@
+"""Muon: orthogonal steps, matrix by matrix, whatever they are stacked with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finesight.config import Train
+from finesight.train.muon import LIKE_ADAMW, Matrix, Muon, orthogonal
+from finesight.train.optimizer import Masters
+
+NAMES = {
+    "visual.blocks.0.attn.qkv.weight": (12, 4),
+    "visual.blocks.0.norm1.weight": (6,),
+    "model.layers.0.mlp.down_proj.weight": (5, 6),
+    "model.layers.1.mlp.down_proj.weight": (5, 6),
+    "model.embed_tokens.weight": (7, 6),
+}
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in NAMES.items()
+    }
+
+
+def settings(**changes: object) -> Train:
+    return Train.model_validate({"optimizer": "muon", "learning_rate": 0.01, **changes})
+
+
+def take(masters: Masters, named: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    terms = [(p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()]
+    torch.stack(terms).sum().backward()
+    masters.step(1.0, masters.norm())
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (4, 30, 6)])
+def test_all_directions_become_about_equally_long(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    y = orthogonal(x)
+    lengths = torch.linalg.svdvals(y)
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.3
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    along = (y * (u @ vt)).sum((1, 2)) / min(shape[1:])
+    assert (along > 0.8).all(), "the directions are those of the matrix itself"
+
+
+def test_weak_directions_move_as_far_as_strong_ones() -> None:
+    generator = torch.Generator().manual_seed(6)
+    u, v = (torch.linalg.qr(torch.randn(16, 4, generator=generator))[0] for _ in range(2))
+    moved = orthogonal((u * torch.tensor([1.0, 0.3, 0.1, 0.03]) @ v.T)[None])[0]
+    along = (u * (moved @ v)).sum(0)
+    assert along.min() > 0.6
+    assert along.max() < 1.3
+
+
+def test_a_matrix_without_gradient_stays() -> None:
+    assert not orthogonal(torch.zeros(2, 4, 3)).any()
+
+
+def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
+    """The published rule, one matrix at a time and with an exact decomposition."""
+    momentum = torch.zeros_like(master)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad
+        ahead = 0.05 * grad + 0.95 * momentum
+        moved = orthogonal(ahead[None])[0]
+        master = master * (1 - rate * decay) - rate * LIKE_ADAMW * max(master.shape) ** 0.5 * moved
+    return master
+
+
+def test_steps_are_those_of_each_matrix_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(4, 6), (4, 6), (9, 2)]
+    masters = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    flat = torch.cat([master.flatten() for master in masters])
+    places = [slice(0, 24), slice(24, 48), slice(48, 66)]
+    muon = Muon(flat, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)])
+    for of_step in grads:
+        muon.step(torch.cat([grad.flatten() for grad in of_step]), 0.1, 0.5)
+    for place, master, number in zip(places, masters, range(3), strict=True):
+        expected = reference(master, [of_step[number] for of_step in grads], 0.1, 0.5)
+        torch.testing.assert_close(flat[place].view(master.shape), expected)
+
+
+def test_stacked_layers_step_as_if_apart() -> None:
+    together, apart = parameters(), parameters()
+    name = "visual.blocks.0.attn.qkv.weight"
+    pieces = apart.pop(name).detach().split(4)
+    apart |= {
+        f"visual.blocks.0.attn.{n}.weight": nn.Parameter(p.clone()) for n, p in enumerate(pieces)
+    }
+    one = Masters(together, settings(clip=None), {name: (4, 4, 4)})
+    other = Masters(apart, settings(clip=None))
+    grad = torch.randn((12, 4), generator=torch.Generator().manual_seed(3))
+    (together[name] * grad).sum().backward()
+    for n, piece in enumerate(grad.split(4)):
+        (apart[f"visual.blocks.0.attn.{n}.weight"] * piece).sum().backward()
+    for masters in (one, other):
+        masters.step(1.0, masters.norm())
+    found = torch.cat([apart[f"visual.blocks.0.attn.{n}.weight"].detach() for n in range(3)])
+    torch.testing.assert_close(together[name].detach(), found)
+
+
+def test_vectors_and_embeddings_stay_with_adamw() -> None:
+    named = parameters()
+    masters = Masters(named, settings())
+    take(masters, named, 5)
+    moments = masters.moments()
+    assert {name for name in NAMES if f"second.{name}" in moments} == {
+        "visual.blocks.0.norm1.weight",
+        "model.embed_tokens.weight",
+    }
+    assert {name for name in NAMES if f"first.{name}" in moments} == set(NAMES)
+    assert masters.reached() == set(NAMES)
+
+
+@pytest.mark.parametrize("only", [None, "model.layers.0.mlp.down_proj.weight"])
+def test_state_goes_on_where_it_was(only: str | None) -> None:
+    """Also where Muon steps everything, and AdamW nothing."""
+
+    def chosen() -> dict[str, nn.Parameter]:
+        named = parameters()
+        return named if only is None else {only: named[only]}
+
+    named, again = chosen(), chosen()
+    masters, others = Masters(named, settings()), Masters(again, settings())
+    for seed in range(3):
+        take(masters, named, seed)
+    others.load(
+        {name: value.clone() for name, value in masters.values().items()},
+        {name: value.clone() for name, value in masters.moments().items()},
+    )
+    take(masters, named, 9)
+    take(others, again, 9)
+    for name, parameter in named.items():
+        assert torch.equal(parameter, again[name]), name

@@ -162,8 +162,8 @@ folder.
 ### Data
 
 {pictures} pictures with questions and answers, one for letters and formulas and up to {turns} for
-the others, in English and, for some, in Chinese. Runs follow each other; the third learns from the
-second one's pictures again, and from more:
+the others, in English and, for some, in Chinese. Runs follow each other; each has the pictures
+of the one before and more, except that those of the first are its own:
 
 {mixture}
 
@@ -269,7 +269,7 @@ def _training(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _ordinal(number: int) -> str:
-    return ("first", "second", "third")[number]
+    return ("first", "second", "third", "fourth")[number]
 
 
 def _about(task: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from card import curve
+from stages import LAST, STAGES
 
 from finesight.recipe import load_recipe
 from finesight.synth import grammar, vocabulary
@@ -17,19 +18,17 @@ from finesight.synth.tasks import FIRST, MIXTURE
 MEASURED = "measured.json"
 """What the figures of all held-out sets stand in, within the folder of a making."""
 
-STAGES = ("first", "second", "third")
-"""Folders of the runs."""
 
-
-def gather(out: Path, samples: dict[str, int]) -> dict[str, Any]:
-    """What `card.Facts` holds; `samples` are how many pictures each run learns from."""
+def gather(out: Path, pictures: Sequence[int]) -> dict[str, Any]:
+    """What `card.Facts` holds; `pictures` are the numbers that each run learns from."""
     config = json.loads((out / "random" / "config.json").read_text())
     vision = config["vision_config"]
-    runs = {stage: _lines(out / stage / "metrics.jsonl") for stage in STAGES}
-    started = next(line for line in runs[STAGES[-1]] if "started" in line)
-    words = round(samples["first"] * FIRST["word"] + samples[STAGES[-1]] * MIXTURE["word"])
-    formulas = round(samples[STAGES[-1]] * MIXTURE["formula"])
-    moved = json.loads((out / STAGES[-1] / "moved.json").read_text())
+    runs = {stage.name: _lines(out / stage.name / "metrics.jsonl") for stage in STAGES}
+    started = next(line for line in runs[LAST] if "started" in line)
+    first, *_, most = pictures
+    words = round(first * FIRST["word"] + most * MIXTURE["word"])
+    formulas = round(most * MIXTURE["formula"])
+    moved = json.loads((out / LAST / "moved.json").read_text())
     return {
         "parameters": sum(row["numbers"] for row in moved),
         "geometry": {
@@ -41,10 +40,10 @@ def gather(out: Path, samples: dict[str, int]) -> dict[str, Any]:
             "its width and heads": f"{vision['embed_dim']} and {vision['num_heads']}",
         },
         "tokens": config["vocab_size"],
-        "pictures": samples["first"] + samples[STAGES[-1]],
-        "samples": samples,
-        "mixtures": {"first": FIRST, "second": MIXTURE, "third": MIXTURE},
-        "training": {stage: _settings(out / stage) for stage in STAGES},
+        "pictures": first + most,
+        "samples": {stage.name: n for stage, n in zip(STAGES, pictures, strict=True)},
+        "mixtures": {stage.name: dict(stage.mixture) for stage in STAGES},
+        "training": {stage.name: _settings(out / stage.name) for stage in STAGES},
         "curves": {stage: curve(lines) for stage, lines in runs.items()},
         "seconds": json.loads((out / "seconds.json").read_text()),
         "machine": started["device"],

@@ -18,14 +18,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from card import Facts, card
-from facts import MEASURED, STAGES, gather
+from facts import MEASURED, gather
 from rich.console import Console
+from stages import LAST, STAGES, Stage
 
 from finesight.config import Eval, Metric
 from finesight.data.jsonl import Located, read_samples
@@ -83,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("changes", nargs="*", metavar="group.setting=value")
-    for field in fields(Size):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    default = Size()
+    parser.add_argument("--pictures", type=int, nargs=len(STAGES), default=default.pictures)
+    parser.add_argument("--held-out", type=int, default=default.held_out)
     asked = parser.parse_intermixed_args(arguments)
-    size = Size(*(getattr(asked, field.name) for field in fields(Size)))
+    size = Size(tuple(asked.pictures), asked.held_out)
     try:
         make(asked.out, size, asked.changes, Console())
     except Interrupted as interruption:
@@ -106,19 +108,16 @@ def make(out: Path, size: Size, changes: Sequence[str], console: Console) -> Non
     _claim(out, size)
     clock = Clock(out / "seconds.json")
     with closing(Drawing(out / "data", size)) as drawing:
-        with clock.of("first pictures"):
-            make_random(out / "random", size)
-            data = drawing.first()
-        with clock.of("first"):
-            teach("first.yaml", out / "random", data, out / "first", changes, console)
-        with clock.of("second pictures"):
-            data = drawing.mixture(size.second)
-        with clock.of("second"):
-            teach("second.yaml", out / "first" / "model", data, out / "second", changes, console)
-        with clock.of("third pictures"):
-            data = drawing.mixture(size.third)
-        with clock.of("third"):
-            teach("third.yaml", out / "second" / "model", data, out / "third", changes, console)
+        model = out / "random"
+        with clock.of("tokenizer"):
+            make_random(model, size)
+        for stage, pictures in zip(STAGES, size.pictures, strict=True):
+            with clock.of(f"{stage.name} pictures"):
+                data = drawing.of(stage, pictures)
+            with clock.of(stage.name):
+                teach(stage, model, data, out / stage.name, changes, console)
+            model = out / stage.name / "model"
+        drawing.measured()
     if not (out / MEASURED).exists():
         with clock.of("measure"):
             measure(out, console)
@@ -141,12 +140,9 @@ def _claim(out: Path, size: Size) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """Pictures that each run learns from, those of the third with those of the second among them,
-    and samples of each kind that is measured."""
+    """Pictures of each run, and samples of each kind that is measured."""
 
-    first: int = 150_000
-    second: int = 300_000
-    third: int = 650_000
+    pictures: tuple[int, ...] = tuple(stage.pictures for stage in STAGES)
     held_out: int = 1_200
 
 
@@ -169,29 +165,28 @@ class Clock:
 
 
 class Drawing:
-    """The pictures, drawn by other processes while this one goes on: first those of `first`,
-    then the held-out ones, then those of `mixture`. A part that is there is not drawn again."""
+    """The pictures, drawn by other processes while this one goes on: first those of the first run,
+    then the held-out ones, then those of the mixture. A part that is there is not drawn again."""
 
     def __init__(self, folder: Path, size: Size) -> None:
         self._folder = folder
         self._pool = ProcessPoolExecutor(os.cpu_count(), initializer=_as_helper)
         self._held_out = range(size.held_out)
-        self._first = self._drawn("first", FIRST, size.first)
+        self._first = self._drawn("first", FIRST, size.pictures[0])
         self._measured = [
             self._pool.submit(_draw_held_out, folder, name, size.held_out) for name in HELD_OUT
         ]
-        self._mixture = self._drawn("mixture", MIXTURE, size.third)
+        self._mixture = self._drawn("mixture", MIXTURE, size.pictures[-1])
 
-    def first(self) -> list[Path]:
-        """The data files of the first run, once they are there: held-out samples, then parts."""
-        return [future.result() for future in self._first]
+    def of(self, stage: Stage, pictures: int) -> list[Path]:
+        """The data files of so many pictures, once they are there: held-out samples, then parts."""
+        parts = self._first if stage.mixture is FIRST else self._mixture
+        return [future.result() for future in parts[: 1 - (-pictures // PART)]]
 
-    def mixture(self, samples: int) -> list[Path]:
-        """The data files of so many samples, once they and what is measured are there."""
+    def measured(self) -> None:
+        """Wait for what the model is measured with."""
         for future in self._measured:
             future.result()
-        parts = -(-samples // PART)
-        return [future.result() for future in self._mixture[: 1 + parts]]
 
     def close(self) -> None:
         """Draw no more."""
@@ -231,7 +226,8 @@ def _held_out(folder: Path, name: str) -> Path:
 def make_random(target: Path, size: Size) -> None:
     """A model that knows nothing, with a tokenizer made from what the mixture says."""
     if not target.exists():
-        numbers = range(0, size.third, max(1, size.third // TEXTS))
+        most = size.pictures[-1]
+        numbers = range(0, most, max(1, most // TEXTS))
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             said = [text for texts in pool.map(_texts, numbers, chunksize=50) for text in texts]
         make_tiny(target, "qwen2_vl", size="finesight-tiny", text=[*CHAT, *said])
@@ -256,7 +252,7 @@ def _plain(said: Iterable[Said]) -> str:
 
 
 def teach(
-    recipe: str,
+    stage: Stage,
     model: Path,
     data: Sequence[Path],
     output: Path,
@@ -267,16 +263,18 @@ def teach(
     held_out, *train_on = map(str, data)
     settings = [
         f"model={model}",
+        f"train.steps={stage.steps}",
+        f"train.schedule={stage.schedule}",
         f"data.train={json.dumps(train_on)}",
         f"data.eval={held_out}",
         f"output={output}",
     ]
-    train(load_recipe(HERE / recipe, [*settings, *changes]), resume=True, console=console)
+    train(load_recipe(HERE / "recipe.yaml", [*settings, *changes]), resume=True, console=console)
 
 
 def measure(out: Path, console: Console) -> None:
     """Answers to every held-out set: figures in `measured.json`, answers in `answers/`."""
-    answerer = load_answerer(str(out / STAGES[-1]))
+    answerer = load_answerer(str(out / LAST))
     figures: dict[str, Any] = {}
     for name in HELD_OUT:
         file = _held_out(out / "data", name) / DATA
@@ -294,9 +292,9 @@ def pack(out: Path, size: Size) -> None:
     target = out / TINY
     if target.exists():
         return
-    facts = gather(out, dict(zip(STAGES, (size.first, size.second, size.third), strict=True)))
+    facts = gather(out, size.pictures)
     write_file(out / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
-    model = load_answerer(str(out / STAGES[-1]), "cpu", "fp32").model
+    model = load_answerer(str(out / LAST), "cpu", "fp32").model
     with write_folder(target) as folder:
         save_model(model, ModelFolder(out / "random"), folder, torch.bfloat16, SHARD)
         _tell_apart(folder)

@@ -19,7 +19,7 @@ from finesight.synth.tasks import HELD_OUT
 MAKE = Path(__file__).parents[1] / "pretraining" / "make.py"
 
 MINIATURE = [
-    *("--first=24", "--second=32", "--third=40", "--held-out=1"),
+    *("--pictures", "24", "32", "40", "40", "--held-out=1"),
     *("train.steps=2", "train.batch=8", "train.warmup=1", "train.workers=0"),
     *("train.device=cpu", "train.precision=fp32", "eval=null"),
 ]

@@ -36,6 +36,7 @@ SETTINGS = [
     "train.steps",
     "train.batch",
     "train.pack_tokens",
+    "train.optimizer",
     "train.learning_rate.default",
     "train.learning_rate.vision",
     "train.learning_rate.merger",

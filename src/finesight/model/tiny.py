@@ -133,13 +133,13 @@ def make_tiny(
         _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
         _write_json(folder / "generation_config.json", _generation_config(tokenizer))
         model = random_model(config, seed, torch.float32, torch.device("cpu"))
-        _spread(model)
+        spread(model)
         save_model(model, ModelFolder(folder), folder, torch.float32)
     return target
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> None:
+def spread(model: nn.Module) -> None:
     """Widen the weights of the linear layers to a deviation of 1 / sqrt(inputs).
 
     The families' 0.02 is made for wide layers: narrow ones hand almost nothing of a picture on,

@@ -87,8 +87,8 @@ def words(rng: random.Random, fonts: Choice) -> Drawn:
 
 
 def pieces(rng: random.Random, fonts: Choice) -> Drawn:
-    """Two to five pieces of words in rows: here a model learns that a question means one of several
-    things in a picture."""
+    """Two to five pieces of words in rows. A question means one of them: a model that still learns
+    its letters learns that here."""
     sheet = paper(sides(rng.randint(84, 196), rng.randint(56, 140), rng), rng, pale=0.8)
     styles = [(any_face(rng, fonts), rng.randint(16, 32), ink_on(sheet.paper, rng))]
     rows = _rows(sheet, rng.randint(2, 5), styles, vocabulary.few, rng)

@@ -112,7 +112,8 @@ def main() -> None:
             print(name, json.dumps(found[name], indent=1), flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {
-        "command": f"python benchmarks/real_pictures.py LATEX ICDAR --out {asked.out}",
+        "command": f"python benchmarks/real_pictures.py LATEX ICDAR --out {asked.out}"
+        + (f" --steps {asked.steps}" if asked.steps else ""),
         "machine": device_name(device),
         "versions": versions(),
         "tasks": found,

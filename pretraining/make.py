@@ -3,7 +3,7 @@
     python pretraining/make.py OUT
 
 What is in OUT already is not made again, so the same command goes on after an interruption.
-Further arguments change both recipes, as in `train.steps=100`.
+Further arguments change the recipe of all runs, as in `train.steps=100`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ class Clock:
             write_file(self._file, json.dumps(self.seconds).encode())
 
 
+Parts = tuple[Future[Path], dict[int, Future[Path]]]
+
+
 class Drawing:
     """The pictures, drawn by other processes while this one goes on: first those of the first run,
     then the held-out ones, then those of the mixture. A part that is there is not drawn again."""
@@ -172,16 +176,18 @@ class Drawing:
         self._folder = folder
         self._pool = ProcessPoolExecutor(os.cpu_count(), initializer=_as_helper)
         self._held_out = range(size.held_out)
-        self._first = self._drawn("first", FIRST, size.pictures[0])
+        first, *further = size.pictures
+        self._first = self._drawn("first", FIRST, [first])
         self._measured = [
             self._pool.submit(_draw_held_out, folder, name, size.held_out) for name in HELD_OUT
         ]
-        self._mixture = self._drawn("mixture", MIXTURE, size.pictures[-1])
+        self._mixture = self._drawn("mixture", MIXTURE, further)
 
     def of(self, stage: Stage, pictures: int) -> list[Path]:
         """The data files of so many pictures, once they are there: held-out samples, then parts."""
-        parts = self._first if stage.mixture is FIRST else self._mixture
-        return [future.result() for future in parts[: 1 - (-pictures // PART)]]
+        held_out, parts = self._first if stage.mixture is FIRST else self._mixture
+        drawn = (part for stop, part in parts.items() if stop <= pictures)
+        return [future.result() for future in (held_out, *drawn)]
 
     def measured(self) -> None:
         """Wait for what the model is measured with."""
@@ -192,13 +198,16 @@ class Drawing:
         """Draw no more."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _drawn(self, name: str, mixture: Mapping[str, float], samples: int) -> list[Future[Path]]:
-        jobs = [(self._folder / f"{name}-held-out", mixture, self._held_out, EVAL_SEED)]
-        for start in range(0, samples, PART):
-            numbers = range(start, min(start + PART, samples))
-            part = self._folder / f"{name}-{start // PART:04}"
-            jobs.append((part, mixture, numbers, TRAIN_SEED))
-        return [self._pool.submit(_draw, *job) for job in jobs]
+    def _drawn(self, name: str, mixture: Mapping[str, float], pictures: Sequence[int]) -> Parts:
+        """The held-out samples and the parts, by the number of pictures that end with each: every
+        number of `pictures` ends one."""
+        job = (self._folder / f"{name}-held-out", mixture, self._held_out, EVAL_SEED)
+        held_out, parts = self._pool.submit(_draw, *job), dict[int, Future[Path]]()
+        ends = sorted({*range(PART, max(pictures), PART), *pictures})
+        for start, stop in pairwise([0, *ends]):
+            part = self._folder / f"{name}-{start:07}"
+            parts[stop] = self._pool.submit(_draw, part, mixture, range(start, stop), TRAIN_SEED)
+        return held_out, parts
 
 
 def _as_helper() -> None:

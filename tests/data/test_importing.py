@@ -196,7 +196,7 @@ def test_what_import_wrote_can_be_imported_and_loaded(tmp_path: Path) -> None:
     again = tmp_path / "two" / "deeper" / "data.jsonl"
     paths = [
         pictures_of([located.sample], located.folder)[0].resolve()
-        for located in load_sources((DataFile(path=first), DataFile(path=again))).samples
+        for located in load_sources((DataFile(path=first), DataFile(path=again))).read()
     ]
     assert paths[:2] == paths[2:]
 

@@ -52,7 +52,7 @@ def test_an_unanswered_sample_is_for_prediction_only(tmp_path: Path) -> None:
     file = DataFile(path=write_jsonl(tmp_path / "a.jsonl", [question]))
     assert ids(load_sources((file,), answered=False)) == ["a"]
     with pytest.raises(UserError, match="no answer"):
-        _ = load_sources((file,)).samples
+        load_sources((file,)).read()
 
 
 def test_a_sample_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
@@ -65,4 +65,4 @@ def test_a_sample_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1\.jsonl:4: broken JSON"):
         corpus.checked(2)
     with pytest.raises(UserError, match=r"1\.jsonl:4: broken JSON"):
-        _ = corpus.samples
+        corpus.read()

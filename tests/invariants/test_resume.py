@@ -104,6 +104,16 @@ def test_stopped_again_and_again(task: dict[str, Any], whole: Whole, tmp_path: P
     check_same(tmp_path / "run", whole.run)
 
 
+def test_muon_goes_on_as_adamw_does(task: dict[str, Any], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", task, optimizer="muon")
+    (ending,) = in_new_process(recipe, tmp_path, "term", {"whole": 0})
+    assert ending.how == "done"
+    assert in_new_process(recipe, tmp_path, "term", {"run": 7})[0].how == "stopped"
+    assert 0 < len(losses(tmp_path / "run")) < 6
+    assert in_new_process(recipe, tmp_path, "term", {"run": 0})[0].how == "done"
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_killed_before_file_operations(task: dict[str, Any], whole: Whole, tmp_path: Path) -> None:
     """SIGKILL before every seventh operation, and what is left goes on to the same end."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)

@@ -124,3 +124,14 @@ def test_transformers_loads_model_tokenizer_and_template(tiny):
     )
     ours = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(text).ids
     assert tokenizer(text)["input_ids"] == ours
+
+
+def test_more_signs_than_tokens(tmp_path):
+    """What has no token of its own is spelled in bytes."""
+    signs = "".join(chr(0x4E00 + 7 * number) for number in range(300))
+    folder = make_tiny(tmp_path / "tiny", text=[signs])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 384 + len(SPECIAL_TOKENS)
+    assert tokenizer.decode(tokenizer.encode(signs).ids) == signs
+    assert 300 < len(tokenizer.encode(signs).ids) < 900
+    assert len(tokenizer.encode("words are spelled").ids) == len("words are spelled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from finesight.data.headers import DamagedPicture
 from finesight.errors import UserError
 from finesight.infer.load import load_answerer
 from finesight.recipe import load_recipe
+from finesight.train import loop
 from finesight.train.finish import RunResult
+from finesight.train.loader import Step
+from finesight.train.prepare import Session
 from finesight.train.run import Run
+from finesight.train.step import Taken
 
 
 def test_a_run_leaves_what_the_design_says(task: Task) -> None:
@@ -297,3 +302,26 @@ def test_on_a_gpu_with_readers_stopped_and_resumed(task: Task) -> None:
     # What is restored is exact; kernels that add in no fixed order are not.
     assert [loss for _, loss in again] == pytest.approx([loss for _, loss in whole], rel=0.02)
     assert all(line["seconds"] > 0 for line in task.history() if "loss" in line)
+
+
+def test_a_data_file_that_changes_costs_no_step(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run with a checkpoint of what was learned so far; put back, the run goes on."""
+    file = task.folder / "train.jsonl"
+    content, changed = file.read_bytes(), file.stat()
+    real = loop.take_step
+
+    def taking(session: Session, step: Step, *rest: Any) -> Taken:
+        if step.number == 2:
+            file.write_bytes(content + b"\n")
+        return real(session, step, *rest)
+
+    monkeypatch.setattr(loop, "take_step", taking)
+    with pytest.raises(UserError, match="has changed"):
+        task.run(train=task.recipe["train"] | {"save_every": 6})
+    assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
+    file.write_bytes(content)
+    os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    monkeypatch.undo()
+    assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6

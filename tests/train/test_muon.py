@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from finesight.config import Train
+from finesight.config import Train, Tune
+from finesight.hub import ModelFolder
+from finesight.model.lora import stacked
+from finesight.model.parts import apply_tuning
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
 from finesight.train.muon import LIKE_ADAMW, Matrix, Muon, orthogonal
 from finesight.train.optimizer import Masters
 
@@ -63,7 +70,7 @@ def test_a_matrix_without_gradient_stays() -> None:
 
 
 def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
-    """The published rule, one matrix at a time and with an exact decomposition."""
+    """The published rule, one matrix at a time."""
     momentum = torch.zeros_like(master)
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
@@ -73,16 +80,21 @@ def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) ->
     return master
 
 
-def test_steps_are_those_of_each_matrix_alone() -> None:
+@pytest.mark.parametrize("most", [1 << 26, 30, 1])
+def test_steps_are_those_of_each_matrix_alone(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """However many of one shape are stacked at a time."""
+    monkeypatch.setattr("finesight.train.muon.MOST", most)
     generator = torch.Generator().manual_seed(2)
     shapes = [(4, 6), (4, 6), (9, 2)]
     masters = [torch.randn(shape, generator=generator) for shape in shapes]
     grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
     flat = torch.cat([master.flatten() for master in masters])
     places = [slice(0, 24), slice(24, 48), slice(48, 66)]
-    muon = Muon(flat, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)])
+    grad_E = torch.zeros_like(flat)
+    muon = Muon(flat, grad_E, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)])
     for of_step in grads:
-        muon.step(torch.cat([grad.flatten() for grad in of_step]), 0.1, 0.5)
+        grad_E.copy_(torch.cat([grad.flatten() for grad in of_step]))
+        muon.step(0.1, 0.5)
     for place, master, number in zip(places, masters, range(3), strict=True):
         expected = reference(master, [of_step[number] for of_step in grads], 0.1, 0.5)
         torch.testing.assert_close(flat[place].view(master.shape), expected)
@@ -140,3 +152,33 @@ def test_state_goes_on_where_it_was(only: str | None) -> None:
     take(others, again, 9)
     for name, parameter in named.items():
         assert torch.equal(parameter, again[name]), name
+
+
+def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
+    """Those of the weights, and the ranks of their adapters."""
+    model = load_model(
+        ModelFolder(make_tiny(tmp_path / "tiny")), torch.float32, torch.device("cpu")
+    )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rows = stacked(model)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert rows[name] == (64, 32, 32)
+    assert all(sum(of) == shapes[key][0] for key, of in rows.items())
+    masters = Masters({name: model.get_parameter(name)}, settings(), rows)
+    muon = masters.groups[0].muon
+    assert muon is not None
+    assert {tuple(view.shape) for views, _ in muon._alike for view in views} == {(64, 64), (32, 64)}
+    apply_tuning(model, Tune.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0)
+    assert stacked(model)[name.replace("weight", "adapter.a")] == (4, 4, 4)
+
+
+def test_a_loss_scale_changes_no_step() -> None:
+    one, other = parameters(), parameters()
+    for named, scale in ((one, 1.0), (other, 1024.0)):
+        masters = Masters(named, settings())
+        generator = torch.Generator().manual_seed(8)
+        terms = [(p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()]
+        (torch.stack(terms).sum() * scale).backward()
+        masters.step(1.0, masters.norm(), scale)
+    for name, parameter in one.items():
+        torch.testing.assert_close(parameter, other[name], msg=name)

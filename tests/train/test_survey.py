@@ -35,7 +35,7 @@ def test_all_are_kept_and_counted(tmp_path: Path) -> None:
     renderer = Renderer(ModelFolder(tmp_path / "tiny"), RULE)
     outlines = [
         renderer.outline(sample)
-        for sample in load_sources((DataFile(path=tmp_path / "train.jsonl"),)).samples
+        for sample in load_sources((DataFile(path=tmp_path / "train.jsonl"),)).read()
     ]
     assert found.tokens == sum(outline.tokens for outline in outlines)
     assert found.patches == sum(outline.patches for outline in outlines)

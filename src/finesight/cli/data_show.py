@@ -60,7 +60,7 @@ def show(
             remedy="set data.eval, or leave --eval out to see data.train",
         )
     renderer = Renderer(locate(settings.model), settings.picture, settings.data.system)
-    chosen = load_sources(files).samples[:samples]
+    chosen = load_sources(files).read(samples)
     if html is not None:
         source = f"The first {len(chosen)} of {', '.join(str(file.path) for file in files)}"
         _draw(html, renderer, chosen, source)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight import storage
-from finesight.data.lines import Lines, find_lines, opened
+from finesight.data.lines import Lines, find_lines, opened, read_lines
 from finesight.data.rules import check_sample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
@@ -50,11 +50,12 @@ def read_samples(path: Path, *, answered: bool = True) -> list[Sample]:
     Without `answered`, the last turn may be the user's, as prediction needs no answer. Raises
     UserError naming file and line for anything that `check_sample` or the types refuse.
     """
-    lines = sample_lines(path)
     samples = []
-    for index, line in enumerate(lines):
-        samples.append(parse(line, lines.where(index)))
-        check_sample(samples[-1], lines.where(index), answered=answered)
+    for line, where in read_lines(path):
+        samples.append(parse(line, where))
+        check_sample(samples[-1], where, answered=answered)
+    if not samples:
+        raise _no_samples(path)
     return samples
 
 
@@ -62,13 +63,17 @@ def sample_lines(path: Path) -> Lines:
     """The lines of a data file that hold samples. Raises UserError when there are none."""
     lines = find_lines(path)
     if not len(lines):
-        raise UserError(
-            "holds no samples",
-            where=str(path),
-            expected="one sample a line",
-            remedy="make the file with `finesight data import`",
-        )
+        raise _no_samples(path)
     return lines
+
+
+def _no_samples(path: Path) -> UserError:
+    return UserError(
+        "holds no samples",
+        where=str(path),
+        expected="one sample a line",
+        remedy="make the file with `finesight data import`",
+    )
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:

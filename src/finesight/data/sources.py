@@ -18,7 +18,7 @@ from finesight.storage import digest
 @dataclass(frozen=True)
 class Corpus:
     """The samples of all files end to end, limits applied. They stay in their files, and each is
-    read when it is asked for: a corpus of millions needs little memory and no time to load.
+    read when it is asked for: a corpus of millions needs little memory.
 
     `fingerprint` is a SHA-256 over the files' bytes, limits and weights: two corpora that share it
     give the same samples in the same order, wherever the files lie.
@@ -34,10 +34,9 @@ class Corpus:
         """Samples of each file, in order."""
         return tuple(len(lines) for lines in self.files)
 
-    @property
-    def samples(self) -> tuple[Located, ...]:
-        """All of them, checked."""
-        return tuple(self.checked(index) for index in range(len(self)))
+    def read(self, limit: int | None = None) -> list[Located]:
+        """All samples, or the first ones, each read and checked now."""
+        return [self.checked(index) for index in range(len(self))[:limit]]
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -55,6 +54,7 @@ class Corpus:
         return found
 
     def _place(self, index: int) -> tuple[Lines, int]:
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         number = bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number] - len(self.files[number]))
 

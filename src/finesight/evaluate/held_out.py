@@ -53,7 +53,7 @@ def held_out(
     if data is not None:
         samples = [Located(sample, data.parent) for sample in read_samples(data)]
     elif recipe is not None and recipe.data.eval:
-        samples = list(load_sources(recipe.data.eval).samples)
+        samples = load_sources(recipe.data.eval).read()
     else:
         raise _missing("--data", "a JSONL file of held-out samples", run_or_model)
     try:

@@ -38,15 +38,6 @@ class GroupedLinear(nn.Module):
         return products(x, self.weight, self.bias, tuple(self.outputs.values()))
 
 
-def stacked(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of each weight that holds several layers' matrices the rows of each, by the weight's name."""
-    return {
-        f"{path}.weight": tuple(module.outputs.values())
-        for path, module in model.named_modules()
-        if isinstance(module, GroupedLinear)
-    }
-
-
 def products(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:

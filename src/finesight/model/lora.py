@@ -203,6 +203,19 @@ class Place(NamedTuple):
     output: str
 
 
+def stacked(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of each weight of a group, and of the A's of its adapter, the rows of each layer, by the
+    parameter's name: what is published as one matrix (a tower's qkv) is one here."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GroupedLinear):
+            rows[f"{path}.weight"] = tuple(module.outputs.values())
+            if isinstance(module.adapter, LoraGroup):
+                ranks = (low.rank for low in module.adapter.layers.values())
+                rows[f"{path}.adapter.a"] = tuple(ranks)
+    return rows
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, Place]:
     """The linear layers that may carry an adapter, by their hub name without `.weight`.
 

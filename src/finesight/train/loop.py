@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from finesight.config import Recipe
+from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
 from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.train.checkpoint import Checkpoints
@@ -114,7 +115,7 @@ class Loop:
             self.save()
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
-        except (Interrupted, WorkerDied) as cause:
+        except (Interrupted, WorkerDied, Unreadable) as cause:
             self.reporter.catch_up()
             self.save()
             report(self.session.run, self.screen, MOST_ON_THE_WAY)

@@ -25,6 +25,10 @@ LIKE_ADAMW = 0.2
 Muon is Scalable for LLM Training, section 2.2)."""
 
 
+MOST = 1 << 26
+"""Numbers of matrices that are made orthogonal at once: a bound on memory."""
+
+
 class Matrix(NamedTuple):
     """Where a matrix lies in its group, and its shape."""
 
@@ -34,44 +38,53 @@ class Matrix(NamedTuple):
 
 
 class Muon:
-    """Steps for the matrices of one group; `momentum_E` is all that has to be remembered."""
+    """Steps for the matrices of one group; `momentum_E` is all that has to be remembered.
 
-    def __init__(self, master_E: Tensor, matrices: Iterable[Matrix]) -> None:
+    A step is as long where the gradient is small or zero for a while: the momentum's direction
+    counts, not its length.
+    """
+
+    def __init__(self, master_E: Tensor, grad_E: Tensor, matrices: Iterable[Matrix]) -> None:
         self.momentum_E = torch.zeros_like(master_E)
-        self._master_E, self._ahead_E = master_E, torch.zeros_like(master_E)
+        self._master_E, self._grad_E = master_E, grad_E
         by_shape: dict[tuple[int, int], list[slice]] = {}
         for place, rows, columns in matrices:
             by_shape.setdefault((rows, columns), []).append(place)
         # Views made once: there are a hundred matrices, and steps of a small model are short.
         self._alike = [
-            tuple([flat_E[place].view(shape) for place in places] for flat_E in self._moving)
+            tuple([flat_E[place].view(shape) for place in some] for flat_E in (grad_E, master_E))
             for shape, places in by_shape.items()
+            for some in _together(places, shape)
         ]
 
-    @property
-    def _moving(self) -> tuple[Tensor, Tensor]:
-        return self._ahead_E, self._master_E
-
     @torch.no_grad()
-    def step(self, grad_E: Tensor, rate: float, decay: float) -> None:
+    def step(self, rate: float, decay: float) -> None:
         """Move the masters by Nesterov's momentum of the gradients, made orthogonal, and shrink
-        them by `rate` times `decay`. Waits for nothing."""
-        self.momentum_E.lerp_(grad_E, 1 - MOMENTUM)
-        torch.lerp(grad_E, self.momentum_E, MOMENTUM, out=self._ahead_E)
+        them by `rate` times `decay`. The gradients are used up. Waits for nothing."""
+        self.momentum_E.lerp_(self._grad_E, 1 - MOMENTUM)
+        self._grad_E.lerp_(self.momentum_E, MOMENTUM)
         self._master_E.mul_(1 - rate * decay)
         for ahead, masters in self._alike:
             moved_NRC = orthogonal(torch.stack(ahead))
             moved_NRC.mul_(rate * LIKE_ADAMW * max(moved_NRC.shape[1:]) ** 0.5)
-            torch._foreach_sub_(masters, list(moved_NRC.unbind()))
+            for master_RC, moved_RC in zip(masters, moved_NRC.unbind(), strict=True):
+                master_RC.sub_(moved_RC)
+
+
+def _together(places: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
+    """Matrices of one shape in stacks of at most `MOST` numbers."""
+    number = max(1, MOST // (shape[0] * shape[1]))
+    return [places[start : start + number] for start in range(0, len(places), number)]
 
 
 def orthogonal(x_NRC: Tensor) -> Tensor:
-    """About U V^T of each U S V^T, singular values between 0.7 and 1.2, by Newton and Schulz's
-    iteration; computed in bf16 on a card. Fp32; zeros stay zeros."""
+    """About U V^T of each U S V^T by Newton and Schulz's iteration: singular values above a
+    hundredth of the matrix's norm come to between 0.6 and 1.3. Fp32, computed in bf16 on cards that
+    have it; zeros stay zeros."""
     wide = x_NRC.shape[1] <= x_NRC.shape[2]
     y = x_NRC if wide else x_NRC.mT
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
-    y = y.bfloat16() if y.is_cuda else y
+    y = y.bfloat16() if y.is_cuda and torch.cuda.is_bf16_supported(False) else y
     for _ in range(ROUNDS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)

@@ -35,6 +35,7 @@ class Piece:
 
     def matrices(self, rows: Sequence[int]) -> Iterator[Matrix]:
         """The parameter's matrices, stacked with so many rows each."""
+        assert sum(rows) == len(self.parameter), f"{rows} rows of {len(self.parameter)}"
         columns, start = self.parameter.shape[1], self.place.start
         for number in rows:
             yield Matrix(slice(start, start + number * columns), number, columns)
@@ -95,7 +96,7 @@ class Group:
             for piece in self.pieces
             for matrix in piece.matrices(stacked.get(piece.name, piece.parameter.shape[:1]))
         )
-        self.muon = Muon(self.master_E.detach(), matrices)
+        self.muon = Muon(self.master_E.detach(), self.grad_E, matrices)
 
     def publish(self) -> None:
         """Give the model the masters' values, rounded to its own type."""
@@ -143,7 +144,7 @@ class Masters:
         for group in self.groups:
             group.grad_E.mul_(shrink)
             if group.muon is not None:
-                group.muon.step(group.grad_E, group.rate * factor, group.decay)
+                group.muon.step(group.rate * factor, group.decay)
         if self.adamw is not None:
             for settings in self.adamw.param_groups:
                 settings["lr"] = settings["rate"] * factor
@@ -181,38 +182,37 @@ class Masters:
 
     def reached(self) -> set[str]:
         """Names of the parameters that a gradient other than zero has ever come to."""
-        seen = {
-            piece.name: piece.of(list(self._moments_of(group).values())[-1]).any()
-            for group in self.groups
-            for piece in group.pieces
-        }
+        seen: dict[str, Tensor] = {}
+        for group in self.groups:
+            moments = self._moments_of(group)
+            # Squares never cancel each other.
+            moment_E = moments.get("second", moments["first"])
+            seen |= {piece.name: piece.of(moment_E).any() for piece in group.pieces}
         flags = torch.stack(list(seen.values())).tolist()
         return {name for name, flag in zip(seen, flags, strict=True) if flag}
 
     @property
     def _steps(self) -> Tensor:
         """AdamW's own count; Muon needs none."""
-        for group in self.groups:
-            if group.muon is None:
-                self._moments_of(group)
-                return self._state_of(group)["step"]
-        return torch.tensor(0.0)
+        counts = (self._state_of(group)["step"] for group in self.groups if group.muon is None)
+        return next(counts, torch.tensor(0.0))
 
     def _state_of(self, group: Group) -> dict[str, Tensor]:
+        """AdamW's state of a group, from its first step on or before it."""
         assert self.adamw is not None, f"AdamW steps nothing, not even {group.pieces[0].name}"
         state: dict[str, Tensor] = self.adamw.state[group.master_E]
-        return state
-
-    def _moments_of(self, group: Group) -> dict[str, Tensor]:
-        if group.muon is not None:
-            return {"first": group.muon.momentum_E}
-        state = self._state_of(group)
         if not state:
             # What AdamW would start from at its first step.
             device = group.master_E.device if group.master_E.is_cuda else None
             state["step"] = torch.tensor(0.0, device=device)
             state["exp_avg"] = torch.zeros_like(group.master_E)
             state["exp_avg_sq"] = torch.zeros_like(group.master_E)
+        return state
+
+    def _moments_of(self, group: Group) -> dict[str, Tensor]:
+        if group.muon is not None:
+            return {"first": group.muon.momentum_E}
+        state = self._state_of(group)
         return {"first": state["exp_avg"], "second": state["exp_avg_sq"]}
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
-from finesight.model.linear import stacked
+from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.weights import load_model
@@ -276,7 +276,7 @@ def _texts(
     if not recipe.data.eval:
         return _surveyed(corpus, recipe, renderer, workers, screen, "train"), None
     held_out = load_sources(recipe.data.eval)
-    watched = {picture for located in held_out.samples for picture in pictures_of(located)}
+    watched = {picture for located in held_out.read() for picture in pictures_of(located)}
     train = _surveyed(corpus, recipe, renderer, workers, screen, "train", watched)
     if train.survey.met:
         screen.say(

@@ -29,7 +29,7 @@ CHUNK = 64
 class Survey:
     """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
     `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `met` are the
-    pictures that were watched for."""
+    watched pictures that samples have."""
 
     kept: tuple[int, ...]
     dropped: tuple[Dropped, ...]

@@ -14,7 +14,8 @@ from finesight.train.course import Course, InOrder
 
 
 def corpus(sizes: tuple[int, ...], weights: tuple[float, ...]) -> Corpus:
-    files = [Lines(Path(), *(np.arange(size) for _ in range(3))) for size in sizes]
+    columns = [[np.arange(size) for _ in range(3)] for size in sizes]
+    files = [Lines(Path(), *three, state=(0, 0)) for three in columns]
     return Corpus(tuple(files), weights, "fingerprint")
 
 

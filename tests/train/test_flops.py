@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def batch_of(folder: Path) -> PackedBatch:
     renderer = Renderer(ModelFolder(folder / "tiny"), PixelRange(min_pixels=784, max_pixels=7056))
     corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
-    return pack([renderer.encode(sample) for sample in corpus.samples[:4]])
+    return pack([renderer.encode(sample) for sample in corpus.read()[:4]])
 
 
 def product(

@@ -62,12 +62,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _settings(run: Path) -> dict[str, Any]:
     train = load_recipe(run / "recipe.yaml").train
+    rates = train.learning_rate
     return {
         "steps": train.steps,
         "samples a step": train.batch,
         "optimiser": train.optimizer,
-        "learning rate": f"{train.learning_rate.default:g}, {train.schedule}",
-        "learning rate of embeddings": f"{train.learning_rate.embeddings:g}",
+        "learning rate": f"{rates.default:g}, {train.schedule}",
+        "learning rate of embeddings": f"{rates.embeddings or rates.default:g}",
         "steps of warm-up": train.warmup,
         "AdamW's betas": ", ".join(map(str, train.betas)),
         "weight decay": train.weight_decay,

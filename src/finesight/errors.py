@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class UserError(Exception):
     """Something in the user's input or machine is wrong; the command ends with exit code 2.
@@ -30,6 +35,15 @@ class UserError(Exception):
 
 def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:
     return kind(what, where=where, expected=expected, remedy=remedy)
+
+
+def look_beside(path: Path) -> str:
+    """The remedy where a file is missing: the most similar name in its folder, if there is one."""
+    import difflib
+
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / similar[0]}?" if similar else "check the path"
 
 
 class Interrupted(Exception):

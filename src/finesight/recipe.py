@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finesight.config import Recipe, Section
-from finesight.errors import UserError
+from finesight.errors import UserError, look_beside
 
 Key = tuple[str | int, ...]
 """A place in a recipe: names of groups and settings, numbers in lists."""
@@ -122,12 +122,11 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in _neighbours(path)], n=1)
         raise UserError(
             "no such recipe",
             where=str(path),
             expected="a YAML file",
-            remedy=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+            remedy=look_beside(path),
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -143,10 +142,6 @@ def _read(path: Path) -> str:
             expected="a YAML file",
             remedy="check the path and its permissions",
         ) from error
-
-
-def _neighbours(path: Path) -> Iterable[Path]:
-    return path.parent.iterdir() if path.parent.is_dir() else ()
 
 
 def _lines_of_keys(text: str, path: Path) -> dict[Key, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight import storage
-from finesight.data.lines import Lines, find_lines, opened, read_lines
+from finesight.data.lines import MARK, Lines, find_lines, opened, read_lines
 from finesight.data.rules import check_sample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
@@ -103,7 +103,7 @@ def sample_from(record: dict[str, Any], where: str) -> Sample:
 def read_bytes(path: Path) -> bytes:
     """The content of a data file without a byte order mark. Raises UserError when unreadable."""
     with opened(path) as file:
-        return file.read().removeprefix(b"\xef\xbb\xbf")
+        return file.read().removeprefix(MARK)
 
 
 def parse(line: bytes, where: str) -> Sample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from array import array
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.errors import UserError
+from finesight.errors import UserError, look_beside
 
-_MARK = b"\xef\xbb\xbf"
+MARK = b"\xef\xbb\xbf"
 """UTF-8's byte order mark, which some editors put at the start."""
 
 State = tuple[int, int]
@@ -95,7 +94,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
 
 
 def _content(line: bytes, number: int) -> bytes:
-    return line.removeprefix(_MARK) if number == 1 else line
+    return line.removeprefix(MARK) if number == 1 else line
 
 
 def _state(file: BinaryIO) -> State:
@@ -110,12 +109,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
         raise Unreadable(
             "no such file",
             where=str(path),
             expected="an existing data file",
-            remedy=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+            remedy=look_beside(path),
         ) from error
     except OSError as error:
         raise Unreadable(
@@ -124,7 +122,3 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             expected="a data file",
             remedy="check the path and its permissions",
         ) from error
-
-
-def _names_beside(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

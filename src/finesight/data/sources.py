@@ -39,19 +39,21 @@ class Corpus:
         return [self.checked(index) for index in range(len(self))[:limit]]
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self._ends[-1] if self.files else 0
 
     def __getitem__(self, index: int) -> Located:
         """A sample that has been checked before, so that its types alone are looked at."""
-        lines, place = self._place(index)
-        return Located(parse(lines[place], lines.where(place)), lines.path.parent)
+        return self._parsed(*self._place(index))
 
     def checked(self, index: int) -> Located:
         """A sample. Raises UserError naming file and line for what `check_sample` refuses."""
-        found = self[index]
         lines, place = self._place(index)
+        found = self._parsed(lines, place)
         check_sample(found.sample, lines.where(place), answered=self.answered)
         return found
+
+    def _parsed(self, lines: Lines, place: int) -> Located:
+        return Located(parse(lines[place], lines.where(place)), lines.path.parent)
 
     def _place(self, index: int) -> tuple[Lines, int]:
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"

@@ -11,15 +11,19 @@ import torch
 from conversations import make_conversation, make_folder, make_pictures
 
 from finesight.encode.encoded import Encoded, Outline
-from finesight.encode.pack import pack, plan_packs
+from finesight.encode.pack import EVEN, filled, pack, plan_packs
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
+from finesight.train.loss import label_loss
+from finesight.vision.patches import whole
 
 
 def plain(name: str, ids: list[int], learned: list[bool]) -> Encoded:
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     outline = Outline(name, np.array(ids, dtype=np.int32), np.array(learned), positions, ())
-    return Encoded(outline, np.empty((0, 1176), dtype=np.uint8), 2)
+    return Encoded(outline, np.empty((0, 1176), dtype=np.uint8))
 
 
 def test_a_first_token_has_no_predecessor() -> None:
@@ -71,6 +75,47 @@ def test_a_pack_holds_what_its_samples_held(tmp_path: Path) -> None:
     assert batch.to(torch.device("cpu")).ids_T.tolist() == batch.ids_T.tolist()
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("videos", [False, True])
+def test_a_filled_pack_has_even_sizes_and_teaches_the_same(
+    tmp_path: Path, family: str, videos: bool
+) -> None:
+    pictures = make_pictures(tmp_path)
+    folder = ModelFolder(make_tiny(tmp_path / "model", family))
+    renderer = Renderer(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    for first in range(0, 12, 3):
+        batch = pack(
+            [
+                renderer.encode(make_conversation(number, pictures, videos=videos))
+                for number in range(first, first + 3)
+            ]
+        )
+        even = filled(batch, 2)
+        sizes = [len(even.ids_T), len(even.predict_L), len(even.patches_ND)]
+        assert [size % EVEN for size in sizes] == [0, 0, 0]
+        assert sum(even.lengths) == len(even.ids_T) == int(even.bounds_S1[-1])
+        assert even.bounds_S1.dtype == batch.bounds_S1.dtype
+        assert 4 * len(even.visual_at_M) == len(even.patches_ND)
+        assert even.supervised == batch.supervised
+        gradients = []
+        for one in (batch, even):
+            model.zero_grad()
+            loss = label_loss(model(one), model.head_weight, one.target_L, torch.tensor(1.0))
+            loss.backward()
+            gradients.append({"loss": loss} | {n: p.grad for n, p in model.named_parameters()})
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_pack_that_is_even_already_gets_a_sequence_all_the_same() -> None:
+    batch = pack([plain("a", [3] * EVEN, [False] + [True] * (EVEN - 1))])
+    even = filled(batch, 2)
+    assert even.lengths == (EVEN, EVEN)
+    assert even.grids == ()
+    assert len(even.predict_L) == EVEN
+    assert even.predict_L.tolist() == [*batch.predict_L.tolist(), 0]
+
+
 def test_an_empty_pack_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="no samples"):
         pack([])
@@ -102,11 +147,14 @@ def test_stills_travel_as_one_frame_and_videos_whole(tmp_path: Path) -> None:
     renderer = Renderer(ModelFolder(make_folder(tmp_path / "model", "qwen2_5_vl")))
     stills = [renderer.encode(make_conversation(n, pictures, videos=False)) for n in range(8)]
     stills = [one for one in stills if len(one.patches_ND)]
-    whole = np.concatenate([one.patches_ND for one in stills]).reshape(-1, 3, 2, 196)
-    half = pack(stills).patches_ND.numpy().reshape(-1, 3, 196)
-    np.testing.assert_array_equal(half, whole[:, :, 0])
-    np.testing.assert_array_equal(half, whole[:, :, 1])
+    one_frame = np.concatenate([one.patches_ND for one in stills])
+    assert one_frame.shape[1] == 588
+    np.testing.assert_array_equal(pack(stills).patches_ND.numpy(), one_frame)
     mixed = [renderer.encode(make_conversation(n, pictures, videos=True)) for n in range(12)]
     kinds = {span.kind for one in mixed for span in one.outline.spans}
     assert kinds == {"image", "video"}, kinds
-    assert pack(mixed).patches_ND.shape[1] == 1176
+    expected = np.concatenate([whole(one.patches_ND, 1176) for one in mixed])
+    np.testing.assert_array_equal(pack(mixed).patches_ND.numpy(), expected)
+    room = np.zeros_like(expected)
+    assert pack(mixed, room).patches_ND.data_ptr() == room.ctypes.data
+    np.testing.assert_array_equal(room, expected)

@@ -17,7 +17,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.train.course import InOrder
-from finesight.train.loader import Parcel, Step, StepData, read_steps
+from finesight.train.loader import Block, Parcel, Step, StepData, read_steps
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)
 
@@ -73,22 +73,28 @@ def test_every_sample_once_and_within_the_budget(folder: Path) -> None:
     )
 
 
-def test_parcel_gives_back_what_was_put_in_as_views_of_one_block(folder: Path) -> None:
-    step = steps_of(folder).step(0)
+def test_parcel_gives_back_what_was_put_in_as_views_of_two_blocks(folder: Path) -> None:
+    step, patches = steps_of(folder).laid(0)
     before = contents([step])
-    parcel = Parcel.of(step)
-    assert all(len(batch.ids_T) == 0 for batch in parcel.step.packs)
+    parcel = Parcel.of(step, patches)
+    for batch in parcel.step.packs:
+        assert len(batch.ids_T) == 0
+        assert len(batch.patches_ND) == 0
     opened = parcel.open()
     assert contents([opened]) == before
-    base = parcel.block_N.untyped_storage().data_ptr()
-    for batch in opened.packs:
+    base, other = (
+        block.bytes_N.untyped_storage().data_ptr() for block in (parcel.patches, parcel.others)
+    )
+    for batch, laid in zip(opened.packs, step.packs, strict=True):
         assert batch.patches_ND.untyped_storage().data_ptr() == base
-        assert batch.ids_T.data_ptr() % 64 == base % 64
+        assert batch.patches_ND.data_ptr() == laid.patches_ND.data_ptr()
+        assert batch.ids_T.untyped_storage().data_ptr() == other
+        assert batch.ids_T.data_ptr() % 64 == other % 64
 
 
 def test_parcel_of_a_step_without_packs() -> None:
     step = Step(3, (), (), ())
-    assert Parcel.of(step).open() == step
+    assert Parcel.of(step, Block.of()).open() == step
 
 
 def truncate(path: Path) -> None:

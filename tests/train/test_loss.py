@@ -34,6 +34,27 @@ def test_value_and_gradients_equal_cross_entropy(rows: int | None) -> None:
     torch.testing.assert_close(head_VD.grad, expected_head, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 20, None])
+def test_rows_beyond_the_targets_are_filling(rows: int | None) -> None:
+    h_LD, head_VD, target_L = pieces(torch.float64)
+    learned = 20
+    one = torch.tensor(1.0)
+    short_LD = h_LD.detach()[:learned].requires_grad_()
+    expected = label_loss(short_LD, head_VD, target_L[:learned], one, rows)
+    expected.backward()
+    assert head_VD.grad is not None
+    expected_head, head_VD.grad = head_VD.grad, None
+    loss = label_loss(h_LD, head_VD, target_L[:learned], one, rows)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert h_LD.grad is not None
+    torch.testing.assert_close(h_LD.grad[:learned], short_LD.grad)
+    assert not h_LD.grad[learned:].any()
+    torch.testing.assert_close(head_VD.grad, expected_head)
+    with torch.no_grad():
+        torch.testing.assert_close(label_loss(h_LD, head_VD, target_L[:learned], one, rows), loss)
+
+
 def test_outer_gradient_multiplies() -> None:
     h_LD, head_VD, target_L = pieces(torch.float32)
     label_loss(h_LD, head_VD, target_L, torch.tensor(1.0)).backward()

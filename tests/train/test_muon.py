@@ -100,6 +100,29 @@ def test_steps_are_those_of_each_matrix_alone(monkeypatch: pytest.MonkeyPatch, m
         torch.testing.assert_close(flat[place].view(master.shape), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_are_the_launched_ones() -> None:
+    generator = torch.Generator("cuda").manual_seed(4)
+    shapes = [(64, 96), (64, 96), (128, 64)]
+    places = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
+    matrices = [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)]
+    start = torch.randn(20480, device="cuda", generator=generator)
+    grads = [torch.randn(20480, device="cuda", generator=generator) for _ in range(5)]
+    moved = []
+    for recorded in (True, False):
+        master_E, grad_E = start.clone(), torch.zeros_like(start)
+        muon = Muon(master_E, grad_E, matrices)
+        for grad, rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
+            grad_E.copy_(grad)
+            muon._warm &= recorded
+            muon.step(rate, 0.5)
+        assert (muon._recorded is not None) is recorded
+        moved.append((master_E, muon.momentum_E))
+    for one, other in zip(*moved, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_stacked_layers_step_as_if_apart() -> None:
     together, apart = parameters(), parameters()
     name = "visual.blocks.0.attn.qkv.weight"
@@ -167,7 +190,7 @@ def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
     masters = Masters({name: model.get_parameter(name)}, settings(), rows)
     muon = masters.groups[0].muon
     assert muon is not None
-    assert {tuple(view.shape) for views, _ in muon._alike for view in views} == {(64, 64), (32, 64)}
+    assert {tuple(view.shape) for views in muon._alike for view in views} == {(64, 64), (32, 64)}
     apply_tuning(model, Tune.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0)
     assert stacked(model)[name.replace("weight", "adapter.a")] == (4, 4, 4)
 

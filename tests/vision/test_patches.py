@@ -13,7 +13,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from finesight.config import PixelRange
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.vision.patches import PatchGeometry, from_patches, geometry_of, to_patches
+from finesight.vision.patches import (
+    PatchGeometry,
+    end_to_end,
+    from_patches,
+    geometry_of,
+    to_patches,
+    whole,
+)
 from finesight.vision.picture import open_picture
 from finesight.vision.resize import resized_size
 
@@ -38,9 +45,11 @@ def test_patches_equal_the_published_processor(mode: str, tmp_path: Path) -> Non
         path = tmp_path / f"{number}.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}"
         image.save(path)
         size = resized_size((height, width), RULE, geometry.factor)
-        ours = to_patches([open_picture(path)], size, geometry)
+        one = to_patches([open_picture(path)], size, geometry)
+        ours = whole(one, geometry.numbers)
         theirs, grid = expected(Image.open(path))
         assert geometry.grid(size) == grid
+        assert one.shape == (len(theirs), geometry.numbers // geometry.temporal)
         assert ours.dtype == np.uint8
         np.testing.assert_array_equal(ours, theirs)
 
@@ -52,7 +61,8 @@ def test_real_pictures_equal_the_published_processor(shared: Path) -> None:
             image = open_picture(path)
             size = resized_size(image.size[::-1], RULE, geometry.factor)
             theirs, _ = expected(Image.open(path))
-            np.testing.assert_array_equal(to_patches([image], size, geometry), theirs)
+            ours = whole(to_patches([image], size, geometry), geometry.numbers)
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("geometry", [PatchGeometry(), PatchGeometry(4, 2, 3), PatchGeometry(8, 1)])
@@ -64,11 +74,38 @@ def test_frames_come_back_from_their_patches(geometry: PatchGeometry) -> None:
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)
         ]
         grid = geometry.grid(size, count)
-        found = from_patches(to_patches(frames, size, geometry), grid, geometry)
+        patches = to_patches(frames, size, geometry)
+        found = from_patches(whole(patches, geometry.numbers), grid, geometry)
         assert len(found) == grid[0] * geometry.temporal
         filled = frames + [frames[-1]] * (len(found) - count)
         for ours, theirs in zip(found, filled, strict=True):
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_one_frame_comes_back_once() -> None:
+    geometry, size = PatchGeometry(), (56, 84)
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    patches = to_patches([Image.fromarray(frame)], size, geometry)
+    (found,) = from_patches(patches, geometry.grid(size), geometry)
+    np.testing.assert_array_equal(np.asarray(found), frame)
+
+
+def test_patches_are_laid_end_to_end_with_one_frame_where_all_have_one() -> None:
+    still, other = (np.full((number, 12), number, dtype=np.uint8) for number in (1, 2))
+    video = np.arange(72, dtype=np.uint8).reshape(3, 24)
+    none = np.empty((0, 24), dtype=np.uint8)
+    assert end_to_end([still, none, other]).tolist() == [*still.tolist(), *other.tolist()]
+    mixed = end_to_end([still, video])
+    assert mixed.shape == (4, 24)
+    assert mixed[0].tolist() == [1] * 24
+    assert mixed[1:].tolist() == video.tolist()
+    assert end_to_end([none]).shape == end_to_end([none, none]).shape == (0, 24)
+    out = np.zeros((3, 12), dtype=np.uint8)
+    assert end_to_end([still, other], out) is out
+    assert out.tolist() == [*still.tolist(), *other.tolist()]
+    assert whole(np.arange(6, dtype=np.uint8)[None], 12).tolist() == [
+        [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
+    ]
 
 
 @pytest.mark.parametrize("geometry", [PatchGeometry(4, 2, 2), PatchGeometry(8, 1, 1)])

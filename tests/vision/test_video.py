@@ -28,7 +28,7 @@ def test_frames_go_in_pairs_and_the_last_fills_up(tmp_path: Path) -> None:
     by_frame = patches.reshape(2, 24, 3, 2, 196).transpose(0, 3, 1, 2, 4)
     stills = [to_patches([Image.open(file)], (56, 84), geometry) for file in (*files, files[-1])]
     for number, still in enumerate(stills):
-        one = still.reshape(24, 3, 2, 196)[:, :, 0]
+        one = still.reshape(24, 3, 196)
         np.testing.assert_array_equal(by_frame[number // 2, number % 2], one)
 
 

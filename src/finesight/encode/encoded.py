@@ -66,10 +66,9 @@ class Encoded:
     """An outline with the patches of all its pictures, end to end.
 
     `patches_ND` is uint8 in the reference processor's own order: patches of each picture grouped
-    by merge block, D = channels x temporal patch x patch x patch. `depth` is the temporal patch,
-    the frames that a patch holds.
+    by merge block, D = channels x frames x patch x patch. Where there are stills only, patches hold
+    one frame, which the reference repeats (`vision.patches.whole`).
     """
 
     outline: Outline
     patches_ND: NDArray[np.uint8]
-    depth: int

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.encoded import Encoded, Grid
-from finesight.vision.patches import CHANNELS
+from finesight.vision.patches import end_to_end
+
+EVEN = 64
+"""What `filled` makes sizes multiples of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,9 @@ class PackedBatch:
         )
 
 
-def pack(encoded: Sequence[Encoded]) -> PackedBatch:
-    """Lay samples end to end, in the order given, on the CPU.
+def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -> PackedBatch:
+    """Lay samples end to end, in the order given, on the CPU; their patches into the array
+    `patches` of their common shape, where there is one.
 
     A learned token is predicted by the token before it in its own sequence; the first token of a
     sequence has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32
@@ -83,27 +88,37 @@ def pack(encoded: Sequence[Encoded]) -> PackedBatch:
         ids_T=torch.from_numpy(ids_T),
         positions_3T=torch.from_numpy(positions_3T.astype(np.int64)),
         bounds_S1=torch.from_numpy(bounds.astype(np.int32)),
-        patches_ND=torch.from_numpy(_patches(encoded)),
+        patches_ND=torch.from_numpy(end_to_end([one.patches_ND for one in encoded], patches)),
         visual_at_M=torch.from_numpy(np.concatenate([none, *visual_at])),
         predict_L=torch.from_numpy(targets_at - 1),
         target_L=torch.from_numpy(ids_T[targets_at]),
     )
 
 
-def _patches(encoded: Sequence[Encoded]) -> NDArray[np.uint8]:
-    """Patches end to end; of stills alone one frame, which is half of what travels to a card."""
-    spans = [span for one in encoded for span in one.outline.spans]
-    if not spans or any(span.kind != "image" for span in spans):
-        return np.concatenate([one.patches_ND for one in encoded])
-    first_NCP = np.concatenate([_framed(one)[:, :, 0] for one in encoded])
-    number, channels, pixels = first_NCP.shape
-    return first_NCP.reshape(number, channels * pixels)
-
-
-def _framed(one: Encoded) -> NDArray[np.uint8]:
-    """Patches as [N, channels, frames, pixels of a frame]."""
-    number, width = one.patches_ND.shape
-    return one.patches_ND.reshape(number, CHANNELS, one.depth, width // (CHANNELS * one.depth))
+def filled(batch: PackedBatch, merge: int) -> PackedBatch:
+    """The pack with a sequence of nothing after its own, so that tokens, patches (`merge` x `merge`
+    of them become a token) and predicting tokens come to multiples of `EVEN`. It has no targets:
+    `predict_L` grows longer than `target_L`.
+    """
+    of_patches = -len(batch.patches_ND) % EVEN
+    features = of_patches // merge**2
+    end = len(batch.ids_T)
+    tokens = features + 1
+    tokens += -(end + tokens) % EVEN
+    blank = batch.ids_T.new_zeros(tokens)
+    own = torch.arange(tokens, device=blank.device)
+    bounds_S1 = batch.bounds_S1
+    return replace(
+        batch,
+        lengths=(*batch.lengths, tokens),
+        grids=(*batch.grids, (1, merge, of_patches // merge)) if of_patches else batch.grids,
+        ids_T=torch.cat([batch.ids_T, blank]),
+        positions_3T=torch.cat([batch.positions_3T, own.expand(3, -1)], dim=1),
+        bounds_S1=torch.cat([bounds_S1, bounds_S1[-1:] + tokens]),
+        patches_ND=F.pad(batch.patches_ND, (0, 0, 0, of_patches)),
+        visual_at_M=torch.cat([batch.visual_at_M, end + own[:features]]),
+        predict_L=F.pad(batch.predict_L, (0, -len(batch.predict_L) % EVEN)),
+    )
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:

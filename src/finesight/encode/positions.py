@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,13 @@ def rope_positions(
         positions_3T[:, done : span.start] = np.arange(reached - span.start + done, reached)
         visual_3M = positions_3T[:, span.start : span.stop]
         visual_3M[0] = np.repeat(time, h * w) + reached
-        visual_3M[1] = np.tile(np.repeat(np.arange(h), w), t) + reached
-        visual_3M[2] = np.tile(np.arange(w), t * h) + reached
+        np.add(_rows_columns(t, h, w), reached, out=visual_3M[1:])
         done, reached = span.stop, reached + max(int(time[-1]) + 1, h, w)
     positions_3T[:, done:] = np.arange(reached, reached + tokens - done)
     return positions_3T
+
+
+@lru_cache(maxsize=1024)
+def _rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
+    """Row and column of each placeholder, [2, t x h x w]."""
+    return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)

@@ -23,7 +23,7 @@ from finesight.encode.tape import Tape
 from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.vision.patches import geometry_of, to_patches
+from finesight.vision.patches import end_to_end, geometry_of, to_patches
 from finesight.vision.picture import open_picture
 from finesight.vision.resize import native_rule, resized_size
 from finesight.vision.video import frame_size, video_patches
@@ -106,11 +106,8 @@ class Renderer:
 
     def with_patches(self, outline: Outline) -> Encoded:
         """The outline with the patches of its pictures, decoded now."""
-        patches = [self._patches(span) for span in outline.spans]
-        if len(patches) == 1:
-            return Encoded(outline, patches[0], self.geometry.temporal)
         none = np.empty((0, self.geometry.numbers), dtype=np.uint8)
-        return Encoded(outline, np.concatenate([none, *patches]), self.geometry.temporal)
+        return Encoded(outline, end_to_end([self._patches(s) for s in outline.spans] or [none]))
 
     def text(self, ids: Sequence[int]) -> tuple[str, str]:
         """What generated ids say: up to the end token without special tokens, and all of it."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
@@ -20,6 +22,7 @@ from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.train.course import Members
 from finesight.train.workers import guarded, read_ahead
+from finesight.vision.patches import common_shape
 
 _ALIGNED = 64
 """Bytes between possible starts of a tensor in a parcel."""
@@ -59,69 +62,95 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
-    """A step with all its numbers in one block of bytes.
+class Block:
+    """Tensors of these types and shapes one after the other in one piece of memory.
 
-    On its way from a worker every tensor costs an open file, and every pinned one a call of the
-    driver: a parcel costs one of each, however many packs it holds.
+    On its way from a worker every piece costs an open file, and every pinned one a call of the
+    driver, so tensors travel together.
     """
 
-    step: Step
     forms: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    block_N: Tensor
+    bytes_N: Tensor
 
     @classmethod
-    def of(cls, step: Step) -> Parcel:
-        """The step's tensors copied into a block; those of `step` are emptied."""
-        tensors = [tensor for batch in step.packs for tensor in _tensors(batch)]
-        block_N = torch.empty(sum(_room(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+    def of(cls, *forms: tuple[torch.dtype, tuple[int, ...]]) -> Block:
+        """Room for such tensors. A worker's is memory that the training process reads, too, which
+        spares a copy, as torch's own collate does."""
+        size = sum(_room(dtype, shape) for dtype, shape in forms)
+        if get_worker_info() is None:
+            return cls(forms, torch.empty(size, dtype=torch.uint8))
+        shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+        return cls(forms, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
+
+    def pin_memory(self) -> Block:
+        """The same block in page-locked memory."""
+        return replace(self, bytes_N=self.bytes_N.pin_memory())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Views of the memory, in order."""
         at = 0
-        for tensor in tensors:
-            block_N[at : at + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-            at += _room(tensor.nbytes)
-        empty = tuple(_with_tensors(batch, [torch.empty(0)] * 7) for batch in step.packs)
-        forms = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
-        return cls(replace(step, packs=empty), forms, block_N)
+        for dtype, shape in self.forms:
+            size = dtype.itemsize * math.prod(shape)
+            yield self.bytes_N[at : at + size].view(dtype).view(shape)
+            at += _room(dtype, shape)
+
+
+def _room(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return -(-dtype.itemsize * math.prod(shape) // _ALIGNED) * _ALIGNED
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A step on its way: the patches of all its packs in one block, all other tensors in another,
+    and none in the packs. Fresh memory is what patches cost most: they are laid there at once."""
+
+    step: Step
+    patches: Block
+    others: Block
+
+    @classmethod
+    def of(cls, step: Step, patches: Block) -> Parcel:
+        """The step's tensors other than `patches`, which holds its packs', are copied."""
+        tensors = [tensor for batch in step.packs for tensor in _others(batch)]
+        block = Block.of(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
+        for room, tensor in zip(block.tensors(), tensors, strict=True):
+            room.copy_(tensor)
+        nothing = torch.empty(0)
+        empty = tuple(_with_tensors(batch, nothing, repeat(nothing)) for batch in step.packs)
+        return cls(replace(step, packs=empty), patches, block)
 
     def pin_memory(self) -> Parcel:
         """The same parcel in page-locked memory; the loader calls this."""
-        return replace(self, block_N=self.block_N.pin_memory())
+        return Parcel(self.step, self.patches.pin_memory(), self.others.pin_memory())
 
     def open(self) -> Step:
-        """The step, its tensors views into the block."""
-        tensors, at = [], 0
-        for dtype, shape in self.forms:
-            size = dtype.itemsize * torch.Size(shape).numel()
-            tensors.append(self.block_N[at : at + size].view(dtype).view(shape))
-            at += _room(size)
+        """The step, its tensors views into the blocks."""
+        others = self.others.tensors()
         packs = [
-            _with_tensors(b, tensors[7 * i : 7 * i + 7]) for i, b in enumerate(self.step.packs)
+            _with_tensors(batch, patches_ND, others)
+            for batch, patches_ND in zip(self.step.packs, self.patches.tensors(), strict=True)
         ]
         return replace(self.step, packs=tuple(packs))
 
 
-def _room(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
-
-
-def _tensors(batch: PackedBatch) -> list[Tensor]:
-    return [
-        *(batch.ids_T, batch.positions_3T, batch.bounds_S1, batch.patches_ND),
+def _others(batch: PackedBatch) -> tuple[Tensor, ...]:
+    return (
+        *(batch.ids_T, batch.positions_3T, batch.bounds_S1),
         *(batch.visual_at_M, batch.predict_L, batch.target_L),
-    ]
+    )
 
 
-def _with_tensors(batch: PackedBatch, tensors: Sequence[Tensor]) -> PackedBatch:
-    ids, positions, bounds, patches, visual, predict, target = tensors
+def _with_tensors(batch: PackedBatch, patches_ND: Tensor, others: Iterator[Tensor]) -> PackedBatch:
+    """`others` gives the tensors of `_others`, in order."""
     return replace(
         batch,
-        ids_T=ids,
-        positions_3T=positions,
-        bounds_S1=bounds,
-        patches_ND=patches,
-        visual_at_M=visual,
-        predict_L=predict,
-        target_L=target,
+        patches_ND=patches_ND,
+        ids_T=next(others),
+        positions_3T=next(others),
+        bounds_S1=next(others),
+        visual_at_M=next(others),
+        predict_L=next(others),
+        target_L=next(others),
     )
 
 
@@ -156,10 +185,14 @@ class StepData(Dataset[Parcel | UserError]):
         return len(self._members)
 
     def __getitem__(self, number: int) -> Parcel | UserError:
-        return guarded(lambda: Parcel.of(self.step(number)))
+        return guarded(lambda: Parcel.of(*self.laid(number)))
 
     def step(self, number: int) -> Step:
         """The step with this number, counted from 0."""
+        return self.laid(number)[0]
+
+    def laid(self, number: int) -> tuple[Step, Block]:
+        """The step, and the block that the patches of its packs lie in."""
         encoded: list[Encoded] = []
         indices: list[int] = []
         dropped: list[Dropped] = []
@@ -173,18 +206,24 @@ class StepData(Dataset[Parcel | UserError]):
                     raise
                 dropped.append(Dropped(located.sample.id, str(error).splitlines()[0]))
         plan = plan_packs([one.outline.tokens for one in encoded], self._pack_tokens)
-        packs = [pack([encoded[i] for i in group]) for group in plan]
+        groups = [[encoded[i] for i in group] for group in plan]
+        shapes = [common_shape([one.patches_ND for one in group]) for group in groups]
+        block = Block.of(*((torch.uint8, shape) for shape in shapes))
+        packs = [
+            pack(group, patches_ND.numpy())
+            for group, patches_ND in zip(groups, block.tensors(), strict=True)
+        ]
         if not self._pictures:
             packs = [replace(batch, grids=()) for batch in packs]
         members = tuple(tuple(indices[i] for i in group) for group in plan)
-        return Step(number, tuple(packs), tuple(dropped), members)
+        return Step(number, tuple(packs), tuple(dropped), members), block
 
     def _encode(self, located: Located) -> Encoded:
         if self._pictures:
             return self._renderer.encode(located)
         geometry = self._renderer.geometry
         nothing = np.empty((0, geometry.numbers), dtype=np.uint8)
-        return Encoded(self._renderer.outline(located), nothing, geometry.temporal)
+        return Encoded(self._renderer.outline(located), nothing)
 
 
 def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator[Step, None, None]:

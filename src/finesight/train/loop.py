@@ -68,8 +68,21 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         # After the trackers, which may take hold of signals themselves.
         stop, reporter = Stop(), Reporter(session, screen, tracks)
         reporter.started(time.perf_counter() - start)
-        with stop.listening():
+        with stop.listening(), _one_thread(session.machine.device):
             return Loop(session, screen, reporter, stop).go()
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """One thread for what little the CPU computes beside a GPU: more of them mostly wait for each
+    other, and do so on the cores of the processes that read."""
+    before = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Cross entropy at the learned tokens, without ever holding all logits.
 
-Shapes: L learned tokens, D width of the model, V words of the vocabulary, C rows of a chunk.
+Shapes: L learned tokens, D width of the model, V words of the vocabulary, C rows of a chunk, T of
+them with a target.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def label_loss(
     computed once. The softmax is in fp32; `scale` (a scalar on the device, in fp32) multiplies
     its gradient before that is rounded to the type of `h_LD`, which keeps small probabilities
     alive in fp16. `rows` sets the size of a chunk (by default so many that their logits fill
-    `LOGITS_BYTES`). Nothing waits for the device.
+    `LOGITS_BYTES`). Rows of `h_LD` beyond the targets are filling, without loss or gradient.
+    Nothing waits for the device.
     """
     target_L = target_L.long()
     rows = rows or max(1, LOGITS_BYTES // (4 * len(head_VD)))
@@ -37,14 +39,16 @@ def label_loss(
     return apply(h_LD, head_VD, target_L, scale, rows)
 
 
-def _chunk(h_CD: Tensor, head_VD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the cross entropy, unnormalised probabilities [C, V] and their sums [C, 1]."""
+def _chunk(h_CD: Tensor, head_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross entropy, unnormalised probabilities [C, V], zero for filling, and their sums
+    [T, 1]."""
     logits_CV = (h_CD @ head_VD.T).float()
-    at_target_C1 = logits_CV.gather(1, target_C[:, None])
-    highest_C1 = logits_CV.amax(1, keepdim=True)
-    weights_CV = logits_CV.sub_(highest_C1).exp_()
-    sums_C1 = weights_CV.sum(1, keepdim=True)
-    return (sums_C1.log() + highest_C1 - at_target_C1).sum(), weights_CV, sums_C1
+    logits_TV = logits_CV[: len(target_T)]
+    at_target_T1 = logits_TV.gather(1, target_T[:, None])
+    highest_T1 = logits_TV.amax(1, keepdim=True)
+    sums_T1 = logits_TV.sub_(highest_T1).exp_().sum(1, keepdim=True)
+    logits_CV[len(target_T) :] = 0
+    return (sums_T1.log() + highest_T1 - at_target_T1).sum(), logits_CV, sums_T1
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -62,14 +66,14 @@ class _LabelLoss(torch.autograd.Function):
         grad_LD = torch.empty_like(h_LD) if needs_h else None
         grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
         for at in range(0, len(h_LD), rows):
-            h_CD, target_C = h_LD[at : at + rows], target_L[at : at + rows]
-            loss, weights_CV, sums_C1 = _chunk(h_CD, head_VD, target_C)
+            h_CD, target_T = h_LD[at : at + rows], target_L[at : at + rows]
+            loss, weights_CV, sums_T1 = _chunk(h_CD, head_VD, target_T)
             total += loss
             if grad_LD is None and grad_VD is None:
                 continue
             # d loss / d logits = softmax - one hot, times the scale.
-            weights_CV.mul_(scale / sums_C1)
-            weights_CV.scatter_add_(1, target_C[:, None], -scale.expand(len(h_CD), 1))
+            weights_TV = weights_CV[: len(target_T)].mul_(scale / sums_T1)
+            weights_TV.scatter_add_(1, target_T[:, None], -scale.expand(len(target_T), 1))
             grad_CV = weights_CV.to(h_LD.dtype)
             if grad_LD is not None:
                 torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])

@@ -125,7 +125,7 @@ def held_out_loss(session: Session, advance: Advance, stop: Stop) -> tuple[float
             for step in steps:
                 stop.check()
                 for packed in step.packs:
-                    batch = packed.to(machine.device)
+                    batch = session.placed(packed)
                     total += label_loss(model(batch), model.head_weight, batch.target_L, one)
                     count += batch.supervised
                 dropped += step.dropped

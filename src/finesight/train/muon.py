@@ -27,7 +27,8 @@ Muon is Scalable for LLM Training, section 2.2)."""
 
 
 MOST = 1 << 26
-"""Numbers of matrices that are made orthogonal at once: a bound on memory."""
+"""Numbers of matrices that are made orthogonal at once: a bound on memory. A group of no more is
+stepped by a recorded CUDA graph: it would take longer to launch its kernels than to run them."""
 
 
 class Matrix(NamedTuple):
@@ -53,23 +54,41 @@ class Muon:
             by_shape.setdefault((rows, columns), []).append(place)
         # Views made once: there are a hundred matrices, and steps of a small model are short.
         self._alike = [
-            tuple([flat_E[place].view(shape) for place in some] for flat_E in (grad_E, master_E))
+            [grad_E[place].view(shape) for place in some]
             for shape, places in by_shape.items()
             for some in _together(places, shape)
         ]
+        self._warm = False
+        self._recorded: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, rate: float, decay: float) -> None:
         """Move the masters by Nesterov's momentum of the gradients, made orthogonal, and shrink
         them by `rate` times `decay`. The gradients are used up. Waits for nothing."""
+        self._turn()
+        self._master_E.mul_(1 - rate * decay).sub_(self._grad_E, alpha=rate)
+
+    def _turn(self) -> None:
+        """`_directions`, recorded the second time, when all that it needs has been set up."""
+        if not self._grad_E.is_cuda or self._grad_E.numel() > MOST or not self._warm:
+            self._warm = True
+            self._directions()
+            return
+        if self._recorded is None:
+            self._recorded = torch.cuda.CUDAGraph()
+            # Another thread pins memory meanwhile.
+            with torch.cuda.graph(self._recorded, capture_error_mode="thread_local"):
+                self._directions()
+        self._recorded.replay()
+
+    def _directions(self) -> None:
+        """Gradients to the steps of a rate of one, in their place."""
         self.momentum_E.lerp_(self._grad_E, 1 - MOMENTUM)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
-        self._master_E.mul_(1 - rate * decay)
-        for ahead, masters in self._alike:
+        for ahead in self._alike:
             moved_NRC = orthogonal(torch.stack(ahead))
-            moved_NRC.mul_(rate * LIKE_ADAMW * max(moved_NRC.shape[1:]) ** 0.5)
-            for master_RC, moved_RC in zip(masters, moved_NRC.unbind(), strict=True):
-                master_RC.sub_(moved_RC)
+            moved_NRC.mul_(LIKE_ADAMW * max(moved_NRC.shape[1:]) ** 0.5)
+            torch._foreach_copy_(ahead, moved_NRC.unbind())
 
 
 def _together(places: list[slice], shape: tuple[int, int]) -> list[list[slice]]:

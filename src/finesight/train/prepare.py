@@ -15,6 +15,7 @@ import torch
 from finesight import __version__
 from finesight.config import Recipe
 from finesight.data.sources import Corpus, load_sources
+from finesight.encode.pack import PackedBatch, filled
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.evaluate import own
@@ -126,6 +127,14 @@ class Session:
         members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
         budget, unusable = self.recipe.train.pack_tokens, self.recipe.data.unusable
         return StepData(self.held_out.corpus, self.renderer, members, budget, unusable)
+
+    def placed(self, packed: PackedBatch) -> PackedBatch:
+        """The pack as the model is to compute it: on the device, and filled up where a CPU computes
+        in 16 bits, since oneDNN builds kernels for every new shape for longer than they run."""
+        machine, model = self.machine, self.model
+        if machine.device.type == "cpu" and machine.dtype != torch.float32:
+            return filled(packed, model.geometry.vision.merge)
+        return packed.to(machine.device)
 
     def state(self) -> State:
         """What a checkpoint keeps beside tensors."""

@@ -78,10 +78,12 @@ def look(session: Session, screen: Screen, stop: Stop) -> Seen | None:
 
 def _features(session: Session, packed: PackedBatch) -> Sequence[Tensor]:
     """Of each sample of the pack, [0, D] for one without pictures."""
-    batch = packed.to(session.machine.device)
-    if not batch.grids:
+    if not packed.grids:
         width = session.model.geometry.language.width
-        return [torch.empty(0, width, dtype=session.machine.dtype)] * len(batch.lengths)
+        return [torch.empty(0, width, dtype=session.machine.dtype)] * len(packed.lengths)
+    batch = session.placed(packed)
     ends = torch.searchsorted(batch.visual_at_M, batch.bounds_S1)
     counts: list[int] = ends.diff().tolist()
-    return torch.split(session.model.see(batch.patches_ND, batch.grids), counts)
+    features = torch.split(session.model.see(batch.patches_ND, batch.grids), counts)
+    # Without what fills the pack up.
+    return features[: len(packed.lengths)]

@@ -99,7 +99,7 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             session.masters.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
-        batch = packed.to(device)
+        batch = session.placed(packed)
         features_MD = None if seen is None else seen.of(step.members[micro])
         h_LD = model(batch, features_MD)
         loss = label_loss(h_LD, model.head_weight, batch.target_L, share)

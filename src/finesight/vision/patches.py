@@ -82,11 +82,13 @@ def to_patches(
 
     Patches follow time, then the rows and columns of merge blocks, then the rows and columns
     within a block. The numbers of a patch follow channel, frame, row, column. Frames short of a
-    multiple of the temporal depth are filled up by repeating the last, so one still picture
-    is its frame repeated. The resize is one bicubic step of Pillow, straight from the original.
+    multiple of the temporal depth are filled up by repeating the last; the patches of one still
+    picture hold its frame once, and `whole` repeats it. The resize is one bicubic step of Pillow,
+    straight from the original.
     """
     t, h, w = geometry.grid(size, len(frames))
-    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+    p, m = geometry.patch, geometry.merge
+    depth = 1 if len(frames) == 1 else geometry.temporal
     shape = (t, h // m, w // m, m, m, CHANNELS, depth, p, p)
     patches = np.empty(shape, dtype=np.uint8)
     for place in range(t * depth):
@@ -95,7 +97,33 @@ def to_patches(
             blocks = planes_CHW.reshape(CHANNELS, h // m, m, p, w // m, m, p)
             ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
         patches[place // depth, :, :, :, :, :, place % depth] = ordered
-    return patches.reshape(t * h * w, geometry.numbers)
+    return patches.reshape(t * h * w, CHANNELS * depth * p * p)
+
+
+def whole(patches_ND: NDArray[np.uint8], numbers: int) -> NDArray[np.uint8]:
+    """The patches with so many numbers each, their one frame repeated where they hold one."""
+    number, width = patches_ND.shape
+    if width == numbers:
+        return patches_ND
+    frames_NCFP = patches_ND.reshape(number, CHANNELS, 1, width // CHANNELS)
+    return np.repeat(frames_NCFP, numbers // width, axis=2).reshape(number, numbers)
+
+
+def common_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
+    """[N, D] of these patches end to end: with one frame each where all of them hold one."""
+    widths = (part.shape[1] for part in patches if len(part))
+    return sum(map(len, patches)), max(widths, default=patches[0].shape[1])
+
+
+def end_to_end(
+    patches: Sequence[NDArray[np.uint8]], out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The patches of one picture or sample after those of another, of their common shape; written
+    to `out` where it is given."""
+    if len(patches) == 1 and out is None:
+        return patches[0]
+    _, numbers = common_shape(patches)
+    return np.concatenate([whole(part, numbers) for part in patches], out=out)
 
 
 def from_patches(
@@ -106,7 +134,8 @@ def from_patches(
     They include the repetitions of the last frame that filled up the temporal depth.
     """
     t, h, w = grid
-    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+    p, m = geometry.patch, geometry.merge
+    depth = patches_ND.shape[1] // (CHANNELS * p * p)
     blocks = patches_ND.reshape(t, h // m, w // m, m, m, CHANNELS, depth, p, p)
     ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
     frames_FHWC = ordered.reshape(t * depth, h * p, w * p, CHANNELS)
@@ -117,5 +146,6 @@ def _planes(frame: Image.Image, size: Size) -> NDArray[np.uint8]:
     """One resized frame as contiguous planes [C, H, W]; rows of a patch are then whole runs."""
     assert frame.mode == "RGB", f"a frame of mode {frame.mode}, not RGB"
     height, width = size
-    resized = frame.resize((width, height), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    if frame.size != (width, height):
+        frame = frame.resize((width, height), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))

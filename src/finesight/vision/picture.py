@@ -66,7 +66,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, _WHITE)
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey(values_HW: NDArray[np.uint8]) -> Image.Image:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from stages import MEASURING
 
 from finesight.errors import UserError
 from finesight.hub import TINY
@@ -280,8 +281,10 @@ def _about(task: str) -> str:
 
 
 def _seconds(stages: Mapping[str, float]) -> str:
-    parts = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in stages.items())
-    return f"{sum(stages.values()) / 60:.1f} minutes ({parts})"
+    made = {name: seconds for name, seconds in stages.items() if name != MEASURING}
+    parts = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in made.items())
+    measuring = f", and {stages[MEASURING]:.0f} s to measure it," if MEASURING in stages else ""
+    return f"{sum(made.values()) / 60:.1f} minutes ({parts}){measuring}"
 
 
 def _fonts() -> str:

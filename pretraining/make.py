@@ -27,7 +27,7 @@ import torch
 from card import Facts, card
 from facts import MEASURED, gather
 from rich.console import Console
-from stages import LAST, STAGES, Stage
+from stages import LAST, MEASURING, STAGES, Stage
 
 from finesight.config import Eval, Metric
 from finesight.data.jsonl import Located, read_samples
@@ -120,7 +120,7 @@ def make(out: Path, size: Size, changes: Sequence[str], console: Console) -> Non
             model = out / stage.name / "model"
         drawing.measured()
     if not (out / MEASURED).exists():
-        with clock.of("measure"):
+        with clock.of(MEASURING):
             measure(out, console)
     pack(out, size)
 

@@ -26,9 +26,12 @@ class Stage:
 
 STAGES = (
     Stage("first", FIRST, 100_000, 700, "constant"),
-    Stage("second", MIXTURE, 150_000, 2_000, "constant"),
-    Stage("third", MIXTURE, 400_000, 4_000, "constant"),
-    Stage("fourth", MIXTURE, 700_000, 7_000, "linear"),
+    Stage("second", MIXTURE, 150_000, 1_300, "constant"),
+    Stage("third", MIXTURE, 350_000, 2_000, "constant"),
+    Stage("fourth", MIXTURE, 600_000, 11_000, "linear"),
 )
 
 LAST = STAGES[-1].name
+
+MEASURING = "measure"
+"""What comes after them, when the weights are there."""

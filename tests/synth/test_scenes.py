@@ -41,7 +41,7 @@ def test_boxes_lie_in_the_picture_and_apart():
 
 def test_pictures_stay_small():
     sides = [side for made in SIMPLE + CROWDS for side in made.picture.size]
-    assert max(sides) <= 288
+    assert max(sides) <= 308
     assert min(sides) >= 48
 
 

@@ -14,7 +14,7 @@ from finesight.synth import vocabulary
 from finesight.synth.drawn import Drawn, Said, Turn, boxed
 from finesight.synth.fonts import Choice, any_face, load
 from finesight.synth.questions import ask
-from finesight.synth.sheet import Colour, Sheet, Word, paper, photographed
+from finesight.synth.sheet import Colour, Sheet, Word, paper, photographed, sides
 
 ITEMS = (
     *("Milk", "Bread", "Butter", "Cheese", "Eggs", "Coffee", "Tea", "Sugar", "Rice", "Pasta"),
@@ -114,7 +114,7 @@ def printed(content: Receipt, rng: random.Random, fonts: Choice) -> Image.Image 
     font = load(any_face(rng, fonts), rng.choice(_SIZES))
     pitch = font.size * rng.uniform(1.15, 1.5)
     lines = len(content.prices) + rng.randint(5, 7)
-    size = (rng.randint(*_WIDTHS), round(lines * pitch + 16))
+    size = sides(rng.randint(*_WIDTHS), round(lines * pitch + 16), rng)
     if size[1] > _TALLEST:
         return None
     sheet = _slip(size, rng)

@@ -27,7 +27,7 @@ from finesight.synth.shapes import (
     apart,
     draw,
 )
-from finesight.synth.sheet import Sheet, paper, photographed
+from finesight.synth.sheet import Sheet, paper, photographed, sides
 
 MOST_DESCRIBED = 4
 """Shapes, besides one inside of another, of a scene that is described."""
@@ -41,6 +41,10 @@ _NUMBERS = (1, 3, 3, 2)
 """How often a scene that is described has one to MOST_DESCRIBED shapes."""
 
 _CONTRAST = 110.0
+
+_LEAST = 20
+"""Pixels of the smallest shape's side: below, a hexagon looks like a circle."""
+
 _CELLS = (48, 88)
 _LARGEST = 288
 
@@ -143,7 +147,8 @@ def _ground(rng: random.Random, least: int) -> tuple[Sheet, int, tuple[int, int]
     most = min(4, _LARGEST // cell)
     columns = rng.randint(min(least, most), most)
     rows = rng.randint(1 if least == 2 else 2, min(3, _LARGEST // cell))
-    return paper((cell * columns, cell * rows), rng, pale=0.75), cell, (columns, rows)
+    size = sides(cell * columns, cell * rows, rng)
+    return paper(size, rng, pale=0.75), cell, (columns, rows)
 
 
 def _kinds(sheet: Sheet, number: int, rng: random.Random, *, crowded: bool) -> list[Kind]:
@@ -171,12 +176,14 @@ def _inner(sheet: Sheet, placed: Sequence[Placed], rng: random.Random) -> list[P
     holders = [
         shape
         for shape in placed
-        if shape.large and shape.kind.shape in HOLDING and shape.kind.fill == "solid"
+        if shape.large
+        and shape.kind.shape in HOLDING
+        and shape.kind.fill == "solid"
+        and _room(shape) >= _LEAST
     ]
     if not holders:
         return []
     holder = rng.choice(holders)
-    x1, y1, x2, y2 = holder.corners
     ground = COLOURS[holder.kind.colour]
     taken = {(shape.kind.colour, shape.kind.shape) for shape in placed}
     able = [
@@ -186,9 +193,16 @@ def _inner(sheet: Sheet, placed: Sequence[Placed], rng: random.Random) -> list[P
         if apart(colour, ground, _CONTRAST + 40) and (name, shape) not in taken
     ]
     kind = rng.choice(able)
-    side = round(min(x2 - x1, y2 - y1) * rng.uniform(0.4, 0.46))
+    side = round(rng.uniform(max(_LEAST, 0.87 * _room(holder)), _room(holder)))
+    x1, y1, x2, y2 = holder.corners
     corners = draw(sheet.picture, kind, ((x1 + x2) / 2, (y1 + y2) / 2), side, rng)
     return [Placed(kind, holder.cell, False, corners, within=holder.kind)]
+
+
+def _room(holder: Placed) -> float:
+    """Side of the largest shape that leaves enough of its holder to be seen, all around."""
+    x1, y1, x2, y2 = holder.corners
+    return 0.46 * min(x2 - x1, y2 - y1)
 
 
 Asked = tuple[tuple[Said, ...], tuple[Said, ...]]

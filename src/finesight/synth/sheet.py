@@ -134,7 +134,7 @@ def paper(size: tuple[int, int], rng: random.Random, pale: float = 0.6) -> Sheet
 def sides(width: int, height: int, rng: random.Random) -> tuple[int, int]:
     """At least that wide and high: mostly filled up to whole squares, which need no resizing before
     a model sees them, and sometimes as they are."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.05:
         return width, height
     return -(-width // SQUARE) * SQUARE, -(-height // SQUARE) * SQUARE
 

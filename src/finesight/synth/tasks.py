@@ -72,15 +72,15 @@ MIXTURE: dict[str, float] = {
     "letters": 0.02,
     "pieces": 0.04,
     "word": 0.14,
-    "words": 0.14,
-    "lines": 0.06,
+    "words": 0.12,
+    "lines": 0.05,
     "sign": 0.04,
     "street": 0.03,
     "chinese": 0.04,
-    "receipt": 0.07,
-    "formula": 0.30,
-    "scene": 0.09,
-    "crowd": 0.03,
+    "receipt": 0.06,
+    "formula": 0.34,
+    "scene": 0.10,
+    "crowd": 0.02,
 }
 """Shares of the tasks in the rest of pre-training."""
 

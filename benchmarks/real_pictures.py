@@ -65,8 +65,10 @@ TASKS = {
             "Write the formula in LaTeX.",
         ),
         100,
-        600,
+        900,
         {"metric": "latex", "max_new_tokens": 256, "batch": 100},
+        # Print of ten pixels an em is enlarged to what the model knows.
+        {"min_pixels": 30_000, "max_pixels": 200_704},
     ),
     "words in photographs": Task(
         "icdar.jsonl",

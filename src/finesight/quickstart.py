@@ -62,7 +62,7 @@ train:
   seed: {seed}
   precision: {precision}
   device: cpu
-eval: {{metric: json, max_new_tokens: 80, batch: 100}}
+eval: {{metric: json, max_new_tokens: 112, batch: 100}}
 output: {run}
 """
 
@@ -73,7 +73,7 @@ class Plan:
 
     pictures: int = 2500
     held_out: int = 100
-    steps: int = 240
+    steps: int = 200
     model: str = TINY
     seed: int = 0
 

@@ -15,6 +15,7 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.pack import PackedBatch
 from finesight.encode.render import Renderer
+from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.train.course import InOrder
 from finesight.train.loader import Block, Parcel, Step, StepData, read_steps
@@ -90,6 +91,25 @@ def test_parcel_gives_back_what_was_put_in_as_views_of_two_blocks(folder: Path) 
         assert batch.patches_ND.data_ptr() == laid.patches_ND.data_ptr()
         assert batch.ids_T.untyped_storage().data_ptr() == other
         assert batch.ids_T.data_ptr() % 64 == other % 64
+
+
+def test_shared_memory_that_is_full_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise RuntimeError(f"unable to resize file </torch_1> to the right size: {size}\nmore")
+
+    monkeypatch.setattr("finesight.train.loader.get_worker_info", lambda: object())
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    found = steps_of(folder)[0]
+    assert isinstance(found, UserError)
+    assert "no shared memory for" in str(found)
+    assert "--shm-size" in str(found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_steps_without_pictures_travel_too(folder: Path, workers: int) -> None:
+    data = steps_of(folder).without_pictures()
+    expected = contents([data.step(number) for number in range(len(data))])
+    assert contents(list(read_steps(data, 0, workers, pin=False))) == expected
 
 
 def test_parcel_of_a_step_without_packs() -> None:

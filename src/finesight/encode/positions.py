@@ -40,7 +40,7 @@ def rope_positions(
     return positions_3T
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
     """Row and column of each placeholder, [2, t x h x w]."""
     return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)

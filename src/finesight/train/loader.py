@@ -79,7 +79,16 @@ class Block:
         size = sum(_room(dtype, shape) for dtype, shape in forms)
         if get_worker_info() is None:
             return cls(forms, torch.empty(size, dtype=torch.uint8))
-        shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+        try:
+            shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise UserError(
+                f"no shared memory for {size:,} bytes of a step: {str(error).splitlines()[0]}",
+                where="train.workers",
+                expected="room for two steps of each reading process in /dev/shm",
+                remedy="set train.workers lower, or to 0; in a container, give it more"
+                " (docker run --shm-size)",
+            ) from error
         return cls(forms, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
 
     def pin_memory(self) -> Block:

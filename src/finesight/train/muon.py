@@ -27,8 +27,11 @@ Muon is Scalable for LLM Training, section 2.2)."""
 
 
 MOST = 1 << 26
-"""Numbers of matrices that are made orthogonal at once: a bound on memory. A group of no more is
-stepped by a recorded CUDA graph: it would take longer to launch its kernels than to run them."""
+"""Numbers of matrices that are made orthogonal at once: a bound on memory."""
+
+RECORDED = 1 << 24
+"""A group of no more numbers is stepped by a recorded CUDA graph: it takes longer to launch its
+kernels than to run them. The graph keeps the memory of one passage."""
 
 
 class Matrix(NamedTuple):
@@ -70,7 +73,7 @@ class Muon:
 
     def _turn(self) -> None:
         """`_directions`, recorded the second time, when all that it needs has been set up."""
-        if not self._grad_E.is_cuda or self._grad_E.numel() > MOST or not self._warm:
+        if not self._grad_E.is_cuda or self._grad_E.numel() > RECORDED or not self._warm:
             self._warm = True
             self._directions()
             return

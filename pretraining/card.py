@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from stages import MEASURING
 
 from finesight.errors import UserError
 from finesight.hub import TINY
@@ -44,6 +43,9 @@ from finesight.synth.streets import ACROSS, DOWN
 from finesight.synth.tasks import MOST_TURNS, TASKS
 from finesight.synth.texts import LARGEST
 from finesight.synth.vocabulary import CHINESE
+
+MEASURING = "measure"
+"""The stage that comes when the weights are there."""
 
 
 class Part(BaseModel):

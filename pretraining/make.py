@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from card import Facts, card
+from card import MEASURING, Facts, card
 from facts import MEASURED, gather
 from rich.console import Console
-from stages import LAST, MEASURING, STAGES, Stage
+from stages import LAST, STAGES, Stage
 
 from finesight.config import Eval, Metric
 from finesight.data.jsonl import Located, read_samples

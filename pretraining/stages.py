@@ -32,6 +32,3 @@ STAGES = (
 )
 
 LAST = STAGES[-1].name
-
-MEASURING = "measure"
-"""What comes after them, when the weights are there."""

@@ -20,7 +20,7 @@ from finesight.infer.predict import predict, questions
 from finesight.synth.tickets import FIELDS, draw_tickets
 from finesight.train.loop import train
 
-TICKETS, HELD_OUT, STEPS = 2500, 100, 240
+TICKETS, HELD_OUT, STEPS = 2500, 100, 200
 MODEL = "finesight-tiny"
 PROMPT = "Read the ticket."
 folder = Path("tickets-example")
@@ -73,7 +73,7 @@ recipe = Recipe.model_validate(
             "precision": cpu_precision(),
             "workers": 0,
         },
-        "eval": {"metric": "json", "max_new_tokens": 80, "batch": 100},
+        "eval": {"metric": "json", "max_new_tokens": 112, "batch": 100},
         "output": folder / "run",
     }
 )
@@ -89,7 +89,7 @@ draw_tickets(folder / "new", 3, seed=1)
 pictures = sorted((folder / "new" / "pictures").iterdir())
 answerer = load_answerer(str(recipe.output))
 asked = questions(pictures, PROMPT)
-answers = predict(answerer.model, answerer.renderer, asked, max_new_tokens=80, batch=3)
+answers = predict(answerer.model, answerer.renderer, asked, max_new_tokens=112, batch=3)
 print(*(answer.as_text() for answer in answers), sep="\n")
 
 # %% [markdown]

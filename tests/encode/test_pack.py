@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,19 @@ def test_a_pack_that_is_even_already_gets_a_sequence_all_the_same() -> None:
     assert even.grids == ()
     assert len(even.predict_L) == EVEN
     assert even.predict_L.tolist() == [*batch.predict_L.tolist(), 0]
+
+
+def test_squares_of_three_are_filled_whole() -> None:
+    batch = replace(
+        pack([plain("a", [3] * 20, [True] * 20)]),
+        patches_ND=torch.zeros((63, 12), dtype=torch.uint8),
+        grids=((1, 9, 7),),
+        visual_at_M=torch.arange(7),
+    )
+    even = filled(batch, 3)
+    assert sum(t * h * w for t, h, w in even.grids) == len(even.patches_ND) == 576
+    assert len(even.visual_at_M) == 64
+    assert len(even.ids_T) % EVEN == 0
 
 
 def test_an_empty_pack_is_a_bug() -> None:

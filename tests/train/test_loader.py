@@ -15,10 +15,10 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.pack import PackedBatch
 from finesight.encode.render import Renderer
-from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.train.course import InOrder
 from finesight.train.loader import Block, Parcel, Step, StepData, read_steps
+from finesight.train.workers import WorkerDied
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)
 
@@ -100,7 +100,7 @@ def test_shared_memory_that_is_full_is_told(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("finesight.train.loader.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     found = steps_of(folder)[0]
-    assert isinstance(found, UserError)
+    assert isinstance(found, WorkerDied), "the run saves a checkpoint before it ends"
     assert "no shared memory for" in str(found)
     assert "--shm-size" in str(found)
 

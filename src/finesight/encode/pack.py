@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,8 @@ class PackedBatch:
     `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32).
     `visual_at_M` says where in the pack the placeholder tokens stand, one for each merged feature.
     `patches_ND` holds one frame of each patch where all its frames are alike, as a still's are.
-    `predict_L` says which tokens predict a learned token and `target_L` which token that is.
+    `predict_L` says which tokens predict a learned token and `target_L` which token that is. What
+    `filled` adds has no name in `sample_ids` and no target.
     """
 
     sample_ids: tuple[str, ...]
@@ -100,7 +102,7 @@ def filled(batch: PackedBatch, merge: int) -> PackedBatch:
     of them become a token) and predicting tokens come to multiples of `EVEN`. It has no targets:
     `predict_L` grows longer than `target_L`.
     """
-    of_patches = -len(batch.patches_ND) % EVEN
+    of_patches = -len(batch.patches_ND) % math.lcm(EVEN, merge**2)
     features = of_patches // merge**2
     end = len(batch.ids_T)
     tokens = features + 1

@@ -71,6 +71,4 @@ class Tokenizer:
         return self._tokenizer.id_to_token(token_id) or ""
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        # Fast means without each token's place in the text, which nobody asks for.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return tuple(encoding.ids)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -21,7 +21,7 @@ from finesight.encode.pack import PackedBatch, pack, plan_packs
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.train.course import Members
-from finesight.train.workers import guarded, read_ahead
+from finesight.train.workers import WorkerDied, guarded, read_ahead
 from finesight.vision.patches import common_shape
 
 _ALIGNED = 64
@@ -82,12 +82,12 @@ class Block:
         try:
             shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise UserError(
+            raise WorkerDied(
                 f"no shared memory for {size:,} bytes of a step: {str(error).splitlines()[0]}",
                 where="train.workers",
                 expected="room for two steps of each reading process in /dev/shm",
-                remedy="set train.workers lower, or to 0; in a container, give it more"
-                " (docker run --shm-size)",
+                remedy="set train.workers lower, or to 0, or give a container more (docker run"
+                " --shm-size); then start again with --resume",
             ) from error
         return cls(forms, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
 

@@ -76,9 +76,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 def _one_thread(device: torch.device) -> Iterator[None]:
     """One thread for what little the CPU computes beside a GPU: more of them mostly wait for each
     other, and do so on the cores of the processes that read."""
+    if device.type != "cuda":
+        yield
+        return
     before = torch.get_num_threads()
-    if device.type == "cuda":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

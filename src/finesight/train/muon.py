@@ -67,7 +67,8 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float, decay: float) -> None:
         """Move the masters by Nesterov's momentum of the gradients, made orthogonal, and shrink
-        them by `rate` times `decay`. The gradients are used up. Waits for nothing."""
+        them by `rate` times `decay`. The gradients are used up. Waits for nothing, except once, to
+        record a small group."""
         self._turn()
         self._master_E.mul_(1 - rate * decay).sub_(self._grad_E, alpha=rate)
 
@@ -78,10 +79,11 @@ class Muon:
             self._directions()
             return
         if self._recorded is None:
-            self._recorded = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Another thread pins memory meanwhile.
-            with torch.cuda.graph(self._recorded, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._directions()
+            self._recorded = graph
         self._recorded.replay()
 
     def _directions(self) -> None:

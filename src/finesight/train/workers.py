@@ -62,7 +62,7 @@ def read_ahead(
 
 
 class WorkerDied(UserError):
-    """A process that reads data was killed, most often for want of memory."""
+    """A process that reads data was killed or cannot go on, most often for want of memory."""
 
 
 def _items(source: Iterator[Item | UserError], workers: int) -> Iterator[Item]:

@@ -129,8 +129,8 @@ class Session:
         return StepData(self.held_out.corpus, self.renderer, members, budget, unusable)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
-        """The pack as the model is to compute it: on the device, and filled up where a CPU computes
-        in 16 bits, since oneDNN builds kernels for every new shape for longer than they run."""
+        """The pack as a step or the held-out loss computes it: on the device, and filled up where a
+        CPU computes in 16 bits, since oneDNN builds its kernels anew for every new shape."""
         machine, model = self.machine, self.model
         if machine.device.type == "cpu" and machine.dtype != torch.float32:
             return filled(packed, model.geometry.vision.merge)

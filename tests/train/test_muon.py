@@ -39,7 +39,9 @@ def settings(**changes: object) -> Train:
 
 def take(masters: Masters, named: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    terms = [(p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()]
+    terms = [
+        (p * torch.randn(p.shape, generator=generator).to(p.device)).sum() for p in named.values()
+    ]
     torch.stack(terms).sum().backward()
     masters.step(1.0, masters.norm())
 
@@ -177,6 +179,29 @@ def test_state_goes_on_where_it_was(only: str | None) -> None:
         assert torch.equal(parameter, again[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_reads_the_state_that_is_loaded() -> None:
+    """Its graph holds addresses: a state that were put beside them would never be seen."""
+    named, again = (
+        {name: nn.Parameter(p.detach().cuda()) for name, p in parameters().items()}
+        for _ in range(2)
+    )
+    masters, others = Masters(named, settings()), Masters(again, settings())
+    for seed in range(3):
+        take(masters, named, seed)
+        take(others, again, 10 + seed)
+    assert all(group.muon is None or group.muon._recorded for group in others.groups)
+    others.load(
+        {name: value.clone() for name, value in masters.values().items()},
+        {name: value.clone() for name, value in masters.moments().items()},
+    )
+    take(masters, named, 9)
+    take(others, again, 9)
+    for name, parameter in named.items():
+        assert torch.equal(parameter, again[name]), name
+
+
 def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
     """Those of the weights, and the ranks of their adapters."""
     model = load_model(
@@ -200,7 +225,10 @@ def test_a_loss_scale_changes_no_step() -> None:
     for named, scale in ((one, 1.0), (other, 1024.0)):
         masters = Masters(named, settings())
         generator = torch.Generator().manual_seed(8)
-        terms = [(p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()]
+        terms = [
+            (p * torch.randn(p.shape, generator=generator).to(p.device)).sum()
+            for p in named.values()
+        ]
         (torch.stack(terms).sum() * scale).backward()
         masters.step(1.0, masters.norm(), scale)
     for name, parameter in one.items():

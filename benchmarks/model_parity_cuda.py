@@ -34,7 +34,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.hub import PREPROCESSOR_DEFAULTS
 from finesight.model.geometry import Settings
 from finesight.model.network import FAMILIES, VisionLanguageModel, build
-from finesight.model.weights import hub_tensors, published_name
+from finesight.model.weights import hub_tensors
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def native_model(
     """The native model with the reference's weights, copied in memory."""
     settings, pixels = Settings(config), Settings(PREPROCESSOR_DEFAULTS)
     model = build(settings, pixels, torch.bfloat16, device)
-    found = {published_name(name): p.detach() for name, p in reference.named_parameters()}
+    named = model.architecture.native_name
+    found = {named(name): p.detach() for name, p in reference.named_parameters()}
     for tensor in hub_tensors(model):
         tensor.data.copy_(found.pop(tensor.name).view(tensor.data.shape))
     assert not found, f"not in the native model: {sorted(found)[:5]}"

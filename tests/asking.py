@@ -62,10 +62,8 @@ def generate_uncached(
     logits: list[torch.Tensor] = []
     for _ in range(steps):
         batch = pack([_continued(prompt, tokens)]).to(model.head_weight.device)
-        features = model.see(batch.patches_ND, batch.grids) if batch.grids else None
-        x_TD = model.embed(batch.ids_T, features, batch.visual_at_M)
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-        h_TD = model.decode(x_TD, batch.positions_3T, PackedAttention(segments))
+        h_TD = model.read(batch, PackedAttention(segments))
         logits.append(model.logits(model.normed(h_TD[-1:]))[0])
         tokens.append(int(logits[-1].argmax()))
     return tokens, logits

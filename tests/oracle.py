@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +17,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.hub import PREPROCESSOR_DEFAULTS
 from finesight.model.geometry import Settings
 from finesight.model.network import VisionLanguageModel, build
-from finesight.model.weights import hub_tensors, published_name
+from finesight.model.weights import hub_tensors
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
 CPU = torch.device("cpu")
@@ -24,6 +25,8 @@ CPU = torch.device("cpu")
 
 def config(family: str, **changes: Any) -> dict[str, Any]:
     """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
+    if family == "qwen3_vl":
+        return _nested(changes)
     vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -60,6 +63,54 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same for Qwen3-VL, whose language model's keys stand in `text_config`."""
+    vision = {
+        "depth": 3,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 48,
+        "intermediate_size": 52,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_position_embeddings": 49,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": [4, 2, 2],
+        },
+    }
+    vision |= changes.pop("vision", {})
+    top = {"tie_word_embeddings": changes.pop("tie_word_embeddings", True)}
+    return top | {
+        "model_type": "qwen3_vl",
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "text_config": text | changes,
+        "vision_config": vision,
+    }
+
+
 def reference(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
     """The transformers model of this config.json, every parameter random, in fp32."""
     from transformers import (
@@ -67,14 +118,17 @@ def reference(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") 
         Qwen2_5_VLForConditionalGeneration,
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
     )
 
     kinds = {
         "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     }
     kind, model_kind = kinds[settings["model_type"]]
-    typed = kind.from_dict(settings | {"vision_config": dict(settings["vision_config"])})
+    typed = kind.from_dict(deepcopy(settings))
     typed._attn_implementation = attention
     model = model_kind(typed).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +146,9 @@ def native(settings: dict[str, Any], weights: nn.Module) -> VisionLanguageModel:
     device = next(weights.parameters()).device
     model = build(Settings(settings), Settings(PREPROCESSOR_DEFAULTS), dtype, device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
-    found = {published_name(name): p.detach() for name, p in weights.named_parameters()}
+    found = {
+        model.architecture.native_name(name): p.detach() for name, p in weights.named_parameters()
+    }
     assert wanted.keys() == found.keys(), sorted(wanted.keys() ^ found.keys())
     for name, tensor in wanted.items():
         assert tensor.shape == tuple(found[name].shape), name
@@ -102,6 +158,26 @@ def native(settings: dict[str, Any], weights: nn.Module) -> VisionLanguageModel:
 
 Part = int | tuple[str, Grid]
 """So many text tokens, or a picture or video of this grid."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What is talked about, for any family to read."""
+
+    seed: int
+    parts: tuple[Part, ...]
+
+    def with_model(self, model: Any) -> Conversation:
+        """As the reference model's family reads it: Qwen3-VL takes the pairs of frames of a video
+        one by one, with text before each."""
+        newest = model.config.model_type == "qwen3_vl"
+        parts = _one_by_one(self.parts) if newest else self.parts
+        return _drawn(self.seed, parts, side=16 if newest else 14)
+
+
+def conversation(seed: int, *parts: Part) -> Talk:
+    """The parts in order, pictures between their start and end tokens."""
+    return Talk(seed, parts)
 
 
 @dataclass(frozen=True)
@@ -130,8 +206,7 @@ class Conversation:
         return torch.tensor(chosen) if chosen else None
 
 
-def conversation(seed: int, *parts: Part) -> Conversation:
-    """The parts in order, pictures between their start and end tokens."""
+def _drawn(seed: int, parts: Sequence[Part], side: int) -> Conversation:
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     kinds: list[int] = []
@@ -146,8 +221,22 @@ def conversation(seed: int, *parts: Part) -> Conversation:
         ids += [START, *[IMAGE if kind == "image" else VIDEO] * count, END]
         kinds += [0, *[1 if kind == "image" else 2] * count, 0]
         media.append(part)
-        patches.append(torch.from_numpy(rng.integers(0, 256, (t * h * w, 1176), dtype=np.uint8)))
+        patches.append(
+            torch.from_numpy(rng.integers(0, 256, (t * h * w, 6 * side**2), dtype=np.uint8))
+        )
     return Conversation(torch.tensor(ids), torch.tensor(kinds), tuple(media), tuple(patches))
+
+
+def _one_by_one(parts: Sequence[Part]) -> list[Part]:
+    """Videos as pairs of frames with two tokens of text before each."""
+    apart: list[Part] = []
+    for part in parts:
+        if isinstance(part, int) or part[0] == "image":
+            apart.append(part)
+        else:
+            t, h, w = part[1]
+            apart += [2, ("video", (1, h, w))] * t
+    return apart
 
 
 def positions(model: Any, sample: Conversation) -> Tensor:
@@ -163,8 +252,9 @@ def positions(model: Any, sample: Conversation) -> Tensor:
     return index[:, 0]
 
 
-def reference_logits(model: Any, sample: Conversation) -> Tensor:
+def reference_logits(model: Any, talk: Talk) -> Tensor:
     """Logits [T, V] of one sample alone."""
+    sample = talk.with_model(model)
     device = next(model.parameters()).device
 
     def moved(tensor: Tensor | None) -> Tensor | None:
@@ -183,8 +273,9 @@ def reference_logits(model: Any, sample: Conversation) -> Tensor:
     return output.logits[0]
 
 
-def packed(model: Any, samples: Sequence[Conversation]) -> PackedBatch:
+def packed(model: Any, talks: Sequence[Talk]) -> PackedBatch:
     """The samples end to end, every token asked for its logits."""
+    samples = [talk.with_model(model) for talk in talks]
     lengths = tuple(len(sample.ids_T) for sample in samples)
     ids_T = torch.cat([sample.ids_T for sample in samples])
     kinds_T = torch.cat([sample.kinds_T for sample in samples])
@@ -197,7 +288,7 @@ def packed(model: Any, samples: Sequence[Conversation]) -> PackedBatch:
         ids_T=ids_T,
         positions_3T=torch.cat([positions(model, sample) for sample in samples], dim=1),
         bounds_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        patches_ND=torch.cat(patches) if patches else torch.empty(0, 1176, dtype=torch.uint8),
+        patches_ND=torch.cat(patches) if patches else torch.empty(0, 6, dtype=torch.uint8),
         visual_at_M=(kinds_T > 0).nonzero().squeeze(1),
         predict_L=every_T,
         target_L=ids_T,

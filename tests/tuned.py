@@ -18,7 +18,7 @@ from finesight.model.lora import adapters, hub_name
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.1}
 TUNES: dict[str, dict[str, Any]] = {
     "language": {"language": "lora", "lora": LORA},

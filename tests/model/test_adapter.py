@@ -139,7 +139,8 @@ def test_an_adapter_from_peft_loads_here_with_the_same_logits(
     assert distance(their_logits(fresh), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Qwen3-VL came when transformers had its present names.
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_names_of_transformers_4_are_read_the_same(family: str, tmp_path: Path) -> None:
     theirs = reference(config(family))
     ours = our_model(theirs, family, "all parts")

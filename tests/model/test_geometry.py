@@ -26,6 +26,7 @@ def geometry(settings: dict[str, Any]) -> Geometry:
         ("Qwen2-VL-2B-Instruct", 1536, 28, 12, 2, True, 2208985600),
         ("Qwen2.5-VL-3B-Instruct", 2048, 36, 16, 2, True, 3754622976),
         ("Qwen2.5-VL-7B-Instruct", 3584, 28, 28, 4, False, 8292166656),
+        ("Qwen3-VL-Embedding-8B", 4096, 36, 32, 8, False, 8767123696),
     ],
 )
 def test_published_configurations(
@@ -43,9 +44,11 @@ def test_published_configurations(
     language, vision = model.geometry.language, model.geometry.vision
     assert (language.width, language.depth, language.heads) == (width, depth, heads)
     assert (language.kv_heads, language.tied, language.head_width) == (kv_heads, tied, 128)
-    assert (vision.width, vision.depth, vision.heads, vision.merge) == (1280, 32, 16, 2)
+    newest = folder.family == "qwen3_vl"
+    assert (vision.width, vision.depth) == ((1152, 27) if newest else (1280, 32))
+    assert (vision.heads, vision.merge) == (16, 2)
     assert vision.out_width == width
-    assert vision.patch_numbers == 1176
+    assert vision.patch_numbers == (1536 if newest else 1176)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -60,6 +63,17 @@ def test_the_style_of_transformers_5_says_the_same(tmp_path: Path, family: str) 
     assert "hidden_size" not in nested
     assert nested["text_config"]["hidden_size"] == 48
     assert geometry(nested) == geometry(flat)
+
+
+def test_qwen3_as_transformers_5_writes_it_says_the_same(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    hubs = config("qwen3_vl", rope_theta=5000.0, tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(hubs))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "rope_parameters" in again["text_config"]
+    assert geometry(again) == geometry(hubs)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -83,7 +97,7 @@ def test_the_style_of_transformers_5_says_the_same(tmp_path: Path, family: str) 
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"vision_config": None}, "vision_config is missing"),
-        ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
+        ({"model_type": "llava"}, "model_type is 'llava'"),
         ({"model_type": None}, "model_type is missing"),
         ({"hidden_size": 96, "num_attention_heads": 8}, "features of pictures are 48 wide"),
         ({"vision": {"num_heads": 5}}, "vision_config.num_heads is 5"),
@@ -98,6 +112,38 @@ def test_what_is_missing_or_wrong_is_named(family: str, change: dict[str, Any], 
         geometry(config(family, **dict(change)))
     assert key in refused.value.what
     assert refused.value.where == "config.json"
+    assert refused.value.expected
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"head_dim": 0}, "text_config.head_dim is 0"),
+        ({"head_dim": 20}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),
+        ({"head_dim": 15}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),
+        ({"attention_bias": True}, "text_config.attention_bias is True"),
+        ({"rope_scaling": None}, "text_config.rope_scaling is missing"),
+        (
+            {"rope_scaling": {"mrope_interleaved": False, "mrope_section": [4, 2, 2]}},
+            "text_config.rope_scaling.mrope_interleaved is False",
+        ),
+        (
+            {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 4, 2]}},
+            "text_config.rope_scaling.mrope_section is [2, 4, 2]",
+        ),
+        ({"num_hidden_layers": 2}, "vision_config.deepstack_visual_indexes is [0, 1]"),
+        ({"vision": {"deepstack_visual_indexes": [1, 0]}}, "deepstack_visual_indexes is [1, 0]"),
+        ({"vision": {"deepstack_visual_indexes": [1, 1]}}, "deepstack_visual_indexes is [1, 1]"),
+        ({"vision": {"deepstack_visual_indexes": [0, 3]}}, "deepstack_visual_indexes is [0, 3]"),
+        ({"vision": {"num_position_embeddings": 50}}, "num_position_embeddings is 50"),
+        ({"vision": {"hidden_act": "gelu"}}, "vision_config.hidden_act is 'gelu'"),
+        ({"vision": {"out_hidden_size": 32}}, "features of pictures are 32 wide"),
+    ],
+)
+def test_what_qwen3_cannot_be_built_with_is_named(change: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        geometry(config("qwen3_vl", **dict(change)))
+    assert key in refused.value.what
     assert refused.value.expected
 
 

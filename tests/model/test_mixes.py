@@ -17,7 +17,7 @@ from finesight.model.adapter import write_adapter
 from finesight.model.lora import adapters, hub_name
 from finesight.model.parts import apply_tuning, part_of
 from finesight.model.peft_config import module_name
-from finesight.model.weights import hub_tensors, published_name
+from finesight.model.weights import hub_tensors
 
 SAMPLES = [
     conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4),
@@ -54,17 +54,18 @@ def test_gradients_of_a_mix_equal_those_of_peft(
     peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     modes = tune.model_dump()
     for name, parameter in theirs.named_parameters():
-        whole = ".lora_" not in name and modes[part_of(_published(name))] == "full"
+        whole = ".lora_" not in name and modes[part_of(_native(ours, name))] == "full"
         parameter.requires_grad_(".lora_" in name or whole)
-    weights = torch.randn(sum(len(s.ids_T) for s in SAMPLES), 100)
+    batch = packed(theirs, SAMPLES)
+    weights = torch.randn(len(batch.ids_T), 100)
     ours.recompute = how == "all kinds"
-    (ours.train().logits(ours(packed(theirs, SAMPLES))) * weights).sum().backward()
+    (ours.train().logits(ours(batch)) * weights).sum().backward()
     (torch.cat([reference_logits(theirs, s) for s in SAMPLES]) * weights).sum().backward()
 
-    expected = {_published(name): p.grad for name, p in theirs.named_parameters()}
+    expected = {_native(ours, name): p.grad for name, p in theirs.named_parameters()}
     for path, _, adapter in adapters(ours):
         for output, band in adapter.bands.items():
-            name = published_name(module_name(hub_name(path, output)))
+            name = _native(ours, module_name(hub_name(path, output)))
             found = {"A": adapter.a.grad[band.rows], "B": adapter.b[output].grad}
             for side, gradient in found.items():
                 wanted = expected.pop(f"{name}.lora_{side}.default.weight")
@@ -76,8 +77,8 @@ def test_gradients_of_a_mix_equal_those_of_peft(
     assert not expected
 
 
-def _published(name: str) -> str:
-    return published_name(name.replace(".base_layer", ""))
+def _native(ours: Any, name: str) -> str:
+    return ours.architecture.native_name(name.replace(".base_layer", ""))
 
 
 def _gradients(model: Any) -> dict[str, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import part_of
 from finesight.model.weights import hub_tensors
 
 SAMPLES = [
@@ -18,7 +19,7 @@ SAMPLES = [
     conversation(3, 1, ("video", (2, 4, 6)), 2),
 ]
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,14 +42,39 @@ def test_the_steps_one_by_one_are_the_forward_pass(theirs: Any) -> None:
 
     model = native(theirs.settings, theirs)
     batch = packed(theirs, SAMPLES)
-    features_MD = model.see(batch.patches_ND, batch.grids)
-    assert features_MD.shape == (len(batch.visual_at_M), 48)
-    x_TD = model.embed(batch.ids_T, features_MD, batch.visual_at_M)
-    assert torch.equal(x_TD[batch.visual_at_M], features_MD)
-    attention = PackedAttention(Segments.of(batch.lengths, x_TD.device))
-    h_TD = model.normed(model.decode(x_TD, batch.positions_3T, attention))
+    features_MKD = model.see(batch.patches_ND, batch.grids)
+    assert features_MKD.shape == (len(batch.visual_at_M), model.visual.features, 48)
+    attention = PackedAttention(Segments.of(batch.lengths, torch.device("cpu")))
+    h_TD = model.normed(model.read(batch, attention, features_MKD=features_MKD))
     assert torch.equal(h_TD, model(batch))
+    assert torch.equal(h_TD, model.normed(model.read(batch, attention)))
     assert torch.equal(model.logits(h_TD), h_TD @ model.head_weight.T)
+
+
+def test_features_stand_for_their_placeholders(theirs: Any) -> None:
+    model = native(theirs.settings, theirs)
+    batch = packed(theirs, SAMPLES)
+    elsewhere = replace(batch, ids_T=batch.ids_T.index_fill(0, batch.visual_at_M, 7))
+    assert torch.equal(model(elsewhere), model(batch))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_each_deepstack_feature_matters_from_its_layer_on(layer: int) -> None:
+    theirs = reference(config("qwen3_vl"))
+    model = native(config("qwen3_vl"), theirs)
+    batch = packed(theirs, SAMPLES)
+    features_MKD = model.see(batch.patches_ND, batch.grids).detach()
+    other_MKD = features_MKD.clone()
+    other_MKD[:, layer] += 1
+    heard = []
+    for features in (features_MKD, other_MKD):
+        states: list[Tensor] = []
+        for block in model.model.layers:
+            block.register_forward_pre_hook(lambda _, inputs, to=states: to.append(inputs[0]))
+        model(batch, features)
+        heard.append(states[: len(model.model.layers)])
+    same = [torch.equal(*states) for states in zip(*heard, strict=True)]
+    assert same == [number < layer for number in range(len(same))]
 
 
 def test_pictures_without_placeholders_are_an_error(theirs: Any) -> None:
@@ -62,7 +88,8 @@ def test_pictures_without_placeholders_are_an_error(theirs: Any) -> None:
 
 def test_one_frame_stands_for_frames_that_are_alike(theirs: Any) -> None:
     model = native(theirs.settings, theirs)
-    one_NCP = torch.randint(0, 256, (16, 3, 196), dtype=torch.uint8)
+    pixels = model.geometry.vision.patch**2
+    one_NCP = torch.randint(0, 256, (16, 3, pixels), dtype=torch.uint8)
     both = one_NCP.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1)
     grids = ((1, 4, 4),)
     assert torch.equal(model.see(one_NCP.flatten(1), grids), model.see(both, grids))
@@ -73,22 +100,18 @@ def test_frozen_vision_keeps_no_graph_and_the_first_layer_no_gradient(theirs: An
     batch = packed(theirs, SAMPLES)
     for part in (model.visual, model.model.embed_tokens):
         part.requires_grad_(False)
-    features_MD = model.see(batch.patches_ND, batch.grids)
-    assert not features_MD.requires_grad
-    assert not model.embed(batch.ids_T, features_MD, batch.visual_at_M).requires_grad
+    assert not model.see(batch.patches_ND, batch.grids).requires_grad
     model(batch).sum().backward()
     assert model.model.layers[0].mlp.down_proj.weight.grad is not None
 
 
 def test_the_merger_trains_on_frozen_vision(theirs: Any) -> None:
     model = native(theirs.settings, theirs)
-    for part in (model.visual.patch_embed, model.visual.blocks, model.model):
-        part.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) == "merger")
     model(packed(theirs, SAMPLES)).square().sum().backward()
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients == {
-        f"visual.merger.{name}" for name, _ in model.visual.merger.named_parameters()
-    }
+    assert gradients == {name for name, _ in model.named_parameters() if part_of(name) == "merger"}
 
 
 class Noise(nn.Module):
@@ -159,8 +182,8 @@ def test_hub_names_are_each_linear_layer_on_its_own(theirs: Any) -> None:
     model = noisy(theirs)
     names = [tensor.name for tensor in hub_tensors(model)]
     assert len(names) == len(set(names))
-    assert "model.layers.1.self_attn.k_proj.bias" in names
-    assert "visual.merger.mlp.2.weight" in names
+    assert "model.layers.1.self_attn.k_proj.weight" in names
+    assert {"visual.merger.mlp.2.weight", "visual.merger.linear_fc2.weight"} & set(names)
     assert not [name for name in names if "adapter" in name or "qkv_proj" in name]
     assert sum(tensor.data.numel() for tensor in hub_tensors(model)) == sum(
         p.numel() for name, p in model.named_parameters() if "adapter" not in name

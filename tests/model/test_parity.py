@@ -18,8 +18,6 @@ from oracle import (
     reference_logits,
 )
 
-from finesight.model.weights import published_name
-
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": config("qwen2_vl"),
     "qwen2 untied, one key head, odd depth": config(
@@ -54,6 +52,24 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_heads": 4,
             "out_hidden_size": 72,
         },
+    ),
+    "qwen3": config("qwen3_vl"),
+    "qwen3 heads wider than their share, untied, one key head": config(
+        "qwen3_vl",
+        tie_word_embeddings=False,
+        head_dim=24,
+        num_key_value_heads=1,
+        num_hidden_layers=5,
+        rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 3, 3]},
+        vision={"deepstack_visual_indexes": [0, 2, 3], "depth": 4, "num_position_embeddings": 4},
+    ),
+    "qwen3 narrow heads, one tapped block, a table of one place": config(
+        "qwen3_vl",
+        head_dim=8,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        rope_scaling={"mrope_interleaved": True, "mrope_section": [2, 1, 1]},
+        vision={"deepstack_visual_indexes": [1], "num_position_embeddings": 1, "num_heads": 4},
     ),
 }
 
@@ -103,7 +119,8 @@ def test_gradients_of_every_parameter_are_those_of_the_reference(name: str) -> N
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     mine = gradients(ours)
-    reference_gradients = {published_name(n): p.grad for n, p in theirs.named_parameters()}
+    named = ours.architecture.native_name
+    reference_gradients = {named(n): p.grad for n, p in theirs.named_parameters()}
     off = {n: distance(mine[n], g) for n, g in reference_gradients.items() if g is not None}
     assert len(off) == len(reference_gradients)
     assert max(off.values()) <= 1e-4, sorted(off.items(), key=lambda item: -item[1])[:5]

@@ -15,7 +15,7 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import PARTS, apply_tuning, part_of, trainable
 from finesight.model.weights import hub_tensors, random_model
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 def make_model(family: str = "qwen2_5_vl", **changes: Any) -> VisionLanguageModel:
@@ -39,6 +39,8 @@ def test_every_parameter_is_in_the_part_that_its_beginning_says(family: str) -> 
     for name in names:
         expected = {
             "visual.merger": "merger",
+            "visual.deepstack_merger_list": "merger",
+            "visual.pos_embed": "vision",
             "visual.blocks": "vision",
             "visual.patch_embed": "vision",
             "model.layers": "language",
@@ -51,7 +53,7 @@ def test_every_parameter_is_in_the_part_that_its_beginning_says(family: str) -> 
         assert part_of(tensor.name) in PARTS
 
 
-@pytest.mark.parametrize("name", ["visual.pos_embed.weight", "model.lm_head.weight", "visual"])
+@pytest.mark.parametrize("name", ["visual.sos_embed.weight", "model.lm_head.weight", "visual"])
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(AssertionError, match=f"{name} belongs to no part"):
         part_of(name)
@@ -79,7 +81,7 @@ def test_lora_adapts_every_linear_layer_of_the_part_and_trains_nothing_else(
         for tensor in hub_tensors(model)
         if tensor.data.ndim == 2 and part_of(tensor.name) == part
     }
-    assert adapted(model) == matrices - {"visual.patch_embed.proj"}
+    assert adapted(model) == matrices - {"visual.patch_embed.proj", "visual.pos_embed"}
     for name in trainable(model):
         assert ".adapter." in name
         assert part_of(name) == part

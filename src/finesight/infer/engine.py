@@ -57,7 +57,6 @@ class Session:
             device=self._device,
         )
         self._position_R = torch.tensor(ends, device=self._device)
-        self._nowhere = torch.empty(0, dtype=torch.int64, device=self._device)
         self._prompts = prompts
 
     def prefill(self) -> Tensor:
@@ -68,11 +67,8 @@ class Session:
         for rows in plan_packs(lengths, self._prefill_tokens):
             batch = pack([self._prompts[row] for row in rows]).to(self._device)
             segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-            features = self._model.see(batch.patches_ND, batch.grids) if batch.grids else None
-            x_TW = self._model.embed(batch.ids_T, features, batch.visual_at_M)
             attention = PrefillAttention(self._cache, rows, segments)
-            last_S = batch.bounds_S1[1:].long() - 1
-            h_SW = self._model.decode(x_TW, batch.positions_3T, attention, last_S)
+            h_SW = self._model.read(batch, attention, batch.bounds_S1[1:].long() - 1)
             logits.append(self._model.logits(self._model.normed(h_SW)))
             order += rows
         in_order = sorted(range(len(order)), key=order.__getitem__)
@@ -81,9 +77,8 @@ class Session:
     def step(self, ids_R: Tensor) -> Tensor:
         """Append one token to every row; logits [R, V] of the one after it."""
         self._position_R += 1
-        x_RW = self._model.embed(ids_R, None, self._nowhere)
         positions_3R = self._position_R.expand(3, -1)
-        h_RW = self._model.decode(x_RW, positions_3R, StepAttention(self._cache))
+        h_RW = self._model.step(ids_R, positions_3R, StepAttention(self._cache))
         return self._model.logits(self._model.normed(h_RW))
 
     def keep(self, rows: Sequence[int]) -> list[int]:

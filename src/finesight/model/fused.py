@@ -162,7 +162,7 @@ class RmsNormed(torch.autograd.Function):
         wide_TD = x_TD * scale_T1
         dweight_D = None
         if ctx.needs_input_grad[1]:
-            dweight_D = (wide_TD * dy_TD).sum(0).to(weight_D.dtype)
+            dweight_D = (wide_TD * dy_TD).flatten(0, -2).sum(0).to(weight_D.dtype)
         dwide_TD = dy_TD.to(scale_T1.dtype) * weight_D
         along_T1 = (dwide_TD * wide_TD).mean(-1, keepdim=True)
         dx_TD = dwide_TD.addcmul_(wide_TD, along_T1, value=-1).mul_(scale_T1)

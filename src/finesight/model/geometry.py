@@ -6,7 +6,7 @@ The hub's files keep the language model's keys at the top; transformers 5 writes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -100,9 +100,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class LanguageGeometry:
-    """A Qwen2 decoder. `sections` splits the frequencies of a head between the position rows
-    time, height and width; `positions` are as many as it was made for; `tied` says that the head
-    shares the embedding's weight."""
+    """A decoder. Queries and keys have a bias, or a norm of their own where `normed_heads`. `rows`
+    says for each frequency of a head which position row it reads (0 time, 1 height, 2 width);
+    `positions` are as many as it was made for; `tied` says that the head shares the embedding's
+    weight."""
 
     vocabulary: int
     width: int
@@ -110,15 +111,13 @@ class LanguageGeometry:
     depth: int
     heads: int
     kv_heads: int
+    head_width: int
+    normed_heads: bool
     norm_eps: float
     theta: float
-    sections: tuple[int, ...]
+    rows: tuple[int, ...]
     positions: int
     tied: bool
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
 
 
 @dataclass(frozen=True)
@@ -167,26 +166,45 @@ class Geometry:
     vision: VisionGeometry
 
 
-def read_language(config: Settings) -> LanguageGeometry:
-    """The decoder's sizes, from either style of config.json."""
-    text = config.section("text_config") if config.has("text_config") else config
+def in_sections(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """The frequencies of time, then those of height, then those of width."""
+    return tuple(row for row, size in enumerate(sections) for _ in range(size))
+
+
+def read_language(
+    config: Settings,
+    *,
+    head_width: int | None = None,
+    normed_heads: bool = False,
+    rows: Callable[[tuple[int, ...]], tuple[int, ...]] = in_sections,
+) -> LanguageGeometry:
+    """The decoder's sizes, from either style of config.json; `rows` shares a head's frequencies out
+    to the position rows, which get as many of them as `mrope_section` says.
+
+    Heads are the width's equal shares unless `head_width` is given.
+    """
+    text = text_settings(config)
     text.require("hidden_act", "silu", ("silu",))
     text.require("use_sliding_window", False, (False,))
     text.require("attention_dropout", 0.0, (0.0,))
-    rope = text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
+    rope = rope_settings(text)
     # Published files say type mrope, transformers 5 says rope_type default beside it.
     rope.require("type", "mrope", ("mrope", "default"))
     rope.require("rope_type", "default", ("mrope", "default"))
     width, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
     kv_heads = text.whole("num_key_value_heads", heads)
     sections = rope.wholes("mrope_section")
-    if width % heads or (width // heads) % 2:
-        text.refuse("num_attention_heads", f"a divisor of hidden_size {width}, even shares")
-    text.require("head_dim", None, (None, width // heads))
+    if head_width is None:
+        if width % heads or (width // heads) % 2:
+            text.refuse("num_attention_heads", f"a divisor of hidden_size {width}, even shares")
+        head_width = width // heads
+        text.require("head_dim", None, (None, head_width))
     if heads % kv_heads:
         text.refuse("num_key_value_heads", f"a divisor of {heads} heads")
-    if len(sections) != 3 or sum(sections) * 2 != width // heads:
-        rope.refuse("mrope_section", f"three numbers that add up to {width // heads // 2}")
+    if len(sections) != 3 or sum(sections) * 2 != head_width:
+        rope.refuse("mrope_section", f"three numbers that add up to {head_width / 2:g}")
+    if in_sections(sections) != tuple(sorted(rows(sections))):
+        rope.refuse("mrope_section", "sections that can be interleaved, the first the longest")
     return LanguageGeometry(
         vocabulary=text.whole("vocab_size"),
         width=width,
@@ -194,12 +212,24 @@ def read_language(config: Settings) -> LanguageGeometry:
         depth=text.whole("num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
+        head_width=head_width,
+        normed_heads=normed_heads,
         norm_eps=text.number("rms_norm_eps"),
         theta=(rope if rope.has("rope_theta") else text).number("rope_theta"),
-        sections=sections,
+        rows=rows(sections),
         positions=text.whole("max_position_embeddings", 32768),
         tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
     )
+
+
+def text_settings(config: Settings) -> Settings:
+    """Where the language model's keys stand."""
+    return config.section("text_config") if config.has("text_config") else config
+
+
+def rope_settings(text: Settings) -> Settings:
+    """Where the keys of the language model's rotary positions stand."""
+    return text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
 
 
 def read_vision(vision: Settings, *, width: str, mlp_width: int, out_width: str) -> VisionGeometry:

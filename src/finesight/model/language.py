@@ -1,9 +1,11 @@
-"""The Qwen2 decoder that both families speak with.
+"""The decoder that Qwen2 and Qwen3 share: they differ in what they do to queries and keys.
 
-Shapes: T tokens, D width, H heads, K key heads.
+Shapes: T tokens, D width, H heads, K key heads, M features of pictures.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,22 +17,46 @@ from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, language_rotation, rotate
 
 
+@dataclass(frozen=True, slots=True)
+class Deepstack:
+    """Features of pictures that join the hidden states of their places `at_M` after the first
+    decoder layers, the k-th row after layer k (Meng et al. 2024, DeepStack)."""
+
+    at_M: Tensor
+    features_MKD: Tensor
+
+    def after(self, layer: int, x_TD: Tensor) -> Tensor:
+        """The hidden states of that layer with the features that are due."""
+        if layer >= self.features_MKD.shape[1]:
+            return x_TD
+        return x_TD.index_add(0, self.at_M, self.features_MKD[:, layer])
+
+
 class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023); `layer` is its number in the decoder."""
+    """Grouped-query attention (Ainslie et al. 2023); `layer` is its number in the decoder.
+
+    Qwen2 adds a bias to queries, keys and values; Qwen3 norms each head of queries and keys.
+    """
 
     def __init__(self, geometry: LanguageGeometry, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_width = geometry.head_width
-        inner, shared = geometry.width, geometry.kv_heads * geometry.head_width
+        inner, shared = (n * geometry.head_width for n in (geometry.heads, geometry.kv_heads))
         outputs = {"q_proj": inner, "k_proj": shared, "v_proj": shared}
-        self.qkv_proj = GroupedLinear(geometry.width, outputs, bias=True)
+        self.qkv_proj = GroupedLinear(geometry.width, outputs, bias=not geometry.normed_heads)
+        self.q_norm, self.k_norm = (
+            RmsNorm(self.head_width, eps=geometry.norm_eps) if geometry.normed_heads else None
+            for _ in range(2)
+        )
         self.o_proj = GroupedLinear(inner, {"o_proj": geometry.width}, bias=False)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """[T, width] to [T, width]."""
         shape = (len(x_TD), -1, self.head_width)
         q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
         q_THD, k_TKD = rotate(q_THD, rotation), rotate(k_TKD, rotation)
         o_THD = attention(self.layer, q_THD, k_TKD, v_TKD)
         return only(self.o_proj(o_THD.flatten(1)))
@@ -79,11 +105,15 @@ class Decoder(nn.Module):
         attention: Attention,
         recompute: bool = False,
         only_L: Tensor | None = None,
+        deepstack: Deepstack | None = None,
     ) -> Tensor:
         """[T, D] to [T, D], before the last norm; to [L, D] where only the tokens `only_L` are
-        wanted: the others need not go through the last MLP."""
+        wanted: the others need not go through the last MLP. Nothing is added after the last layer.
+        """
         rotation = language_rotation(positions_3T, self.geometry, x_TD.dtype)
         *layers, last = self.layers
-        for layer in layers:
+        for number, layer in enumerate(layers):
             x_TD = run_layer(layer, recompute, x_TD, rotation, attention)
+            if deepstack is not None:
+                x_TD = deepstack.after(number, x_TD)
         return run_layer(last, recompute, x_TD, rotation, attention, only_L)

@@ -5,6 +5,8 @@ Shapes: T tokens, N patches, D width, M squares of merged patches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,10 +60,10 @@ class PatchEmbed(nn.Module):
     already cut out, a linear layer, and a much faster one.
     """
 
-    def __init__(self, geometry: VisionGeometry, pixels: Pixels) -> None:
+    def __init__(self, geometry: VisionGeometry, pixels: Pixels, *, bias: bool) -> None:
         super().__init__()
         self.pixels = pixels
-        self.proj = nn.Linear(geometry.patch_numbers, geometry.width, bias=False)
+        self.proj = nn.Linear(geometry.patch_numbers, geometry.width, bias=bias)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
         """uint8 [N, channels x frames x patch x patch] to [N, width]; [N, channels x patch x patch]
@@ -93,6 +95,25 @@ class VisionAttention(nn.Module):
         q_NHD, k_NHD = rotate(qk_NHD, rotation).chunk(2, dim=1)
         o_NHD = attend(q_NHD, k_NHD, v_NHD, segments, causal=False)
         return only(self.proj(o_NHD.flatten(1)))
+
+
+class VisionBlock(nn.Module):
+    """Attention within a segment, then the MLP, each on the norm of what it is added to."""
+
+    def __init__(
+        self, geometry: VisionGeometry, norm: Callable[[int], nn.Module], mlp: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(geometry.width)
+        self.norm2 = norm(geometry.width)
+        self.attn = VisionAttention(geometry.width, geometry.heads)
+        self.mlp = mlp
+
+    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+        """[N, width] to [N, width]."""
+        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
+        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
+        return y_ND
 
 
 class PatchMerger(nn.Module):

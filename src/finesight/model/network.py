@@ -1,12 +1,12 @@
 """The whole model: pictures to features, features among the tokens, tokens to logits.
 
-Shapes: T tokens of a pack, D width, N patches, M features of pictures, L tokens that predict a
-learned one, V vocabulary.
+Shapes: T tokens of a pack, D width, N patches, M places of pictures, K features of each, L tokens
+that predict a learned one, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +15,28 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
-from finesight.model import qwen2_5_vl, qwen2_vl
+from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl
+from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
-from finesight.model.geometry import Geometry, Pixels, Settings, read_language, read_pixels
-from finesight.model.language import Decoder
+from finesight.model.geometry import Geometry, Settings, read_pixels
+from finesight.model.language import Decoder, Deepstack
 from finesight.model.tower import VisionTower
 
-FAMILIES: Mapping[str, Callable[[Settings, Pixels], VisionTower]] = {
-    "qwen2_vl": qwen2_vl.vision_tower,
-    "qwen2_5_vl": qwen2_5_vl.vision_tower,
+FAMILIES: Mapping[str, Architecture] = {
+    "qwen2_vl": qwen2_vl.ARCHITECTURE,
+    "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
+    "qwen3_vl": qwen3_vl.ARCHITECTURE,
 }
-"""Vision tower by `model_type` of config.json: a new family is a file and a row here."""
+"""By `model_type` of config.json: a new family is a file and a row here."""
 
 
 class VisionLanguageModel(nn.Module):
     """One model for training and generation. Parameters have the hub's published names, grouped
     where linear layers share their input (`hub_tensors` in model.weights lists them singly)."""
 
-    def __init__(self, geometry: Geometry, visual: VisionTower) -> None:
+    def __init__(self, architecture: Architecture, geometry: Geometry, visual: VisionTower) -> None:
         super().__init__()
+        self.architecture = architecture
         self.geometry = geometry
         self.recompute = False
         self.visual = visual
@@ -49,30 +52,41 @@ class VisionLanguageModel(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def see(self, patches_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """uint8 patches to features [M, D], without a graph where no part of it trains."""
-        features_MD: Tensor = self.visual(patches_ND, grids, self.recompute)
-        return features_MD
+        """uint8 patches to features [M, K, D], without a graph where no part of it trains."""
+        features_MKD: Tensor = self.visual(patches_ND, grids, self.recompute)
+        return features_MKD
 
-    def embed(self, ids_T: Tensor, features_MD: Tensor | None, visual_at_M: Tensor) -> Tensor:
-        """Ids to [T, D], with the features at the placeholder tokens."""
-        x_TD = self.model.embed(ids_T)
-        if features_MD is None:
-            return x_TD
-        found = f"{len(visual_at_M)} placeholder tokens for {len(features_MD)} picture features"
-        assert len(visual_at_M) == len(features_MD), found
-        return x_TD.index_copy(0, visual_at_M, features_MD)
-
-    def decode(
+    def read(
         self,
-        x_TD: Tensor,
-        positions_3T: Tensor,
+        batch: PackedBatch,
         attention: Attention,
         only_L: Tensor | None = None,
+        features_MKD: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens to hidden states before the last norm: [T, D], or [L, D] for the tokens
-        `only_L`."""
-        h_TD: Tensor = self.model(x_TD, positions_3T, attention, self.recompute, only_L)
+        """A pack to hidden states before the last norm: [T, D], or [L, D] for the tokens `only_L`.
+
+        The first feature of a place of a picture stands for its placeholder token, the others join
+        after the first layers; `features_MKD` are those of the pack where they are known.
+        """
+        x_TD = self.model.embed(batch.ids_T)
+        if features_MKD is None and batch.grids:
+            features_MKD = self.see(batch.patches_ND, batch.grids)
+        deepstack = None
+        if features_MKD is not None:
+            at_M = batch.visual_at_M
+            found = f"{len(at_M)} placeholder tokens for {len(features_MKD)} picture features"
+            assert len(at_M) == len(features_MKD), found
+            x_TD = x_TD.index_copy(0, at_M, features_MKD[:, 0])
+            deepstack = Deepstack(at_M, features_MKD[:, 1:])
+        h_TD: Tensor = self.model(
+            x_TD, batch.positions_3T, attention, self.recompute, only_L, deepstack
+        )
         return h_TD
+
+    def step(self, ids_R: Tensor, positions_3R: Tensor, attention: Attention) -> Tensor:
+        """One more token of text for each of R rows to hidden states before the last norm."""
+        h_RD: Tensor = self.model(self.model.embed(ids_R), positions_3R, attention)
+        return h_RD
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """The last norm, after which the head reads."""
@@ -83,15 +97,12 @@ class VisionLanguageModel(nn.Module):
         """Normed hidden states to [T, V]."""
         return F.linear(h_TD, self.head_weight)
 
-    def forward(self, batch: PackedBatch, features_MD: Tensor | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
-        `features_MD` are those of its pictures where they are known."""
-        if features_MD is None and batch.grids:
-            features_MD = self.see(batch.patches_ND, batch.grids)
-        x_TD = self.embed(batch.ids_T, features_MD, batch.visual_at_M)
+        `features_MKD` are those of its pictures where they are known."""
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         attention = PackedAttention(segments)
-        return self.normed(self.decode(x_TD, batch.positions_3T, attention, batch.predict_L))
+        return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
 
 
 def build(
@@ -104,10 +115,11 @@ def build(
     family = config.text("model_type")
     if family not in FAMILIES:
         config.refuse("model_type", " or ".join(FAMILIES))
-    language = read_language(config)
+    architecture = FAMILIES[family]
+    language = architecture.language(config)
     with torch.device("meta"):
-        visual = FAMILIES[family](config.section("vision_config"), read_pixels(preprocessor))
-        model = VisionLanguageModel(Geometry(language, visual.geometry), visual)
+        visual = architecture.vision(config, read_pixels(preprocessor))
+        model = VisionLanguageModel(architecture, Geometry(language, visual.geometry), visual)
     if visual.geometry.out_width != language.width:
         raise UserError(
             f"features of pictures are {visual.geometry.out_width} wide",

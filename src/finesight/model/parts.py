@@ -17,7 +17,9 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("visual.merger.", "merger"),
+    ("visual.deepstack_merger_list.", "merger"),
     ("visual.patch_embed.", "vision"),
+    ("visual.pos_embed.", "vision"),
     ("visual.blocks.", "vision"),
     ("model.layers.", "language"),
     ("model.norm.", "language"),

@@ -9,34 +9,16 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
+from finesight.model.architecture import Architecture
 from finesight.model.attention import Segments
-from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_vision
-from finesight.model.layers import GatedMlp, RmsNorm, VisionAttention
-from finesight.model.rope import Rotation
+from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_language, read_vision
+from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.runs import upload
 from finesight.model.tower import Route, VisionTower, frame_segments, positions_by_square
 
 _norm = partial(RmsNorm, eps=1e-6)
-
-
-class Block(nn.Module):
-    """Attention within a window or frame, then the MLP, each on the norm of what it is added to."""
-
-    def __init__(self, geometry: VisionGeometry) -> None:
-        super().__init__()
-        self.norm1 = _norm(geometry.width)
-        self.norm2 = _norm(geometry.width)
-        self.attn = VisionAttention(geometry.width, geometry.heads)
-        self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=True)
-
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]."""
-        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
-        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
-        return y_ND
 
 
 class WindowedTower(VisionTower):
@@ -46,7 +28,11 @@ class WindowedTower(VisionTower):
     def __init__(
         self, geometry: VisionGeometry, pixels: Pixels, window: int, whole_frame: tuple[int, ...]
     ) -> None:
-        super().__init__(geometry, pixels, Block, _norm)
+        def block() -> VisionBlock:
+            mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=True)
+            return VisionBlock(geometry, _norm, mlp)
+
+        super().__init__(geometry, pixels, block, PatchMerger(geometry, _norm(geometry.width)))
         self.window = window
         self.whole_frame = whole_frame
 
@@ -83,8 +69,9 @@ def windows(grid: Grid, merge: int, window: int) -> tuple[NDArray[np.int64], NDA
     return np.argsort(number, kind="stable"), np.bincount(number)
 
 
-def vision_tower(vision: Settings, pixels: Pixels) -> VisionTower:
+def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     """From `vision_config`; window_size is in pixels."""
+    vision = config.section("vision_config")
     vision.require("hidden_act", "silu", ("silu",))
     geometry = read_vision(
         vision,
@@ -97,3 +84,6 @@ def vision_tower(vision: Settings, pixels: Pixels) -> VisionTower:
     if window < 1:
         vision.refuse("window_size", f"at least {square} pixels")
     return WindowedTower(geometry, pixels, window, vision.wholes("fullatt_block_indexes"))
+
+
+ARCHITECTURE = Architecture(read_language, vision_tower)

@@ -6,12 +6,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from finesight.model.attention import Segments
+from finesight.model.architecture import Architecture
 from finesight.model.fused import quick_gelu
-from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_vision
-from finesight.model.layers import VisionAttention
+from finesight.model.geometry import Pixels, Settings, read_language, read_vision
+from finesight.model.layers import PatchMerger, VisionBlock
 from finesight.model.linear import GroupedLinear, only
-from finesight.model.rope import Rotation
 from finesight.model.tower import VisionTower
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -30,26 +29,17 @@ class Mlp(nn.Module):
         return only(self.fc2(quick_gelu(only(self.fc1(x_ND)))))
 
 
-class Block(nn.Module):
-    """Attention within a frame, then the MLP, each on the norm of what it is added to."""
-
-    def __init__(self, geometry: VisionGeometry) -> None:
-        super().__init__()
-        self.norm1 = _norm(geometry.width)
-        self.norm2 = _norm(geometry.width)
-        self.attn = VisionAttention(geometry.width, geometry.heads)
-        self.mlp = Mlp(geometry.width, geometry.mlp_width)
-
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]."""
-        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
-        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
-        return y_ND
-
-
-def vision_tower(vision: Settings, pixels: Pixels) -> VisionTower:
+def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     """From `vision_config`, where hidden_size is the width of the features, not of the tower."""
+    vision = config.section("vision_config")
     vision.require("hidden_act", "quick_gelu", ("quick_gelu",))
     mlp_width = int(vision.whole("embed_dim") * vision.number("mlp_ratio"))
     geometry = read_vision(vision, width="embed_dim", mlp_width=mlp_width, out_width="hidden_size")
-    return VisionTower(geometry, pixels, Block, _norm)
+
+    def block() -> VisionBlock:
+        return VisionBlock(geometry, _norm, Mlp(geometry.width, mlp_width))
+
+    return VisionTower(geometry, pixels, block, PatchMerger(geometry, _norm(geometry.width)))
+
+
+ARCHITECTURE = Architecture(read_language, vision_tower)

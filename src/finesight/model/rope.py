@@ -43,9 +43,9 @@ def language_rotation(
     positions_3T: Tensor, geometry: LanguageGeometry, dtype: torch.dtype
 ) -> Rotation:
     """M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1): each frequency reads one of the rows time,
-    height and width, as `sections` divides them. Rounded to `dtype`, as the models were trained."""
+    height and width. Rounded to `dtype`, as the models were trained."""
     device = positions_3T.device
-    rows_F = _rows(geometry.sections, device)
+    rows_F = _rows(geometry.rows, device)
     positions_TF = positions_3T.index_select(0, rows_F).T.float()
     return Rotation.by(
         positions_TF * _frequencies(geometry.head_width, geometry.theta, device), dtype
@@ -69,7 +69,6 @@ def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _rows(sections: tuple[int, ...], device: torch.device) -> Tensor:
+def _rows(rows: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        rows = [row for row, size in enumerate(sections) for _ in range(size)]
         return torch.tensor(rows, device=device)

@@ -1,6 +1,6 @@
-"""What vision towers share: patches in, blocks, merger, features in the order of the patches.
+"""What vision towers share: patches in, blocks, mergers, features in the order of the patches.
 
-Shapes: N patches, D width, M squares of merged patches.
+Shapes: N patches, D width, M squares of merged patches, K features of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, VisionGeometry
-from finesight.model.layers import PatchEmbed, PatchMerger, run_layer
+from finesight.model.layers import PatchEmbed, run_layer
 from finesight.model.rope import vision_rotation
 from finesight.model.runs import upload
 
@@ -38,20 +38,27 @@ class Route:
 
 
 class VisionTower(nn.Module):
-    """Pictures to features. A family gives its blocks, its norm, and its own `route`."""
+    """Pictures to features. A family gives its blocks and its merger, and where it has them its own
+    `route`, positions that are added to patches (`placed`), and blocks that are merged on the way.
+    """
 
     def __init__(
         self,
         geometry: VisionGeometry,
         pixels: Pixels,
-        block: Callable[[VisionGeometry], nn.Module],
-        norm: Callable[[int], nn.Module],
+        block: Callable[[], nn.Module],
+        merger: nn.Module,
+        *,
+        patch_bias: bool = False,
     ) -> None:
         super().__init__()
         self.geometry = geometry
-        self.patch_embed = PatchEmbed(geometry, pixels)
-        self.blocks = nn.ModuleList(block(geometry) for _ in range(geometry.depth))
-        self.merger = PatchMerger(geometry, norm(geometry.width))
+        self.patch_embed = PatchEmbed(geometry, pixels, bias=patch_bias)
+        self.blocks = nn.ModuleList(block() for _ in range(geometry.depth))
+        self.merger = merger
+        self.deepstack: tuple[int, ...] = ()
+        """Numbers of the blocks whose outputs have a merger in `deepstack_merger_list`."""
+        self.deepstack_merger_list = nn.ModuleList()
 
     def route(self, grids: Sequence[Grid], device: torch.device) -> Route:
         """Frame by frame, in the order of the pack."""
@@ -60,25 +67,42 @@ class VisionTower(nn.Module):
         frames = frame_segments(grids, device)
         return Route(upload(positions.reshape(-1, 2), device), (frames,) * self.geometry.depth)
 
+    def placed(self, x_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Embedded patches with what the family adds for their places: here nothing."""
+        return x_ND
+
+    @property
+    def features(self) -> int:
+        """K, the features of each square."""
+        return 1 + len(self.deepstack)
+
     @property
     def trains(self) -> bool:
-        """Whether anything before the merger has a gradient, adapters included."""
-        parts = (self.patch_embed, self.blocks)
-        return any(p.requires_grad for part in parts for p in part.parameters())
+        """Whether anything before the mergers has a gradient, adapters included."""
+        mergers = {id(p) for p in self.merger.parameters()}
+        mergers |= {id(p) for p in self.deepstack_merger_list.parameters()}
+        return any(p.requires_grad for p in self.parameters() if id(p) not in mergers)
 
     def forward(self, patches_ND: Tensor, grids: Sequence[Grid], recompute: bool = False) -> Tensor:
-        """uint8 patches of pictures end to end to their features [M, out_width]."""
+        """uint8 patches of pictures end to end to their features [M, K, out_width]: that of the
+        last block, then those of the blocks `deepstack`."""
         expected = sum(t * h * w for t, h, w in grids)
         assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
         route = self.route(grids, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             # Reordered as bytes, where a patch is smallest.
             x_ND = self.patch_embed(self._by_square(patches_ND, route.order_M))
+            x_ND = self.placed(x_ND, grids)
             rotation = vision_rotation(route.positions_N2, self.geometry)
-            for block, segments in zip(self.blocks, route.segments, strict=True):
-                x_ND = run_layer(block, recompute, x_ND, rotation, segments)
-        features_MD: Tensor = self.merger(x_ND)
-        return features_MD if route.back_M is None else features_MD.index_select(0, route.back_M)
+            on_the_way = []
+            for number, segments in enumerate(route.segments):
+                x_ND = run_layer(self.blocks[number], recompute, x_ND, rotation, segments)
+                if number in self.deepstack:
+                    on_the_way.append(x_ND)
+        mergers = zip(self.deepstack_merger_list, on_the_way, strict=True)
+        merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
+        features_MKD = torch.stack(merged, 1)
+        return features_MKD if route.back_M is None else features_MKD.index_select(0, route.back_M)
 
     def _by_square(self, patches_ND: Tensor, order_M: Tensor | None) -> Tensor:
         if order_M is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,9 @@ _REMEDY = "download the model again"
 
 @dataclass(frozen=True)
 class HubTensor:
-    """A tensor under its published name and shape; `data` is the stretch of a parameter that holds
-    it (a group holds several, and the patch embedding is kept flat)."""
+    """A tensor as the hub has it: its own name here (`Architecture.published_name` has the hub's)
+    and its shape; `data` is the stretch of a parameter that holds it (a group holds several, and
+    the patch embedding is kept flat)."""
 
     name: str
     data: Tensor
@@ -74,26 +75,15 @@ def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
         start += width
 
 
-def published_name(stored: str) -> str:
-    """The hub's name of a tensor that transformers 5 may have written under its own."""
-    for prefix, published in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if stored.startswith(prefix):
-            return published + stored.removeprefix(prefix)
-    return stored
-
-
 @dataclass(frozen=True)
 class _Stored:
-    """What a file's header says of a tensor."""
+    """What a file's header says of a tensor; `native` is the name here of what it calls `name`."""
 
     file: Path
     name: str
+    native: str
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def published(self) -> str:
-        return published_name(self.name)
 
 
 def load_model(
@@ -112,16 +102,17 @@ def load_model(
         verify_folder(folder.path)
     model = build(config, preprocessor, dtype, device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
-    stored = [tensor for file in files for tensor in _header(file)]
+    named = model.architecture.native_name
+    stored = [tensor for file in files for tensor in _header(file, named)]
     if model.geometry.language.tied:
         # A tied head may be written out; the embedding is what it is tied to.
-        stored = [tensor for tensor in stored if tensor.published != _HEAD]
+        stored = [tensor for tensor in stored if tensor.native != _HEAD]
     _check(stored, wanted, folder.path)
     for file in files:
         with _open(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
-                    data = wanted[tensor.published].data
+                    data = wanted[tensor.native].data
                     data.copy_(weights.get_tensor(tensor.name).view(data.shape))
     return model
 
@@ -152,28 +143,28 @@ def _refuse_quantised(folder: ModelFolder) -> None:
         )
 
 
-def _header(file: Path) -> list[_Stored]:
+def _header(file: Path, named: Callable[[str], str] = str) -> list[_Stored]:
     with _open(file) as weights:
         pieces = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
         return [
-            _Stored(file, name, tuple(piece.get_shape()), piece.get_dtype())
+            _Stored(file, name, named(name), tuple(piece.get_shape()), piece.get_dtype())
             for name, piece in pieces.items()
         ]
 
 
 def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
     """Every wanted tensor once and nothing else, found by the headers before any number is read."""
-    unknown = [t for t in stored if t.published not in wanted]
+    unknown = [t for t in stored if t.native not in wanted]
     if unknown:
         names = [t.name for t in unknown]
         raise _misfit(names, "unknown to this model", "those of config.json", unknown[0].file)
-    counts = Counter(t.published for t in stored)
-    repeated = [t for t in stored if counts[t.published] > 1]
+    counts = Counter(t.native for t in stored)
+    repeated = [t for t in stored if counts[t.native] > 1]
     if repeated:
         raise _misfit([t.name for t in repeated], "there twice", "each once", repeated[-1].file)
-    misshapen = [t for t in stored if t.shape != wanted[t.published].shape]
+    misshapen = [t for t in stored if t.shape != wanted[t.native].shape]
     if misshapen:
-        shapes = [f"{t.name} {t.shape} not {wanted[t.published].shape}" for t in misshapen]
+        shapes = [f"{t.name} {t.shape} not {wanted[t.native].shape}" for t in misshapen]
         raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
     strange = [t for t in stored if t.dtype not in _STORED]
     if strange:
@@ -226,6 +217,7 @@ def save_model(
     assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
     _copy_descriptions(folder, target, dtype)
     shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
+    published = model.architecture.published_name
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -233,7 +225,9 @@ def save_model(
             "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         # Copied even where nothing changes: safetensors refuses stretches of a shared parameter.
-        tensors = {t.name: t.data.to("cpu", dtype, copy=True).view(t.shape) for t in shard}
+        tensors = {
+            published(t.name): t.data.to("cpu", dtype, copy=True).view(t.shape) for t in shard
+        }
         save_file(tensors, target / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
     if len(shards) > 1:

@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Features [M, D] of each sample's pictures, by the sample's index in the corpus; `pictures`
+    """Features [M, K, D] of each sample's pictures, by the sample's index in the corpus; `pictures`
     counts them."""
 
     features: Mapping[int, Tensor]
@@ -46,7 +46,9 @@ def pays(session: Session, most_bytes: int = MOST_BYTES) -> bool:
         session.machine.device.type == "cpu"
         and not any(parameter.requires_grad for parameter in tower.parameters())
         and session.course.samples > len(survey.kept)
-        and 0 < places * language.width * session.machine.dtype.itemsize <= most_bytes
+        and 0
+        < places * tower.features * language.width * session.machine.dtype.itemsize
+        <= most_bytes
     )
 
 
@@ -77,10 +79,10 @@ def look(session: Session, screen: Screen, stop: Stop) -> Seen | None:
 
 
 def _features(session: Session, packed: PackedBatch) -> Sequence[Tensor]:
-    """Of each sample of the pack, [0, D] for one without pictures."""
+    """Of each sample of the pack, [0, K, D] for one without pictures."""
     if not packed.grids:
-        width = session.model.geometry.language.width
-        return [torch.empty(0, width, dtype=session.machine.dtype)] * len(packed.lengths)
+        shape = (0, session.model.visual.features, session.model.geometry.language.width)
+        return [torch.empty(shape, dtype=session.machine.dtype)] * len(packed.lengths)
     batch = session.placed(packed)
     ends = torch.searchsorted(batch.visual_at_M, batch.bounds_S1)
     counts: list[int] = ends.diff().tolist()

@@ -100,8 +100,8 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         batch = session.placed(packed)
-        features_MD = None if seen is None else seen.of(step.members[micro])
-        h_LD = model(batch, features_MD)
+        features_MKD = None if seen is None else seen.of(step.members[micro])
+        h_LD = model(batch, features_MKD)
         loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

@@ -55,7 +55,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("most", [5e9, 160_000])
+@pytest.mark.parametrize("most", [5e9, 200_000])
 def test_what_is_saved_loads_in_transformers(
     tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
 ) -> None:

@@ -169,13 +169,14 @@ def make_folder(folder: Path, family: str) -> Path:
     frame = ("system\n", "user\n", "assistant\n", "\n\n", '{"bbox_2d": [1, 2, 3, 4], "label": "')
     tokenizer.train_from_iterator([*WORDS, *frame] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    patch = 16 if family == "qwen3_vl" else 14
     config = {
         "model_type": family,
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
-        "vision_config": {"patch_size": 14, "spatial_merge_size": 2, "tokens_per_second": 2},
+        "vision_config": {"patch_size": patch, "spatial_merge_size": 2, "tokens_per_second": 2},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    preprocessor = {"min_pixels": 3136, "max_pixels": 50176}
+    preprocessor = {"min_pixels": 3136, "max_pixels": 50176, "patch_size": patch}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder

@@ -30,6 +30,8 @@ PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
 deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled to 0..1."""
 
 PREPROCESSOR = "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"
+_OF_THE_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY = "finesight-tiny"
 """The name of the model that the package brings: a recipe says `model: finesight-tiny`."""
@@ -73,11 +75,11 @@ class ModelFolder:
     def preprocessor(self) -> dict[str, Any]:
         """The picture settings, with PREPROCESSOR_DEFAULTS for those that are not given.
 
-        The pixel limits are found under `min_pixels` and `max_pixels`, as published, or under
-        `size`, as transformers 5 writes them.
+        They stand in a file of their own, as published, or within the processor's, where
+        transformers 5 writes them; the pixel limits under `min_pixels` and `max_pixels`, or under
+        `size`. Raises UserError for a folder without, unless its family has always had the same.
         """
-        name = PREPROCESSOR
-        given = {} if self.file(name) is None else self._json(name)
+        name, given = self._picture_settings()
         size = given.get("size")
         sizes = size if isinstance(size, dict) else {}
         renamed = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
@@ -101,6 +103,29 @@ class ModelFolder:
                 remedy="take the preprocessor_config.json of the published model",
             )
         return merged
+
+    def _picture_settings(self) -> tuple[str, dict[str, Any]]:
+        if self.file(PREPROCESSOR) is not None:
+            return PREPROCESSOR, self._json(PREPROCESSOR)
+        if self.file(_PROCESSOR) is not None:
+            nested = self._json(_PROCESSOR).get("image_processor")
+            if isinstance(nested, dict):
+                return _PROCESSOR, nested
+        if self.family not in _OF_THE_DEFAULTS:
+            self._required(PREPROCESSOR)
+        return PREPROCESSOR, {}
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The chat template, from the first file that has one; empty without any."""
+        template = self.file("chat_template.jinja")
+        if template is not None:
+            return template.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            found = self._json(name).get("chat_template") if self.file(name) is not None else None
+            if isinstance(found, str):
+                return found
+        return ""
 
     @cached_property
     def tokenizer_file(self) -> Path:

@@ -14,7 +14,8 @@ class Manifest(BaseModel):
 
     `base` is the model as the recipe named it and `base_fingerprint` the SHA-256 over the headers
     and index of its weight files; a base that has another one is refused. `picture` is the size
-    rule in force (the family's own when the recipe names none).
+    rule in force (the family's own when the recipe names none), `system` the system prompt (None
+    for a family without one).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,7 +25,7 @@ class Manifest(BaseModel):
     base: str
     base_fingerprint: str
     picture: PictureRule
-    system: str
+    system: str | None
     end_token: str
     tune: Tune
     versions: dict[str, str]

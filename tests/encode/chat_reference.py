@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLModel,
     Qwen2VLConfig,
     Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -26,6 +28,7 @@ from finesight.data.sample import BoxPart, ImagePart, TextPart, VideoPart
 from finesight.hub import ModelFolder
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class Reference:
         self.folder = folder
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
         given = folder.preprocessor
+        self.side = given["patch_size"]
+        self.newest = folder.family == "qwen3_vl"
         self.processor = Qwen2VLImageProcessorPil(
-            min_pixels=given["min_pixels"], max_pixels=given["max_pixels"]
+            min_pixels=given["min_pixels"], max_pixels=given["max_pixels"], patch_size=self.side
         )
         self.ids = {
             name: self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
@@ -58,8 +63,7 @@ class Reference:
 
     def expected(self, located: Located) -> Expected:
         """Ids, learned marks, positions and patches of the whole conversation."""
-        visuals = [self._visual(part, located) for part in located.sample.parts()]
-        seen = [visual for visual in visuals if visual is not None]
+        seen = [v for part in located.sample.parts() for v in self._visuals(part, located)]
         sizes = [(v.original, v.resized) for v in seen if v.kind == "image"]
         messages = [
             {
@@ -69,6 +73,8 @@ class Reference:
             for message in located.sample.messages
         ]
         text = self._template(messages)
+        if self.newest:
+            text = _with_moments(text, located)
         for visual in seen:
             pad = f"<|{visual.kind}_pad|>"
             count = math.prod(visual.grid) // 4
@@ -76,7 +82,7 @@ class Reference:
         for kind in ("image", "video"):
             text = text.replace(f"<|taken {kind}|>", f"<|{kind}_pad|>")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        patches = [visual.patches for visual in seen] or [np.empty((0, 1176))]
+        patches = [visual.patches for visual in seen] or [np.empty((0, 6 * self.side**2))]
         return Expected(
             text=text,
             ids_T=np.array(ids),
@@ -88,19 +94,21 @@ class Reference:
         )
 
     def _template(self, messages: list[dict[str, Any]]) -> str:
-        template = self.folder.file("chat_template.json")
-        if template is None:
-            return in_words(messages)
-        chat = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        expected = in_words(messages, None if self.newest else DEFAULT_SYSTEM)
+        chat = self.folder.chat_template
+        if not chat:
+            return expected
         text = self.tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False)
-        assert text == in_words(messages)
-        return str(text)
+        # The Embedding model's template is Instruct's with a system turn of its own.
+        assert str(text).removeprefix(EMBEDDING_SYSTEM if self.newest else "") == expected
+        return expected
 
-    def _visual(self, part: object, located: Located) -> Visual | None:
+    def _visuals(self, part: object, located: Located) -> list[Visual]:
+        p = self.side
         if isinstance(part, ImagePart):
             image = Image.open(located.path(part.image))
             original, patches, grid = image.size[::-1], *self._processed(image)
-            return Visual("image", original, (grid[1] * 14, grid[2] * 14), grid, patches, 0.0)
+            return [Visual("image", original, (grid[1] * p, grid[2] * p), grid, patches, 0.0)]
         if isinstance(part, VideoPart):
             # No video processor without torchvision: each frame goes through the pictures' own.
             frames = [Image.open(located.path(name)) for name in part.frames]
@@ -108,11 +116,14 @@ class Reference:
             processed = [self._processed(frame) for frame in frames]
             stills = np.stack([patches for patches, _ in processed])
             t, (_, h, w) = len(frames) // 2, processed[0][1]
-            pairs = stills.reshape(t, 2, h * w, 3, 2, 14, 14)[:, :, :, :, 0]
-            patches = pairs.transpose(0, 2, 3, 1, 4, 5).reshape(t * h * w, 1176)
-            size = (h * 14, w * 14)
-            return Visual("video", frames[0].size[::-1], size, (t, h, w), patches, 2 / part.fps)
-        return None
+            pairs = stills.reshape(t, 2, h * w, 3, 2, p, p)[:, :, :, :, 0]
+            patches = pairs.transpose(0, 2, 3, 1, 4, 5).reshape(t * h * w, 6 * p * p)
+            original, size, seconds = frames[0].size[::-1], (h * p, w * p), 2 / part.fps
+            if self.newest:
+                apart = np.split(patches, t)
+                return [Visual("video", original, size, (1, h, w), x, seconds) for x in apart]
+            return [Visual("video", original, size, (t, h, w), patches, seconds)]
+        return []
 
     def _processed(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches before rescaling and normalising: whole numbers from 0 to 255."""
@@ -190,9 +201,10 @@ class Visual:
     seconds: float
 
 
-def in_words(messages: list[dict[str, Any]]) -> str:
+def in_words(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
     """The published chat template, said as code."""
-    turns = [] if messages[0]["role"] == "system" else [("system", DEFAULT_SYSTEM)]
+    own = messages[0]["role"] == "system" or system is None
+    turns = [] if own else [("system", system)]
     for message in messages:
         pieces = [
             part["text"]
@@ -202,6 +214,19 @@ def in_words(messages: list[dict[str, Any]]) -> str:
         ]
         turns.append((message["role"], "".join(pieces)))
     return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+
+
+def _with_moments(text: str, located: Located) -> str:
+    """Each video as its pairs of frames, with the time between the two in front."""
+    for part in located.sample.parts():
+        if isinstance(part, VideoPart):
+            moments = [number / part.fps for number in range(len(part.frames))]
+            moments += moments[-1:] * (len(moments) % 2)
+            pairs = zip(moments[::2], moments[1::2], strict=True)
+            one = "<|vision_start|><|video taken|><|vision_end|>"
+            many = "".join(f"<{(a + b) / 2:.1f} seconds>{one}" for a, b in pairs)
+            text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", many, 1)
+    return text.replace("<|video taken|>", "<|video_pad|>")
 
 
 @cache
@@ -214,6 +239,9 @@ def rope_model(family: str) -> Any:
         if family == "qwen2_vl":
             del vision["tokens_per_second"]
             return Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision))
+        if family == "qwen3_vl":
+            del vision["tokens_per_second"]
+            return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
@@ -235,6 +263,8 @@ def _as_content(run: Any, family: str, sizes: list[Any]) -> dict[str, str]:
         return {"type": run.type}
     if family == "qwen2_vl":
         return {"type": "text", "text": "".join(_in_thousandths(box, sizes) for box in run)}
+    if family == "qwen3_vl":
+        sizes = [(original, (1000, 1000)) for original, _ in sizes]
     items = ", ".join(_in_json(box, sizes) for box in run)
     return {"type": "text", "text": f"[{items}]" if len(run) > 1 else items}
 

@@ -16,13 +16,13 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.encode.encoded import Encoded
-from finesight.encode.render import Renderer
+from finesight.encode.render import Answer, Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.vision.patches import whole
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-PUBLISHED = ("Qwen2-VL-2B-Instruct", "Qwen2.5-VL-3B-Instruct")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PUBLISHED = ("Qwen2-VL-2B-Instruct", "Qwen2.5-VL-3B-Instruct", "Qwen3-VL-Embedding-8B")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def equal(encoded: Encoded, expected: Expected) -> None:
     assert outline.positions_3T.tolist() == expected.published_3T.tolist()
     assert [span.grid for span in outline.spans] == expected.grids
     assert encoded.patches_ND.dtype == np.uint8
-    np.testing.assert_array_equal(whole(encoded.patches_ND, 1176), expected.patches_ND)
+    numbers = expected.patches_ND.shape[1]
+    np.testing.assert_array_equal(whole(encoded.patches_ND, numbers), expected.patches_ND)
 
 
 def compare(folder: ModelFolder, pictures: Pictures, numbers: range, *, videos: bool) -> int:
@@ -95,7 +96,7 @@ def test_videos_of_published_models_equal_the_reference(
     # largest position: they differ where a video lasts longer than its frames are wide.
     published = ModelFolder(shared / "qwen_assets" / name)
     agreed = compare(published, pictures, range(1000, 1060), videos=True)
-    assert 15 < agreed < 60
+    assert agreed == 60 if published.family == "qwen3_vl" else 15 < agreed < 60
 
 
 def test_system_prompt_of_sample_then_recipe_then_family(folder: ModelFolder) -> None:
@@ -107,7 +108,9 @@ def test_system_prompt_of_sample_then_recipe_then_family(folder: ModelFolder) ->
     assert system(recipe, own) == "<|im_start|>system\nOwn."
     assert system(recipe, said("a", "b")) == "<|im_start|>system\nRecipe."
     family = "<|im_start|>system\nYou are a helpful assistant."
-    assert system(Renderer(folder), said("a", "b")) == family
+    none = "<|im_start|>user\na"
+    expected = none if folder.family == "qwen3_vl" else family
+    assert system(Renderer(folder), said("a", "b")) == expected
     assert Renderer(folder, system="").system == ""
 
 
@@ -180,9 +183,9 @@ def test_special_tokens_in_labels_stay_text(folder: ModelFolder, pictures: Pictu
 def test_text_cuts_at_the_end_token(renderer: Renderer) -> None:
     end, pad = renderer.end_ids
     ids = [*renderer.tokenizer.encode("x = 1"), end, *renderer.tokenizer.encode("more"), pad]
-    assert renderer.text(ids) == ("x = 1", "x = 1<|im_end|>more<|endoftext|>")
-    assert renderer.text(ids[:2])[0] == renderer.text(ids[:2])[1]
-    assert renderer.text([]) == ("", "")
+    assert renderer.answer(ids) == Answer("x = 1", "x = 1<|im_end|>more<|endoftext|>", None)
+    assert renderer.answer(ids[:2]).text == renderer.answer(ids[:2]).raw
+    assert renderer.answer([]) == Answer("", "", None)
 
 
 @pytest.mark.parametrize("rule", [ExactSize(height=280, width=100), LongestSide(longest_side=90)])
@@ -195,10 +198,11 @@ def test_recipe_rule_sizes_pictures_and_boxes(
         encoded = renderer.encode(located)
         boxes = [part for part in located.sample.parts() if isinstance(part, BoxPart)]
         for span in encoded.outline.spans:
+            newest = folder.family == "qwen3_vl"
             if isinstance(rule, ExactSize):
-                assert span.resized == (280, 112)
+                assert span.resized == ((288, 96) if newest else (280, 112))
             else:
-                assert max(span.resized) == 84
+                assert max(span.resized) == (96 if newest else 84)
         written = [
             box
             for image in range(len(encoded.outline.spans))

@@ -38,7 +38,8 @@ def test_answers_come_in_order_over_several_batches(loaded, tmp_path):
     for prediction, sample in zip(found, asked, strict=True):
         prompt = renderer.prompt(sample)
         (ids,) = generate(model, [prompt], max_new_tokens=5, end_ids=renderer.end_ids)
-        assert (prediction.answer, prediction.raw) == renderer.text(ids)
+        answer = renderer.answer(ids)
+        assert (prediction.answer, prediction.raw) == (answer.text, answer.raw)
         assert prediction.tokens == len(ids)
     assert found[2].prompt == "and thenwhich is larger?"
     assert [path.name for path in found[2].images] == ["b.png", "c.png"]

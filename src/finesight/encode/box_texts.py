@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from finesight.data.json_boxes import BOX_KEY, around_boxes, box_item, unfenced
 from finesight.encode.dialect import (
+    THOUSANDTHS,
     Corners,
     Piece,
     PlacedBox,
@@ -23,7 +24,7 @@ from finesight.encode.dialect import (
 )
 from finesight.encode.encoded import Size
 from finesight.encode.qwen2_5_vl import Qwen25VL
-from finesight.encode.qwen2_vl import THOUSANDTHS, Qwen2VL
+from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.errors import UserError
 
 NAMES = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")

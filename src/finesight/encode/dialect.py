@@ -1,4 +1,4 @@
-"""Pieces that a renderer lays end to end, and boxes on their way in and out of them."""
+"""Pieces that a renderer lays end to end, boxes on their way in and out of them, and videos."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from finesight.encode.encoded import Size
 Corners = tuple[float, float, float, float]
 """A box as left, top, right, bottom."""
 
+THOUSANDTHS: Size = (1000, 1000)
+"""The frame in which some families speak of boxes, whatever the picture's size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Special:
@@ -19,6 +22,21 @@ class Special:
 
 
 Piece = str | Special
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """Frames of a video that stand together among the tokens, `caption` in front of them; their
+    groups begin `seconds` apart."""
+
+    caption: str
+    frames: slice
+    seconds: float
+
+
+def whole_video(frames: int, fps: float, depth: int) -> list[Shot]:
+    """All frames together; `depth` of them make a group."""
+    return [Shot("", slice(0, frames), depth / fps)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from finesight.data.formats.turns import ROLES, SPEAKER_KEYS
 from finesight.data.jsonl import read_bytes
 from finesight.data.pictures import Pictures
 from finesight.encode.box_texts import IN_PIXELS, NAMES, has_boxes, rewritten
+from finesight.encode.dialect import THOUSANDTHS
 from finesight.encode.encoded import Size
-from finesight.encode.qwen2_vl import THOUSANDTHS
 from finesight.errors import UserError
 from finesight.storage import write_file
 from finesight.vision.resize import resized_size

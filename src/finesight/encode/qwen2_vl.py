@@ -11,17 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.dialect import (
+    THOUSANDTHS,
     Box,
     Piece,
     PlacedBox,
+    Shot,
     Special,
     in_whole_numbers,
     scaled,
+    whole_video,
 )
 from finesight.encode.encoded import Size
-
-THOUSANDTHS: Size = (1000, 1000)
-"""The frame in which the family speaks of boxes, whatever the picture's size."""
+from finesight.hub import ModelFolder
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
@@ -37,7 +38,8 @@ class Qwen2VL:
     """Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): dialect of boxes and rule of time."""
 
     name: str = "qwen2_vl"
-    system_prompt: str = "You are a helpful assistant."
+    system_prompt: str | None = "You are a helpful assistant."
+    thinks: bool = False
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """Each box as its label between the reference tokens, when it has one, and its corners,
@@ -73,6 +75,15 @@ class Qwen2VL:
                 boxes.append(Box(label, corners))
         return boxes
 
+    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
+        """One for the whole video."""
+        return whole_video(frames, fps, depth)
+
     def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
         """The temporal position of each group of frames: its number, whatever time it spans."""
         return np.arange(groups, dtype=np.int64)
+
+
+def from_folder(folder: ModelFolder) -> Qwen2VL:
+    """The same for every model."""
+    return Qwen2VL()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +15,12 @@ from finesight.data.boxes import ROUNDING
 from finesight.data.headers import picture_size
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.dialect import Box, PlacedBox, Special
+from finesight.encode.dialect import Box, PlacedBox, Shot, Special
 from finesight.encode.encoded import Encoded, Grid, Outline, Size, Span
-from finesight.encode.family import Family, family_of_folder
+from finesight.encode.family import Family, family_of
 from finesight.encode.positions import rope_positions
 from finesight.encode.tape import Tape
+from finesight.encode.thought import CLOSED, OPENED, apart, generated
 from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
@@ -34,10 +35,22 @@ PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What generated ids say: `text` as a person reads it, `raw` with its special tokens, and the
+    thought before it, None of a model that does not think."""
+
+    text: str
+    raw: str
+    thought: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Visual:
-    """A picture or video of a sample before it has a place among the tokens."""
+    """A picture, or frames of a video, before they have a place among the tokens; `caption` stands
+    in front of them, `seconds` lie between groups of frames."""
 
     kind: Literal["image", "video"]
+    caption: str
     files: tuple[Path, ...]
     original: Size
     resized: Size
@@ -45,13 +58,27 @@ class _Visual:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """Tokens so far, and the pictures among them with their times; `waiting` gives those of the
+    next part that shows any. `images` are all of the sample's, also those of later turns: boxes may
+    speak of any."""
+
+    tape: Tape
+    waiting: Iterator[Sequence[_Visual]]
+    images: Sequence[_Visual]
+    spans: list[Span]
+    times: list[NDArray[np.int64]]
+
+
 class Renderer:
     """Turns samples of one model, picture rule and system prompt into tokens and patches.
 
     A conversation is `<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline for
     each turn, as in the published chat template. The system turn is the sample's own, or
-    `system`, or the family's. A picture is `<|vision_start|>`, one `<|image_pad|>` for each
-    merged patch, `<|vision_end|>`; a run of adjacent boxes is written in the family's dialect.
+    `system`, or the family's, if it has one. A picture is `<|vision_start|>`, one `<|image_pad|>`
+    for each merged patch, `<|vision_end|>`; a run of adjacent boxes is written in the family's
+    dialect. A model that thinks reads the thoughts of the last answer only.
 
     Learned is the content of every assistant turn and its `<|im_end|>`; the newline after it is
     not. An answer is tokenised apart from the `assistant` and newline before it, because in
@@ -64,7 +91,7 @@ class Renderer:
         self, folder: ModelFolder, picture: PictureRule | None = None, system: str | None = None
     ) -> None:
         """`picture` is the recipe's size rule (None: the model's own), `system` its prompt."""
-        self.family: Family = family_of_folder(folder)
+        self.family: Family = family_of(folder)
         self.geometry = geometry_of(folder)
         self.rule: PictureRule = picture or native_rule(folder.preprocessor)
         self.system = self.family.system_prompt if system is None else system
@@ -109,11 +136,15 @@ class Renderer:
         none = np.empty((0, self.geometry.numbers), dtype=np.uint8)
         return Encoded(outline, end_to_end([self._patches(s) for s in outline.spans] or [none]))
 
-    def text(self, ids: Sequence[int]) -> tuple[str, str]:
-        """What generated ids say: up to the end token without special tokens, and all of it."""
+    def answer(self, ids: Sequence[int]) -> Answer:
+        """What generated ids say up to the end token; `raw` is all of them but the thought."""
         stops = (at for at, token in enumerate(ids) if token in self.end_ids)
-        answer = self.tokenizer.decode(ids[: next(stops, len(ids))], skip_special=True)
-        return answer, self.tokenizer.decode(ids, skip_special=False)
+        said = self.tokenizer.decode(ids[: next(stops, len(ids))], skip_special=True)
+        raw = self.tokenizer.decode(ids, skip_special=False)
+        if not self.family.thinks:
+            return Answer(said, raw, None)
+        spoken = generated(said)
+        return Answer(spoken.answer, generated(raw).answer, spoken.thought)
 
     def boxes(self, raw: str, spans: Sequence[Span], image: int = 0) -> list[Box]:
         """The boxes of an answer with its special tokens, in original pixels of picture `image`.
@@ -126,46 +157,48 @@ class Renderer:
         return self.family.read_boxes(raw, images[image].original, images[image].resized)
 
     def _outline(self, located: Located, messages: Sequence[Message], answering: bool) -> Outline:
-        visuals = [self._visual(part, located) for part in _visual_parts(located.sample)]
-        tape = Tape(self.tokenizer)
-        spans: list[Span] = []
-        if messages[0].role != "system":
+        shown = [self._visuals(part, located) for part in _visual_parts(located.sample)]
+        images = [visual for visuals in shown for visual in visuals if visual.kind == "image"]
+        laid = _Laid(Tape(self.tokenizer), iter(shown), images, [], [])
+        tape = laid.tape
+        if messages[0].role != "system" and self.system is not None:
             messages = (Message(role="system", content=(TextPart(text=self.system),)), *messages)
         for message in messages:
             tape.special(TURN_START, learned=False)
             tape.text(f"{message.role}\n", learned=False)
-            self._lay_content(tape, message, visuals, spans, located.sample.id)
+            if self.family.thinks and message.role == "assistant":
+                message = self._lay_thought(tape, message, is_last=message is messages[-1])
+            self._lay_content(laid, message, located.sample.id)
             tape.special(TURN_END, learned=message.role == "assistant")
             tape.text("\n", learned=False)
         if answering:
             tape.special(TURN_START, learned=False)
-            tape.text("assistant\n", learned=False)
+            tape.text(f"assistant\n{OPENED if self.family.thinks else ''}", learned=False)
         ids_T, learned_T = tape.arrays()
         if answering:
             learned_T = np.zeros_like(learned_T)
-        times = [
-            self.family.time_steps(visual.grid[0], visual.seconds)
-            for visual in visuals[: len(spans)]
-        ]
-        positions_3T = rope_positions(len(ids_T), spans, times, self.geometry.merge)
-        return Outline(located.sample.id, ids_T, learned_T, positions_3T, tuple(spans))
+        positions_3T = rope_positions(len(ids_T), laid.spans, laid.times, self.geometry.merge)
+        return Outline(located.sample.id, ids_T, learned_T, positions_3T, tuple(laid.spans))
 
-    def _lay_content(
-        self,
-        tape: Tape,
-        message: Message,
-        visuals: Sequence[_Visual],
-        spans: list[Span],
-        sample: str,
-    ) -> None:
-        """Lay down one turn's parts; `spans` grows by its pictures, which are the next ones of
-        `visuals`. Boxes may speak of any picture of the sample, also of a later turn's."""
-        learned = message.role == "assistant"
-        images = [visual for visual in visuals if visual.kind == "image"]
+    def _lay_thought(self, tape: Tape, message: Message, *, is_last: bool) -> Message:
+        """The assistant's turn without its thought, which is laid down if it is the last one's; an
+        answer without a thought is learned as one that follows an empty one."""
+        first, *others = message.content
+        said = apart(first.text if isinstance(first, TextPart) else "")
+        if is_last:
+            tape.text(OPENED, learned=False)
+            tape.text(f"{said.thought or ''}{CLOSED}", learned=True)
+        if isinstance(first, TextPart):
+            first = TextPart(text=said.answer)
+        return Message(role=message.role, content=(first, *others))
+
+    def _lay_content(self, laid: _Laid, message: Message, sample: str) -> None:
+        """Lay down one turn's parts."""
+        tape, learned = laid.tape, message.role == "assistant"
         run: list[PlacedBox] = []
         for part in (*message.content, None):
             if isinstance(part, BoxPart):
-                run.append(_placed(part, images, sample))
+                run.append(_placed(part, laid.images, sample))
                 continue
             if run:
                 self._lay_boxes(tape, run, learned)
@@ -173,7 +206,8 @@ class Renderer:
             if isinstance(part, TextPart):
                 tape.text(part.text, learned=learned)
             elif part is not None:
-                spans.append(self._lay_visual(tape, visuals[len(spans)]))
+                for visual in next(laid.waiting):
+                    self._lay_visual(laid, visual)
 
     def _lay_boxes(self, tape: Tape, boxes: Sequence[PlacedBox], learned: bool) -> None:
         for piece in self.family.write_boxes(boxes):
@@ -182,13 +216,15 @@ class Renderer:
             else:
                 tape.text(piece, learned=learned)
 
-    def _lay_visual(self, tape: Tape, visual: _Visual) -> Span:
+    def _lay_visual(self, laid: _Laid, visual: _Visual) -> None:
+        tape = laid.tape
+        tape.text(visual.caption, learned=False)
         tape.special("<|vision_start|>", learned=False)
         start = tape.length
         times = self.geometry.tokens(visual.grid)
         tape.special(PLACEHOLDERS[visual.kind], learned=False, times=times)
         tape.special("<|vision_end|>", learned=False)
-        return Span(
+        span = Span(
             kind=visual.kind,
             start=start,
             stop=start + times,
@@ -197,20 +233,26 @@ class Renderer:
             original=visual.original,
             resized=visual.resized,
         )
+        laid.spans.append(span)
+        laid.times.append(self.family.time_steps(visual.grid[0], visual.seconds))
 
-    def _visual(self, part: ImagePart | VideoPart, located: Located) -> _Visual:
-        names = (part.image,) if isinstance(part, ImagePart) else part.frames
-        files = tuple(located.path(name) for name in names)
-        original = picture_size(files[0]) if len(files) == 1 else frame_size(files)
+    def _visuals(self, part: ImagePart | VideoPart, located: Located) -> list[_Visual]:
+        """A picture, or a video in the pieces that the family lays it down in."""
+        if isinstance(part, ImagePart):
+            file = located.path(part.image)
+            return [self._visual("image", (file,), picture_size(file), Shot("", slice(1), 0.0))]
+        files = tuple(located.path(name) for name in part.frames)
+        original = frame_size(files)
+        shots = self.family.shots(len(files), part.fps, self.geometry.temporal)
+        return [self._visual("video", files, original, shot) for shot in shots]
+
+    def _visual(
+        self, kind: Literal["image", "video"], files: tuple[Path, ...], original: Size, shot: Shot
+    ) -> _Visual:
         resized = resized_size(original, self.rule, self.geometry.factor, where=str(files[0]))
-        return _Visual(
-            kind=part.type,
-            files=files,
-            original=original,
-            resized=resized,
-            grid=self.geometry.grid(resized, len(files)),
-            seconds=0.0 if isinstance(part, ImagePart) else self.geometry.temporal / part.fps,
-        )
+        files = files[shot.frames]
+        grid = self.geometry.grid(resized, len(files))
+        return _Visual(kind, shot.caption, files, original, resized, grid, shot.seconds)
 
     def _patches(self, span: Span) -> NDArray[np.uint8]:
         if span.kind == "video":

@@ -27,7 +27,8 @@ READERS = 4
 class Prediction:
     """An answer: `answer` as a person reads it, `raw` with its special tokens (the end token too,
     where the model stopped by itself), `boxes` in pixels of the original `images`, which are the
-    sample's pictures without its videos: a box's number counts these."""
+    sample's pictures without its videos: a box's number counts these. `thought` is what a model
+    that thinks said before it answered, None of others."""
 
     id: str
     images: tuple[Path, ...]
@@ -37,21 +38,25 @@ class Prediction:
     boxes: tuple[BoxPart, ...]
     tokens: int
     stopped: bool
+    thought: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `finesight predict --json` prints: `image` is a path, a list of several, or null."""
         paths = [str(path) for path in self.images]
+        thought = {} if self.thought is None else {"thought": self.thought}
         return {
             "id": self.id,
             "image": None if not paths else paths[0] if len(paths) == 1 else paths,
             "prompt": self.prompt,
+            **thought,
             "answer": self.answer,
             "raw": self.raw,
             "boxes": [as_box(box) for box in self.boxes],
         }
 
     def as_text(self) -> str:
-        """What `finesight predict` prints: pictures, the answer, then its boxes, one a line."""
+        """What `finesight predict` prints: pictures, the answer, then its boxes, one a line, and a
+        thought."""
         head = "".join(f"{path}: " for path in self.images)
         cut = "" if self.stopped else f" [cut off after {self.tokens} tokens]"
         boxes = [
@@ -59,7 +64,8 @@ class Prediction:
             + (f"  {box.label}" if box.label else "")
             for box in self.boxes
         ]
-        return head + self.answer + cut + "".join(boxes)
+        thought = f"\n  thought  {self.thought}" if self.thought else ""
+        return head + self.answer + cut + "".join(boxes) + thought
 
 
 def as_box(box: BoxPart) -> dict[str, Any]:
@@ -170,21 +176,22 @@ class _Reader:
 
 
 def _read(renderer: Renderer, located: Located, prompt: Encoded, ids: list[int]) -> Prediction:
-    answer, raw = renderer.text(ids)
+    answer = renderer.answer(ids)
     sample = located.sample
     picture = _picture_meant(sample)
     return Prediction(
         id=sample.id,
         images=tuple(located.path(p.image) for p in sample.parts() if isinstance(p, ImagePart)),
         prompt=_last_question(sample),
-        answer=answer,
-        raw=raw,
+        answer=answer.text,
+        raw=answer.raw,
         boxes=tuple(
             BoxPart(image=picture, label=box.label, xyxy=box.xyxy)
-            for box in renderer.boxes(raw, prompt.outline.spans, picture)
+            for box in renderer.boxes(answer.raw, prompt.outline.spans, picture)
         ),
         tokens=len(ids),
         stopped=ids[-1] in renderer.end_ids,
+        thought=answer.thought,
     )
 
 

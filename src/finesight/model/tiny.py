@@ -24,7 +24,7 @@ from finesight.model.linear import GroupedLinear
 from finesight.model.weights import random_model, save_model
 from finesight.storage import write_folder
 
-TinyFamily = Literal["qwen2_vl", "qwen2_5_vl"]
+TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SizeName = Literal["test", "small", "finesight-tiny"]
 
 
@@ -62,7 +62,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where the tokenizers of both families cut text before merging (from their tokenizer.json)."""
+"""Where the families' tokenizers cut text before merging (from their tokenizer.json)."""
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -84,10 +84,13 @@ SPECIAL_TOKENS = (
 )
 """In the order of the published tokenizers: their ids follow one another."""
 
-_CHAT_TEMPLATE = """\
+_DEFAULT_SYSTEM = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}
+"""
+
+_TURNS = """\
 {%- for turn in messages -%}
 {{ '<|im_start|>' + turn['role'] + '\\n' }}
 {%- set parts = turn['content'] -%}
@@ -128,11 +131,14 @@ def make_tiny(
         tokenizer.save(str(folder / "tokenizer.json"))
         config = _config(family, geometry, tokenizer)
         _write_json(folder / "config.json", config)
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
-        _write_json(folder / "preprocessor_config.json", _preprocessor_config(family))
-        _write_json(folder / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
+        template = _TURNS if family == "qwen3_vl" else _DEFAULT_SYSTEM + _TURNS
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
+        preprocessor = _preprocessor_config(family)
+        _write_json(folder / "preprocessor_config.json", preprocessor)
+        _write_json(folder / "chat_template.json", {"chat_template": template})
         _write_json(folder / "generation_config.json", _generation_config(tokenizer))
-        model = random_model(config, seed, torch.float32, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        model = random_model(config, seed, torch.float32, cpu, preprocessor)
         spread(model)
         save_model(model, ModelFolder(folder), folder, torch.float32)
     return target
@@ -212,40 +218,57 @@ def training_text() -> list[str]:
 
 
 def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`config.json` in the hub's flat style."""
-    half = size.width // size.heads // 2
-    temporal = half // 4
-    rows = (half - temporal) // 2
-    sections = [temporal, rows, half - temporal - rows]
-    return {
+    """`config.json` in the hub's style: flat, but for Qwen3-VL, whose language model has a part."""
+    shared = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
-        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
-        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
         "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
-        "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
+        "tie_word_embeddings": True,
+        "vision_config": _vision_config(family, size),
+    }
+    language = _language_config(size, tokenizer)
+    half = size.width // size.heads // 2
+    if family == "qwen3_vl":
+        rows = half // 3
+        rope = {"rope_type": "default", "mrope_interleaved": True}
+        sections = {"mrope_section": [half - 2 * rows, rows, rows]}
+        head = {"attention_bias": False, "head_dim": 2 * half, "rope_scaling": rope | sections}
+        return shared | {"dtype": "float32", "text_config": language | head}
+    temporal = half // 4
+    rows = (half - temporal) // 2
+    flat = {
+        "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
+        "max_window_layers": size.layers,
+        "rope_scaling": {
+            "type": "mrope",
+            "mrope_section": [temporal, rows, half - temporal - rows],
+        },
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "torch_dtype": "float32",
+    }
+    return shared | language | flat
+
+
+def _language_config(size: TinySize, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "hidden_size": size.width,
         "initializer_range": 0.02,
         "intermediate_size": size.inner,
         "max_position_embeddings": 32768,
-        "max_window_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers,
         "num_key_value_heads": size.kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": size.theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "sliding_window": 32768,
-        "use_sliding_window": False,
         "use_cache": True,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "vision_config": _vision_config(family, size),
         "vocab_size": tokenizer.get_vocab_size(),
     }
 
@@ -253,6 +276,7 @@ def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[st
 _ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 
@@ -260,12 +284,22 @@ def _vision_config(family: TinyFamily, size: TinySize) -> dict[str, Any]:
     common: dict[str, Any] = {
         "depth": size.vision_layers,
         "num_heads": size.vision_heads,
-        "in_chans": 3,
         "patch_size": 14,
         "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
         "temporal_patch_size": 2,
     }
+    if family == "qwen3_vl":
+        return common | {
+            "in_channels": 3,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": size.vision_width,
+            "intermediate_size": 4 * size.vision_width,
+            "out_hidden_size": size.width,
+            "num_position_embeddings": 49,
+            "deepstack_visual_indexes": [0],
+        }
+    common |= {"in_chans": 3, "spatial_patch_size": 14}
     if family == "qwen2_vl":
         return common | {
             "embed_dim": size.vision_width,
@@ -284,21 +318,28 @@ def _vision_config(family: TinyFamily, size: TinySize) -> dict[str, Any]:
 
 
 def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
-    """The published values of both families, but a smaller limit on pixels."""
-    return {
+    """The published values of each family, but a smaller limit on pixels."""
+    processor = _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor")
+    shared = {"merge_size": 2, "temporal_patch_size": 2, "processor_class": processor}
+    if family == "qwen3_vl":
+        return shared | {
+            "size": {"shortest_edge": 64 * 64, "longest_edge": 512 * 512},
+            "patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+        }
+    return shared | {
         "min_pixels": 56 * 56,
         "max_pixels": 448 * 448,
         "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor"),
     }
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, chat_template: str) -> dict[str, Any]:
     return {
         "add_prefix_space": False,
         "added_tokens_decoder": {
@@ -314,7 +355,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",

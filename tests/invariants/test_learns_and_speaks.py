@@ -67,8 +67,13 @@ LORA = {"rank": 32, "alpha": 32.0, "dropout": 0.0}
 
 @pytest.mark.parametrize(
     ("family", "tune"),
-    [("qwen2_vl", FULL), ("qwen2_5_vl", FULL | {"language": "lora", "lora": LORA})],
-    ids=["qwen2_vl-full", "qwen2_5_vl-lora"],
+    [
+        ("qwen2_vl", FULL),
+        ("qwen2_5_vl", FULL | {"language": "lora", "lora": LORA}),
+        ("qwen3_vl", FULL),
+        ("qwen3_vl", FULL | {"language": "lora", "lora": LORA}),
+    ],
+    ids=["qwen2_vl-full", "qwen2_5_vl-lora", "qwen3_vl-full", "qwen3_vl-lora"],
 )
 def test_a_run_that_knows_its_samples_answers_with_them(tmp_path, family, tune):
     make_tiny(tmp_path / "tiny", family)

@@ -14,7 +14,7 @@ from finesight.hub import ModelFolder
 from finesight.model.tiny import SIZES, SPECIAL_TOKENS, TinySize, make_tiny
 from finesight.model.weights import load_model
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -51,10 +51,11 @@ def test_special_tokens_follow_the_text_tokens_in_the_published_order(tiny):
     config = json.loads((tiny / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-    assert ids == list(range(ids[0], config["vocab_size"]))
+    language = config.get("text_config", config)
+    assert ids == list(range(ids[0], language["vocab_size"]))
     assert config["image_token_id"] == tokenizer.token_to_id("<|image_pad|>")
     assert config["video_token_id"] == tokenizer.token_to_id("<|video_pad|>")
-    assert config["eos_token_id"] == tokenizer.token_to_id("<|im_end|>")
+    assert language["eos_token_id"] == tokenizer.token_to_id("<|im_end|>")
     assert config["vision_start_token_id"] == tokenizer.token_to_id("<|vision_start|>")
 
 
@@ -117,9 +118,10 @@ def test_transformers_loads_model_tokenizer_and_template(tiny):
         add_generation_prompt=True,
         tokenize=False,
     )
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert text == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
+        ("" if theirs.config.model_type == "qwen3_vl" else system)
+        + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     ours = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(text).ids

@@ -23,10 +23,10 @@ from finesight.hub import ModelFolder
 from finesight.report.sample_page import sample_page
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def renderer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Renderer:
     folder = make_folder(tmp_path_factory.mktemp("model"), request.param)
-    return Renderer(ModelFolder(folder), ExactSize(height=112, width=168))
+    return Renderer(ModelFolder(folder), ExactSize(height=224, width=448))
 
 
 def records_of(page: str) -> Any:
@@ -83,9 +83,11 @@ def test_the_picture_is_what_the_model_gets(renderer: Renderer, tmp_path: Path) 
     located = asked(tmp_path, [ImagePart(image=file.name)], [TextPart(text="x")])
     (record,) = records_of(sample_page(renderer, [located], "here"))
     (told,) = record["pictures"]
-    assert (told["original"], told["resized"], told["grid"]) == ([100, 300], [112, 168], [1, 8, 12])
+    patch = renderer.geometry.patch
+    assert (told["original"], told["resized"]) == ([100, 300], [224, 448])
+    assert told["grid"] == [1, 224 // patch, 448 // patch]
     with Image.open(file) as image:
-        resized = image.resize((168, 112), Image.Resampling.BICUBIC)
+        resized = image.resize((448, 224), Image.Resampling.BICUBIC)
     (frame,) = told["frames"]
     assert np.array_equal(np.asarray(opened(frame["src"])), np.asarray(resized))
 
@@ -105,7 +107,7 @@ def test_boxes_are_read_back_from_the_tokens(renderer: Renderer, tmp_path: Path)
     for box, (width, height), original in zip(
         record["boxes"], ((300, 100), (60, 400), (300, 100)), corners, strict=True
     ):
-        across, down = 168 / width, 112 / height
+        across, down = 448 / width, 224 / height
         x1, y1, x2, y2 = original
         seen = (x1 * across, y1 * down, x2 * across, y2 * down)
         assert box["xyxy"] == pytest.approx(seen, abs=0.51), "whole pixels or thousandths"
@@ -119,8 +121,11 @@ def test_a_box_typed_as_text_is_seen(renderer: Renderer, tmp_path: Path) -> None
     (record,) = records_of(sample_page(renderer, [located], "here"))
     assert record["written"] == 0
     (box,) = record["boxes"]
-    qwen2 = renderer.family.name == "qwen2_vl"
-    expected = (8.4, 6.72, 117.6, 89.6) if qwen2 else (5, 6, 70, 80)
+    expected = {
+        "qwen2_vl": (22.4, 13.44, 313.6, 179.2),
+        "qwen2_5_vl": (5, 6, 70, 80),
+        "qwen3_vl": (2.24, 1.344, 31.36, 17.92),
+    }[renderer.family.name]
     assert box["xyxy"] == pytest.approx(expected)
 
 

@@ -25,8 +25,8 @@ from finesight.train.loss import label_loss
 CPU = torch.device("cpu")
 
 
-def batch_of(folder: Path) -> PackedBatch:
-    renderer = Renderer(ModelFolder(folder / "tiny"), PixelRange(min_pixels=784, max_pixels=7056))
+def batch_of(folder: Path, model: str = "tiny") -> PackedBatch:
+    renderer = Renderer(ModelFolder(folder / model), PixelRange(min_pixels=784, max_pixels=7056))
     corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
     return pack([renderer.encode(sample) for sample in corpus.read()[:4]])
 
@@ -38,7 +38,7 @@ def product(
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize(
     "tune",
     [
@@ -52,8 +52,8 @@ def test_products_equal_torchs_count(
     tmp_path: Path, family: TinyFamily, tune: dict[str, Any]
 ) -> None:
     make_task(tmp_path)
-    batch = batch_of(tmp_path)
     make_tiny(tmp_path / family, family)
+    batch = batch_of(tmp_path, family)
     model = load_model(ModelFolder(tmp_path / family), torch.float32, CPU)
     apply_tuning(model, Tune.model_validate(tune), 0)
     in_place = {torch.ops.aten.addmm_: product}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finesight.data.sample import BoxPart, Message, Sample, TextPart
+from finesight.encode.thought import apart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import Figures, Interval, interval, ratios, resampled, whole
 
@@ -78,9 +79,10 @@ def together(figures: Mapping[str, Callable[..., Any]]) -> Figures:
     return lambda weights: {name: figure(weights) for name, figure in figures.items()}
 
 
-def truths_of(sample: Sample) -> Truth:
+def truths_of(sample: Sample, *, thinks: bool = False) -> Truth:
     """The right answers of a sample as texts (its last turn first, then its references), and the
-    boxes of that turn. Raises UserError when its last turn is not the assistant's."""
+    boxes of that turn. `thinks`: a thought in front of the answer is none of it. Raises UserError
+    when its last turn is not the assistant's."""
     last = sample.messages[-1]
     if last.role != "assistant":
         raise UserError(
@@ -89,7 +91,8 @@ def truths_of(sample: Sample) -> Truth:
             remedy="score on samples that have answers, or use `finesight predict --data`",
         )
     boxes = tuple(part for part in last.content if isinstance(part, BoxPart))
-    return (_text(last), *sample.references), boxes
+    said = _text(last)
+    return (apart(said).answer if thinks else said, *sample.references), boxes
 
 
 def _text(message: Message) -> str:

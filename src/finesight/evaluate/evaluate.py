@@ -98,7 +98,8 @@ def evaluate(
             expected="at least one sample with an answer",
             remedy="give held-out samples, such as `finesight data import --eval-last` leaves",
         )
-    truths = [truths_of(sample.sample) for sample in chosen]
+    thinks = renderer.family.thinks
+    truths = [truths_of(sample.sample, thinks=thinks) for sample in chosen]
     check_truths(settings.metric, truths)
     predictions, unreadable = _answers(model, renderer, chosen, settings, advance)
     readable = [truth for i, truth in enumerate(truths) if i not in unreadable]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from torch import nn
 
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
@@ -30,6 +31,8 @@ class Arithmetic:
         # The head and the last MLP see only the tokens that predict learned ones.
         self._per_label = 0
         last_mlp = f"model.layers.{model.geometry.language.depth - 1}.mlp."
+        # Tables are looked up, not multiplied; the head comes below.
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         learning: set[Part] = set()
         reached = False
         # In the order in which a sample passes the matrices: from the first that learns on, a
@@ -40,8 +43,8 @@ class Arithmetic:
                 part, learns = part_of(name), learns or parameter.requires_grad
                 if parameter.requires_grad:
                     learning.add(part)
-                # The embedding is looked up, not multiplied; the head comes below.
-                if parameter.dim() == 2 and part != "embeddings":
+                looked_up = part == "embeddings" or id(parameter) in tables
+                if parameter.dim() == 2 and not looked_up:
                     back = reached or ".adapter.b." in name
                     operations = _passes(parameter, back) * parameter.numel()
                     if name.startswith(last_mlp):
@@ -75,7 +78,8 @@ class Arithmetic:
         much again on the way back."""
         language, vision = self._geometry.language, self._geometry.vision
         inside, window = self._windows
-        causal = sum(length**2 for length in lengths) * 2 * language.width * language.depth
+        width = language.heads * language.head_width
+        causal = sum(length**2 for length in lengths) * 2 * width * language.depth
         whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
         return causal * self._speaking + 4 * vision.width * (whole + windowed) * self._seeing

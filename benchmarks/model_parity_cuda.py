@@ -49,11 +49,15 @@ class Case:
 
 
 def make_case(config: dict[str, Any], name: str, grids: Sequence[Grid], seed: int) -> Case:
-    """12 tokens of text before, between and after the grids; `name` says what they are."""
+    """12 tokens of text before, between and after the grids; `name` says what they are. Qwen3-VL
+    takes the pairs of frames of a video one by one."""
     rng = np.random.default_rng(seed)
     film = name == "video"
+    if film and config["model_type"] == "qwen3_vl":
+        grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
     marker = config["video_token_id" if film else "image_token_id"]
-    words = min(config["vocab_size"], config["vision_start_token_id"])
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    words = min(vocabulary, config["vision_start_token_id"])
     ids = rng.integers(0, words, 12).tolist()
     kinds = [0] * 12
     for t, h, w in grids:
@@ -62,7 +66,8 @@ def make_case(config: dict[str, Any], name: str, grids: Sequence[Grid], seed: in
         ids += rng.integers(0, words, 12).tolist()
         kinds += [0, *[2 if film else 1] * count, *[0] * 13]
     rows = sum(t * h * w for t, h, w in grids)
-    patches = rng.integers(0, 256, (rows, 1176), dtype=np.uint8)
+    numbers = 6 * config["vision_config"]["patch_size"] ** 2
+    patches = rng.integers(0, 256, (rows, numbers), dtype=np.uint8)
     return Case(name, torch.tensor(ids), torch.tensor(kinds), tuple(grids), torch.tensor(patches))
 
 
@@ -215,6 +220,12 @@ TINY = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 4},
     "qwen2_5_vl": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 72}
     | {"window_size": 112, "fullatt_block_indexes": [1], "hidden_act": "silu"},
+    "qwen3_vl": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 72}
+    | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 49}
+    | {"deepstack_visual_indexes": [0]},
+}
+TINY_QWEN3 = {"head_dim": 16, "attention_bias": False} | {
+    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
 }
 
 
@@ -222,14 +233,10 @@ def configurations(options: argparse.Namespace) -> Iterator[tuple[str, dict[str,
     """Name and config.json of each model to measure."""
     if options.tiny:
         for family, vision in TINY.items():
-            yield (
-                family,
-                {
-                    **TINY_LANGUAGE,
-                    "model_type": family,
-                    "vision_config": {**TINY_VISION, **vision},
-                },
-            )
+            config = {**TINY_LANGUAGE, "model_type": family}
+            if family == "qwen3_vl":
+                config["text_config"] = TINY_LANGUAGE | TINY_QWEN3
+            yield family, {**config, "vision_config": {**TINY_VISION, **vision}}
         return
     for file in sorted(options.folder.glob("*/config.json")):
         config = json.loads(file.read_text())

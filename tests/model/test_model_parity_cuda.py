@@ -23,7 +23,7 @@ def test_a_line_a_model_with_distances_by_case(
     printed = capsys.readouterr().out
     assert (tmp_path / "out.jsonl").read_text() == printed
     lines = [json.loads(line) for line in printed.splitlines()]
-    assert [line["model"] for line in lines] == ["qwen2_vl", "qwen2_5_vl"]
+    assert [line["model"] for line in lines] == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     for line in lines:
         for case in ("pictures", "video", "text", "all"):
             found = line[case]

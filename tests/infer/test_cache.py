@@ -49,7 +49,9 @@ def test_prefill_writes_each_prompt_into_its_row():
 def test_a_step_attends_to_its_own_row_only():
     cache = _filled((3, 5), room=9)
     q, k, v = _random(2, HEADS, WIDTH), _random(2, KEY_HEADS, WIDTH), -_random(2, KEY_HEADS, WIDTH)
-    found = StepAttention(cache)(0, q, k, v)
+    seen = cache.grown(4)
+    assert seen == 8
+    found = StepAttention(cache, seen)(0, q, k, v)
     assert cache.lengths == cache.lengths_R.tolist() == [4, 6]
     for row, length in enumerate((4, 6)):
         for head in range(HEADS):
@@ -78,6 +80,6 @@ def test_what_does_not_fit_is_refused():
         _filled((5,), room=4)
     full = _filled((4,), room=4)
     with pytest.raises(AssertionError, match="5 tokens for a room of 4"):
-        StepAttention(full)
+        full.grown(8)
     with pytest.raises(AssertionError, match="row 0 holds 4 tokens"):
         PrefillAttention(full, [0], Segments.of((2,), torch.device("cpu")))

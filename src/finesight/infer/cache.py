@@ -18,7 +18,9 @@ from finesight.model.attention import Segments, attend
 class KeyValueCache:
     """A static cache: one allocation for all layers, written in place, read up to the longest row.
 
-    Zeros and not uninitialised memory: a masked entry has weight 0, but 0 times NaN is NaN.
+    How long its rows are is known twice: on the device (`lengths_R`), where steps count, and to the
+    host (`lengths`), which never asks the device. Zeros and not uninitialised memory: a masked
+    entry has weight 0, but 0 times NaN is NaN.
     """
 
     def __init__(
@@ -54,6 +56,14 @@ class KeyValueCache:
         """Put keys and values at `at_T` = row * room + place of the layer."""
         self.keys_LRMKD[layer].view(-1, *k_TKD.shape[1:]).index_copy_(0, at_T, k_TKD)
         self.values_LRMKD[layer].view(-1, *v_TKD.shape[1:]).index_copy_(0, at_T, v_TKD)
+
+    def grown(self, even: int) -> int:
+        """Make room for a token more in every row; how far the longest reaches now, filled up to a
+        multiple of `even` as far as there is room."""
+        longest = max(self.lengths) + 1
+        assert longest <= self.room, f"{longest} tokens for a room of {self.room}"
+        self.lengths = [length + 1 for length in self.lengths]
+        return min(self.room, -(-longest // even) * even)
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Give up all other rows, in place; returns which old row each new one holds.
@@ -100,20 +110,16 @@ class PrefillAttention:
 class StepAttention:
     """One new token a row against all tokens of its row, itself included.
 
-    Made anew for each step, before the layers run: it counts the new token in.
+    Made anew for each step, after `KeyValueCache.grown` has said how many places to read (`seen`)
+    and before the layers run: it counts the new tokens in on the device.
     """
 
-    def __init__(self, cache: KeyValueCache) -> None:
-        self._cache = cache
-        longest = max(cache.lengths) + 1
-        assert longest <= cache.room, f"{longest} tokens for a room of {cache.room}"
+    def __init__(self, cache: KeyValueCache, seen: int) -> None:
+        self._cache, self._seen = cache, seen
         starts_R = torch.arange(cache.rows, device=cache.device) * cache.room
         self._at_R = starts_R + cache.lengths_R
-        cache.lengths_R = cache.lengths_R + 1
-        cache.lengths = [length + 1 for length in cache.lengths]
-        # Attention with a mask wants a stride of 8 on CUDA, or it copies the mask.
-        self._seen = min(cache.room, -(-longest // 8) * 8)
-        places_M = torch.arange(self._seen, device=cache.device)
+        cache.lengths_R += 1
+        places_M = torch.arange(seen, device=cache.device)
         self._mask_R11M = (places_M < cache.lengths_R[:, None])[:, None, None, :]
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:

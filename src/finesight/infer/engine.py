@@ -1,7 +1,9 @@
 """Greedy generation in batches, through the same modules as training.
 
 Prompts are packed end to end and run once (prefill), filling a key/value cache; then every
-sequence grows by one token a step. Shapes: R rows (sequences), V vocabulary, W model width.
+sequence grows by one token a step. On a GPU a step is recorded as a CUDA graph: a row of a few
+tokens takes longer to launch its kernels than to run them. Shapes: R rows (sequences), V
+vocabulary, W model width.
 
 There is no repetition penalty and no setting for one: it lowers the odds of every token that the
 prompt or the answer holds already, and so damages exactly what repeats rightly, digits of boxes
@@ -27,6 +29,16 @@ PREFILL_TOKENS = 8192
 
 CACHE_TOKENS = 1 << 18
 """Tokens of the cache of one batch, padding included: about 7.5 GB for Qwen2-VL-2B in bf16."""
+
+EVEN = 256
+"""On a GPU a step reads so many places of the cache or a multiple: as many serve one recording."""
+
+STRIDE = 8
+"""The same elsewhere."""
+
+
+Grow = Callable[[Tensor, int], Tensor]
+"""A step on the device: ids [R] and how many places to read, to logits [R, V]."""
 
 
 class Session:
@@ -57,6 +69,7 @@ class Session:
             device=self._device,
         )
         self._position_R = torch.tensor(ends, device=self._device)
+        self._recorded = Recorded() if self._device.type == "cuda" else None
         self._prompts = prompts
 
     def prefill(self) -> Tensor:
@@ -75,17 +88,64 @@ class Session:
         return torch.cat(logits)[torch.tensor(in_order, device=self._device)]
 
     def step(self, ids_R: Tensor) -> Tensor:
-        """Append one token to every row; logits [R, V] of the one after it."""
-        self._position_R += 1
-        positions_3R = self._position_R.expand(3, -1)
-        h_RW = self._model.step(ids_R, positions_3R, StepAttention(self._cache))
-        return self._model.logits(self._model.normed(h_RW))
+        """Append one token to every row; logits [R, V] of the one after it, until the next step."""
+        if self._recorded is None:
+            return self._grow(ids_R, self._cache.grown(STRIDE))
+        return self._recorded.run(self._grow, ids_R, self._cache.grown(EVEN))
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Go on with these rows only; returns which old row each new one is."""
         order = self._cache.keep(rows)
         self._position_R = self._position_R[torch.tensor(order, device=self._device)]
+        if self._recorded is not None:
+            self._recorded = Recorded()
         return order
+
+    def _grow(self, ids_R: Tensor, seen: int) -> Tensor:
+        """What a step does on the device, in place but for the logits."""
+        self._position_R += 1
+        positions_3R = self._position_R.expand(3, -1)
+        h_RW = self._model.step(ids_R, positions_3R, StepAttention(self._cache, seen))
+        return self._model.logits(self._model.normed(h_RW))
+
+
+class Recorded:
+    """A step as CUDA graphs, one for each number of places that it reads of the cache.
+
+    The first step is launched as it is: what it needs has to be set up before it can be recorded.
+    The step is handed over with each call and not kept: a session would keep itself alive, and its
+    cache with it.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._ids_R: Tensor | None = None
+
+    def run(self, grow: Grow, ids_R: Tensor, seen: int) -> Tensor:
+        """The logits, which the next step overwrites."""
+        if self._ids_R is None:
+            self._ids_R = ids_R.clone()
+            return grow(ids_R, seen)
+        self._ids_R.copy_(ids_R)
+        if seen not in self._graphs:
+            self._graphs[seen] = self._record(grow, self._ids_R, seen)
+        graph, logits_RV = self._graphs[seen]
+        graph.replay()
+        return logits_RV
+
+    def _record(self, grow: Grow, ids_R: Tensor, seen: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # Not by torch.cuda.graph: it gives all cached memory back first, which costs more than the
+        # recording.
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            logits_RV = grow(ids_R, seen)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph, logits_RV
 
 
 def _last_position(outline: Outline, limit: int) -> int:

@@ -13,6 +13,7 @@ and commands of formulas. Qwen2.5-VL's generation config asks for 1.05; it is no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -137,8 +138,7 @@ class Recorded:
     def _record(self, grow: Grow, ids_R: Tensor, seen: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Not by torch.cuda.graph: it gives all cached memory back first, which costs more than the
         # recording.
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(ids_R.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -146,6 +146,12 @@ class Recorded:
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph, logits_RV
+
+
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _last_position(outline: Outline, limit: int) -> int:

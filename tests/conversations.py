@@ -169,7 +169,7 @@ def make_folder(folder: Path, family: str) -> Path:
     frame = ("system\n", "user\n", "assistant\n", "\n\n", '{"bbox_2d": [1, 2, 3, 4], "label": "')
     tokenizer.train_from_iterator([*WORDS, *frame] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    patch = 16 if family == "qwen3_vl" else 14
+    patch = 16 if family.startswith("qwen3_vl") else 14
     config = {
         "model_type": family,
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),

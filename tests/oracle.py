@@ -27,6 +27,9 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
     """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
     if family == "qwen3_vl":
         return _nested(changes)
+    if family == "qwen3_vl_moe":
+        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
     vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -120,12 +123,15 @@ def reference(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") 
         Qwen2VLForConditionalGeneration,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
     )
 
     kinds = {
         "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
         "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+        "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
     }
     kind, model_kind = kinds[settings["model_type"]]
     typed = kind.from_dict(deepcopy(settings))
@@ -146,14 +152,18 @@ def native(settings: dict[str, Any], weights: nn.Module) -> VisionLanguageModel:
     device = next(weights.parameters()).device
     model = build(Settings(settings), Settings(PREPROCESSOR_DEFAULTS), dtype, device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
-    found = {
-        model.architecture.native_name(name): p.detach() for name, p in weights.named_parameters()
-    }
+    found = as_published(model, {name: p.detach() for name, p in weights.named_parameters()})
     assert wanted.keys() == found.keys(), sorted(wanted.keys() ^ found.keys())
     for name, tensor in wanted.items():
         assert tensor.shape == tuple(found[name].shape), name
-        tensor.data.copy_(found[name].view(tensor.data.shape))
+        tensor.data.copy_(found[name].reshape(tensor.data.shape))
     return model
+
+
+def as_published(model: VisionLanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's tensors by native name; it holds experts outputs first."""
+    named = {model.architecture.native_name(name): tensor for name, tensor in tensors.items()}
+    return {name: t.mT if ".experts." in name else t for name, t in named.items()}
 
 
 Part = int | tuple[str, Grid]
@@ -170,7 +180,7 @@ class Talk:
     def with_model(self, model: Any) -> Conversation:
         """As the reference model's family reads it: Qwen3-VL takes the pairs of frames of a video
         one by one, with text before each."""
-        newest = model.config.model_type == "qwen3_vl"
+        newest = model.config.model_type.startswith("qwen3_vl")
         parts = _one_by_one(self.parts) if newest else self.parts
         return _drawn(self.seed, parts, side=16 if newest else 14)
 

@@ -15,7 +15,7 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_logits_and_gradients_of_a_pack_are_those_of_its_samples_alone(family: str) -> None:
     theirs = reference(config(family))
     together, alone = native(config(family), theirs), native(config(family), theirs)

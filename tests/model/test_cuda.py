@@ -34,7 +34,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 def wide(family: str) -> dict[str, Any]:
     """Heads of 16 numbers in the language model and in the tower, which the kernel takes."""
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         return config(family, vision={"hidden_size": 32})
     return config(
         family,
@@ -84,7 +84,7 @@ def test_attention_in_16_bits_is_that_of_the_processor_in_32(
         assert distance(mine.cpu(), other) < 0.02
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_bf16_is_as_near_to_fp32_as_the_reference_is(family: str) -> None:
     exact = on_card(reference(wide(family)), torch.float32)
     batch = packed(exact, SAMPLES).to(CUDA)
@@ -102,7 +102,7 @@ def test_bf16_is_as_near_to_fp32_as_the_reference_is(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_cards_without_the_kernel_compute_the_same_model(family: str, dtype: torch.dtype) -> None:
     # Heads of 12 numbers take the segment-wise path, as all heads do on a T4.
     exact = on_card(reference(config(family)), torch.float32)
@@ -125,7 +125,7 @@ def see_alone(model: VisionLanguageModel, batch: PackedBatch) -> None:
 
 
 @pytest.mark.parametrize("work", [step, see_alone])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_nothing_waits_for_the_card(
     family: str, work: Callable[[VisionLanguageModel, PackedBatch], None]
 ) -> None:

@@ -118,6 +118,24 @@ def test_what_is_missing_or_wrong_is_named(family: str, change: dict[str, Any], 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
+        ({"num_experts": None}, "text_config.num_local_experts is missing"),
+        ({"num_experts_per_tok": 7}, "text_config.num_experts_per_tok is 7"),
+        ({"moe_intermediate_size": 12}, "text_config.moe_intermediate_size is 12"),
+        ({"decoder_sparse_step": 2}, "text_config.decoder_sparse_step is 2"),
+        ({"mlp_only_layers": [0]}, "text_config.mlp_only_layers is [0]"),
+        ({"norm_topk_prob": False}, "text_config.norm_topk_prob is False"),
+    ],
+)
+def test_experts_that_cannot_be_built_are_named(change: dict[str, Any], key: str) -> None:
+    assert geometry(config("qwen3_vl_moe", mlp_only_layers=[])).language.experts is not None
+    with pytest.raises(UserError) as refused:
+        geometry(config("qwen3_vl_moe", **change))
+    assert key in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
         ({"head_dim": 0}, "text_config.head_dim is 0"),
         ({"head_dim": 20}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),
         ({"head_dim": 15}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),

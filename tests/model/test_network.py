@@ -19,7 +19,7 @@ SAMPLES = [
     conversation(3, 1, ("video", (2, 4, 6)), 2),
 ]
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -102,7 +102,7 @@ def test_frozen_vision_keeps_no_graph_and_the_first_layer_no_gradient(theirs: An
         part.requires_grad_(False)
     assert not model.see(batch.patches_ND, batch.grids).requires_grad
     model(batch).sum().backward()
-    assert model.model.layers[0].mlp.down_proj.weight.grad is not None
+    assert model.model.layers[0].self_attn.o_proj.weight.grad is not None
 
 
 def test_the_merger_trains_on_frozen_vision(theirs: Any) -> None:

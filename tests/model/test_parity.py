@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
+    as_published,
     config,
     conversation,
     distance,
@@ -63,6 +64,11 @@ MODELS: dict[str, dict[str, Any]] = {
         rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 3, 3]},
         vision={"deepstack_visual_indexes": [0, 2, 3], "depth": 4, "num_position_embeddings": 4},
     ),
+    "qwen3 with experts": config("qwen3_vl_moe"),
+    "qwen3 with one expert, untied": config(
+        "qwen3_vl_moe", num_experts=1, num_experts_per_tok=1, tie_word_embeddings=False
+    ),
+    "qwen3 with all experts": config("qwen3_vl_moe", num_experts=4, num_experts_per_tok=4),
     "qwen3 narrow heads, one tapped block, a table of one place": config(
         "qwen3_vl",
         head_dim=8,
@@ -119,8 +125,7 @@ def test_gradients_of_every_parameter_are_those_of_the_reference(name: str) -> N
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     mine = gradients(ours)
-    named = ours.architecture.native_name
-    reference_gradients = {named(n): p.grad for n, p in theirs.named_parameters()}
+    reference_gradients = as_published(ours, {n: p.grad for n, p in theirs.named_parameters()})
     off = {n: distance(mine[n], g) for n, g in reference_gradients.items() if g is not None}
     assert len(off) == len(reference_gradients)
     assert max(off.values()) <= 1e-4, sorted(off.items(), key=lambda item: -item[1])[:5]

@@ -14,7 +14,7 @@ from finesight.hub import ModelFolder
 from finesight.model.tiny import SIZES, SPECIAL_TOKENS, TinySize, make_tiny
 from finesight.model.weights import load_model
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -120,7 +120,7 @@ def test_transformers_loads_model_tokenizer_and_template(tiny):
     )
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert text == (
-        ("" if theirs.config.model_type == "qwen3_vl" else system)
+        ("" if theirs.config.model_type.startswith("qwen3_vl") else system)
         + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )

@@ -38,7 +38,12 @@ def product(
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
+    """Of rows with a matrix for each stretch of them, and of the gradients of both."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize(
     "tune",
     [
@@ -56,8 +61,8 @@ def test_products_equal_torchs_count(
     batch = batch_of(tmp_path, family)
     model = load_model(ModelFolder(tmp_path / family), torch.float32, CPU)
     apply_tuning(model, Tune.model_validate(tune), 0)
-    in_place = {torch.ops.aten.addmm_: product}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    others = {torch.ops.aten.addmm_: product, torch.ops.aten._grouped_mm: grouped}
+    with FlopCounterMode(display=False, custom_mapping=others) as counter:
         loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
         loss.backward()  # type: ignore[no-untyped-call]
     # On a CPU torch's counter leaves attention out.

@@ -48,6 +48,7 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], Family]] = {
     "qwen2_vl": qwen2_vl.from_folder,
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
+    "qwen3_vl_moe": qwen3_vl.from_folder,
 }
 """By `model_type` of config.json: a new family is a file and a row here."""
 

@@ -16,7 +16,8 @@ from finesight.hub import ModelFolder
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VL:
-    """Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report): dialect of boxes and rule of time.
+    """Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report), dense or with experts: dialect of
+    boxes and rule of time.
 
     `thinks` tells the Thinking edition, whose answers begin with a thought, from Instruct.
     """
@@ -51,4 +52,4 @@ class Qwen3VL:
 
 def from_folder(folder: ModelFolder) -> Qwen3VL:
     """The edition is told by the chat template, which opens a thought or does not."""
-    return Qwen3VL(thinks="<think>" in folder.chat_template)
+    return Qwen3VL(thinks="<think>" in folder.chat_template, name=folder.family)

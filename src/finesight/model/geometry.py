@@ -99,11 +99,20 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ExpertGeometry:
+    """So many experts of that inner width in each layer's place of an MLP, `chosen` for a token."""
+
+    number: int
+    chosen: int
+    width: int
+
+
+@dataclass(frozen=True)
 class LanguageGeometry:
     """A decoder. Queries and keys have a bias, or a norm of their own where `normed_heads`. `rows`
     says for each frequency of a head which position row it reads (0 time, 1 height, 2 width);
     `positions` are as many as it was made for; `tied` says that the head shares the embedding's
-    weight."""
+    weight. `experts` stand in place of the MLPs where there are any."""
 
     vocabulary: int
     width: int
@@ -118,6 +127,7 @@ class LanguageGeometry:
     rows: tuple[int, ...]
     positions: int
     tied: bool
+    experts: ExpertGeometry | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model.attention import Attention
+from finesight.model.experts import SparseMlp
 from finesight.model.geometry import LanguageGeometry
 from finesight.model.layers import GatedMlp, RmsNorm, run_layer
 from finesight.model.linear import GroupedLinear, only
@@ -70,7 +71,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(geometry.width, eps=geometry.norm_eps)
         self.self_attn = SelfAttention(geometry, layer)
         self.post_attention_layernorm = RmsNorm(geometry.width, eps=geometry.norm_eps)
-        self.mlp = GatedMlp(geometry.width, geometry.mlp_width, bias=False)
+        self.mlp = (
+            GatedMlp(geometry.width, geometry.mlp_width, bias=False)
+            if geometry.experts is None
+            else SparseMlp(geometry.width, geometry.experts)
+        )
 
     def forward(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, only_L: Tensor | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
-from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl
+from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
 from finesight.model.geometry import Geometry, Settings, read_pixels
@@ -26,6 +26,7 @@ FAMILIES: Mapping[str, Architecture] = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
+    "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
 }
 """By `model_type` of config.json: a new family is a file and a row here."""
 

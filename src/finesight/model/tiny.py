@@ -24,7 +24,8 @@ from finesight.model.linear import GroupedLinear
 from finesight.model.weights import random_model, save_model
 from finesight.storage import write_folder
 
-TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+_NEWEST = ("qwen3_vl", "qwen3_vl_moe")
 SizeName = Literal["test", "small", "finesight-tiny"]
 
 
@@ -131,7 +132,7 @@ def make_tiny(
         tokenizer.save(str(folder / "tokenizer.json"))
         config = _config(family, geometry, tokenizer)
         _write_json(folder / "config.json", config)
-        template = _TURNS if family == "qwen3_vl" else _DEFAULT_SYSTEM + _TURNS
+        template = _TURNS if family in _NEWEST else _DEFAULT_SYSTEM + _TURNS
         _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
         preprocessor = _preprocessor_config(family)
         _write_json(folder / "preprocessor_config.json", preprocessor)
@@ -231,12 +232,15 @@ def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[st
     }
     language = _language_config(size, tokenizer)
     half = size.width // size.heads // 2
-    if family == "qwen3_vl":
+    if family in _NEWEST:
         rows = half // 3
         rope = {"rope_type": "default", "mrope_interleaved": True}
         sections = {"mrope_section": [half - 2 * rows, rows, rows]}
         head = {"attention_bias": False, "head_dim": 2 * half, "rope_scaling": rope | sections}
-        return shared | {"dtype": "float32", "text_config": language | head}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        experts |= {"moe_intermediate_size": size.inner // 4}
+        text = language | head | (experts if family == "qwen3_vl_moe" else {})
+        return shared | {"dtype": "float32", "text_config": text}
     temporal = half // 4
     rows = (half - temporal) // 2
     flat = {
@@ -277,6 +281,7 @@ _ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 
 
@@ -288,7 +293,7 @@ def _vision_config(family: TinyFamily, size: TinySize) -> dict[str, Any]:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    if family == "qwen3_vl":
+    if family in _NEWEST:
         return common | {
             "in_channels": 3,
             "patch_size": 16,
@@ -321,7 +326,7 @@ def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
     """The published values of each family, but a smaller limit on pixels."""
     processor = _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor")
     shared = {"merge_size": 2, "temporal_patch_size": 2, "processor_class": processor}
-    if family == "qwen3_vl":
+    if family in _NEWEST:
         return shared | {
             "size": {"shortest_edge": 64 * 64, "longest_edge": 512 * 512},
             "patch_size": 16,

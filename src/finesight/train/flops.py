@@ -44,9 +44,9 @@ class Arithmetic:
                 if parameter.requires_grad:
                     learning.add(part)
                 looked_up = part == "embeddings" or id(parameter) in tables
-                if parameter.dim() == 2 and not looked_up:
+                if parameter.dim() >= 2 and not looked_up:
                     back = reached or ".adapter.b." in name
-                    operations = _passes(parameter, back) * parameter.numel()
+                    operations = _passes(parameter, back) * self._met(parameter)
                     if name.startswith(last_mlp):
                         self._per_label += operations
                     else:
@@ -56,6 +56,13 @@ class Arithmetic:
         self._per_label += _passes(head, back=True) * head.numel()
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
+
+    def _met(self, parameter: torch.Tensor) -> int:
+        """Numbers of a matrix that a token meets: those of its experts, where they are stacked."""
+        experts = self._geometry.language.experts
+        if parameter.dim() == 2 or experts is None:
+            return parameter.numel()
+        return parameter.numel() // experts.number * experts.chosen
 
     def of(self, batch: PackedBatch) -> float:
         """Operations of one forward and backward pass over a pack."""

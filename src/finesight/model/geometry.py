@@ -228,7 +228,8 @@ def read_language(
         theta=(rope if rope.has("rope_theta") else text).number("rope_theta"),
         rows=rows(sections),
         positions=text.whole("max_position_embeddings", 32768),
-        tied=config.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
+        # The top decides where both say it: the class of the text part has defaults of its own.
+        tied=config.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
     )
 
 

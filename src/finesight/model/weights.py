@@ -85,6 +85,11 @@ class _Stored:
     shape: tuple[int, ...]
     dtype: str
 
+    def fits(self, wanted: HubTensor) -> bool:
+        """Whether it can stand there; transformers 5 writes experts with their outputs first."""
+        turned = (self.shape[0], self.shape[2], self.shape[1]) if len(self.shape) == 3 else None
+        return wanted.shape in (self.shape, turned)
+
 
 def load_model(
     folder: ModelFolder, dtype: torch.dtype, device: torch.device
@@ -112,8 +117,10 @@ def load_model(
         with _open(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
-                    data = wanted[tensor.native].data
-                    data.copy_(weights.get_tensor(tensor.name).view(data.shape))
+                    aim = wanted[tensor.native]
+                    found = weights.get_tensor(tensor.name)
+                    found = found if tensor.shape == aim.shape else found.mT
+                    aim.data.copy_(found.reshape(aim.data.shape))
     return model
 
 
@@ -162,7 +169,7 @@ def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: P
     repeated = [t for t in stored if counts[t.native] > 1]
     if repeated:
         raise _misfit([t.name for t in repeated], "there twice", "each once", repeated[-1].file)
-    misshapen = [t for t in stored if t.shape != wanted[t.native].shape]
+    misshapen = [t for t in stored if not t.fits(wanted[t.native])]
     if misshapen:
         shapes = [f"{t.name} {t.shape} not {wanted[t.native].shape}" for t in misshapen]
         raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)

@@ -1,0 +1,67 @@
+"""Strings of many kinds, drawn from a seed: what tokenizers are compared on."""
+
+from __future__ import annotations
+
+import random
+
+_SAID = r"""
+the The THE picture shows isn't we'll I'd dogs' naïve café Zürich schön straße x_1 f(x)=2x+1
+http://a.b/c?d=e&f 3.14159 1,000,000 007 2023-08-31 camelCase snake_case __init__
+\frac{a}{b} $\alpha_i$ {"bbox":[1,2]} e=mc² ½ № Ⅻ ﬁ antidisestablishmentarianism 你好 世界
+图中的狗是什么品种？ 请框出“重庆”。
+东京タワー カタカナ ひらがな 한국어 안녕하세요
+Привет мир Ελλάδα שלום مرحبا
+हिन्दी ไทย 😀 👍🏽
+👨‍👩‍👧 🇨🇳 ☃️ 𝔘𝔫𝔦 ∑∫√ →⇒ “” … — « » <|im_end|> <|im_start|>user <|endoftext|> <|extra_0|>
+<img>a.png</img> <imgpad> <box>(1,2),(3,4)</box> <ref>it</ref> </box> <quad> <|image_pad|> <
+img > <|im_end| !!! ??? ---- ==== //// @@ ##
+"""
+WORDS = _SAID.split()
+SPACES = (" ", " ", " ", " ", "", "", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u3000", "\u00a0")
+ODD = ("e\u0301", "A\u030a", "\u1100\u1161", "\u212b", "\ufb01", "\x00", "\x7f", "\u200b", "\ufeff")
+NAMES = ("a.png", "data/图片 1.jpg", "/mnt/x/y/very_long_name_of_a_folder/IMG_2023.jpeg", "é.webp")
+
+Piece = tuple[str, str]
+"""A kind, "text" or "special" or "picture", and what it says."""
+
+
+def plain(rng: random.Random) -> str:
+    """Text that may spell special tokens."""
+    parts = []
+    for _ in range(rng.randrange(1, 14)):
+        parts.append(rng.choice(ODD) if rng.random() < 0.08 else rng.choice(WORDS))
+        parts.append(rng.choice(SPACES))
+    return "".join(parts)
+
+
+def mixed(rng: random.Random) -> list[Piece]:
+    """Pictures, references, boxes and text that spells no special token."""
+    pieces: list[Piece] = []
+    for _ in range(rng.randrange(1, 6)):
+        kind = rng.randrange(4)
+        if kind == 0:
+            pieces += [
+                ("text", f"Picture {rng.randrange(1, 30)}: "),
+                ("picture", rng.choice(NAMES)),
+            ]
+            pieces += [("text", "\n")]
+        elif kind == 1:
+            pieces += [("special", "<ref>"), ("text", harmless(rng)), ("special", "</ref>")]
+        elif kind == 2:
+            corners = [rng.randrange(1000) for _ in range(4)]
+            box = "({},{}),({},{})".format(*corners)
+            pieces += [("special", "<box>"), ("text", box), ("special", "</box>")]
+        else:
+            pieces.append(("text", harmless(rng)))
+    return pieces
+
+
+def harmless(rng: random.Random) -> str:
+    """Text that spells no special token."""
+    return plain(rng).replace("<", "(").replace(">", ")")
+
+
+def strings(count: int, seed: int) -> list[list[Piece]]:
+    """By turns one of each kind, as pieces."""
+    rng = random.Random(seed)
+    return [mixed(rng) if n % 2 else [("text", plain(rng))] for n in range(count)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finesight.infer.cache import KeyValueCache, PrefillAttention, StepAttention
-from finesight.model.attention import Segments
+from finesight.model.attention import PackedAttention, Segments
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 
@@ -83,3 +83,11 @@ def test_what_does_not_fit_is_refused():
         full.grown(8)
     with pytest.raises(AssertionError, match="row 0 holds 4 tokens"):
         PrefillAttention(full, [0], Segments.of((2,), torch.device("cpu")))
+
+
+def test_contexts_are_the_prompts_whatever_rows_are_kept():
+    cache = _filled((3, 5, 4), room=9)
+    assert StepAttention(cache).contexts == [(3, 1), (5, 1), (4, 1)]
+    assert cache.keep([0, 2]) == [0, 2]
+    assert StepAttention(cache).contexts == [(3, 1), (4, 1)]
+    assert PackedAttention(Segments.of((2, 6), torch.device("cpu"))).contexts == [(2, 2), (6, 6)]

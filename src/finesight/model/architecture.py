@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from finesight.model.geometry import LanguageGeometry, Pixels, Settings
+from finesight.model.language import Decoder
 from finesight.model.tower import VisionTower
 
 TRANSFORMERS_5 = {"model.": "model.language_model.", "visual.": "model.visual."}
@@ -24,6 +25,7 @@ class Architecture:
     language: Callable[[Settings], LanguageGeometry]
     vision: Callable[[Settings, Pixels], VisionTower]
     published: Mapping[str, str] = field(default_factory=dict)
+    decoder: Callable[[LanguageGeometry], Decoder] = Decoder
 
     def published_name(self, name: str) -> str:
         """The published name of a tensor."""

@@ -6,7 +6,7 @@ one length, L that length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -25,6 +25,12 @@ _TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
 class Attention(Protocol):
     """How the decoder's layers look at tokens: at a pack, or at a cache while generating."""
+
+    @property
+    def contexts(self) -> Sequence[tuple[int, int]]:
+        """For each sequence of the new tokens, in their order: the tokens that were read when it
+        began (its prompt's while generating), and the new ones."""
+        ...
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Queries, keys and values of the new tokens, with fewer heads K than H where grouped,
@@ -48,6 +54,11 @@ class Segments:
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return cls(lengths, upload(bounds, device), max(lengths))
 
+    @property
+    def contexts(self) -> Sequence[tuple[int, int]]:
+        """`Attention.contexts` where all sequences begin."""
+        return [(length, length) for length in self.lengths]
+
     @cached_property
     def runs(self) -> Runs:
         """Segments grouped by length."""
@@ -64,6 +75,11 @@ class PackedAttention:
     """Causal attention within each sequence of a pack: training, and scoring without a cache."""
 
     segments: Segments
+
+    @property
+    def contexts(self) -> Sequence[tuple[int, int]]:
+        """Every sequence is read whole."""
+        return self.segments.contexts
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """`Attention`, the same for every layer."""

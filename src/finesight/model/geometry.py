@@ -151,8 +151,10 @@ class VisionGeometry:
         return self.width // self.heads
 
     @property
-    def patch_shape(self) -> tuple[int, int, int, int]:
-        return (self.channels, self.frames, self.patch, self.patch)
+    def patch_shape(self) -> tuple[int, ...]:
+        """Of a convolution's weight for one output: over frames too where there are several."""
+        frames = (self.frames,) if self.frames > 1 else ()
+        return (self.channels, *frames, self.patch, self.patch)
 
     @property
     def patch_numbers(self) -> int:

@@ -5,8 +5,10 @@ Shapes: T tokens, D width, H heads, K key heads, M features of pictures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,14 +92,22 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """Embedded tokens to hidden states; the last norm is a step of its own, so that it runs only
-    where logits are wanted."""
+    where logits are wanted. A family with layers of its own gives `layer` and `rotations`."""
 
-    def __init__(self, geometry: LanguageGeometry) -> None:
+    def __init__(
+        self,
+        geometry: LanguageGeometry,
+        layer: Callable[[LanguageGeometry, int], nn.Module] = DecoderLayer,
+    ) -> None:
         super().__init__()
         self.geometry = geometry
         self.embed_tokens = nn.Embedding(geometry.vocabulary, geometry.width)
-        self.layers = nn.ModuleList(DecoderLayer(geometry, n) for n in range(geometry.depth))
+        self.layers = nn.ModuleList(layer(geometry, n) for n in range(geometry.depth))
         self.norm = RmsNorm(geometry.width, eps=geometry.norm_eps)
+
+    def rotations(self, positions_3T: Tensor, attention: Attention, dtype: torch.dtype) -> object:
+        """What the layers turn queries and keys by."""
+        return language_rotation(positions_3T, self.geometry, dtype)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Ids to [T, D]."""
@@ -115,10 +125,10 @@ class Decoder(nn.Module):
         """[T, D] to [T, D], before the last norm; to [L, D] where only the tokens `only_L` are
         wanted: the others need not go through the last MLP. Nothing is added after the last layer.
         """
-        rotation = language_rotation(positions_3T, self.geometry, x_TD.dtype)
+        rotations = self.rotations(positions_3T, attention, x_TD.dtype)
         *layers, last = self.layers
         for number, layer in enumerate(layers):
-            x_TD = run_layer(layer, recompute, x_TD, rotation, attention)
+            x_TD = run_layer(layer, recompute, x_TD, rotations, attention)
             if deepstack is not None:
                 x_TD = deepstack.after(number, x_TD)
-        return run_layer(last, recompute, x_TD, rotation, attention, only_L)
+        return run_layer(last, recompute, x_TD, rotations, attention, only_L)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
-from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe
+from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
 from finesight.model.geometry import Geometry, Settings, read_pixels
-from finesight.model.language import Decoder, Deepstack
+from finesight.model.language import Deepstack
 from finesight.model.tower import VisionTower
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, Architecture] = {
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
     "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
+    "qwen": qwen_vl.ARCHITECTURE,
 }
 """By `model_type` of config.json: a new family is a file and a row here."""
 
@@ -41,7 +42,7 @@ class VisionLanguageModel(nn.Module):
         self.geometry = geometry
         self.recompute = False
         self.visual = visual
-        self.model = Decoder(geometry.language)
+        self.model = architecture.decoder(geometry.language)
         language = geometry.language
         self.lm_head = (
             None if language.tied else nn.Linear(language.width, language.vocabulary, bias=False)

@@ -20,6 +20,8 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("visual.deepstack_merger_list.", "merger"),
     ("visual.patch_embed.", "vision"),
     ("visual.pos_embed.", "vision"),
+    ("visual.positional_embedding", "vision"),
+    ("visual.ln_pre.", "vision"),
     ("visual.blocks.", "vision"),
     ("model.layers.", "language"),
     ("model.norm.", "language"),

@@ -48,20 +48,21 @@ def language_rotation(
     rows_F = _rows(geometry.rows, device)
     positions_TF = positions_3T.index_select(0, rows_F).T.float()
     return Rotation.by(
-        positions_TF * _frequencies(geometry.head_width, geometry.theta, device), dtype
+        positions_TF * head_frequencies(geometry.head_width, geometry.theta, device), dtype
     )
 
 
 @torch.no_grad()
 def vision_rotation(positions_N2: Tensor, geometry: VisionGeometry) -> Rotation:
     """Half of the frequencies read a patch's row and half its column; kept in fp32."""
-    frequencies = _frequencies(geometry.head_width // 2, geometry.theta, positions_N2.device)
-    angles_N2F = positions_N2.unsqueeze(-1).float() * frequencies
+    numbers_F = head_frequencies(geometry.head_width // 2, geometry.theta, positions_N2.device)
+    angles_N2F = positions_N2.unsqueeze(-1).float() * numbers_F
     return Rotation.by(angles_N2F.flatten(1), torch.float32)
 
 
 @lru_cache
-def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+def head_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2 i / width) for each pair i of a head, [width / 2] in fp32."""
     # A cached tensor made while generating must still serve a later backward pass.
     with torch.inference_mode(False):
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width

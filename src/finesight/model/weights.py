@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from finesight.manifest import MANIFEST
 from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel, build
+from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,7 +59,9 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
             adapters.append(f"{path}.adapter")
             yield from _group_tensors(path, module)
         else:
-            for key, parameter in module.named_parameters(recurse=False):
+            # Buffers are numbers that are stored and never learn.
+            own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for key, parameter in chain(*own):
                 name, data = f"{path}.{key}", parameter.detach()
                 shape = tuple(data.shape)
                 if name == _PATCH_EMBED:
@@ -281,7 +285,8 @@ def random_model(
     preprocessor: Mapping[str, object] = PREPROCESSOR_DEFAULTS,
 ) -> VisionLanguageModel:
     """A model of this config.json with weights and biases from N(0, 0.02) and norms at one, drawn
-    on `device`: a function of the seed, the type and the kind of device."""
+    on `device`: a function of the seed, the type and the kind of device. Positions that never learn
+    are those of published models."""
     model = build(
         Settings(config), Settings(preprocessor, "preprocessor_config.json"), dtype, device
     )
@@ -293,4 +298,6 @@ def random_model(
                 parameter.fill_(1.0 if key == "weight" else 0.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
+        if isinstance(module, Pool):
+            module.set_positions()
     return model

@@ -184,9 +184,6 @@ def test_weights_by_index_or_single_file(folder: Path) -> None:
     with pytest.raises(UserError, match="a model folder without weights") as raised:
         ModelFolder(folder).weight_files()
     assert raised.value.where == str(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
-        ModelFolder(folder).weight_files()
     shard(folder / "model.safetensors", "a")
     assert ModelFolder(folder).weight_files() == [folder / "model.safetensors"]
     index(folder, b="two.safetensors", a="one.safetensors", c="two.safetensors")

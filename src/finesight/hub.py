@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError
+from finesight.pickled import convert
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
-"""What is fetched of a hub repository: data files, never code or pickled weights."""
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""What is fetched of a hub repository: data files, never code."""
+
+PICKLED = "pytorch_model*.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+"""Weights of models that were never published as safetensors: they are read once, and safely."""
+
+CONVERTED = "finesight-safetensors"
+"""The folder, within a model's, that holds such weights as safetensors."""
 
 PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 14,
@@ -154,7 +162,9 @@ class ModelFolder:
     def weight_files(self) -> list[Path]:
         """The safetensors files that hold the weights, by the index or the single file.
 
-        Raises UserError for a folder without weights and for an index with a missing file.
+        Where there are only pickled ones, they are converted first, once, into the folder CONVERTED
+        within this one. Raises UserError for a folder without weights, for an index with a missing
+        file, and for a pickle that holds more than tensors.
         """
         single = self.file("model.safetensors")
         index = self._index()
@@ -162,16 +172,17 @@ class ModelFolder:
             return [self._required(name) for name in self._shards(index)]
         if single is not None:
             return [single]
-        pickled = sorted(path.name for path in self.path.glob("*.bin"))
+        pickled = self._pickled()
+        if pickled:
+            converted = self.path / CONVERTED
+            if not converted.is_dir():
+                convert(pickled, converted)
+            return ModelFolder(converted).weight_files()
         raise UserError(
             f"a model folder without weights: {self.path.name} has no safetensors file",
             where=str(self.path),
             expected="model.safetensors, or model.safetensors.index.json and the files it names",
-            remedy=(
-                f"convert {pickled[0]} to safetensors (pickled weights are not read)"
-                if pickled
-                else "download the model again, weights included"
-            ),
+            remedy="download the model again, weights included",
         )
 
     def fingerprint(self) -> str:
@@ -188,6 +199,12 @@ class ModelFolder:
 
     def _index(self) -> Path | None:
         return self.file("model.safetensors.index.json")
+
+    def _pickled(self) -> list[Path]:
+        index, single = self.file(PICKLED_INDEX), self.file("pytorch_model.bin")
+        if index is not None:
+            return [self._required(name) for name in self._shards(index)]
+        return [] if single is None else [single]
 
     def _shards(self, index: Path) -> list[str]:
         names = _read_json(index).get("weight_map")
@@ -274,7 +291,10 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        if (folder / PICKLED_INDEX).is_file() and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED]))
+        return folder
     except Exception as error:  # the hub's, the HTTP client's and the system's errors have no base
         raise UserError(
             f"{name} is no local folder and cannot be had from the hub"

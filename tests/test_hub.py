@@ -172,12 +172,15 @@ def test_broken_json(folder: Path, content: str, message: str) -> None:
 
 
 def test_missing_files(folder: Path) -> None:
-    (folder / "config.json").unlink()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"no config\.json"):
-        _ = ModelFolder(folder).config
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         _ = ModelFolder(folder).tokenizer_file
+    (folder / "config.json").write_text('{"model_type": "qwen"}')
+    with pytest.raises(UserError, match=r"no qwen\.tiktoken"):
+        _ = ModelFolder(folder).tokenizer_file
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        _ = ModelFolder(folder).config
 
 
 def test_weights_by_index_or_single_file(folder: Path) -> None:

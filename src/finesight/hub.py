@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled 
 
 PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
+_FIRST = "qwen"
 _OF_THE_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY = "finesight-tiny"
@@ -119,9 +121,37 @@ class ModelFolder:
             nested = self._json(_PROCESSOR).get("image_processor")
             if isinstance(nested, dict):
                 return _PROCESSOR, nested
+        if self.family == _FIRST:
+            return "config.json", self._fixed_pictures()
         if self.family not in _OF_THE_DEFAULTS:
             self._required(PREPROCESSOR)
         return PREPROCESSOR, {}
+
+    def _fixed_pictures(self) -> dict[str, Any]:
+        """What the first Qwen-VL's configuration says: pictures of `image_size` pixels each way,
+        whose patches become a square of features."""
+        found = self.config.get("visual")
+        visual = found if isinstance(found, dict) else {}
+        numbers = {"image_size": 0, "patch_size": 0, "n_queries": 256}
+        for key, default in numbers.items():
+            value = visual.get(key, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"visual.{key} is {visual.get(key)!r}",
+                    where=str(self.path / "config.json"),
+                    expected="a whole number from 1 upwards",
+                    remedy="take the config.json of the published model",
+                )
+            numbers[key] = value
+        side, patch, queries = numbers.values()
+        return {
+            "image_size": side,
+            "patch_size": patch,
+            "merge_size": max(1, side // patch // math.isqrt(queries)),
+            "temporal_patch_size": 1,
+            "min_pixels": side**2,
+            "max_pixels": side**2,
+        }
 
     @cached_property
     def chat_template(self) -> str:
@@ -137,8 +167,9 @@ class ModelFolder:
 
     @cached_property
     def tokenizer_file(self) -> Path:
-        """`tokenizer.json`, the form that holds the whole tokenizer. UserError without it."""
-        return self._required("tokenizer.json")
+        """`tokenizer.json`, the form that holds the whole tokenizer; of the first Qwen, its
+        `qwen.tiktoken`. UserError without it."""
+        return self._required("qwen.tiktoken" if self.family == _FIRST else "tokenizer.json")
 
     def file(self, name: str) -> Path | None:
         """Where the content of the folder's file `name` stands, or None without such a file.

@@ -23,7 +23,7 @@ def folder_of(path: Path, family: str, **config: object) -> ModelFolder:
 
 
 def test_every_family_is_known_by_its_name(tmp_path: Path) -> None:
-    found = {name: family_of(folder_of(tmp_path / name, name)) for name in FAMILIES}
+    found = {name: family_of(folder_of(tmp_path / name, name, visual={})) for name in FAMILIES}
     assert {name: family.name for name, family in found.items()} == {n: n for n in FAMILIES}
     assert found["qwen2_vl"] == Qwen2VL()
     assert found["qwen3_vl"] == Qwen3VL(thinks=False)

@@ -10,7 +10,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.headers import DamagedPicture
-from finesight.vision.resize import native_rule, resized_size
+from finesight.errors import UserError
+from finesight.vision.resize import native_rule, resized_size, rule_in_force
 
 
 @pytest.mark.parametrize("limits", [(3136, 12845056), (3136, 1003520), (50176, 50176), (1, 784)])
@@ -68,6 +69,17 @@ def test_longest_side_scales_both_ways_and_keeps_the_shape() -> None:
             abs(side - wanted) <= 14.001 or side == 28
             for side, wanted in zip(size, exact, strict=True)
         )
+
+
+def test_a_model_of_one_size_takes_no_other_rule() -> None:
+    only = ExactSize(height=448, width=448)
+    assert rule_in_force({"image_size": 448}, None) == only
+    assert rule_in_force({"image_size": 448}, only) == only
+    with pytest.raises(UserError, match="height=448 width=476"):
+        rule_in_force({"image_size": 448}, ExactSize(height=448, width=476))
+    free = {"min_pixels": 3136, "max_pixels": 12845056}
+    assert rule_in_force(free, only) == only
+    assert rule_in_force(free, None) == native_rule(free)
 
 
 def test_native_rule_is_the_preprocessor_s() -> None:

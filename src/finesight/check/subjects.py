@@ -10,8 +10,8 @@ import yaml
 
 from finesight.check.texts import further
 from finesight.data.opening import Request
+from finesight.encode.rank_tokenizer import tokenizer_of
 from finesight.encode.render import Renderer
-from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
@@ -67,7 +67,7 @@ def model_of(name_or_path: str | None, max_length: int | None) -> Model:
         return Model()
     folder = locate(name_or_path)
     if max_length is None:
-        return Model(further(Tokenizer(folder.tokenizer_file).specials()))
+        return Model(further(tokenizer_of(folder).specials()))
     renderer = Renderer(folder)
     return Model(further(renderer.tokenizer.specials()), renderer, max_length)
 

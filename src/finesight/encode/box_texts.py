@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from finesight.data.json_boxes import BOX_KEY, around_boxes, box_item, unfenced
 from finesight.encode.dialect import (
+    BELOW_1000,
     THOUSANDTHS,
     Corners,
     Piece,
@@ -25,6 +26,7 @@ from finesight.encode.dialect import (
 from finesight.encode.encoded import Size
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.qwen_vl import TOKENS
 from finesight.errors import UserError
 
 NAMES = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -33,18 +35,9 @@ IN_PIXELS = "qwen2_5_vl"
 
 _JSON = ("qwen2_5_vl", "qwen3_vl")
 
-BELOW_1000 = 999.0
-"""The largest number of the first Qwen-VL."""
-
 SLACK = 1.0
 """Units that a box may stand out of its frame: as much as rounding its corners explains."""
 
-_TOKENS = {
-    "<|object_ref_start|>": "<ref>",
-    "<|object_ref_end|>": "</ref>",
-    "<|box_start|>": "<box>",
-    "<|box_end|>": "</box>",
-}
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
 _FOUR = re.compile(rf"([\"']{BOX_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}(\])")
@@ -144,7 +137,7 @@ def _item(value: object, source: str) -> Found:
 
 
 def _in_tokens(text: str, source: str) -> Iterator[str | Named | list[Found]]:
-    marks = _TOKENS.values() if source == "qwen_vl" else _TOKENS
+    marks = TOKENS.values() if source == "qwen_vl" else TOKENS
     ref, ref_end, box, box_end = map(re.escape, marks)
     label = rf"{ref}((?:(?!{ref_end}).)*){ref_end}"
     one = rf"(?:{label}\s*)?{box}\s*{_POINT}\s*,\s*{_POINT}\s*{box_end}"
@@ -213,7 +206,7 @@ def _below_1000(box: PlacedBox) -> PlacedBox:
 
 def _spelled(pieces: Sequence[Piece], target: str) -> str:
     """Pieces as text, special tokens by their names in the target family."""
-    names = _TOKENS if target == "qwen_vl" else {}
+    names = TOKENS if target == "qwen_vl" else {}
     return "".join(
         names.get(piece.token, piece.token) if isinstance(piece, Special) else piece
         for piece in pieces
@@ -221,7 +214,7 @@ def _spelled(pieces: Sequence[Piece], target: str) -> str:
 
 
 def _plain_label(label: str, target: str) -> None:
-    marks = [mark for pair in _TOKENS.items() for mark in pair if mark in label]
+    marks = [mark for pair in TOKENS.items() for mark in pair if mark in label]
     if marks:
         raise UserError(
             f"the label {label[:60]!r} holds {marks[0]}",

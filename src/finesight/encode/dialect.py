@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from finesight.encode.encoded import Size
 
@@ -12,6 +14,9 @@ Corners = tuple[float, float, float, float]
 
 THOUSANDTHS: Size = (1000, 1000)
 """The frame in which some families speak of boxes, whatever the picture's size."""
+
+BELOW_1000 = 999
+"""The largest number of the first Qwen-VL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,28 @@ class Special:
 
 
 Piece = str | Special
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What stands around the places of a picture, and the token in each of them."""
+
+    before: tuple[Piece, ...]
+    place: str
+    after: tuple[Piece, ...]
+
+
+VISION_IDS: Mapping[str, str] = {
+    "<|image_pad|>": "image_token_id",
+    "<|video_pad|>": "video_token_id",
+}
+"""Tokens whose ids config.json says again, and under which key, since Qwen2-VL."""
+
+
+def vision_marks(kind: Literal["image", "video"]) -> Marks:
+    """Those of the families since Qwen2-VL."""
+    start, end = Special("<|vision_start|>"), Special("<|vision_end|>")
+    return Marks((start,), f"<|{kind}_pad|>", (end,))
 
 
 @dataclass(frozen=True, slots=True)

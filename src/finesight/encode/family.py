@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl
-from finesight.encode.dialect import Box, Piece, PlacedBox, Shot
+from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.encode.dialect import Box, Marks, Piece, PlacedBox, Shot
 from finesight.encode.encoded import Size
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
@@ -30,6 +30,22 @@ class Family(Protocol):
     def thinks(self) -> bool:
         """Whether an answer begins with a thought (`encode.thought`)."""
 
+    @property
+    def flat(self) -> bool:
+        """Whether positions count tokens, those of pictures included, and know no rows, columns and
+        times."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether a turn's role, the newline after it and its content are each tokenised apart."""
+
+    @property
+    def id_keys(self) -> Mapping[str, str]:
+        """Tokens whose ids config.json says again, and under which key, its sections before it."""
+
+    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
+        """What stands around the `number`-th picture or video of a conversation, from 1."""
+
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """A run of adjacent boxes, at least one, in the family's dialect."""
 
@@ -49,6 +65,7 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], Family]] = {
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
     "qwen3_vl_moe": qwen3_vl.from_folder,
+    "qwen": qwen_vl.from_folder,
 }
 """By `model_type` of config.json: a new family is a file and a row here."""
 

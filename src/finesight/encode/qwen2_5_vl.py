@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import json_dialect
-from finesight.encode.dialect import Box, Piece, PlacedBox, Shot, whole_video
+from finesight.encode.dialect import (
+    VISION_IDS,
+    Box,
+    Marks,
+    Piece,
+    PlacedBox,
+    Shot,
+    vision_marks,
+    whole_video,
+)
 from finesight.encode.encoded import Size
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
@@ -26,6 +36,13 @@ class Qwen25VL:
     name: str = "qwen2_5_vl"
     system_prompt: str | None = "You are a helpful assistant."
     thinks: bool = False
+    flat: bool = False
+    apart: bool = False
+    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
+
+    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
+        """Around each picture or video alike."""
+        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """JSON in whole pixels of the picture as the model sees it, after resizing."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.dialect import (
     THOUSANDTHS,
+    VISION_IDS,
     Box,
+    Marks,
     Piece,
     PlacedBox,
     Shot,
     Special,
     in_whole_numbers,
     scaled,
+    vision_marks,
     whole_video,
 )
 from finesight.encode.encoded import Size
@@ -40,6 +44,13 @@ class Qwen2VL:
     name: str = "qwen2_vl"
     system_prompt: str | None = "You are a helpful assistant."
     thinks: bool = False
+    flat: bool = False
+    apart: bool = False
+    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
+
+    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
+        """Around each picture or video alike."""
+        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """Each box as its label between the reference tokens, when it has one, and its corners,

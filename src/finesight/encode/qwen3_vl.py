@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import json_dialect
-from finesight.encode.dialect import THOUSANDTHS, Box, Piece, PlacedBox, Shot
+from finesight.encode.dialect import (
+    THOUSANDTHS,
+    VISION_IDS,
+    Box,
+    Marks,
+    Piece,
+    PlacedBox,
+    Shot,
+    vision_marks,
+)
 from finesight.encode.encoded import Size
 from finesight.hub import ModelFolder
 
@@ -25,6 +35,13 @@ class Qwen3VL:
     thinks: bool = False
     name: str = "qwen3_vl"
     system_prompt: str | None = None
+    flat: bool = False
+    apart: bool = False
+    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
+
+    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
+        """Around each picture or video alike."""
+        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """JSON in whole thousandths of the picture."""

@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finesight.encode.tokenizer import REMEMBERED
+from finesight.encode.tokenizer import REMEMBERED, TextTokenizer, Tokenizer
 from finesight.errors import UserError
+from finesight.hub import ModelFolder
 
 if TYPE_CHECKING:
     import tiktoken
@@ -81,6 +82,12 @@ class RankTokenizer:
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self._encoding.encode_ordinary(unicodedata.normalize("NFC", text)))
+
+
+def tokenizer_of(folder: ModelFolder) -> TextTokenizer:
+    """The tokenizer of a model folder, by the file that its family has."""
+    path = folder.tokenizer_file
+    return RankTokenizer(path) if path.suffix == ".tiktoken" else Tokenizer(path)
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +15,22 @@ from finesight.data.boxes import ROUNDING
 from finesight.data.headers import picture_size
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.dialect import Box, PlacedBox, Shot, Special
+from finesight.encode.dialect import Box, PlacedBox, Shot
 from finesight.encode.encoded import Encoded, Grid, Outline, Size, Span
 from finesight.encode.family import Family, family_of
 from finesight.encode.positions import rope_positions
+from finesight.encode.rank_tokenizer import tokenizer_of
 from finesight.encode.tape import Tape
 from finesight.encode.thought import CLOSED, OPENED, apart, generated
-from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.vision.patches import end_to_end, geometry_of, to_patches
 from finesight.vision.picture import open_picture
-from finesight.vision.resize import native_rule, resized_size
+from finesight.vision.resize import resized_size, rule_in_force
 from finesight.vision.video import frame_size, video_patches
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 TEXT_END = "<|endoftext|>"
-PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +92,12 @@ class Renderer:
         """`picture` is the recipe's size rule (None: the model's own), `system` its prompt."""
         self.family: Family = family_of(folder)
         self.geometry = geometry_of(folder)
-        self.rule: PictureRule = picture or native_rule(folder.preprocessor)
+        self.rule: PictureRule = rule_in_force(folder.preprocessor, picture)
         self.system = self.family.system_prompt if system is None else system
-        self.tokenizer = Tokenizer(folder.tokenizer_file)
+        self.tokenizer = tokenizer_of(folder)
         self.end_ids = (self.tokenizer.id_of(TURN_END), self.tokenizer.id_of(TEXT_END))
-        for kind, token in PLACEHOLDERS.items():
-            self._check_id(folder, f"{kind}_token_id", token)
+        for token, key in self.family.id_keys.items():
+            self._check_id(folder, key, token)
 
     def outline(self, located: Located) -> Outline:
         """The whole sample as tokens, from its text and the headers of its pictures.
@@ -165,7 +164,7 @@ class Renderer:
             messages = (Message(role="system", content=(TextPart(text=self.system),)), *messages)
         for message in messages:
             tape.special(TURN_START, learned=False)
-            tape.text(f"{message.role}\n", learned=False)
+            self._lay_role(tape, message.role)
             if self.family.thinks and message.role == "assistant":
                 message = self._lay_thought(tape, message, is_last=message is messages[-1])
             self._lay_content(laid, message, located.sample.id)
@@ -173,12 +172,20 @@ class Renderer:
             tape.text("\n", learned=False)
         if answering:
             tape.special(TURN_START, learned=False)
-            tape.text(f"assistant\n{OPENED if self.family.thinks else ''}", learned=False)
+            self._lay_role(tape, "assistant")
+            tape.text(OPENED if self.family.thinks else "", learned=False)
         ids_T, learned_T = tape.arrays()
         if answering:
             learned_T = np.zeros_like(learned_T)
-        positions_3T = rope_positions(len(ids_T), laid.spans, laid.times, self.geometry.merge)
+        spans, times = ([], []) if self.family.flat else (laid.spans, laid.times)
+        positions_3T = rope_positions(len(ids_T), spans, times, self.geometry.merge)
         return Outline(located.sample.id, ids_T, learned_T, positions_3T, tuple(laid.spans))
+
+    def _lay_role(self, tape: Tape, role: str) -> None:
+        for piece in (role, "\n") if self.family.apart else (f"{role}\n",):
+            tape.text(piece, learned=False)
+            if self.family.apart:
+                tape.cut()
 
     def _lay_thought(self, tape: Tape, message: Message, *, is_last: bool) -> Message:
         """The assistant's turn without its thought, which is laid down if it is the last one's; an
@@ -201,7 +208,7 @@ class Renderer:
                 run.append(_placed(part, laid.images, sample))
                 continue
             if run:
-                self._lay_boxes(tape, run, learned)
+                tape.pieces(self.family.write_boxes(run), learned=learned)
                 run = []
             if isinstance(part, TextPart):
                 tape.text(part.text, learned=learned)
@@ -209,21 +216,15 @@ class Renderer:
                 for visual in next(laid.waiting):
                     self._lay_visual(laid, visual)
 
-    def _lay_boxes(self, tape: Tape, boxes: Sequence[PlacedBox], learned: bool) -> None:
-        for piece in self.family.write_boxes(boxes):
-            if isinstance(piece, Special):
-                tape.special(piece.token, learned=learned)
-            else:
-                tape.text(piece, learned=learned)
-
     def _lay_visual(self, laid: _Laid, visual: _Visual) -> None:
         tape = laid.tape
         tape.text(visual.caption, learned=False)
-        tape.special("<|vision_start|>", learned=False)
+        marks = self.family.marks(visual.kind, len(laid.spans) + 1)
+        tape.pieces(marks.before, learned=False)
         start = tape.length
         times = self.geometry.tokens(visual.grid)
-        tape.special(PLACEHOLDERS[visual.kind], learned=False, times=times)
-        tape.special("<|vision_end|>", learned=False)
+        tape.special(marks.place, learned=False, times=times)
+        tape.pieces(marks.after, learned=False)
         span = Span(
             kind=visual.kind,
             start=start,
@@ -260,14 +261,24 @@ class Renderer:
         return to_patches([open_picture(span.files[0])], span.resized, self.geometry)
 
     def _check_id(self, folder: ModelFolder, key: str, token: str) -> None:
-        found, expected = self.tokenizer.id_of(token), folder.config.get(key)
+        found, expected = self.tokenizer.id_of(token), _stated(folder.config, key)
         if expected not in (None, found):
             raise UserError(
-                f"{token} is {found} in tokenizer.json, but {key} is {expected} in config.json",
+                f"{token} is {found} in {folder.tokenizer_file.name}, but {key} is {expected} in"
+                " config.json",
                 where=str(folder.path),
                 expected="the same id in both files",
                 remedy="take both files from the same model",
             )
+
+
+def _stated(config: Mapping[str, Any], key: str) -> object:
+    """The value under a key, its sections before it; None where there is none."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = config.get(section)
+        config = inner if isinstance(inner, dict) else {}
+    return config.get(last)
 
 
 def _visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finesight.encode.encoded import Outline, Span
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.tokenizer import TextTokenizer
 
 Position = tuple[int, int, int]
 """Time, height and width."""
@@ -30,7 +30,7 @@ class Row:
     span: Span | None = None
 
 
-def rows(outline: Outline, tokenizer: Tokenizer) -> Iterator[Row]:
+def rows(outline: Outline, tokenizer: TextTokenizer) -> Iterator[Row]:
     """Every token of a sample in order; the placeholders of a picture count as one row."""
     spans = {span.start: span for span in outline.spans}
     at = 0
@@ -51,7 +51,7 @@ def rows(outline: Outline, tokenizer: Tokenizer) -> Iterator[Row]:
         at = stop
 
 
-def as_lines(outline: Outline, tokenizer: Tokenizer) -> Iterator[str]:
+def as_lines(outline: Outline, tokenizer: TextTokenizer) -> Iterator[str]:
     """A table as plain text: token, id, learned (a star), positions, text."""
     pictures = f"{len(outline.spans)} (patches: {outline.patches})"
     yield f"sample {outline.id}"
@@ -69,7 +69,7 @@ def as_lines(outline: Outline, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"{place:>11} {row.id:>7} {mark:<7} {where:<27} {text}"
 
 
-def as_record(outline: Outline, tokenizer: Tokenizer) -> dict[str, Any]:
+def as_record(outline: Outline, tokenizer: TextTokenizer) -> dict[str, Any]:
     """The same as JSON data: counts, pictures, and one object for each row."""
     return {
         "id": outline.id,
@@ -85,7 +85,7 @@ def as_record(outline: Outline, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _text(token_id: int, tokenizer: Tokenizer) -> str:
+def _text(token_id: int, tokenizer: TextTokenizer) -> str:
     """A token's characters, or the vocabulary's spelling of one that is a part of a character."""
     text = tokenizer.decode([token_id], skip_special=False)
     return tokenizer.name_of(token_id) if "\ufffd" in text else text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.dialect import Piece, Special
+from finesight.encode.tokenizer import TextTokenizer
 
 
 class Tape:
@@ -17,7 +20,7 @@ class Tape:
     after a prompt that ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._learned: list[bool] = []
@@ -42,6 +45,18 @@ class Tape:
         self._settle()
         self._ids += [self._tokenizer.id_of(token)] * times
         self._learned += [learned] * times
+
+    def pieces(self, pieces: Iterable[Piece], *, learned: bool) -> None:
+        """Lay down text and special tokens."""
+        for piece in pieces:
+            if isinstance(piece, Special):
+                self.special(piece.token, learned=learned)
+            else:
+                self.text(piece, learned=learned)
+
+    def cut(self) -> None:
+        """Tokenise the text so far apart from what follows."""
+        self._settle()
 
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Ids and learned marks of all tokens, both [T]."""

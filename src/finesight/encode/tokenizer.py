@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 
@@ -12,6 +13,29 @@ from finesight.errors import UserError
 
 REMEMBERED = 8192
 """Texts whose ids are kept: prompts return in sample after sample."""
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back: what a family's tokenizer can do, whatever file it reads."""
+
+    @property
+    def path(self) -> Path:
+        """That file."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of a text that holds no special token, whatever it spells."""
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token by its name. Raises UserError when there is none."""
+
+    def specials(self) -> tuple[str, ...]:
+        """The names of all special tokens, in the order of their ids."""
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of ids; a character that is cut in the middle becomes U+FFFD."""
+
+    def name_of(self, token_id: int) -> str:
+        """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
 
 
 class Tokenizer:

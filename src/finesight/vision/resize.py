@@ -8,6 +8,7 @@ from typing import Any
 
 from finesight.config import ExactSize, LongestSide, PictureRule, PixelRange
 from finesight.data.headers import DamagedPicture
+from finesight.errors import UserError
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -19,6 +20,23 @@ LARGEST_ASPECT = 200
 def native_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
     """The rule of the model's own preprocessor, in force when a recipe names none."""
     return PixelRange(min_pixels=preprocessor["min_pixels"], max_pixels=preprocessor["max_pixels"])
+
+
+def rule_in_force(preprocessor: Mapping[str, Any], wanted: PictureRule | None) -> PictureRule:
+    """The recipe's rule, or the model's own. Raises UserError where the model reads pictures of one
+    size only and another rule is wanted."""
+    side = preprocessor.get("image_size")
+    if side is None:
+        return wanted or native_rule(preprocessor)
+    only = ExactSize(height=side, width=side)
+    if wanted not in (None, only):
+        raise UserError(
+            f"pictures by the rule {wanted}",
+            where="picture",
+            expected=f"{side} x {side} pixels, the one size that this model reads",
+            remedy="leave `picture` out of the recipe",
+        )
+    return only
 
 
 def resized_size(original: Size, rule: PictureRule, factor: int, where: str = "") -> Size:

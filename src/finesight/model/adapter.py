@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.model.lora import Factors, LoraGroup, LowRank, adaptable_layers, adapters, hub_name
-from finesight.model.peft_config import LoraSpec, layer_name, module_name, parse_config
+from finesight.model.network import VisionLanguageModel
+from finesight.model.peft_config import (
+    CURRENT,
+    LoraSpec,
+    Names,
+    layer_name,
+    module_name,
+    parse_config,
+)
 from finesight.storage import DIGESTS, verify_folder
 
 CONFIG = "adapter_config.json"
@@ -38,7 +46,7 @@ _FINGERPRINT = "base_fingerprint"
 
 def write_adapter(
     folder: Path,
-    model: nn.Module,
+    model: VisionLanguageModel,
     *,
     base: str,
     base_fingerprint: str | None = None,
@@ -62,7 +70,7 @@ def write_adapter(
             name = hub_name(path, output)
             layers[name] = adapter.layers[output]
             b_OR = values.get(f"{path}.adapter.b.{output}", adapter.b[output])
-            key = f"{_PREFIX}{module_name(name)}"
+            key = f"{_PREFIX}{module_name(name, model.architecture.modules)}"
             tensors[f"{key}.lora_A.weight"] = _for_file(stacked_SI[band.rows])
             tensors[f"{key}.lora_B.weight"] = _for_file(b_OR)
     assert layers, "the model has no adapter to write"
@@ -95,12 +103,13 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 
 def _config(
-    model: nn.Module, layers: dict[str, LowRank], base: str, dropout: float
+    model: VisionLanguageModel, layers: dict[str, LowRank], base: str, dropout: float
 ) -> dict[str, object]:
+    names = model.architecture.modules
     usual = Counter(layers.values()).most_common(1)[0][0]
-    odd = {name: low for name, low in layers.items() if low != usual}
+    odd = {re.escape(module_name(name, names)): low for name, low in layers.items() if low != usual}
     return {
-        "alpha_pattern": {re.escape(module_name(n)): _number(low.alpha) for n, low in odd.items()},
+        "alpha_pattern": {module: _number(low.alpha) for module, low in odd.items()},
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -111,8 +120,8 @@ def _config(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": usual.rank,
-        "rank_pattern": {re.escape(module_name(n)): low.rank for n, low in odd.items()},
-        "target_modules": target_pattern(list(layers), list(adaptable_layers(model))),
+        "rank_pattern": {module: low.rank for module, low in odd.items()},
+        "target_modules": target_pattern(list(layers), list(adaptable_layers(model)), names),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -123,11 +132,13 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def target_pattern(chosen: list[str], existing: list[str]) -> str:
-    """A regular expression whose full match finds the `chosen` layers in transformers, and no
+def target_pattern(chosen: list[str], existing: list[str], names: Names = CURRENT) -> str:
+    """A regular expression whose full match finds the `chosen` layers by these names, and no
     other: a bare `gate_proj` would also find the vision tower's in Qwen2.5-VL."""
     numbers = _indices(existing)
-    singles = [re.escape(module_name(name)) for name in chosen if not _NUMBERED.fullmatch(name)]
+    singles = [
+        re.escape(module_name(name, names)) for name in chosen if not _NUMBERED.fullmatch(name)
+    ]
     rows: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (stem, tail), found in _indices(chosen).items():
         rows.setdefault((stem, tuple(found)), []).append(re.escape(tail))
@@ -135,7 +146,7 @@ def target_pattern(chosen: list[str], existing: list[str]) -> str:
     for (stem, indices), tails in rows.items():
         depth = {i for (other, _), all_of in numbers.items() if other == stem for i in all_of}
         which = r"\d+" if set(indices) == depth else f"({'|'.join(map(str, indices))})"
-        start = re.escape(module_name(f"{stem}."))
+        start = re.escape(module_name(f"{stem}.", names))
         patterns.append(rf"{start}{which}\.({'|'.join(tails)})")
     return "|".join(f"({pattern})" for pattern in patterns + singles)
 

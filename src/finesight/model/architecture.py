@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from finesight.model.geometry import LanguageGeometry, Pixels, Settings
 from finesight.model.language import Decoder
+from finesight.model.peft_config import CURRENT, Names
 from finesight.model.tower import VisionTower
 
 TRANSFORMERS_5 = {"model.": "model.language_model.", "visual.": "model.visual."}
@@ -19,13 +20,15 @@ class Architecture:
 
     `language` and `vision` take the whole of config.json, and raise UserError for what is missing
     or not built. `published` has the start of a published name for the start of a name here, where
-    they differ.
+    they differ; `modules` are the names of layers for adapters. A family with a decoder of its own
+    names it.
     """
 
     language: Callable[[Settings], LanguageGeometry]
     vision: Callable[[Settings, Pixels], VisionTower]
     published: Mapping[str, str] = field(default_factory=dict)
     decoder: Callable[[LanguageGeometry], Decoder] = Decoder
+    modules: Names = CURRENT
 
     def published_name(self, name: str) -> str:
         """The published name of a tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -118,24 +118,43 @@ def _first_fit(patterns: Mapping[str, Value], module: str, otherwise: Value) -> 
     return otherwise
 
 
-_CURRENT = (("model.layers.", "model.language_model.layers."), ("visual.", "model.visual."))
-"""Native beginning of a layer's name, and the one in transformers since release 5."""
+Names = tuple[tuple[str, str], ...]
+"""Native beginnings of layers' names, and those of the same modules in other code."""
+
+CURRENT: Names = (("model.layers.", "model.language_model.layers."), ("visual.", "model.visual."))
+"""In transformers since release 5."""
+
+FIRST: Names = (
+    ("model.layers.", "transformer.h."),
+    ("visual.blocks.", "transformer.visual.transformer.resblocks."),
+    ("visual.merger.attn_pool.", "transformer.visual.attn_pool."),
+)
+"""In the code that the first Qwen-VL was published with."""
 
 
-def module_name(layer: str) -> str:
-    """The name of a layer's module in transformers since release 5."""
-    for native, current in _CURRENT:
+def module_name(layer: str, names: Names = CURRENT) -> str:
+    """The name of a layer's module by these names; without any, its own."""
+    for native, theirs in names:
         if layer.startswith(native):
-            return current + layer.removeprefix(native)
-    raise AssertionError(f"no adapter is published for a layer named {layer}")
+            return theirs + layer.removeprefix(native)
+    assert not names, f"no adapter is published for a layer named {layer}"
+    return layer
 
 
 def layer_name(module: str) -> str:
-    """The native (and hub) name of a module of transformers, of release 4 or 5."""
-    for native, current in _CURRENT:
-        if module.startswith(current):
-            return native + module.removeprefix(current)
+    """The native name of a module of transformers, of release 4 or 5, or of the first Qwen-VL."""
+    for native, theirs in (*CURRENT, *FIRST):
+        if module.startswith(theirs):
+            return native + module.removeprefix(theirs)
     return module
+
+
+def _names_of(modules: Collection[str]) -> Names:
+    """The names that all these modules have; none for those of release 4, which are native."""
+    for names in (CURRENT, FIRST):
+        if all(module.startswith(tuple(theirs for _, theirs in names)) for module in modules):
+            return names
+    return ()
 
 
 @dataclass(frozen=True)
@@ -149,11 +168,11 @@ class LoraSpec:
     dropout: float
     layers: Mapping[str, LowRank]
     settings: PeftSettings
-    current_names: bool
+    names: Names
 
     def asks_for(self, layer: str) -> bool:
         """Whether peft would adapt the native layer `layer` by `target_modules` and its kin."""
-        return self.settings.targets(module_name(layer) if self.current_names else layer)
+        return self.settings.targets(module_name(layer, self.names))
 
 
 def parse_config(path: Path, ranks: Mapping[str, int], fingerprint: str | None) -> LoraSpec:
@@ -181,7 +200,7 @@ def parse_config(path: Path, ranks: Mapping[str, int], fingerprint: str | None) 
         dropout=settings.lora_dropout,
         layers=layers,
         settings=settings,
-        current_names=all(module != layer_name(module) for module in ranks),
+        names=_names_of(ranks),
     )
 
 

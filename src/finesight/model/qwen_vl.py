@@ -22,6 +22,7 @@ from finesight.model.architecture import Architecture
 from finesight.model.attention import Segments, attend
 from finesight.model.geometry import Pixels, Settings, VisionGeometry
 from finesight.model.linear import GroupedLinear, only
+from finesight.model.peft_config import FIRST
 from finesight.model.qwen_language import QwenDecoder, read_qwen_language
 from finesight.model.rope import Rotation
 from finesight.model.runs import upload
@@ -262,4 +263,5 @@ ARCHITECTURE = Architecture(
         "model.norm.": "transformer.ln_f.",
     },
     decoder=QwenDecoder,
+    modules=FIRST,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,51 +18,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import ByteLevel
 from torch import nn
 
+from finesight.encode.rank_tokenizer import SPLIT
 from finesight.hub import ModelFolder
+from finesight.model import tiny_qwen_vl
 from finesight.model.linear import GroupedLinear
+from finesight.model.tiny_sizes import SIZES, SizeName, TinySize
 from finesight.model.weights import random_model, save_model
 from finesight.storage import write_folder
 
-TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
 _NEWEST = ("qwen3_vl", "qwen3_vl_moe")
-SizeName = Literal["test", "small", "finesight-tiny"]
 
-
-@dataclass(frozen=True)
-class TinySize:
-    """Geometry: widths in numbers, depths in layers, `vocabulary` tokens before the special ones
-    (fewer where the text runs out of words).
-
-    The width of a head must be a multiple of 4 in the vision tower and of 8 in the language model.
-    `theta` is the base of the language model's rotary angles, as published 1e6. With a small one
-    rows and columns of small pictures turn far, and AdamW soon learns where something is; but then
-    no number of a head stays the same from place to place, and what is asked for is hardly found.
-    """
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    inner: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-    theta: float = 1e6
-
-
-SIZES: dict[SizeName, TinySize] = {
-    "test": TinySize(384, 64, 2, 4, 2, 128, 32, 2, 2),
-    "small": TinySize(512, 256, 3, 4, 2, 1152, 192, 2, 4, theta=4.0),
-    "finesight-tiny": TinySize(2034, 320, 5, 5, 1, 896, 256, 6, 4),
-}
-"""`test`: 0.2 M parameters; `small`: 5 M; `finesight-tiny`: 12.6 M."""
-
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Where the families' tokenizers cut text before merging (from their tokenizer.json)."""
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -129,20 +94,26 @@ def make_tiny(
     geometry = SIZES[size] if isinstance(size, str) else size
     with write_folder(target) as folder:
         tokenizer = _tokenizer(geometry.vocabulary, training_text() if text is None else text)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        config = _config(family, geometry, tokenizer)
-        _write_json(folder / "config.json", config)
-        template = _TURNS if family in _NEWEST else _DEFAULT_SYSTEM + _TURNS
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
-        preprocessor = _preprocessor_config(family)
-        _write_json(folder / "preprocessor_config.json", preprocessor)
-        _write_json(folder / "chat_template.json", {"chat_template": template})
-        _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+        if family == "qwen":
+            tiny_qwen_vl.write_files(folder, geometry, tokenizer)
+        else:
+            _write_files(folder, family, geometry, tokenizer)
+        made = ModelFolder(folder)
         cpu = torch.device("cpu")
-        model = random_model(config, seed, torch.float32, cpu, preprocessor)
+        model = random_model(made.config, seed, torch.float32, cpu, made.preprocessor)
         spread(model)
-        save_model(model, ModelFolder(folder), folder, torch.float32)
+        save_model(model, made, folder, torch.float32)
     return target
+
+
+def _write_files(folder: Path, family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "config.json", _config(family, size, tokenizer))
+    template = _TURNS if family in _NEWEST else _DEFAULT_SYSTEM + _TURNS
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
+    _write_json(folder / "preprocessor_config.json", _preprocessor_config(family))
+    _write_json(folder / "chat_template.json", {"chat_template": template})
+    _write_json(folder / "generation_config.json", _generation_config(tokenizer))
 
 
 @torch.no_grad()
@@ -169,7 +140,7 @@ def _tokenizer(vocabulary: int, text: Iterable[str]) -> Tokenizer:
     is spelled. A small model learns to read letter by letter: syllables that happen to merge would
     only hide the letters.
     """
-    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     texts = list(text)
     merges: dict[tuple[str, str], None] = {}
     for sign in sorted({sign for one in texts for sign in one if not sign.isascii()}):

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.model.tiny import make_tiny
 
 SPECIALS = [
     "<|endoftext|>",
@@ -146,7 +147,10 @@ def _answer(
 
 
 def make_folder(folder: Path, family: str) -> Path:
-    """A model's folder without weights, its byte-level BPE trained on WORDS."""
+    """A model's folder without weights, its byte-level BPE trained on WORDS; of the first Qwen-VL
+    a small model."""
+    if family == "qwen":
+        return make_tiny(folder, "qwen")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

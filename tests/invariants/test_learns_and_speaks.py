@@ -42,12 +42,14 @@ def _samples(folder: Path) -> list[Located]:
     return samples
 
 
-def _recipe(folder: Path, tune: dict[str, object]) -> Recipe:
+def _recipe(folder: Path, family: str, tune: dict[str, object]) -> Recipe:
+    # The first Qwen-VL reads pictures of its own size alone.
+    picture = {} if family == "qwen" else {"picture": {"longest_side": 112}}
     return Recipe.model_validate(
         {
             "model": str(folder / "tiny"),
             "data": {"train": str(folder / "train.jsonl"), "system": "Be exact."},
-            "picture": {"longest_side": 112},
+            **picture,
             "tune": tune,
             "train": {
                 "steps": STEPS,
@@ -72,14 +74,23 @@ LORA = {"rank": 32, "alpha": 32.0, "dropout": 0.0}
         ("qwen2_5_vl", FULL | {"language": "lora", "lora": LORA}),
         ("qwen3_vl", FULL),
         ("qwen3_vl", FULL | {"language": "lora", "lora": LORA}),
+        ("qwen", FULL),
+        ("qwen", FULL | {"language": "lora", "lora": LORA}),
     ],
-    ids=["qwen2_vl-full", "qwen2_5_vl-lora", "qwen3_vl-full", "qwen3_vl-lora"],
+    ids=[
+        "qwen2_vl-full",
+        "qwen2_5_vl-lora",
+        "qwen3_vl-full",
+        "qwen3_vl-lora",
+        "qwen-full",
+        "qwen-lora",
+    ],
 )
 def test_a_run_that_knows_its_samples_answers_with_them(tmp_path, family, tune):
     make_tiny(tmp_path / "tiny", family)
     samples = _samples(tmp_path)
     write_samples(tmp_path / "train.jsonl", [sample.sample for sample in samples])
-    result = train(_recipe(tmp_path, tune))
+    result = train(_recipe(tmp_path, family, tune))
     assert result.loss is not None
     assert result.loss < 0.1
 

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import ByteLevel
-from torch import nn
+from torch import Tensor, nn
 
 from finesight.encode.rank_tokenizer import SPLIT
 from finesight.hub import ModelFolder
 from finesight.model import tiny_qwen_vl
 from finesight.model.linear import GroupedLinear
+from finesight.model.qwen_vl import CrossAttention, Resampler
 from finesight.model.tiny_sizes import SIZES, SizeName, TinySize
 from finesight.model.weights import random_model, save_model
 from finesight.storage import write_folder
@@ -125,8 +126,15 @@ def spread(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | GroupedLinear):
-            inputs = module.weight.shape[1]
-            module.weight.mul_(1 / (0.02 * inputs**0.5))
+            _widen(module.weight)
+        elif isinstance(module, CrossAttention):
+            _widen(module.in_proj_weight)
+        elif isinstance(module, Resampler):
+            _widen(module.proj)
+
+
+def _widen(weight: Tensor) -> None:
+    weight.mul_(1 / (0.02 * weight.shape[1] ** 0.5))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

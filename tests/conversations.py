@@ -150,7 +150,7 @@ def make_folder(folder: Path, family: str) -> Path:
     """A model's folder without weights, its byte-level BPE trained on WORDS; of the first Qwen-VL
     a small model."""
     if family == "qwen":
-        return make_tiny(folder, "qwen")
+        return make_tiny(folder / "tiny", "qwen")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

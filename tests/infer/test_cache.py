@@ -87,7 +87,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_contexts_are_the_prompts_whatever_rows_are_kept():
     cache = _filled((3, 5, 4), room=9)
-    assert StepAttention(cache).contexts == [(3, 1), (5, 1), (4, 1)]
+    assert StepAttention(cache, cache.grown(8)).contexts_T.tolist() == [3, 5, 4]
     assert cache.keep([0, 2]) == [0, 2]
-    assert StepAttention(cache).contexts == [(3, 1), (4, 1)]
-    assert PackedAttention(Segments.of((2, 6), torch.device("cpu"))).contexts == [(2, 2), (6, 6)]
+    assert StepAttention(cache, cache.grown(8)).contexts_T.tolist() == [3, 4]
+    packed = PackedAttention(Segments.of((2, 3), torch.device("cpu")))
+    assert packed.contexts_T.tolist() == [2, 2, 3, 3, 3]

@@ -111,8 +111,8 @@ def test_positions_of_queries_are_the_published_ones(
 
 
 def test_the_rotary_base_grows_each_time_the_trained_length_doubles() -> None:
-    steps = [ntk_steps(n, 2048) for n in (1, 2048, 2049, 4096, 4097, 8192, 8193)]
-    assert steps == [0, 0, 1, 1, 2, 2, 3]
+    lengths = torch.tensor([1, 2048, 2049, 4096, 4097, 8192, 8193])
+    assert ntk_steps(lengths, 2048).tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert ntk_base(1e4, 128, 0) == 1e4
     assert ntk_base(1e4, 128, 1) == pytest.approx(1e4 * 3 ** (128 / 126))
 

@@ -38,9 +38,9 @@ class KeyValueCache:
         self.keys_LRMKD = torch.zeros(shape, dtype=dtype, device=device)
         self.values_LRMKD = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * rows
-        self.prompts = [0] * rows
-        """Tokens of each row's prompt."""
         self.lengths_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.prompts_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        """Tokens of each row's prompt."""
 
     @property
     def rows(self) -> int:
@@ -82,8 +82,8 @@ class KeyValueCache:
             for store in (self.keys_LRMKD, self.values_LRMKD):
                 store[:, gap, :used] = store[:, mover, :used]
         self.lengths = [self.lengths[row] for row in order]
-        self.prompts = [self.prompts[row] for row in order]
-        self.lengths_R = self.lengths_R[torch.tensor(order, device=self.device)]
+        order_R = torch.tensor(order, device=self.device)
+        self.lengths_R, self.prompts_R = self.lengths_R[order_R], self.prompts_R[order_R]
         self.keys_LRMKD = self.keys_LRMKD[:, : len(order)]
         self.values_LRMKD = self.values_LRMKD[:, : len(order)]
         return order
@@ -100,15 +100,16 @@ class PrefillAttention:
             assert cache.lengths[row] == 0, f"row {row} holds {cache.lengths[row]} tokens already"
             assert length <= cache.room, f"prompt of {length} tokens for a room of {cache.room}"
             places.append(torch.arange(length) + row * cache.room)
-            cache.lengths[row] = cache.prompts[row] = length
+            cache.lengths[row] = length
         self._at_T = torch.cat(places).to(cache.device)
         at_S = torch.tensor(rows, device=cache.device)
         cache.lengths_R[at_S] = torch.tensor(segments.lengths, device=cache.device)
+        cache.prompts_R[at_S] = cache.lengths_R[at_S]
 
     @property
-    def contexts(self) -> Sequence[tuple[int, int]]:
+    def contexts_T(self) -> Tensor:
         """`Attention`: prompts are read whole."""
-        return self._segments.contexts
+        return self._segments.contexts_T
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         self._cache.write(layer, self._at_T, k_TKD, v_TKD)
@@ -131,9 +132,9 @@ class StepAttention:
         self._mask_R11M = (places_M < cache.lengths_R[:, None])[:, None, None, :]
 
     @property
-    def contexts(self) -> Sequence[tuple[int, int]]:
+    def contexts_T(self) -> Tensor:
         """`Attention`: one new token a row."""
-        return [(prompt, 1) for prompt in self._cache.prompts]
+        return self._cache.prompts_R
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """[R, H, D] to [R, H, D]: the new tokens T are one of each row R."""

@@ -6,7 +6,7 @@ one length, L that length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -27,9 +27,9 @@ class Attention(Protocol):
     """How the decoder's layers look at tokens: at a pack, or at a cache while generating."""
 
     @property
-    def contexts(self) -> Sequence[tuple[int, int]]:
-        """For each sequence of the new tokens, in their order: the tokens that were read when it
-        began (its prompt's while generating), and the new ones."""
+    def contexts_T(self) -> Tensor:
+        """How many tokens the sequence of each new token was when its first ones were read: its
+        prompt's while generating. Whole numbers on the tensors' device."""
         ...
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -54,10 +54,11 @@ class Segments:
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return cls(lengths, upload(bounds, device), max(lengths))
 
-    @property
-    def contexts(self) -> Sequence[tuple[int, int]]:
-        """`Attention.contexts` where all sequences begin."""
-        return [(length, length) for length in self.lengths]
+    @cached_property
+    def contexts_T(self) -> Tensor:
+        """The length of each token's segment."""
+        lengths_S = self.bounds_S1.diff()
+        return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
 
     @cached_property
     def runs(self) -> Runs:
@@ -77,9 +78,9 @@ class PackedAttention:
     segments: Segments
 
     @property
-    def contexts(self) -> Sequence[tuple[int, int]]:
-        """Every sequence is read whole."""
-        return self.segments.contexts
+    def contexts_T(self) -> Tensor:
+        """`Attention`: every sequence is read whole."""
+        return self.segments.contexts_T
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """`Attention`, the same for every layer."""

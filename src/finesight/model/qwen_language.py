@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +20,9 @@ from finesight.model.language import Decoder
 from finesight.model.layers import RmsNorm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, head_frequencies, rotate
-from finesight.model.runs import upload
+
+DOUBLINGS = 10
+"""Of the trained length at most: two million tokens, where it is 2048."""
 
 
 @dataclass(frozen=True)
@@ -124,25 +126,26 @@ class QwenDecoder(Decoder):
         return Rotations(Rotation(keys.cos_T1D * scale_T11, keys.sin_T1D * scale_T11), keys)
 
     def _frequencies(self, attention: Attention, device: torch.device) -> Tensor:
-        """[F], or [T, F] where the sequences of a pack have different bases."""
+        """[F], or [T, F] where each sequence of a pack has its base. Nothing is copied from the
+        host, so that a step of generation can be recorded."""
         width, theta = self.geometry.head_width, self.geometry.theta
         if self.training or not self.geometry.ntk:
             return head_frequencies(width, theta, device)
-        contexts = attention.contexts
-        steps = [ntk_steps(length, self.geometry.trained) for length, _ in contexts]
-        table_SF = [
-            head_frequencies(width, ntk_base(theta, width, n), device)
-            for n in range(max(steps) + 1)
-        ]
-        if len(set(steps)) == 1:
-            return table_SF[steps[0]]
-        step_T = np.repeat(np.array(steps), [tokens for _, tokens in contexts])
-        return torch.stack(table_SF).index_select(0, upload(step_T, device))
+        steps_T = ntk_steps(attention.contexts_T, self.geometry.trained)
+        return _frequencies_by_step(width, theta, device).index_select(0, steps_T)
 
 
-def ntk_steps(length: int, trained: int) -> int:
+def ntk_steps(lengths: Tensor, trained: int) -> Tensor:
     """How often the trained length doubles until a sequence fits."""
-    return max(0, math.ceil(math.log2(length / trained)))
+    doublings = [(lengths > trained * 2**n).long() for n in range(DOUBLINGS)]
+    return torch.stack(doublings).sum(0)
+
+
+@lru_cache
+def _frequencies_by_step(width: int, theta: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        bases = [ntk_base(theta, width, steps) for steps in range(DOUBLINGS + 1)]
+        return torch.stack([head_frequencies(width, base, device) for base in bases])
 
 
 def ntk_base(theta: float, head_width: int, steps: int) -> float:

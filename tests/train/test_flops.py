@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 
 
 def batch_of(folder: Path, model: str = "tiny") -> PackedBatch:
-    renderer = Renderer(ModelFolder(folder / model), PixelRange(min_pixels=784, max_pixels=7056))
+    rule = None if model == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
+    renderer = Renderer(ModelFolder(folder / model), rule)
     corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
     return pack([renderer.encode(sample) for sample in corpus.read()[:4]])
 
@@ -43,7 +44,7 @@ def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int
     return 2 * a[0] * a[1] * b[-1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
 @pytest.mark.parametrize(
     "tune",
     [

@@ -20,6 +20,9 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import PARTS, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
 
+_TABLES = (".query", ".positional_embedding")
+"""Endings of parameters that are added and multiplied with nothing."""
+
 
 class Arithmetic:
     """Counts floating-point operations of training steps of one model."""
@@ -40,17 +43,20 @@ class Arithmetic:
         for _, own in groupby(model.named_parameters(), lambda named: _layer_of(named[0])):
             learns = False
             for name, parameter in own:
-                part, learns = part_of(name), learns or parameter.requires_grad
+                part, added = part_of(name), name.endswith(_TABLES)
+                learns = learns or (parameter.requires_grad and not added)
                 if parameter.requires_grad:
                     learning.add(part)
-                looked_up = part == "embeddings" or id(parameter) in tables
+                looked_up = part == "embeddings" or id(parameter) in tables or added
                 if parameter.dim() >= 2 and not looked_up:
                     back = reached or ".adapter.b." in name
                     operations = _passes(parameter, back) * self._met(parameter)
                     if name.startswith(last_mlp):
                         self._per_label += operations
                     else:
-                        self._per_row[part] += operations
+                        at_patches = int(operations * _share_at_patches(name))
+                        self._per_row["vision"] += at_patches
+                        self._per_row[part] += operations - at_patches
             reached = reached or learns
         head = model.head_weight
         self._per_label += _passes(head, back=True) * head.numel()
@@ -90,6 +96,14 @@ class Arithmetic:
         whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
         return causal * self._speaking + 4 * vision.width * (whole + windowed) * self._seeing
+
+
+def _share_at_patches(name: str) -> float:
+    """The share of a parameter outside of the tower's blocks that every patch meets, not only every
+    feature: the resampler's keys and values are made of patches."""
+    if name.startswith("visual.merger.attn_pool.kv_proj."):
+        return 1.0
+    return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0
 
 
 def _layer_of(name: str) -> str:

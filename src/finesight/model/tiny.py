@@ -147,6 +147,7 @@ def spread(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | GroupedLinear):
+            assert isinstance(module.weight, nn.Parameter), "weights in NF4 are not widened"
             inputs = module.weight.shape[1]
             module.weight.mul_(1 / (0.02 * inputs**0.5))
 

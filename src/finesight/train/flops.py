@@ -8,14 +8,17 @@ a second time to save memory is not work done, and does not count.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.model.network import VisionLanguageModel
+from finesight.model.nf4 import Nf4Weight
 from finesight.model.parts import PARTS, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
 
@@ -34,23 +37,23 @@ class Arithmetic:
         reached = False
         # In the order in which a sample passes the matrices: from the first that learns on, a
         # gradient has to come back to the input of each.
-        for _, own in groupby(model.named_parameters(), lambda named: _layer_of(named[0])):
+        for _, own in groupby(_weights(model), lambda weight: _layer_of(weight.name)):
             learns = False
-            for name, parameter in own:
-                part, learns = part_of(name), learns or parameter.requires_grad
-                if parameter.requires_grad:
+            for weight in own:
+                part, learns = part_of(weight.name), learns or weight.learns
+                if weight.learns:
                     learning.add(part)
                 # The embedding is looked up, not multiplied; the head comes below.
-                if parameter.dim() == 2 and part != "embeddings":
-                    back = reached or ".adapter.b." in name
-                    operations = _passes(parameter, back) * parameter.numel()
-                    if name.startswith(last_mlp):
+                if weight.is_matrix and part != "embeddings":
+                    back = reached or ".adapter.b." in weight.name
+                    operations = _passes(weight.learns, back) * weight.numbers
+                    if weight.name.startswith(last_mlp):
                         self._per_label += operations
                     else:
                         self._per_row[part] += operations
             reached = reached or learns
         head = model.head_weight
-        self._per_label += _passes(head, back=True) * head.numel()
+        self._per_label += _passes(head.requires_grad, back=True) * head.numel()
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
 
@@ -86,9 +89,25 @@ def _layer_of(name: str) -> str:
     return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
 
 
-def _passes(parameter: torch.Tensor, back: bool) -> int:
+class _Weight(NamedTuple):
+    name: str
+    numbers: int
+    is_matrix: bool
+    learns: bool
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """Every parameter, and every weight in NF4 under its parameter's name, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, Nf4Weight):
+            yield _Weight(path, module.numbers, is_matrix=True, learns=False)
+        for key, parameter in module.named_parameters(prefix=path, recurse=False):
+            yield _Weight(key, parameter.numel(), parameter.dim() == 2, parameter.requires_grad)
+
+
+def _passes(learns: bool, back: bool) -> int:
     """Forwards; to the input, if a gradient is wanted there; to the weight, if it learns."""
-    return 1 + int(back) + int(parameter.requires_grad)
+    return 1 + int(back) + int(learns)
 
 
 def _windows_of(model: VisionLanguageModel) -> tuple[int, int]:

@@ -22,6 +22,9 @@ from finesight.errors import UserError
 BLOCK, SCALES_BLOCK = 64, 256
 """Numbers of a matrix that share a scale, and scales that share theirs."""
 
+AT_ONCE = 1 << 20
+"""Numbers that are quantised at once: on a CPU each takes 64 bytes meanwhile."""
+
 
 def bitsandbytes(setting: str) -> Any:
     """The package that quantises. Raises UserError, naming the setting, where it is missing."""
@@ -94,14 +97,20 @@ class Nf4Matrix(nn.Module):
         found = tuple(values_OI.shape)
         assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
         functional = _imported().functional
-        values_OI = values_OI.to(self.codes.device).contiguous()
-        codes, state = functional.quantize_4bit(
-            values_OI, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        flat = values_OI.to(self.codes.device).flatten()
+        scales = []
+        for start in range(0, self.numbers, AT_ONCE):
+            some = flat[start : start + AT_ONCE]
+            codes, state = functional.quantize_4bit(some, blocksize=BLOCK, quant_type="nf4")
+            self.codes[start // 2 : start // 2 + len(codes)].copy_(codes)
+            scales.append(state.absmax)
+        scales_B = torch.cat(scales)
+        self.mean.copy_(scales_B.mean())
+        codes_B, state = functional.quantize_blockwise(
+            scales_B - self.mean, code=_levels(scales_B.device), blocksize=SCALES_BLOCK
         )
-        self.codes.copy_(codes)
-        self.scales_B.copy_(state.absmax)
-        self.coarse.copy_(state.state2.absmax)
-        self.mean.copy_(state.offset)
+        self.scales_B.copy_(codes_B)
+        self.coarse.copy_(state.absmax)
 
     def _state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
         state = _imported().functional.QuantState

@@ -177,7 +177,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
 
     The small files come first, so that a mistake shows in seconds and not after the weights.
     """
-    _check_packages(recipe)
+    if recipe.tune.nf4:
+        bitsandbytes("tune.nf4")
     machine = _machine(recipe)
     base = _base(recipe)
     renderer = base.renderer(recipe)
@@ -226,13 +227,6 @@ def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFi
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
-
-
-def _check_packages(recipe: Recipe) -> None:
-    if recipe.tune.nf4:
-        bitsandbytes("tune.nf4")
-    if recipe.train.optimizer == "adamw8bit":
-        bitsandbytes("train.optimizer")
 
 
 def _machine(recipe: Recipe) -> Machine:

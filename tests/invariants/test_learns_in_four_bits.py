@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+import torch
 from rich.console import Console
 from small_run import make_task, write_recipe
 
@@ -13,7 +15,7 @@ from finesight.train.finish import RunResult
 from finesight.train.loop import train
 
 
-def run_with(folder: Path, parts: list[str] | None, optimizer: str) -> RunResult:
+def run_with(folder: Path, parts: list[str] | None, optimizer: str, device: str) -> RunResult:
     task = make_task(folder, samples=40, held_out=12)
     lora = {"rank": 16, "alpha": 16, "dropout": 0.0}
     adapted = {"vision": "lora", "merger": "lora", "language": "lora", "lora": lora}
@@ -21,7 +23,7 @@ def run_with(folder: Path, parts: list[str] | None, optimizer: str) -> RunResult
         "model": "finesight-tiny",
         "data": task["data"],
         "tune": adapted | {"nf4": parts},
-        "train": {"steps": 30, "batch": 8, "learning_rate": 1e-3, "device": "cpu", "workers": 0},
+        "train": {"steps": 30, "batch": 8, "learning_rate": 1e-3, "device": device, "workers": 0},
         "eval": {"metric": "classification", "max_new_tokens": 12},
         "output": str(folder / "run"),
     }
@@ -29,10 +31,24 @@ def run_with(folder: Path, parts: list[str] | None, optimizer: str) -> RunResult
     return train(load_recipe(path), console=Console(file=io.StringIO()))
 
 
-def test_answers_are_as_right_and_the_loss_falls_as_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_answers_are_as_right_and_the_loss_falls_as_far(tmp_path: Path, device: str) -> None:
     """Every held-out answer is right in both; the loss of a learned token ends within 0.05."""
-    plain = run_with(tmp_path / "plain", None, "adamw")
-    quantised = run_with(tmp_path / "nf4", ["vision", "merger", "language"], "adamw8bit")
+    every = ["vision", "merger", "language"]
+    plain = run_with(tmp_path / "plain", None, "adamw", device)
+    quantised = run_with(tmp_path / "nf4", every, "adamw8bit", device)
     for result in (plain, quantised):
         assert result.before is not None
         assert result.after is not None

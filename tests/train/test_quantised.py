@@ -86,6 +86,14 @@ def test_a_run_in_four_bits_learns_as_the_other_does(task: Task) -> None:
     assert after_4 == pytest.approx(after, abs=0.15)
 
 
+def test_recomputed_activations_change_nothing(task: Task) -> None:
+    tune = MIXED | {"lora": LORA["lora"] | {"dropout": 0.1}}
+    kept = task.run(tune=tune, name="kept")
+    again = task.run("train.recompute=true", tune=tune, name="recomputed")
+    assert kept.loss == again.loss
+    assert kept.after == again.after
+
+
 def test_a_missing_package_is_told_before_anything_is_read_or_written(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:

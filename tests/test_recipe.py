@@ -155,6 +155,22 @@ def test_settings_that_contradict_each_other(tmp_path):
     assert "every part is frozen" in error.what
 
 
+def test_parts_in_four_bits_are_one_or_several_and_never_trained_whole(tmp_path):
+    for written, expected in (
+        ("language", ("language",)),
+        ("[vision, merger]", ("vision", "merger")),
+    ):
+        (tmp_path / "recipe.yaml").write_text(SHORTEST + f"tune: {{nf4: {written}}}\n")
+        assert load_recipe(tmp_path / "recipe.yaml").tune.nf4 == expected
+    error = _refusal(tmp_path, SHORTEST + "tune: {vision: full, nf4: [language, vision]}\n")
+    assert "vision is full and in nf4" in error.what
+    assert "set tune.vision to lora or frozen" in error.what
+    error = _refusal(tmp_path, SHORTEST + "tune: {nf4: [embeddings]}\n")
+    assert "'embeddings'" in error.what
+    assert "'vision', 'merger' or 'language'" in error.expected
+    assert "at least 1 items" in _refusal(tmp_path, SHORTEST + "tune: {nf4: []}\n").expected
+
+
 def test_mistake_in_an_override_is_placed_there(tmp_path):
     error = _refusal(tmp_path, SHORTEST, "train.batchh=8")
     assert error.where == "override train.batchh=8"

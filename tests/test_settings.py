@@ -32,6 +32,7 @@ SETTINGS = [
     "tune.lora.alpha",
     "tune.lora.dropout",
     "tune.lora.targets",
+    "tune.nf4",
     "train.epochs",
     "train.steps",
     "train.batch",
@@ -78,5 +79,5 @@ def test_settings_are_at_most_sixty():
 
 def test_every_setting_is_described():
     text = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE))
+    described = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", text, re.MULTILINE))
     assert described == set(SETTINGS)

@@ -115,14 +115,36 @@ class Lora(Section):
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
 
+Quantisable = Literal["vision", "merger", "language"]
+
+
+def _as_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
 class Tune(Section):
-    """How each part of the model learns."""
+    """How each part of the model learns, and whose frozen linear layers are kept in four bits, NF4
+    with double quantisation (Dettmers et al. 2023)."""
 
     vision: Tuning = "frozen"
     merger: Tuning = "frozen"
     language: Tuning = "lora"
     embeddings: Literal["frozen", "full"] = "frozen"
     lora: Lora = Lora()
+    nf4: (
+        Annotated[tuple[Quantisable, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _quantised_parts_are_frozen(self) -> Tune:
+        modes = {"vision": self.vision, "merger": self.merger, "language": self.language}
+        for part in self.nf4 or ():
+            if modes[part] == "full":
+                raise ValueError(
+                    f"{part} is full and in nf4: weights in four bits cannot be trained;"
+                    f" set tune.{part} to lora or frozen, or leave it out of nf4"
+                )
+        return self
 
     @model_validator(mode="after")
     def _something_learns(self) -> Tune:
@@ -156,6 +178,7 @@ def _as_rates(value: object) -> object:
 class Train(Section):
     """The optimisation: AdamW (Loshchilov & Hutter 2019) over packed micro-batches, or for weights
     that start from nothing Muon (Jordan et al. 2024), with AdamW for vectors and embeddings.
+    `adamw8bit` keeps AdamW's moments of matrices in eight bits (Dettmers et al. 2022).
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone).
@@ -165,7 +188,7 @@ class Train(Section):
     steps: Positive | None = None
     batch: Positive = 16
     pack_tokens: Positive = 4096
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: Annotated[Rates, BeforeValidator(_as_rates)] = Rates(default=1e-4)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrShare = 0.03

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
-from run_folders import START, MadeRun, measured_line, step_line
+from run_folders import MANIFEST, START, MadeRun, measured_line, step_line
 
 from finesight.report import facts
 from finesight.report.record import Record, read_record
@@ -40,6 +41,16 @@ def test_a_run_in_two_sentences(whole: Record) -> None:
     assert facts.what_was_done(whole) == (
         "Qwen/Qwen2-VL-2B-Instruct tuned on 950 samples, 2 epochs: language by LoRA of rank 4;"
         " merger as a whole. The run is finished after 60 steps."
+    )
+
+
+def test_frozen_weights_in_four_bits_are_said(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    manifest = json.loads(json.dumps(MANIFEST))
+    manifest["tune"]["nf4"] = ["vision", "language"]
+    made.write("manifest.json", json.dumps(manifest))
+    assert facts.trained_parts(record(made)).endswith(
+        "merger as a whole; frozen weights of vision and language in NF4"
     )
 
 

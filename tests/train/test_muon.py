@@ -213,7 +213,7 @@ def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
     assert rows[name] == (64, 32, 32)
     assert all(sum(of) == shapes[key][0] for key, of in rows.items())
     masters = Masters({name: model.get_parameter(name)}, settings(), rows)
-    muon = masters.groups[0].muon
+    muon = masters.groups[0].own
     assert muon is not None
     assert {tuple(view.shape) for views in muon._alike for view in views} == {(64, 64), (32, 64)}
     apply_tuning(model, Tune.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0)

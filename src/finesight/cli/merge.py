@@ -45,9 +45,14 @@ def merge(
     merged = merge_folder(parts.folder, parts.adapter, out, precision, parts.manifest)
     if as_json:
         result = {"folder": str(out), "layers": merged.layers, "precision": merged.precision}
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(result | ({"trained_in_nf4": parts.nf4} if parts.nf4 else {})))
     else:
         typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
+        if parts.nf4:
+            typer.echo(
+                f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
+                f" them as published: answers differ a little, measure them (finesight eval)"
+            )
         if parts.manifest is not None and not isinstance(parts.manifest.picture, PixelRange):
             rule = ", ".join(f"{key} {n}" for key, n in parts.manifest.picture)
             typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")

@@ -19,6 +19,7 @@ from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import install_adapter
 from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import Part
 from finesight.model.weights import DTYPES, load_model
 
 
@@ -32,12 +33,13 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What has to be loaded: weights from `folder`, then `adapter` on them; `manifest` is that of
-    the run they come from."""
+    """What has to be loaded: weights from `folder`, those of the parts `nf4` in four bits, then
+    `adapter` on them; `manifest` is that of the run they come from."""
 
     folder: ModelFolder
     adapter: Path | None
     manifest: Manifest | None
+    nf4: tuple[Part, ...] = ()
 
 
 def load_answerer(
@@ -60,7 +62,7 @@ def load_answerer(
         manifest.picture if manifest else None,
         manifest.system if manifest else None,
     )
-    model = load_model(parts.folder, resolve_precision(precision, where), where)
+    model = load_model(parts.folder, resolve_precision(precision, where), where, parts.nf4)
     if parts.adapter is not None:
         install_adapter(model, parts.adapter, base=parts.folder)
     model.eval()
@@ -163,7 +165,7 @@ def _parts_of_run(run: Path, manifest: Manifest, base: str | None) -> Parts:
             expected=f"the family {manifest.family}, which the run trained",
             remedy="restore the model that the run started from",
         )
-    return Parts(folder, adapter, manifest)
+    return Parts(folder, adapter, manifest, manifest.tune.nf4 or ())
 
 
 def _check_base(manifest: Manifest, folder: ModelFolder, run: Path) -> None:

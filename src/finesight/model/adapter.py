@@ -316,7 +316,7 @@ def _check_layers(
     _refuse(missing, f"are named by target_modules in {CONFIG} but missing", where)
     for name, (a_RI, b_OR) in factors.items():
         group, _, output = places[name]
-        expected = [(len(a_RI), group.weight.shape[1]), (group.outputs[output], len(a_RI))]
+        expected = [(len(a_RI), group.inputs), (group.outputs[output], len(a_RI))]
         found = [tuple(a_RI.shape), tuple(b_OR.shape)]
         if found != expected:
             raise UserError(

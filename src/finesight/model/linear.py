@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from finesight.model.nf4 import Nf4Weight
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -21,15 +23,26 @@ class GroupedLinear(nn.Module):
     `outputs` maps the last piece of each layer's hub name to its width, in order: a group of
     q_proj, k_proj and v_proj holds one weight of shape [sum(outputs), inputs]. A layer alone has
     its own name as the module's. `adapter` is set by `model.lora`; it computes the
-    group's product together with its low-rank updates.
+    group's product together with its low-rank updates. A weight that stays frozen may be in NF4.
     """
+
+    weight: nn.Parameter | Nf4Weight
 
     def __init__(self, inputs: int, outputs: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
-        self.outputs = dict(outputs)
-        self.weight = nn.Parameter(torch.empty(sum(self.outputs.values()), inputs))
-        self.bias = nn.Parameter(torch.empty(len(self.weight))) if bias else None
+        self.inputs, self.outputs = inputs, dict(outputs)
+        width = sum(self.outputs.values())
+        self.weight = nn.Parameter(torch.empty(width, inputs))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.adapter: nn.Module | None = None
+
+    def keep_in_nf4(self) -> None:
+        """Room for four bits in place of the weight, whose numbers are lost; its type stays that of
+        the computation."""
+        empty = Nf4Weight(tuple(self.outputs.values()), self.inputs, self.weight.dtype)
+        # Where a module was made with a parameter, torch refuses another kind of thing.
+        del self.weight
+        self.weight = empty
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
@@ -39,15 +52,22 @@ class GroupedLinear(nn.Module):
 
 
 def products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int]
+    x: Tensor, weight: Tensor | Nf4Weight, bias: Tensor | None, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i for the layers of a group, [..., inputs] to [..., width] each.
 
     Layer by layer, so that each output lies in one piece: what follows reads it several times as
     fast as a slice of a joint product, whose gradients would have to be joined on the way back.
     """
-    if len(widths) == 1:
+    if len(widths) == 1 and isinstance(weight, Tensor):
         return (F.linear(x, weight, bias),)
-    weights = torch.split(weight, list(widths))
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
+    if isinstance(weight, Nf4Weight):
+        return tuple(layer(x, b) for layer, b in zip(weight.matrices, biases, strict=True))
+    weights = torch.split(weight, list(widths))
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def matrices(weight: Tensor | Nf4Weight, widths: Sequence[int]) -> Iterable[Tensor]:
+    """W_i [width, inputs] of each layer of a group; of NF4, each is made when it is asked for."""
+    return weight.dense() if isinstance(weight, Nf4Weight) else torch.split(weight, list(widths))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.fused import drop, drop_alike
-from finesight.model.linear import GroupedLinear, products
+from finesight.model.linear import GroupedLinear, matrices, products
+from finesight.model.nf4 import Nf4Weight
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ class LoraGroup(nn.Module):
         # The group's own order, whatever order the layers were named in.
         self.layers = {name: layers[name] for name in group.outputs if name in layers}
         self.dropout = dropout
-        like, rank_sum = group.weight, sum(low.rank for low in self.layers.values())
-        self.a = nn.Parameter(like.new_zeros(rank_sum, like.shape[1], dtype=dtype))
+        kind, device = dtype or group.weight.dtype, group.weight.device
+        rank_sum = sum(low.rank for low in self.layers.values())
+        self.a = nn.Parameter(torch.zeros(rank_sum, group.inputs, dtype=kind, device=device))
         # One by one: given a dict, ParameterDict sorts the names.
         self.b = nn.ParameterDict()
         for name, low in self.layers.items():
             shape = group.outputs[name], low.rank
-            self.b[name] = nn.Parameter(like.new_zeros(shape, dtype=dtype))
+            self.b[name] = nn.Parameter(torch.zeros(shape, dtype=kind, device=device))
         self.bands = self._lay_out(group.outputs)
         self._layout = Layout(tuple(group.outputs.values()), tuple(self.bands.values()))
 
@@ -100,9 +102,12 @@ class LoraGroup(nn.Module):
             column += width
         return bands
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, weight: Tensor | Nf4Weight, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """[..., I] to one [..., O] for each layer of the group, the base product included."""
-        assert not weight.requires_grad, "the base of an adapter is trained as well"
+        trained = isinstance(weight, Tensor) and weight.requires_grad
+        assert not trained, "the base of an adapter is trained as well"
         dropout = self.dropout if self.training else 0.0
         outputs = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
@@ -145,35 +150,37 @@ class _AdaptedProduct(torch.autograd.Function):
 
     One node for base and update: the update is added into the product in place, forwards and
     backwards, so that neither the outputs nor the gradient of the input are copied; and the
-    outputs' gradients come in one by one, so that they need not be joined first.
+    outputs' gradients come in one by one, so that they need not be joined first. W in NF4 is made
+    anew for the way back.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        weight_OI: Tensor,
+        weight: Tensor | Nf4Weight,
         bias_O: Tensor | None,
         a_SI: Tensor,
         layout: Layout,
         dropout: float,
         *bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
-        ys_TO = products(x_TI, weight_OI, bias_O, layout.widths)
+        ys_TO = products(x_TI, weight, bias_O, layout.widths)
         kept_TI: Tensor | None = None
         if dropout > 0.0:
             x_TI, kept_TI = drop(x_TI, dropout)
         low_TS = F.linear(x_TI, a_SI)
         for band, b_OR in zip(layout.bands, bs_OR, strict=True):
             ys_TO[band.output].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
-        ctx.save_for_backward(x_TI, kept_TI, low_TS, weight_OI, a_SI, *bs_OR)
-        ctx.layout, ctx.dropout = layout, dropout
+        ctx.save_for_backward(x_TI, kept_TI, low_TS, a_SI, *bs_OR)
+        # The weight is frozen: nothing changes it until the way back.
+        ctx.weight, ctx.layout, ctx.dropout = weight, layout, dropout
         return ys_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, kept_TI, low_TS, weight_OI, a_SI, *bs_OR = ctx.saved_tensors
+        x_TI, kept_TI, low_TS, a_SI, *bs_OR = ctx.saved_tensors
         needs_x, _, _, needs_a, _, _, *needs_b = ctx.needs_input_grad
         dlow_TS = torch.empty_like(low_TS)
         dbs_OR: list[Tensor | None] = []
@@ -190,7 +197,8 @@ class _AdaptedProduct(torch.autograd.Function):
             dx_TI = dlow_TS @ a_SI
             if kept_TI is not None:
                 dx_TI = drop_alike(dx_TI, kept_TI, ctx.dropout)
-            for dy_TO, rows_OI in zip(dys_TO, weight_OI.split(ctx.layout.widths), strict=True):
+            weights = matrices(ctx.weight, ctx.layout.widths)
+            for dy_TO, rows_OI in zip(dys_TO, weights, strict=True):
                 dx_TI.addmm_(dy_TO, rows_OI)
         return dx_TI, None, None, da_SI, None, None, *dbs_OR
 

@@ -25,7 +25,8 @@ def merge_into(model: nn.Module) -> int:
     The sum is made in fp32 and rounded once to the weight's type. Returns how many layers changed.
     """
     merged = 0
-    for _, group, adapter in list(adapters(model)):
+    for path, group, adapter in list(adapters(model)):
+        assert isinstance(group.weight, nn.Parameter), f"{path} is in NF4: nothing is added to it"
         for name, (a_RI, b_OR) in adapter.factors().items():
             band = adapter.bands[name]
             rows_OI = group.weight[band.columns]
@@ -54,9 +55,10 @@ def merge_folder(
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
 
     `precision` auto keeps the type of the base's weights. `manifest` is that of the adapter's run:
-    it goes along, so that the folder is asked as the run was trained. Computed on the CPU. Raises
-    UserError for an existing `out`, an adapter that does not fit (another base's fingerprint
-    included) and a full disk; then nothing is left at `out`.
+    it goes along, so that the folder is asked as the run was trained. The weights of `base` are
+    taken as published, also where the run had them in NF4. Computed on the CPU. Raises UserError
+    for an existing `out`, an adapter that does not fit (another base's fingerprint included) and a
+    full disk; then nothing is left at `out`.
     """
     with write_folder(out) as folder:
         stored = stored_precision(base)

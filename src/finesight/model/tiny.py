@@ -126,6 +126,7 @@ def spread(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | GroupedLinear):
+            assert isinstance(module.weight, nn.Parameter), "weights in NF4 are not widened"
             _widen(module.weight)
         elif isinstance(module, CrossAttention):
             _widen(module.in_proj_weight)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +23,8 @@ from finesight.manifest import MANIFEST
 from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel, build
+from finesight.model.nf4 import Nf4Matrix, Nf4Weight, bitsandbytes
+from finesight.model.parts import Part, part_of
 from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
 
@@ -42,21 +45,33 @@ _REMEDY = "download the model again"
 class HubTensor:
     """A tensor as the hub has it: its own name here (`Architecture.published_name` has the hub's)
     and its shape; `data` is the stretch of a parameter that holds it (a group holds several, and
-    the patch embedding is kept flat)."""
+    the patch embedding is kept flat), or the matrix in NF4."""
 
     name: str
-    data: Tensor
+    data: Tensor | Nf4Matrix
     shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
+
+    def put(self, values: Tensor) -> None:
+        """Give it the values of a file."""
+        if isinstance(self.data, Nf4Matrix):
+            self.data.fill(values)
+        else:
+            self.data.copy_(values.reshape(self.data.shape))
 
 
 def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
     """Every tensor of the model as the hub knows it, without adapters. A tied head has none."""
-    adapters: list[str] = []
+    inner: list[str] = []
     for path, module in model.named_modules():
-        if any(path == adapter or path.startswith(f"{adapter}.") for adapter in adapters):
+        if any(path == one or path.startswith(f"{one}.") for one in inner):
             continue
         if isinstance(module, GroupedLinear):
-            adapters.append(f"{path}.adapter")
+            inner += [f"{path}.adapter", f"{path}.weight"]
             yield from _group_tensors(path, module)
         else:
             # Buffers are numbers that are stored and never learn.
@@ -70,13 +85,20 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
 
 
 def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
-    parent, start = path.rpartition(".")[0], 0
-    for output, width in group.outputs.items():
-        for key, parameter in (("weight", group.weight), ("bias", group.bias)):
-            if parameter is not None:
-                data = parameter.detach()[start : start + width]
-                yield HubTensor(f"{parent}.{output}.{key}", data, tuple(data.shape))
-        start += width
+    parent, widths = path.rpartition(".")[0], list(group.outputs.values())
+    weights: Sequence[Tensor | Nf4Matrix] = (
+        group.weight.matrices
+        if isinstance(group.weight, Nf4Weight)
+        else torch.split(group.weight.detach(), widths)
+    )
+    biases = (
+        [None] * len(widths) if group.bias is None else torch.split(group.bias.detach(), widths)
+    )
+    for output, weight, bias in zip(group.outputs, weights, biases, strict=True):
+        shape = group.outputs[output], group.inputs
+        yield HubTensor(f"{parent}.{output}.weight", weight, shape)
+        if bias is not None:
+            yield HubTensor(f"{parent}.{output}.bias", bias, tuple(bias.shape))
 
 
 @dataclass(frozen=True)
@@ -96,20 +118,28 @@ class _Stored:
 
 
 def load_model(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, nf4: Collection[Part] = ()
 ) -> VisionLanguageModel:
     """The model of a hub folder, every tensor read exactly once.
 
+    The linear layers of the parts `nf4` are quantised one by one as they are read, from the type
+    that they are stored in, so that the bits are the same whatever is computed in.
+
     Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
-    for quantised weights, and for a folder that has changed since finesight wrote it.
+    for quantised weights, for a folder that has changed since finesight wrote it, and where
+    quantising needs a package that is missing.
     """
     _refuse_quantised(folder)
+    if nf4:
+        bitsandbytes("tune.nf4")
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     files = folder.weight_files()
     if (folder.path / DIGESTS).is_file():
         verify_folder(folder.path)
-    model = build(config, preprocessor, dtype, device)
+    model = build(config, preprocessor, dtype, torch.device("meta"))
+    _keep_in_nf4(model, nf4)
+    model.to_empty(device=device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     named = model.architecture.native_name
     stored = [tensor for file in files for tensor in _header(file, named)]
@@ -121,11 +151,18 @@ def load_model(
         with _open(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
+                    values = weights.get_tensor(tensor.name)
                     aim = wanted[tensor.native]
-                    found = weights.get_tensor(tensor.name)
-                    found = found if tensor.shape == aim.shape else found.mT
-                    aim.data.copy_(found.reshape(aim.data.shape))
+                    aim.put(values if tensor.shape == aim.shape else values.mT)
     return model
+
+
+def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
+    """Make room for four bits in these parts of a model without numbers."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts:
+            with torch.device("meta"):
+                module.keep_in_nf4()
 
 
 def stored_precision(folder: ModelFolder) -> str:
@@ -150,7 +187,8 @@ def _refuse_quantised(folder: ModelFolder) -> None:
             f"quantised weights: quantization_config is {quantised!r:.80}",
             where=str(folder.path / "config.json"),
             expected="weights in bf16, fp16 or fp32",
-            remedy="take the same model without quantisation",
+            remedy="take the same model without quantisation: tune.nf4=[language] in a recipe"
+            " quantises it while it is loaded",
         )
 
 
@@ -221,7 +259,7 @@ def save_model(
     most `max_shard_bytes`, beside the configuration and tokenizer files of `folder`.
 
     `target` comes from `storage.write_folder`, which makes it appear whole. Adapters must be
-    merged before.
+    merged before. What the model holds in NF4 is written as `folder` holds it, in its type.
     """
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
@@ -229,6 +267,7 @@ def save_model(
     _copy_descriptions(folder, target, dtype)
     shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
     published = model.architecture.published_name
+    originals = _originals(folder, model) if _holds_nf4(model) else {}
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -236,13 +275,11 @@ def save_model(
             "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         # Copied even where nothing changes: safetensors refuses stretches of a shared parameter.
-        tensors = {
-            published(t.name): t.data.to("cpu", dtype, copy=True).view(t.shape) for t in shard
-        }
+        tensors = {published(t.name): _for_file(t, dtype, originals) for t in shard}
         save_file(tensors, target / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(t.data.numel() for shard in shards for t in shard) * dtype.itemsize
+        size = sum(t.numbers for shard in shards for t in shard) * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": names}
         (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -251,13 +288,31 @@ def _shards(tensors: Sequence[HubTensor], itemsize: int, most: float) -> list[li
     shards: list[list[HubTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        bytes_ = tensor.data.numel() * itemsize
+        bytes_ = tensor.numbers * itemsize
         if shards[-1] and size + bytes_ > most:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += bytes_
     return shards
+
+
+def _holds_nf4(model: nn.Module) -> bool:
+    return any(isinstance(module, Nf4Matrix) for module in model.modules())
+
+
+def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, _Stored]:
+    named = model.architecture.native_name
+    return {t.native: t for file in folder.weight_files() for t in _header(file, named)}
+
+
+def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, _Stored]) -> Tensor:
+    if isinstance(tensor.data, Nf4Matrix):
+        original = originals[tensor.name]
+        with _open(original.file) as weights:
+            values: Tensor = weights.get_tensor(original.name)
+        return values
+    return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
 
 
 def _copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:

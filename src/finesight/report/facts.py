@@ -111,6 +111,9 @@ def trained_parts(record: Record) -> str:
         pieces.append(f"{listed(adapted)} by LoRA of rank {rank}")
     if whole:
         pieces.append(f"{listed(whole)} as a whole")
+    quantised = tune.get("nf4")
+    if isinstance(quantised, list) and quantised:
+        pieces.append(f"frozen weights of {listed(quantised)} in NF4")
     return "; ".join(pieces) or UNKNOWN
 
 

@@ -8,8 +8,9 @@ a second time to save memory is not work done, and does not count.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.model.network import VisionLanguageModel
+from finesight.model.nf4 import Nf4Weight
 from finesight.model.parts import PARTS, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
 
@@ -34,41 +36,32 @@ class Arithmetic:
         # The head and the last MLP see only the tokens that predict learned ones.
         self._per_label = 0
         last_mlp = f"model.layers.{model.geometry.language.depth - 1}.mlp."
-        # Tables are looked up, not multiplied; the head comes below.
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         learning: set[Part] = set()
         reached = False
         # In the order in which a sample passes the matrices: from the first that learns on, a
         # gradient has to come back to the input of each.
-        for _, own in groupby(model.named_parameters(), lambda named: _layer_of(named[0])):
+        for _, own in groupby(_weights(model), lambda weight: _layer_of(weight.name)):
             learns = False
-            for name, parameter in own:
-                part, added = part_of(name), name.endswith(_TABLES)
-                learns = learns or (parameter.requires_grad and not added)
-                if parameter.requires_grad:
+            for weight in own:
+                part = part_of(weight.name)
+                learns = learns or (weight.learns and not weight.name.endswith(_TABLES))
+                if weight.learns:
                     learning.add(part)
-                looked_up = part == "embeddings" or id(parameter) in tables or added
-                if parameter.dim() >= 2 and not looked_up:
-                    back = reached or ".adapter.b." in name
-                    operations = _passes(parameter, back) * self._met(parameter)
-                    if name.startswith(last_mlp):
+                # The embedding is looked up, not multiplied; the head comes below.
+                if weight.multiplies and part != "embeddings":
+                    back = reached or ".adapter.b." in weight.name
+                    operations = _passes(weight.learns, back) * weight.numbers
+                    if weight.name.startswith(last_mlp):
                         self._per_label += operations
                     else:
-                        at_patches = int(operations * _share_at_patches(name))
+                        at_patches = int(operations * _share_at_patches(weight.name))
                         self._per_row["vision"] += at_patches
                         self._per_row[part] += operations - at_patches
             reached = reached or learns
         head = model.head_weight
-        self._per_label += _passes(head, back=True) * head.numel()
+        self._per_label += _passes(head.requires_grad, back=True) * head.numel()
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
-
-    def _met(self, parameter: torch.Tensor) -> int:
-        """Numbers of a matrix that a token meets: those of its experts, where they are stacked."""
-        experts = self._geometry.language.experts
-        if parameter.dim() == 2 or experts is None:
-            return parameter.numel()
-        return parameter.numel() // experts.number * experts.chosen
 
     def of(self, batch: PackedBatch) -> float:
         """Operations of one forward and backward pass over a pack."""
@@ -111,9 +104,32 @@ def _layer_of(name: str) -> str:
     return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
 
 
-def _passes(parameter: torch.Tensor, back: bool) -> int:
+class _Weight(NamedTuple):
+    """`numbers` are those that a row meets: of its own experts, where experts are stacked."""
+
+    name: str
+    numbers: int
+    multiplies: bool
+    learns: bool
+
+
+def _weights(model: VisionLanguageModel) -> Iterator[_Weight]:
+    """Every parameter, and every weight in NF4 under its parameter's name, in the model's order."""
+    experts = model.geometry.language.experts
+    for path, module in model.named_modules():
+        if isinstance(module, Nf4Weight):
+            yield _Weight(path, module.numbers, multiplies=True, learns=False)
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            numbers = parameter.numel()
+            if parameter.dim() == 3 and experts is not None:
+                numbers = numbers // experts.number * experts.chosen
+            table = isinstance(module, nn.Embedding) or name.endswith(_TABLES)
+            yield _Weight(name, numbers, parameter.dim() > 1 and not table, parameter.requires_grad)
+
+
+def _passes(learns: bool, back: bool) -> int:
     """Forwards; to the input, if a gradient is wanted there; to the weight, if it learns."""
-    return 1 + int(back) + int(parameter.requires_grad)
+    return 1 + int(back) + int(learns)
 
 
 def _windows_of(model: VisionLanguageModel) -> tuple[int, int]:

@@ -97,8 +97,9 @@ def _enough_memory(recipe: Recipe) -> Iterator[None]:
             f"the GPU's memory is full: {str(error).splitlines()[0]}",
             where="training",
             expected="a model, its gradients and one pack at a time within the GPU's memory",
-            remedy=f"lower train.pack_tokens ({settings.pack_tokens}), set train.recompute=true"
-            " or choose smaller pictures; while measuring, lower eval.batch",
+            remedy=f"lower train.pack_tokens ({settings.pack_tokens}), set train.recompute=true,"
+            " keep frozen weights in four bits (tune.nf4=[language]) or choose smaller"
+            " pictures; while measuring, lower eval.batch",
         ) from error
 
 

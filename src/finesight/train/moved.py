@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from finesight.errors import UserError
+from finesight.model.nf4 import nf4_weights
 from finesight.model.parts import PARTS, Part, part_of
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Whole numbers by their size in bytes."""
 
 SAMPLE = 16384
 """Numbers of a tensor, evenly spread, of which the starting values are kept."""
@@ -50,12 +54,20 @@ class Watch:
             for name, parameter in model.named_parameters()
             if name not in masters
         }
+        self._nf4 = nf4_weights(model)
         self._masters = masters
+        frozen = {name: tensor.numel() for name, tensor in self._frozen.items()}
+        frozen |= {name: weight.numbers for name, weight in self._nf4.items()}
+        trained = {name: tensor.numel() for name, tensor in masters.items()}
+        self._numbers = {True: trained, False: frozen}
         self._sums = self._checksums()
         self._start = {name: _sampled(tensor).clone() for name, tensor in masters.items()}
 
     def _checksums(self) -> dict[str, int]:
-        return checksums({**self._frozen, **self._masters})
+        sums = checksums({**self._frozen, **self._masters})
+        for name, weight in self._nf4.items():
+            sums[name] = sum(checksums(dict(weight.named_buffers())).values())
+        return sums
 
     def changes(self, reached: Collection[str]) -> list[PartChange]:
         """How every part differs from what it was, trained and frozen parameters apart. `reached`
@@ -63,14 +75,14 @@ class Watch:
         now = self._checksums()
         rows = []
         for part in PARTS:
-            for trained, tensors in ((True, self._masters), (False, self._frozen)):
-                own = {name: tensor for name, tensor in tensors.items() if part_of(name) == part}
+            for trained, numbers in self._numbers.items():
+                own = {name: count for name, count in numbers.items() if part_of(name) == part}
                 if own:
                     row = PartChange(
                         part=part,
                         trained=trained,
                         tensors=len(own),
-                        numbers=sum(tensor.numel() for tensor in own.values()),
+                        numbers=sum(own.values()),
                         changed=sum(now[name] != self._sums[name] for name in own),
                         reached=sum(name in reached for name in own),
                         relative=self._relative(own) if trained else 0.0,
@@ -89,9 +101,7 @@ class Watch:
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The sum of each tensor's bits, read as whole numbers: any single change shows."""
     sums = [
-        tensor.reshape(-1)
-        .view(torch.int32 if tensor.itemsize == 4 else torch.int16)
-        .sum(dtype=torch.int64)
+        tensor.reshape(-1).view(_WHOLE[tensor.itemsize]).sum(dtype=torch.int64)
         for tensor in tensors.values()
     ]
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}

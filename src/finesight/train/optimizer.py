@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finesight.config import Train
 from finesight.errors import UserError
 from finesight.model.parts import PARTS, Part, part_of
+from finesight.train.eight_bit import BLOCK, AdamW8bit
 from finesight.train.muon import Matrix, Muon
 
 _ALIGNED = 64
@@ -46,19 +47,27 @@ class Group:
     """Parameters of one part that share learning rate and weight decay.
 
     `master_E` holds their fp32 values end to end, `narrow_E` those that the model computes with
-    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far. `muon`
-    steps a group of matrices where the recipe chose it.
+    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far. Parameters
+    begin at multiples of `aligned` numbers. `own` steps a group of matrices where the recipe chose
+    another optimiser than torch's AdamW.
     """
 
-    muon: Muon | None = None
+    own: Muon | AdamW8bit | None = None
 
-    def __init__(self, part: Part, decay: float, rate: float, named: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        part: Part,
+        decay: float,
+        rate: float,
+        named: Mapping[str, nn.Parameter],
+        aligned: int = _ALIGNED,
+    ) -> None:
         self.part, self.decay, self.rate = part, decay, rate
         self.pieces: list[Piece] = []
         end = 0
         for name, parameter in named.items():
             self.pieces.append(Piece(name, parameter, slice(end, end + parameter.numel())))
-            end += -(-parameter.numel() // _ALIGNED) * _ALIGNED
+            end += -(-parameter.numel() // aligned) * aligned
         first = self.pieces[0].parameter
         kinds = {(p.dtype, p.device) for p in named.values()}
         assert len(kinds) == 1, f"parameters of {part} differ in type or device: {kinds}"
@@ -86,17 +95,24 @@ class Group:
 
         register(collect)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether its parameters are matrices that multiply: neither vectors nor a table of
+        embeddings, of which a step moves few rows."""
+        return self.part != "embeddings" and all(p.parameter.dim() == 2 for p in self.pieces)
+
     def use_muon(self, stacked: Mapping[str, Sequence[int]]) -> None:
-        """Let Muon step the group, if its parameters are matrices that multiply: neither vectors
-        nor a table of embeddings, of which a step moves few rows."""
-        if self.part == "embeddings" or any(piece.parameter.dim() != 2 for piece in self.pieces):
-            return
+        """Let Muon step the group."""
         matrices = (
             matrix
             for piece in self.pieces
             for matrix in piece.matrices(stacked.get(piece.name, piece.parameter.shape[:1]))
         )
-        self.muon = Muon(self.master_E.detach(), self.grad_E, matrices)
+        self.own = Muon(self.master_E.detach(), self.grad_E, matrices)
+
+    def use_eight_bits(self, betas: tuple[float, float]) -> None:
+        """Keep the moments of AdamW in eight bits."""
+        self.own = AdamW8bit(self.master_E.detach(), self.grad_E, betas)
 
     def publish(self) -> None:
         """Give the model the masters' values, rounded to its own type."""
@@ -119,10 +135,12 @@ class Masters:
     ) -> None:
         """`stacked` says of parameters that hold several matrices how many rows each one has."""
         self.groups = list(_groups(trainable, train))
-        if train.optimizer == "muon":
-            for group in self.groups:
+        for group in self.groups:
+            if train.optimizer == "muon" and group.multiplies:
                 group.use_muon(stacked or {})
-        self.adamw = _adamw([group for group in self.groups if group.muon is None], train)
+            if train.optimizer == "adamw8bit" and group.multiplies:
+                group.use_eight_bits(train.betas)
+        self.adamw = _adamw([group for group in self.groups if group.own is None], train)
         self.clip = train.clip
 
     def norm(self) -> Tensor:
@@ -143,8 +161,8 @@ class Masters:
             shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
         for group in self.groups:
             group.grad_E.mul_(shrink)
-            if group.muon is not None:
-                group.muon.step(group.rate * factor, group.decay)
+            if group.own is not None:
+                group.own.step(group.rate * factor, group.decay)
         if self.adamw is not None:
             for settings in self.adamw.param_groups:
                 settings["lr"] = settings["rate"] * factor
@@ -171,31 +189,34 @@ class Masters:
         }
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimiser's state as tensors: `first.NAME`, under AdamW `second.NAME` too, and
-        `steps`, a count."""
+        """The optimiser's state as tensors: `first.NAME`, under AdamW `second.NAME` too, in eight
+        bits with `first_scale.NAME` and `second_scale.NAME`; and `steps`, a count."""
         return {"steps": self._steps.detach().clone().cpu()} | {
-            f"{order}.{piece.name}": piece.of(moment_E)
+            f"{order}.{piece.name}": moment
             for group in self.groups
-            for order, moment_E in self._moments_of(group).items()
             for piece in group.pieces
+            for order, moment in self._moments_of(group, piece).items()
         }
 
     def reached(self) -> set[str]:
         """Names of the parameters that a gradient other than zero has ever come to."""
         seen: dict[str, Tensor] = {}
         for group in self.groups:
-            moments = self._moments_of(group)
-            # Squares never cancel each other.
-            moment_E = moments.get("second", moments["first"])
-            seen |= {piece.name: piece.of(moment_E).any() for piece in group.pieces}
+            for piece in group.pieces:
+                *_, last = self._moments_of(group, piece).values()
+                seen[piece.name] = last.any()
         flags = torch.stack(list(seen.values())).tolist()
         return {name for name, flag in zip(seen, flags, strict=True) if flag}
 
     @property
     def _steps(self) -> Tensor:
         """AdamW's own count; Muon needs none."""
-        counts = (self._state_of(group)["step"] for group in self.groups if group.muon is None)
-        return next(counts, torch.tensor(0.0))
+        for group in self.groups:
+            if group.own is None:
+                return self._state_of(group)["step"]
+            if isinstance(group.own, AdamW8bit):
+                return torch.tensor(float(group.own.taken))
+        return torch.tensor(0.0)
 
     def _state_of(self, group: Group) -> dict[str, Tensor]:
         """AdamW's state of a group, from its first step on or before it."""
@@ -209,11 +230,15 @@ class Masters:
             state["exp_avg_sq"] = torch.zeros_like(group.master_E)
         return state
 
-    def _moments_of(self, group: Group) -> dict[str, Tensor]:
-        if group.muon is not None:
-            return {"first": group.muon.momentum_E}
+    def _moments_of(self, group: Group, piece: Piece) -> dict[str, Tensor]:
+        """Of one parameter, views. The last is zero as long as every gradient was: squares never
+        cancel each other."""
+        if isinstance(group.own, Muon):
+            return {"first": piece.of(group.own.momentum_E)}
+        if isinstance(group.own, AdamW8bit):
+            return group.own.moments(piece.place)
         state = self._state_of(group)
-        return {"first": state["exp_avg"], "second": state["exp_avg_sq"]}
+        return {"first": piece.of(state["exp_avg"]), "second": piece.of(state["exp_avg_sq"])}
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
@@ -222,13 +247,14 @@ class Masters:
         differing = sorted(set(own) ^ set(values))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
         for group in self.groups:
-            of_group = self._moments_of(group)
-            if group.muon is None:
+            if group.own is None:
                 self._state_of(group)["step"].copy_(moments["steps"])
+            if isinstance(group.own, AdamW8bit):
+                group.own.taken = int(moments["steps"])
             for piece in group.pieces:
                 piece.of(group.master_E.detach()).copy_(values[piece.name])
-                for order, moment_E in of_group.items():
-                    piece.of(moment_E).copy_(moments[f"{order}.{piece.name}"])
+                for order, moment in self._moments_of(group, piece).items():
+                    moment.copy_(moments[f"{order}.{piece.name}"])
             group.publish()
 
 
@@ -250,6 +276,7 @@ def _adamw(groups: Sequence[Group], train: Train) -> torch.optim.AdamW | None:
 
 def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:
     """By part, and within it matrices with and vectors without weight decay."""
+    aligned = BLOCK if train.optimizer == "adamw8bit" else _ALIGNED
     rates = train.learning_rate
     by_part: dict[Part, float | None] = {
         "vision": rates.vision,
@@ -265,7 +292,7 @@ def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Gro
         vectors = {name: p for name, p in own.items() if p.dim() <= 1}
         for named, decay in ((matrices, train.weight_decay), (vectors, 0.0)):
             if named:
-                yield Group(part, decay, rate, named)
+                yield Group(part, decay, rate, named, aligned)
 
 
 class LossScale:

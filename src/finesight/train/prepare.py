@@ -28,6 +28,7 @@ from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
 from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
+from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.weights import load_model
 from finesight.storage import digest
@@ -176,6 +177,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
 
     The small files come first, so that a mistake shows in seconds and not after the weights.
     """
+    if recipe.tune.nf4:
+        bitsandbytes("tune.nf4")
     machine = _machine(recipe)
     base = _base(recipe)
     renderer = base.renderer(recipe)
@@ -187,7 +190,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     found = checkpoints.newest() if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
-    model = load_model(base.folder, machine.dtype, machine.device)
+    model = load_model(base.folder, machine.dtype, machine.device, recipe.tune.nf4 or ())
     apply_tuning(model, recipe.tune, recipe.train.seed)
     if base.adapter is not None:
         continue_adapter(model, base.adapter, base=base.folder)

@@ -1,0 +1,203 @@
+"""Frozen weights in four bits: NF4 with double quantisation (Dettmers et al. 2023,
+arXiv:2305.14314), by bitsandbytes.
+
+Shapes: O outputs, I inputs of one layer; B = ceil(O I / 64) blocks of a matrix.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finesight.errors import UserError
+
+BLOCK, SCALES_BLOCK = 64, 256
+"""Numbers of a matrix that share a scale, and scales that share theirs."""
+
+AT_ONCE = 1 << 20
+"""Numbers that are quantised at once: on a CPU each takes 64 bytes meanwhile."""
+
+
+def bitsandbytes(setting: str) -> Any:
+    """The package that quantises. Raises UserError, naming the setting, where it is missing."""
+    try:
+        return _imported()
+    except ImportError as error:
+        raise UserError(
+            f"the package bitsandbytes cannot be imported: {error}",
+            where=setting,
+            expected="bitsandbytes, which quantises",
+            remedy="pip install 'finesight[quant]'",
+        ) from error
+
+
+@lru_cache
+def _imported() -> Any:
+    # While it is imported on some processors, bitsandbytes fetches code from a hub through the
+    # package `kernels`, and says so where that is missing: no code is fetched here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    modules: dict[str, Any] = sys.modules
+    present = modules.get("kernels")
+    modules["kernels"] = None
+    try:
+        import bitsandbytes
+    finally:
+        del modules["kernels"]
+        if present is not None:
+            modules["kernels"] = present
+    return bitsandbytes
+
+
+@lru_cache
+def _levels(device: torch.device) -> Tensor:
+    """The 256 values that an eight-bit scale stands for."""
+    levels: Tensor = _imported().functional.create_dynamic_map().to(device)
+    return levels
+
+
+class Nf4Matrix(nn.Module):
+    """A frozen matrix [O, I] in about 4.13 bits a number.
+
+    `codes` [ceil(O I / 2), 1] holds two numbers to a byte, row after row. Each block of them is
+    scaled by its largest magnitude, kept as eight bits in `scales_B` less the mean of all, `mean`;
+    blocks of these are scaled in turn by `coarse`, in fp32. The same bits as those of
+    bitsandbytes.nn.Linear4bit.
+    """
+
+    codes: Tensor
+    scales_B: Tensor
+    coarse: Tensor
+    mean: Tensor
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.outputs, self.inputs = outputs, inputs
+        blocks = -(-self.numbers // BLOCK)
+        self.register_buffer("codes", torch.empty(-(-self.numbers // 2), 1, dtype=torch.uint8))
+        self.register_buffer("scales_B", torch.empty(blocks, dtype=torch.uint8))
+        self.register_buffer("coarse", torch.empty(-(-blocks // SCALES_BLOCK)))
+        self.register_buffer("mean", torch.empty(()))
+
+    @property
+    def numbers(self) -> int:
+        """Of the matrix that it stands for."""
+        return self.outputs * self.inputs
+
+    @torch.no_grad()
+    def fill(self, values_OI: Tensor) -> None:
+        """Quantise a matrix, on the device where the bits will lie."""
+        found = tuple(values_OI.shape)
+        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        functional = _imported().functional
+        flat = values_OI.to(self.codes.device).flatten()
+        scales = []
+        for start in range(0, self.numbers, AT_ONCE):
+            some = flat[start : start + AT_ONCE]
+            codes, state = functional.quantize_4bit(some, blocksize=BLOCK, quant_type="nf4")
+            self.codes[start // 2 : start // 2 + len(codes)].copy_(codes)
+            scales.append(state.absmax)
+        scales_B = torch.cat(scales)
+        self.mean.copy_(scales_B.mean())
+        codes_B, state = functional.quantize_blockwise(
+            scales_B - self.mean, code=_levels(scales_B.device), blocksize=SCALES_BLOCK
+        )
+        self.scales_B.copy_(codes_B)
+        self.coarse.copy_(state.absmax)
+
+    def _state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        state = _imported().functional.QuantState
+        return state(
+            absmax=self.scales_B,
+            shape=shape,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.mean,
+            state2=state(
+                absmax=self.coarse,
+                blocksize=SCALES_BLOCK,
+                code=_levels(self.codes.device),
+                dtype=torch.float32,
+            ),
+        )
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [O, I], made anew in bf16, fp16 or fp32."""
+        # As one row: on a CPU, bitsandbytes begins a new block with every row, where the rows are
+        # no multiple of a block, though it did not when it quantised.
+        state = self._state((self.numbers,), dtype)
+        flat: Tensor = _imported().functional.dequantize_4bit(self.codes, state)
+        return flat.reshape(self.outputs, self.inputs)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, [..., I] to [..., O]; what goes back to `x` needs no matrix kept."""
+        y: Tensor = _FrozenProduct.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `forward`, without a way back."""
+        if x.is_cuda and self.inputs % BLOCK == 0:
+            # Multiplies few rows without making the matrix, where that is quicker.
+            state = self._state((self.outputs, self.inputs), x.dtype)
+            y: Tensor = _imported().matmul_4bit(x, self.codes, state, bias=bias)
+            return y
+        return F.linear(x, self.dense(x.dtype), bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + bias, whose backward pass makes W again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: Nf4Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.product(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy @ ctx.matrix.dense(dy.dtype), None, None
+
+
+class Nf4Weight(nn.Module):
+    """The weight of a group of layers, each quantised by itself, in place of the one tensor.
+
+    `dtype` is what is computed in: that of the group's bias and adapter.
+    """
+
+    def __init__(self, widths: Sequence[int], inputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.layers = nn.ModuleList(Nf4Matrix(width, inputs) for width in widths)
+
+    @property
+    def matrices(self) -> tuple[Nf4Matrix, ...]:
+        """Of the group's layers, in order."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Nf4Matrix))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bits lie."""
+        return self.matrices[0].codes.device
+
+    @property
+    def numbers(self) -> int:
+        """Of all the matrices that it stands for."""
+        return sum(matrix.numbers for matrix in self.matrices)
+
+    def dense(self) -> Iterator[Tensor]:
+        """Each layer's matrix [O, I], one at a time."""
+        for matrix in self.matrices:
+            yield matrix.dense(self.dtype)
+
+
+def nf4_weights(model: nn.Module) -> dict[str, Nf4Weight]:
+    """The weights in NF4 by name: that which a parameter in their place would have."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Nf4Weight)}

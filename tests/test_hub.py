@@ -117,6 +117,7 @@ def test_a_hub_name_is_downloaded_without_code(
     assert locate("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
     ((name, patterns),) = asked
     assert name == "Qwen/Qwen2-VL-2B-Instruct"
+    assert any(fnmatch("qwen.tiktoken", pattern) for pattern in patterns)
     for unwanted in ("modeling_qwen.py", "pytorch_model.bin", "model.pt", "notebook.ipynb"):
         assert not any(fnmatch(unwanted, pattern) for pattern in patterns)
 

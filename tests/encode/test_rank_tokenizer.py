@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import sys
 import zlib
 from collections.abc import Iterator
 from itertools import groupby
@@ -108,3 +109,10 @@ def test_another_file_is_refused(tmp_path: Path, content: str, said: str) -> Non
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         RankTokenizer(path)
+
+
+def test_without_tiktoken_the_extra_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match="which is not installed") as caught:
+        RankTokenizer(small)
+    assert caught.value.remedy == "pip install 'finesight[qwen-vl]'"

@@ -101,7 +101,12 @@ def test_pickled_weights_are_the_same_model(
     folder = ModelFolder(tmp_path)
     assert stored_precision(folder) == "fp32"
     assert (tmp_path / CONVERTED).is_dir()
-    assert torch.equal(_hidden(_loaded(folder), batch), _hidden(_loaded(tiny), batch))
+    model = _loaded(folder)
+    assert torch.equal(_hidden(model, batch), _hidden(_loaded(tiny), batch))
+    (tmp_path / "saved").mkdir()
+    save_model(model, folder, tmp_path / "saved", torch.float32)
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"config.json", "qwen.tiktoken", "model.safetensors"}
 
 
 def test_positions_of_the_resampler_are_read_and_never_learn(

@@ -25,7 +25,7 @@ DOUBLINGS = 10
 """Of the trained length at most: two million tokens, where it is 2048."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QwenGeometry(LanguageGeometry):
     """`trained` tokens were a sequence of pretraining. Beyond them the rotary base grows with the
     sequence (`ntk`), and queries with the logarithm of their position (`logn`)."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.hub import PICKLED_INDEX, PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.manifest import MANIFEST
 from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
@@ -319,7 +319,7 @@ def _copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) ->
     for path in sorted(folder.path.iterdir()):
         wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.file(path.name) if wanted else None
-        if source is None or path.name in (DIGESTS, MANIFEST, _INDEX, "config.json"):
+        if source is None or path.name in (DIGESTS, MANIFEST, _INDEX, PICKLED_INDEX, "config.json"):
             continue
         (target / path.name).write_bytes(source.read_bytes())
     kind = str(dtype).removeprefix("torch.")

@@ -15,8 +15,9 @@ from finesight.data.formats import table as table_format
 from finesight.data.formats.format import Ask, BadOption, Format, RawBox, Reading
 from finesight.data.formats.inventory import inventory
 from finesight.data.pictures import Pictures
-from finesight.data.rows import Record, Row, Rows, open_rows
+from finesight.data.rows import Record, Row, Rows, joined, open_rows
 from finesight.data.sample import Sample
+from finesight.data.tar_rows import is_tar, open_tar
 from finesight.errors import UserError
 
 LOOKED_AT = 100
@@ -30,6 +31,7 @@ class Request:
     `rows` are the bounds of a slice of the source's rows, the first being 0, and `limit` keeps only
     the first of those. `eval_last` holds out that many rows at the end; `split` trains on that
     share of the rows. `ask` is for box data sets. `unusable` rows stop an import, or are left out.
+    `files` are those of a folder that hold its rows, end to end; without them it tells by itself.
     """
 
     format: str | None = None
@@ -45,6 +47,7 @@ class Request:
     copy_pictures: bool = False
     ask: Ask = "detection"
     unusable: Literal["refuse", "drop"] = "refuse"
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ def _check(request: Request) -> None:
 def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
     """Rows by a format that opens its sources itself, else those of a file with rows."""
     named = format_named(request.format) if request.format is not None else None
-    as_table = request.columns and source.is_file()
+    as_table = request.columns and (source.is_file() or request.files)
     asked = [named] if named else [] if as_table else FORMATS
     for form in asked:
         opened = form.open(source) if form.open is not None else None
@@ -204,7 +207,7 @@ def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
             expected=named.looks,
             remedy="check the path, or leave --format out to have the format detected",
         )
-    if source.is_dir():
+    if source.is_dir() and not request.files:
         folders = [form for form in FORMATS if form.open is not None]
         found = inventory(source)
         raise UserError(
@@ -213,7 +216,13 @@ def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
             expected="; ".join(f"{form.name}: {form.looks}" for form in folders),
             remedy=found.nearest(),
         )
-    return open_rows(source), None, ""
+    return _rows(request.files or (source,)), None, ""
+
+
+def _rows(files: Sequence[Path]) -> Rows:
+    """The rows of one file, or of several end to end."""
+    rows = [open_tar(file) if is_tar(file) else open_rows(file) for file in files]
+    return rows[0] if len(rows) == 1 else joined(files, rows)
 
 
 def _format(head: Sequence[Record], source: Path, request: Request) -> tuple[Format, str]:

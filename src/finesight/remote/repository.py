@@ -47,6 +47,8 @@ class Repository:
         A copy in huggingface_hub's own cache, from another program, is as good. Raises UserError
         for a file that cannot be had.
         """
+        for path in paths:
+            inside(self.folder, path, str(self.address))
         if self.address.hub == "hf":
             from finesight.remote.huggingface import elsewhere
 

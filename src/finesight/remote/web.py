@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 # Also what huggingface_hub sends its requests with.
 import httpx2
@@ -111,7 +111,7 @@ class Web:
                     self._client.stream("GET", target, headers={**own, **(headers or {})})
                 )
                 if response.has_redirect_location:
-                    target = str(httpx2.URL(target).join(response.headers["location"]))
+                    target = urljoin(target, response.headers["location"])
                     continue
                 if response.status_code in LATER:
                     raise TryAgain(f"status {response.status_code}", _asked_wait(response))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError
-from finesight.remote.address import Address, model_address
+from finesight.remote.address import Address, is_on_a_hub, model_address
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
 """What is fetched of a hub repository: data files, never code or pickled weights."""
@@ -231,7 +231,7 @@ def locate(name_or_path: str) -> ModelFolder:
             expected=_POSSIBLE,
             remedy="correct the path",
         )
-    return ModelFolder(_download(address))
+    return ModelFolder(_download(name_or_path, address))
 
 
 def named(name_or_path: str) -> Path:
@@ -247,11 +247,21 @@ def lasting_name(folder: ModelFolder) -> str:
     return TINY if path == TINY_FOLDER.resolve() else str(path)
 
 
-def _download(address: Address) -> Path:
+def _download(name: str, address: Address) -> Path:
     # Imported here: it is slow to import, and local folders never need it.
     from finesight.remote.repository import fetch_model
 
-    return fetch_model(address, WANTED)
+    try:
+        return fetch_model(address, WANTED)
+    except UserError as error:
+        if is_on_a_hub(name):
+            raise
+        raise UserError(
+            f"{name} is no local folder and cannot be had from the hub: {error.what}",
+            where=error.where,
+            expected=error.expected,
+            remedy=error.remedy,
+        ) from error
 
 
 def _shown(value: object) -> str:

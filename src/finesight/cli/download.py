@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from finesight.cli.options import AsJson
+from finesight.remote.address import Address, any_address
 
 HubSource = Annotated[
     str,
@@ -21,7 +25,7 @@ To = Annotated[
 ]
 
 
-def download(source: HubSource, to: To = None) -> None:
+def download(source: HubSource, to: To = None, as_json: AsJson = False) -> None:
     """Fetch a model or a data set from a hub, and print its folder.
 
     Every file is verified by its size and digest. What was cut off goes on where it stopped when
@@ -31,22 +35,23 @@ def download(source: HubSource, to: To = None) -> None:
 
     Example: finesight download modelscope:Qwen/Qwen2-VL-2B-Instruct --to models/qwen
     """
+    address = any_address(source)
+    folder = _fetched(address, to)
+    found = {"source": str(address), "folder": str(folder)}
+    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else folder)
+
+
+def _fetched(address: Address, to: Path | None) -> Path:
     from finesight.data.hub_parts import repository_files
     from finesight.hub import WANTED
-    from finesight.remote.address import any_address
     from finesight.remote.repository import deliver, fetch_model, model_files, open_repository
 
-    address = any_address(source)
-    if address.kind == "model" and to is None:
-        typer.echo(fetch_model(address, WANTED))
-        return
-    repository = open_repository(address)
-    if address.kind == "model":
-        paths = model_files(repository, WANTED)
-    else:
-        paths = repository_files(repository)
+    is_model = address.kind == "model"
+    if is_model and to is None:
+        return fetch_model(address, WANTED)
+    found = open_repository(address)
+    paths = model_files(found, WANTED) if is_model else repository_files(found)
     if to is None:
-        typer.echo(repository.fetch(paths))
-    else:
-        deliver(repository, paths, to)
-        typer.echo(to)
+        return found.fetch(paths)
+    deliver(found, paths, to)
+    return to

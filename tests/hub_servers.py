@@ -28,14 +28,18 @@ LARGE = 1000
 
 @dataclass(slots=True)
 class Faults:
-    """What goes wrong: bytes after which answers for a path end, one entry an answer; paths whose
-    bytes are other ones; where redirects lead in place of the other host; statuses for a path."""
+    """What goes wrong: bytes after which answers for a path end, one entry an answer; bytes after
+    which the next answer waits until `going_on` is set; paths whose bytes are other ones; where
+    redirects lead in place of the other host; statuses for a path."""
 
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    stalls: dict[str, int] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     elsewhere: str | None = None
     statuses: dict[str, list[int]] = field(default_factory=dict)
     without_ranges: bool = False
+    going_on: threading.Event = field(default_factory=threading.Event)
+    stalled: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -68,6 +72,9 @@ class Serving(ThreadingHTTPServer):
         self.page = 1000
         self.storage = storage
         self.blobs: dict[str, tuple[str, bytes]] = {}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing on the screen: who asked may have been killed."""
 
     @property
     def url(self) -> str:
@@ -137,8 +144,16 @@ class Answering(BaseHTTPRequestHandler):
         for header, value in more.items():
             self.send_header(header, value)
         self.end_headers()
+        if self.command == "GET" and name in faults.stalls:
+            first, pause = first + faults.stalls[name], first
+            del faults.stalls[name]
+            self.wfile.write(data[pause:first])
+            self.wfile.flush()
+            faults.stalled.set()
+            faults.going_on.wait(60)
         if self.command == "GET":
-            self.wfile.write(data[first:end])
+            with contextlib.suppress(OSError):  # who asked may be dead by now
+                self.wfile.write(data[first:end])
         if end < len(data):
             self.wfile.flush()
             self.close_connection = True

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import shutil
 import socket
+import ssl
+import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_servers import HuggingFace, ModelScope, Serving, serving
+from hub_servers import Answering, HuggingFace, ModelScope, Serving, serving
 from huggingface_hub import constants
 from PIL import Image
 
@@ -46,6 +51,52 @@ def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving
     with serving(ModelScope) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
         yield hub
+
+
+class Files(Answering):
+    """/NAME is the file; /to/URL redirects."""
+
+    def respond(self, path: str, query: dict[str, list[str]]) -> None:
+        if path.startswith("/to/"):
+            self.send(302, b"", {"Location": path.removeprefix("/to/")})
+        elif path.strip("/") in self.server.repositories["files"]:
+            data = self.server.repositories["files"][path.strip("/")]
+            tag = hashlib.md5(data, usedforsecurity=False).hexdigest()
+            self.send_file(path.strip("/"), data, {"ETag": f'"{tag}"'})
+        else:
+            self.send(404)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for localhost and 127.0.0.1, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("certificate")
+    key, made = folder / "key.pem", folder / "made.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", str(key), "-out", str(made), "-subj", "/CN=localhost", "-addext", names]
+    subprocess.run(command, check=True, capture_output=True)
+    return made, key
+
+
+@pytest.fixture
+def web_server(
+    certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Serving]:
+    """A server of files over HTTPS."""
+    made, key = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(made))
+    serving = Serving(Files)
+    serving.repositories["files"] = {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made, key)
+    serving.socket = context.wrap_socket(serving.socket, server_side=True)
+    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+    yield serving
+    serving.shutdown()
+    serving.server_close()
 
 
 @pytest.fixture

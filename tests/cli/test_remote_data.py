@@ -1,22 +1,20 @@
-"""Imports from hubs, archives and the web, by the command: the way from a name to samples."""
+"""Imports from hubs by the command, and downloads: the way from a name to samples."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from arriving import coco, imported, shown, tar_of, words, zip_of
 from hub_servers import TOKEN, Serving
 from hubs import cache, huggingface, image, modelscope, parquet, picture, without_sockets
 
 from finesight.cli.app import run
 from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart, Sample
+from finesight.data.sample import BoxPart
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 
@@ -43,20 +41,6 @@ configs:
   - {split: train, path: full/train-*}
 ---
 """
-
-
-def imported(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    code = run(["data", "import", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out + said.err
-
-
-def words(sample: Sample, message: int) -> str:
-    return "".join(getattr(part, "text", "") for part in sample.messages[message].content)
-
-
-def shown(sample: Sample, out: Path) -> bytes:
-    return (out / sample.messages[0].content[0].image).read_bytes()
 
 
 def shards(name: str, rows: Sequence[dict[str, object]], count: int) -> dict[str, bytes]:
@@ -200,82 +184,6 @@ def test_an_output_that_exists_is_told_before_anything_is_asked(
     assert (code, "exists already" in said) == (2, True)
 
 
-def coco(folder: str = "") -> dict[str, bytes]:
-    """COCO's layout: a document, and pictures in a folder beside it."""
-    document = {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
-        "annotations": [
-            {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 3, 4]} for n in (1, 2)
-        ],
-        "categories": [{"id": 1, "name": "dog"}],
-    }
-    pictures = {f"{folder}images/{n}.png": picture(n) for n in (1, 2)}
-    return {f"{folder}instances.json": json.dumps(document).encode(), **pictures}
-
-
-def zip_of(files: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return file.getvalue()
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("folder", ["", "dogs/"])
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_an_archive_of_a_data_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, folder: str
-) -> None:
-    archive = tmp_path / f"dogs.{kind}"
-    archive.write_bytes({"zip": zip_of, "tar": tar_of}[kind](coco(folder)))
-    code, said = imported(capsys, archive, tmp_path / "out")
-    assert code == 0, said
-    assert "2 rows, read as coco" in said
-    archive.unlink()
-    samples = read_samples(tmp_path / "out" / "data.jsonl")
-    assert [shown(sample, tmp_path / "out") for sample in samples] == [picture(1), picture(2)]
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}, "something was left behind"
-
-
-@pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil-of-an-archive.png"])
-def test_a_bad_archive_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    archive = tmp_path / "bad.zip"
-    archive.write_bytes(zip_of({**coco(), name: b"evil"}))
-    code, said = imported(capsys, archive, tmp_path / "deep" / "out")
-    assert code == 2
-    assert "could lie outside" in said
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
-    assert not Path("/tmp/evil-of-an-archive.png").exists()
-
-
-def test_a_webdataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files: dict[str, bytes] = {}
-    for n in range(6):
-        files |= {f"{n:04}.png": picture(n), f"{n:04}.txt": f"Number {n}.".encode()}
-    (tmp_path / "shard.tar").write_bytes(tar_of(files))
-    code, said = imported(capsys, tmp_path / "shard.tar", tmp_path / "out", "--prompt", "Say.")
-    assert code == 2
-    assert "--map image=image --map answer=txt" in said
-    columns = ["--map", "image=image", "--map", "answer=txt", "--prompt", "Say."]
-    code, said = imported(capsys, tmp_path / "shard.tar", tmp_path / "out", *columns)
-    assert code == 0, said
-    samples = read_samples(tmp_path / "out" / "data.jsonl")
-    assert [sample.id for sample in samples] == [f"{n:04}" for n in range(6)]
-    assert (words(samples[2], 1), shown(samples[2], tmp_path / "out")) == ("Number 2.", picture(2))
-
-
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
 def test_tars_zips_and_folders_on_a_hub(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: str
@@ -327,16 +235,6 @@ def test_a_downloaded_folder_of_parquet(
     code, said = imported(capsys, tmp_path / "set", tmp_path / "out", *columns)
     assert code == 0, said
     assert len(read_samples(tmp_path / "out" / "data.jsonl")) == 30
-
-
-@pytest.mark.parametrize("source", ["https://example.com/a.zip", "http://example.com/a.zip"])
-def test_the_web_is_not_asked_unasked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], without_sockets: None, source: str
-) -> None:
-    code, said = imported(capsys, source, tmp_path / "out")
-    assert code == 2
-    assert ("--allow-host example.com" in said) == source.startswith("https")
-    assert "\n  remedy: " in said
 
 
 def test_downloads_by_command(

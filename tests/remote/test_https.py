@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import ssl
-import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_servers import Answering, Serving
+from hub_servers import Serving
 
 from finesight.errors import UserError
 from finesight.remote import https
@@ -20,50 +15,10 @@ from finesight.remote.https import fetch_address
 DATA = bytes(range(256)) * 2000
 
 
-class Files(Answering):
-    """/NAME is the file; /to/URL redirects."""
-
-    def respond(self, path: str, query: dict[str, list[str]]) -> None:
-        if path.startswith("/to/"):
-            self.send(302, b"", {"Location": path.removeprefix("/to/")})
-        elif path.strip("/") in self.server.repositories["files"]:
-            data = self.server.repositories["files"][path.strip("/")]
-            tag = hashlib.md5(data, usedforsecurity=False).hexdigest()
-            self.send_file(path.strip("/"), data, {"ETag": f'"{tag}"'})
-        else:
-            self.send(404)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for localhost and 127.0.0.1, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("certificate")
-    key, made = folder / "key.pem", folder / "made.pem"
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-keyout", str(key), "-out", str(made), "-subj", "/CN=localhost", "-addext", names]
-    subprocess.run(command, check=True, capture_output=True)
-    return made, key
-
-
 @pytest.fixture
-def server(
-    certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Serving]:
-    """A server of files over HTTPS."""
-    made, key = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(made))
-    serving = Serving(Files)
-    serving.repositories["files"] = {"data.bin": DATA}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made, key)
-    serving.socket = context.wrap_socket(serving.socket, server_side=True)
-    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+def server(web_server: Serving) -> Serving:
+    web_server.repositories["files"] = {"data.bin": DATA}
+    return web_server
 
 
 def address(server: Serving, path: str = "data.bin", host: str = "localhost") -> str:

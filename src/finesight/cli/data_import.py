@@ -54,7 +54,9 @@ SourceName = Annotated[
 ]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="Fetch https:// sources from this host."),
+    typer.Option(
+        "--allow-host", metavar="HOST", help="Fetch https:// sources and pictures from this host."
+    ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.formats import FORMATS, format_named, recognised
@@ -20,6 +20,10 @@ from finesight.data.sample import Sample
 from finesight.data.tar_rows import is_tar, open_tar
 from finesight.errors import UserError
 
+if TYPE_CHECKING:
+    # Not needed but for imports from the web, and slow to import.
+    from finesight.remote.https import Pictures as WebPictures
+
 LOOKED_AT = 100
 """Records that a format is recognised by."""
 
@@ -32,6 +36,7 @@ class Request:
     the first of those. `eval_last` holds out that many rows at the end; `split` trains on that
     share of the rows. `ask` is for box data sets. `unusable` rows stop an import, or are left out.
     `files` are those of a folder that hold its rows, end to end; without them it tells by itself.
+    `web` fetches pictures that are addresses.
     """
 
     format: str | None = None
@@ -48,6 +53,7 @@ class Request:
     ask: Ask = "detection"
     unusable: Literal["refuse", "drop"] = "refuse"
     files: tuple[Path, ...] = ()
+    web: WebPictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Source:
                 saved,
                 checked=not lenient,
                 literally=lenient and self.form is samples_format.FORMAT,
+                web=request.web,
             ),
             columns=request.columns,
             prompt=request.prompt,

@@ -21,7 +21,7 @@ from finesight.data.rows import open_rows
 from finesight.data.tar_rows import is_tar, is_webdataset, open_tar
 from finesight.remote.address import data_address, is_on_a_hub
 from finesight.remote.archive import is_archive, unpack
-from finesight.remote.https import fetch_address, is_address
+from finesight.remote.https import Pictures, fetch_address, is_address
 from finesight.remote.repository import Repository, open_repository
 from finesight.storage import make_folder, refuse_existing
 
@@ -41,10 +41,13 @@ def brought(
 ) -> Iterator[Brought]:
     """What `source` names, for an import into `out`, for as long as the block lasts.
 
-    `hosts` are those that https:// addresses may be answered by. Pictures of sources that are not
-    the user's own files are copied into `out`. Raises UserError for a source that cannot be had.
+    `hosts` are those that https:// addresses, of sources and of pictures, may be answered by.
+    Pictures of sources that are not the user's own files are copied into `out`. Raises UserError
+    for a source that cannot be had.
     """
     refuse_existing(out)
+    if hosts:
+        request = replace(request, web=Pictures(hosts, _shelf() / "pictures"))
     work = out.absolute().with_name(f".{out.absolute().name}.unpacked.partial")
     shutil.rmtree(work, ignore_errors=True)
     try:

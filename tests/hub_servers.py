@@ -182,6 +182,9 @@ class HuggingFace(Answering):
     """Hugging Face's hub."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
+        if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
+            said = "Invalid credentials in Authorization header"
+            return self.send_json({"error": said}, 401, {"X-Error-Message": said})
         resolve = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path)
         if resolve:
@@ -193,6 +196,7 @@ class HuggingFace(Answering):
                 self._info(api[2]) if api[3] == "revision" else self._tree(name, query)
         else:
             self.send(404)
+        return None
 
     def _readable(self, name: str, revision: str) -> bool:
         if name not in self.server.repositories:

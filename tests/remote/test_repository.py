@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,28 @@ def test_a_killed_download_is_continued_by_the_next(hub: Serving, address: Addre
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert weights_asked(hub) == ["bytes=200000-"]
     assert not [path for path in folder.rglob(".*") if path.name != ".cache"]
+
+
+def test_several_processes_fetch_a_model_once(hub: Serving, address: Address) -> None:
+    hub.faults.stalls["model.safetensors"] = 1000
+    with ThreadPoolExecutor(3) as threads:
+        asking = [threads.submit(fetch_model, address, WANTED) for _ in range(3)]
+        assert hub.faults.stalled.wait(30)
+        hub.faults.going_on.set()
+        (folder,) = {one.result() for one in asking}
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert weights_asked(hub) == [None]
+
+
+def test_a_disk_without_room(
+    hub: Serving, address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = types.SimpleNamespace(f_bavail=10, f_frsize=1000)
+    monkeypatch.setattr(os, "statvfs", lambda folder: room)
+    with pytest.raises(UserError, match="bytes are needed and 10000 are free") as raised:
+        fetch_model(address, WANTED)
+    assert "--to" in raised.value.remedy
+    assert not hub.fetched
 
 
 def test_a_server_without_ranges(hub: Serving, address: Address) -> None:
@@ -194,6 +219,15 @@ def test_a_listing_in_pages(huggingface: Serving, modelscope: Serving) -> None:
         hub.repositories["datasets/Some/set"] = files
         found = open_repository(any_address(f"{source}:datasets/Some/set"))
         assert sorted(found.paths) == sorted(files)
+
+
+def test_a_token_that_is_none(huggingface: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface.repositories["models/Some/model"] = dict(MODEL)
+    monkeypatch.setenv("HF_TOKEN", "old")
+    with pytest.raises(UserError, match="does not know the token") as raised:
+        locate("Some/model")
+    assert "unset HF_TOKEN" in raised.value.remedy
+    assert "old" not in str(raised.value)
 
 
 def test_a_page_denied_by_mistake(modelscope: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

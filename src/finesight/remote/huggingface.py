@@ -124,6 +124,14 @@ def _refusal(
             remedy=f"log in and accept the licence at {page}, make a token at"
             f" {constants.ENDPOINT}/settings/tokens, then: export HF_TOKEN=hf_...",
         )
+    if response.headers.get("x-error-message") == "Invalid credentials in Authorization header":
+        return UserError(
+            f"the hub does not know the token that it was shown for {address}",
+            where=constants.ENDPOINT,
+            expected="a token that is valid, or none for a public repository",
+            remedy=f"make one at {constants.ENDPOINT}/settings/tokens, then: export HF_TOKEN=hf_...;"
+            " or: unset HF_TOKEN",
+        )
     if code == "RevisionNotFound" or isinstance(error, RevisionNotFoundError):
         return UserError(
             f"{address} has no revision {address.revision or _NEWEST!r}",

@@ -27,6 +27,9 @@ from finesight.storage import explained, make_folder, write_file
 PIECE = 2**20
 """Bytes that are read at once to compute a digest."""
 
+LOOK_SECONDS = 0.2
+"""How often a process looks whether another one has finished a file."""
+
 Advance = Callable[[int], None]
 """To be called with each number of bytes that are there; negative where they were of no use."""
 
@@ -58,7 +61,7 @@ def bring(file: RemoteFile, target: Path, web: Web, advance: Advance, stop: Even
     """
     make_folder(target.parent)
     partial = target.with_name(f".{target.name}.partial")
-    with explained(target), _held(partial, target) as stream:
+    with explained(target), _held(partial, target, stop) as stream:
         if stream is None:
             advance(target.stat().st_size)
             return
@@ -81,19 +84,31 @@ def bring(file: RemoteFile, target: Path, web: Web, advance: Advance, stop: Even
 
 
 @contextlib.contextmanager
-def _held(partial: Path, target: Path) -> Iterator[BinaryIO | None]:
+def _held(partial: Path, target: Path, stop: Event) -> Iterator[BinaryIO | None]:
     """The partial file, to be written by this process alone; None when `target` is there.
 
     Several processes of one training ask for the same files at once: the others wait here.
     """
     while not target.exists():
         with partial.open("ab+") as stream:
-            with contextlib.suppress(OSError):  # some network file systems know no locks
-                fcntl.flock(stream, fcntl.LOCK_EX)
+            while _is_taken(stream):
+                if stop.wait(LOOK_SECONDS):
+                    raise Stopped
             if _is_still(partial, stream):
                 yield stream
                 return
     yield None
+
+
+def _is_taken(stream: BinaryIO) -> bool:
+    """Whether another process holds the file; else this one does from now on."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some network file systems know no locks
+        return False
+    return False
 
 
 def _is_still(path: Path, stream: BinaryIO) -> bool:

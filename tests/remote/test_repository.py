@@ -223,11 +223,11 @@ def test_a_listing_in_pages(huggingface: Serving, modelscope: Serving) -> None:
 
 def test_a_token_that_is_none(huggingface: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface.repositories["models/Some/model"] = dict(MODEL)
-    monkeypatch.setenv("HF_TOKEN", "old")
+    monkeypatch.setenv("HF_TOKEN", "hf_outdated")
     with pytest.raises(UserError, match="does not know the token") as raised:
         locate("Some/model")
     assert "unset HF_TOKEN" in raised.value.remedy
-    assert "old" not in str(raised.value)
+    assert "hf_outdated" not in str(raised.value)
 
 
 def test_a_page_denied_by_mistake(modelscope: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,8 @@ def _refusal(
             f"the hub does not know the token that it was shown for {address}",
             where=constants.ENDPOINT,
             expected="a token that is valid, or none for a public repository",
-            remedy=f"make one at {constants.ENDPOINT}/settings/tokens, then: export HF_TOKEN=hf_...;"
-            " or: unset HF_TOKEN",
+            remedy="unset HF_TOKEN, or make another token at"
+            f" {constants.ENDPOINT}/settings/tokens, then: export HF_TOKEN=hf_...",
         )
     if code == "RevisionNotFound" or isinstance(error, RevisionNotFoundError):
         return UserError(

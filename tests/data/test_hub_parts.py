@@ -48,6 +48,28 @@ def test_subsets_of_a_card(part: str | None, rows: list[str]) -> None:
     assert list(choose(FILES, part, LATEX, "hf:a/b").rows) == rows
 
 
+@pytest.mark.parametrize(
+    ("data_files", "rows"),
+    [
+        ("data_files: {train: full/train-*, test: full/test-*}", FILES[2:4]),
+        ("data_files: [full/train-1.parquet]", ["full/train-1.parquet"]),
+        ("data_files: [{split: train, path: [small/*, ./data/*]}]", [FILES[1], FILES[5]]),
+        ("data_dir: full", FILES[2:4]),
+        ("data_dir: ./small", [FILES[5]]),
+    ],
+)
+def test_ways_in_which_a_card_says_it(data_files: str, rows: list[str]) -> None:
+    card = f"---\nconfigs:\n- config_name: mine\n  {data_files}\n---\n"
+    assert list(choose(FILES, "mine", card, "hf:a/b").rows) == rows
+    assert list(choose(FILES, None, card, "hf:a/b").rows) == rows
+
+
+def test_a_subset_without_a_card_is_a_folder() -> None:
+    assert choose(FILES, "full/train", "", "hf:a/b").rows == tuple(FILES[2:4])
+    with pytest.raises(UserError, match="no split 'half/train'"):
+        choose(FILES, "half/train", "", "hf:a/b")
+
+
 @pytest.mark.parametrize("card", ["", "# No head", "---\nconfigs: 3\n---\n", "---\n{ [\n---\n"])
 @pytest.mark.parametrize(
     ("part", "rows"), [(None, SHARDS[:2]), ("train", SHARDS[:2]), ("test", SHARDS[2:])]

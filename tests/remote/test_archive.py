@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import shutil
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -100,6 +102,21 @@ def test_bombs(tmp_path: Path, name: str) -> None:
     file = make(tmp_path / name, {"bomb.txt": bytes(150_000_000)})
     assert file.stat().st_size < 200_000
     refused(tmp_path, file, "over 100 times its")
+
+
+def test_a_name_without_end(tmp_path: Path) -> None:
+    # A header for a long name, as GNU's tar writes it, of 300 MB.
+    file = tmp_path / "a.tar.gz"
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 300_000_000
+    with gzip.open(file, "wb", 1) as out:
+        out.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(300):
+            out.write(b"a" * 1_000_000)
+    tracemalloc.start()
+    refused(tmp_path, file, "a header of 3000")
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
 
 
 def test_a_size_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def choose(paths: Sequence[str], part: str | None, card: str, source: str) -> Ch
         raise _no_data(paths, source)
     if part is not None and part in paths:
         return _with_needs((part,), data)
-    splits = _splits_of_card(data, card, part) or _splits_by_name(data)
+    splits = _splits_of_card(data, card, part) or _splits_by_name(_of_subset(data, part))
     if not splits:
         if part is not None:
             raise _no_such_part(part, [], data, source)
@@ -160,10 +160,19 @@ def _splits_by_name(data: Sequence[str]) -> dict[str, list[str]]:
     return splits
 
 
+def _of_subset(data: Sequence[str], part: str | None) -> Sequence[str]:
+    """Of a subset that no card knows the files in folders of its name."""
+    subset = (part or "").rpartition("/")[0]
+    return [path for path in data if subset in path.split("/")[:-1]] if subset else data
+
+
 def _splits_of_card(data: Sequence[str], card: str, part: str | None) -> dict[str, list[str]]:
     subset = _subset(card, part)
     if subset is None:
         return {}
+    folder = subset.get("data_dir")
+    if isinstance(folder, str) and not subset.get("data_files"):
+        return _splits_by_name([path for path in data if _fits(path, f"{folder}/*")])
     splits: dict[str, list[str]] = {}
     for split, pattern in _patterns(subset):
         found = [path for path in data if _holds_rows(path) and _fits(path, pattern)]
@@ -200,8 +209,11 @@ def _subsets(card: str) -> Iterator[dict[str, Any]]:
 
 
 def _patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Splits and patterns of an entry: a pattern, several, or {split, path} for each split."""
+    """Splits and patterns of an entry: a pattern, several, {split, path} for each split, or the
+    patterns by split."""
     given = subset.get("data_files")
+    if isinstance(given, dict) and "path" not in given:
+        given = [{"split": split, "path": path} for split, path in given.items()]
     for entry in given if isinstance(given, list) else [given]:
         split, paths = USUAL, entry
         if isinstance(entry, dict):

@@ -19,6 +19,7 @@ from finesight.data.hub_parts import WHOLE, Chosen, card_in, choose, read_card
 from finesight.data.opening import Request
 from finesight.data.rows import open_rows
 from finesight.data.tar_rows import is_tar, is_webdataset, open_tar
+from finesight.errors import UserError, look_beside
 from finesight.remote.address import data_address, is_on_a_hub
 from finesight.remote.archive import is_archive, unpack
 from finesight.remote.https import Pictures, fetch_address, is_address
@@ -72,7 +73,16 @@ def _shelf() -> Path:
 
 def _from_file(file: Path, work: Path, request: Request) -> Brought:
     """An archive unpacked, unless it is a WebDataset; any other file as it is."""
-    if not is_archive(file.name) or not file.is_file() or (is_tar(file) and is_webdataset(file)):
+    if not is_archive(file.name):
+        return Brought(file, request)
+    if not file.is_file():
+        raise UserError(
+            "no such file",
+            where=str(file),
+            expected="an archive",
+            remedy=look_beside(file),
+        )
+    if is_tar(file) and is_webdataset(file):
         return Brought(file, request)
     unpack(file, work)
     return _from_folder(_trunk(work), replace(request, copy_pictures=True))

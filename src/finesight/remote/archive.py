@@ -6,7 +6,10 @@ come out.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
+import io
 import lzma
 import stat
 import tarfile
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from finesight.errors import UserError
 from finesight.remote.inside import inside
@@ -33,6 +36,8 @@ FREE_BYTES = 100 * 10**6
 """So many come out of any archive before the ratio counts: small ones may be very regular."""
 
 PIECE = 2**20
+LARGEST_SIP = 16 * PIECE
+"""Bytes that are taken at once; headers have a few hundred."""
 
 _BESIDES = ("__MACOSX/", ".DS_Store", "Thumbs.db")
 
@@ -133,9 +138,23 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
         yield _Member(info.orig_filename, partial(file.open, info))
 
 
+class _Sips(io.BufferedReader):
+    """A tar's bytes for tarfile, which reads a name at once, whatever length the tar says of it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0 or size > LARGEST_SIP:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
 @contextlib.contextmanager
 def _tarred(archive: Path) -> Iterator[Iterator[_Member]]:
-    with tarfile.open(archive, "r:*") as file:
+    openers: dict[str, Callable[..., Any]]
+    openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    with (
+        openers.get(archive.suffix.lower(), open)(archive, "rb") as raw,
+        tarfile.open(fileobj=_Sips(raw), mode="r:") as file,
+    ):
         yield _tar_members(archive, file)
 
 
@@ -172,7 +191,8 @@ def _intact(archive: Path) -> Iterator[None]:
         yield
     except (
         zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError,
-        NotImplementedError, FileExistsError, NotADirectoryError, IsADirectoryError,
+        NotImplementedError,
+        gzip.BadGzipFile, FileExistsError, NotADirectoryError, IsADirectoryError,
     ) as error:  # fmt: skip
         raise UserError(
             f"cannot be unpacked: {type(error).__name__}: {str(error)[:200]}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,6 +135,29 @@ def test_the_boxes_of_the_tutorial(
     assert box.xyxy == (5.0, 20.0, 35.0, 40.0)
     assert "columns not used: answer, dataset_id" in said
     assert "bytes=2000-" in [asked.range for asked in server.fetched]
+
+
+def test_the_commands_of_the_page(
+    huggingface: Serving, modelscope: Serving, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    boxes = [{**BOXES[n % 60], "image": image(n)} for n in range(130)]
+    for hub, name, rows in (
+        (modelscope, "modelscope/coco_2014_caption", CAPTIONS),
+        (modelscope, "AI-ModelScope/LaTeX_OCR", FORMULAS),
+        (modelscope, "Tina12345/textVQA_groundingtask_bbox", boxes),
+        (huggingface, "jrzhang/TextVQA_GT_bbox", boxes),
+    ):
+        hub.repositories[f"datasets/{name}"] = shards("train", rows, 2)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^finesight (data import \w+:(?:.*\\\n)*.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        arguments = shlex.split(command.replace("\\\n", " "))
+        assert run(arguments) == 0, capsys.readouterr().err
+        assert read_samples(Path(arguments[3]) / "eval.jsonl")
 
 
 def test_what_is_gated_or_not_there(

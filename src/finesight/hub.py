@@ -14,8 +14,9 @@ from typing import Any
 from finesight.errors import UserError
 from finesight.remote.address import Address, is_on_a_hub, model_address
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
-"""What is fetched of a hub repository: data files, never code or pickled weights."""
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "README.md")
+"""What is fetched of a hub repository: data files, never code or pickled weights. The card too, as
+the digests of a folder that finesight made list it."""
 
 PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 14,

@@ -39,7 +39,8 @@ def test_other_hosts_are_refused_unasked(tmp_path: Path, without_sockets: None) 
 
 
 @pytest.mark.parametrize(
-    "source", ["http://localhost/a", "ftp://localhost/a", "file:///etc/passwd", "https:///a"]
+    "source",
+    ["http://localhost/a", "ftp://localhost/a", "file:///etc/passwd", "https:///a", "https://["],
 )
 def test_other_protocols_are_refused_unasked(
     tmp_path: Path, without_sockets: None, source: str

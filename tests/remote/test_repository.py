@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_servers import COMMIT, TOKEN, Serving
+from huggingface_hub import constants
 
 from finesight.errors import UserError
 from finesight.hub import WANTED, locate
@@ -221,6 +222,21 @@ def test_a_listing_in_pages(huggingface: Serving, modelscope: Serving) -> None:
         assert sorted(found.paths) == sorted(files)
 
 
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://[", "nothing"])
+def test_no_connection(
+    huggingface: Serving, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises(UserError, match="hf:Some/model cannot be had") as raised:
+        open_repository(any_address("hf:Some/model"))
+    assert "check the connection and HF_ENDPOINT" in raised.value.remedy
+
+
+def test_a_name_that_the_hub_does_not_allow(huggingface: Serving) -> None:
+    with pytest.raises(UserError, match="hf:Some/a--b cannot be had"):
+        open_repository(any_address("hf:Some/a--b"))
+
+
 def test_a_token_that_is_none(huggingface: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface.repositories["models/Some/model"] = dict(MODEL)
     monkeypatch.setenv("HF_TOKEN", "hf_outdated")
@@ -266,6 +282,9 @@ def test_huggingface_hubs_own_cache_is_as_good(
 def test_an_answer_that_is_no_hubs(modelscope: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{modelscope.url}/nothing")
     with pytest.raises(UserError, match="has no"):
+        open_repository(any_address("modelscope:Some/model"))
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://[")
+    with pytest.raises(UserError, match="is not asked"):
         open_repository(any_address("modelscope:Some/model"))
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="no answer: ConnectError") as raised:

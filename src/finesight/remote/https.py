@@ -57,7 +57,10 @@ def fetch_address(source: str, hosts: Sequence[str], folder: Path) -> Path:
 
 def _check(address: str, hosts: frozenset[str]) -> str:
     """The host of an address that may be asked. Raises UserError for any other."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme.lower() != "https" or not parts.hostname:
         raise UserError(
             f"{address[:200]!r} is no address that is fetched",

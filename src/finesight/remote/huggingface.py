@@ -53,13 +53,13 @@ def listing(address: Address) -> tuple[str, list[RemoteFile]]:
         return commit, [_file(address, commit, entry) for entry in files]
     except HfHubHTTPError as error:
         raise _refusal(address, error.response, error) from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
         raise UserError(
             f"{address} cannot be had: {type(error).__name__}: {str(error).strip()[:200]}",
             where=constants.ENDPOINT,
-            expected="a connection to the hub",
+            expected="a connection to the hub, and a name that it allows",
             remedy="check the connection and HF_ENDPOINT, or download it elsewhere and give its"
-            " folder",
+            " folder; with HF_HUB_OFFLINE=1 what was downloaded before is used",
         ) from error
 
 

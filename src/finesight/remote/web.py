@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit
 
 # Also what huggingface_hub sends its requests with.
 import httpx2
@@ -30,7 +30,7 @@ LARGEST_JSON = 64 * 2**20
 LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses by which a server says that the same request may be answered later."""
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt of a request that failed."""
 
 LONGEST_PAUSE = 60.0
@@ -132,7 +132,7 @@ class Web:
 
         Raises UserError for a refusal, other content, and a server that stays silent.
         """
-        full = str(httpx2.URL(url, params=dict(params))) if params else url
+        full = f"{url}?{urlencode(params)}" if params else url
         content = self._content(full)
         try:
             return json.loads(content)
@@ -162,7 +162,8 @@ class Web:
                         f"no answer: {failure.what}",
                         where=url,
                         expected="an answer by the server",
-                        remedy="check the connection and start again; what is there is kept",
+                        remedy="check the connection and start again, what is there is kept; with"
+                        " HF_HUB_OFFLINE=1 what was downloaded before is used",
                     ) from failure
                 time.sleep(seconds)
         raise AssertionError("counting ended")

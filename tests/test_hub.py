@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from finesight.hub import (
     locate,
     named,
 )
+from finesight.remote import repository
+from finesight.remote.address import Address
 
 
 @pytest.fixture
@@ -107,19 +108,18 @@ def test_a_hub_name_is_downloaded_without_code(
 ) -> None:
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(folder)
+    def fetch_model(address: Address, wanted: tuple[str, ...]) -> Path:
+        asked.append((str(address), wanted))
+        return folder
 
-    hub = types.ModuleType("huggingface_hub")
-    vars(hub)["snapshot_download"] = snapshot_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(repository, "fetch_model", fetch_model)
     assert locate("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
-    ((name, patterns),) = asked
-    assert name == "Qwen/Qwen2-VL-2B-Instruct"
-    assert any(fnmatch("qwen.tiktoken", pattern) for pattern in patterns)
+    assert locate("modelscope:Qwen/Qwen2-VL-2B-Instruct@v1") == ModelFolder(folder)
+    names = [name for name, _ in asked]
+    assert names == ["hf:Qwen/Qwen2-VL-2B-Instruct", "modelscope:Qwen/Qwen2-VL-2B-Instruct@v1"]
+    assert any(fnmatch("qwen.tiktoken", pattern) for _, wanted in asked for pattern in wanted)
     for unwanted in ("modeling_qwen.py", "pytorch_model.bin", "model.pt", "notebook.ipynb"):
-        assert not any(fnmatch(unwanted, pattern) for pattern in patterns)
+        assert not any(fnmatch(unwanted, pattern) for _, wanted in asked for pattern in wanted)
 
 
 def test_links_are_followed_as_links_and_as_text(folder: Path, tmp_path: Path) -> None:

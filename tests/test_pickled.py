@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finesight.errors import UserError
-from finesight.hub import CONVERTED, PICKLED_INDEX, WANTED, ModelFolder, locate
+from finesight.hub import CONVERTED, PICKLED_INDEX, ModelFolder
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -102,23 +100,3 @@ def test_a_shard_that_is_missing_is_named(folder: ModelFolder) -> None:
     _index(folder, a="pytorch_model-1.bin")
     with pytest.raises(UserError, match=r"no pytorch_model-1\.bin"):
         folder.weight_files()
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_pickles_are_fetched_only_where_there_is_nothing_else(
-    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, safe: bool
-) -> None:
-    _index(folder, a="pytorch_model-1.bin")
-    if safe:
-        (folder.path / "model.safetensors").touch()
-    asked: list[list[str]] = []
-
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
-        return str(folder.path)
-
-    hub = types.ModuleType("huggingface_hub")
-    vars(hub)["snapshot_download"] = snapshot_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    locate("Qwen/Qwen-VL-Chat")
-    assert asked == [[*WANTED], *([] if safe else [[*WANTED, "pytorch_model*.bin"]])]

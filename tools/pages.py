@@ -18,7 +18,16 @@ from finesight.data.formats import FORMATS
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS = (
-    *("", "quickstart", "data import", "data check", "data show", "data export", "data migrate"),
+    *(
+        "",
+        "quickstart",
+        "download",
+        "data import",
+        "data check",
+        "data show",
+        "data export",
+        "data migrate",
+    ),
     *("train", "report", "eval", "predict", "merge"),
 )
 

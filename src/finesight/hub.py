@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,17 @@ from typing import Any
 
 from finesight.errors import UserError
 from finesight.pickled import convert
+from finesight.remote.address import Address, is_on_a_hub, model_address
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""What is fetched of a hub repository: data files, never code."""
+WANTED = (
+    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+"""What is fetched of a hub repository: data files, never code. The card too, as the digests of a
+folder that finesight made list it."""
 
-PICKLED = "pytorch_model*.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-"""Weights of models that were never published as safetensors: they are read once, and safely."""
+"""Of the weights of models that were never published as safetensors: `finesight.pickled`."""
 
 CONVERTED = "finesight-safetensors"
 """The folder, within a model's, that holds such weights as safetensors."""
@@ -52,9 +55,11 @@ TINY_FOLDER = Path(__file__).resolve().parent / "assets" / TINY
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format for the header of a file."""
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LONGEST_LINK = 1024
-_POSSIBLE = f"a model folder, a hub name such as Qwen/Qwen2-VL-2B-Instruct, or {TINY}"
+_POSSIBLE = (
+    "a model folder, a hub name such as Qwen/Qwen2-VL-2B-Instruct (modelscope: before it for that"
+    f" hub, @REVISION after it), or {TINY}"
+)
 
 
 @dataclass(frozen=True)
@@ -294,14 +299,15 @@ def locate(name_or_path: str) -> ModelFolder:
             expected=_POSSIBLE,
             remedy=f"give the folder, {path.parent}",
         )
-    if not _HUB_NAME.fullmatch(name_or_path) or name_or_path.startswith("."):
+    address = model_address(name_or_path)
+    if address is None:
         raise UserError(
             f"no folder {name_or_path!r}",
             where="model",
             expected=_POSSIBLE,
             remedy="correct the path",
         )
-    return ModelFolder(_download(name_or_path))
+    return ModelFolder(_download(name_or_path, address))
 
 
 def named(name_or_path: str) -> Path:
@@ -317,34 +323,26 @@ def lasting_name(folder: ModelFolder) -> str:
     return TINY if path == TINY_FOLDER.resolve() else str(path)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, address: Address) -> Path:
     # Imported here: it is slow to import, and local folders never need it.
-    from huggingface_hub import snapshot_download
+    from finesight.remote.repository import fetch_model
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
-        if (folder / PICKLED_INDEX).is_file() and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, PICKLED]))
-        return folder
-    except Exception as error:  # the hub's, the HTTP client's and the system's errors have no base
+        return fetch_model(address, WANTED)
+    except UserError as error:
+        if is_on_a_hub(name):
+            raise
         raise UserError(
-            f"{name} is no local folder and cannot be had from the hub"
-            f" ({type(error).__name__}: {_first_line(error)})",
-            where="model",
-            expected="an existing folder, or the name of a public model and a connection",
-            remedy="check the name and the connection, log in for a gated model, or download the"
-            " model elsewhere and give its folder",
+            f"{name} is no local folder and cannot be had from the hub: {error.what}",
+            where=error.where,
+            expected=error.expected,
+            remedy=error.remedy,
         ) from error
 
 
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

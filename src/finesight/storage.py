@@ -141,7 +141,7 @@ def write_folder(target: Path) -> Iterator[Path]:
     Every file in it is flushed and listed in `sha256.json`. An error in the block, or a crash at
     any point, leaves no `target`. Raises UserError when `target` exists or cannot be written.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     make_folder(target.parent)
     disk, partial = _DISK.get(), _hidden(target)
     with explained(target):
@@ -151,7 +151,7 @@ def write_folder(target: Path) -> Iterator[Path]:
         try:
             yield partial
             _seal(partial)
-            _refuse_existing(target)
+            refuse_existing(target)
             disk.rename(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -325,7 +325,8 @@ def _write_all(file: int, data: bytes) -> None:
         rest = rest[_DISK.get().write(file, rest) :]
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise UserError when there is anything at `target`."""
     if target.exists():
         raise UserError(
             f"{target.name} exists already and is never overwritten",

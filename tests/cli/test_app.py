@@ -14,6 +14,7 @@ from finesight.errors import Interrupted, UserError
 
 COMMANDS = (
     ["quickstart"],
+    ["download"],
     ["train"],
     ["eval"],
     ["predict"],

@@ -20,6 +20,7 @@ from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
 from finesight.cli.data_migrate import migrate
 from finesight.cli.data_show import show
+from finesight.cli.download import download
 from finesight.cli.evaluate import evaluate
 from finesight.cli.merge import merge
 from finesight.cli.predict import predict
@@ -68,6 +69,7 @@ def finesight(
 
 
 app.command(short_help="The whole path in minutes, on a CPU.")(quickstart)
+app.command(short_help="Fetch a model or data set from a hub.")(download)
 app.add_typer(data, name="data", short_help="Import data, and look at it.")
 data.command("import", short_help="Turn pictures with labels into samples.")(import_data)
 data.command(short_help="Find what is wrong with samples.")(check)

@@ -43,18 +43,26 @@ Unusable = Annotated[
     Literal["refuse", "drop"],
     typer.Option(help="Rows that cannot be used: stop, or leave them out and list them in OUT."),
 ]
-SourcePath = Annotated[
-    Path,
+SourceName = Annotated[
+    str,
     typer.Argument(
         metavar="SOURCE",
-        help="A .json, .jsonl, .csv, .tsv or .parquet file, or the folder of a data set.",
+        help="A .json, .jsonl, .csv, .tsv or .parquet file, a WebDataset (.tar), a zip or tar "
+        "archive, or the folder of a data set; hf:OWNER/NAME or modelscope:OWNER/NAME, with "
+        "@REVISION and :SPLIT as needed; https://HOST/FILE.",
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host", metavar="HOST", help="Fetch https:// sources and pictures from this host."
     ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
 
 
 def import_data(
-    source: SourcePath,
+    source: SourceName,
     out: Out,
     format_name: SourceFormat = None,
     columns: Columns = None,
@@ -69,6 +77,7 @@ def import_data(
     seed: Seed = 0,
     unusable: Unusable = "refuse",
     copy_pictures: Copy = False,
+    allow_host: AllowHost = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn pictures with labels into samples: OUT/data.jsonl, or train.jsonl and eval.jsonl.
@@ -76,13 +85,16 @@ def import_data(
     Paths of pictures in SOURCE start at its folder or, if there is no such file, where you are.
 
     A list of answers becomes one training sample each, and one evaluation sample with the others
-    as references.
+    as references. What comes from a hub, the web or an archive has its pictures copied; downloads
+    go on where they stopped, and stay in the cache (HF_HOME). Of a hub's data set only the files
+    that --rows and --limit need are fetched.
 
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --split 0.9
     """
     from finesight.data.importing import import_file
     from finesight.data.opening import Request
+    from finesight.data.origins import brought
 
     request = Request(
         format=format_name,
@@ -99,14 +111,17 @@ def import_data(
         ask=ask,
         unusable=unusable,
     )
-    summary = import_file(source, out, request)
+    with brought(source, out, request, allow_host or ()) as found:
+        summary = import_file(found.path, out, found.request)
+    for note in found.notes:
+        typer.echo(f"{source}: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
     else:
         typer.echo("\n".join(_lines(source, summary)))
 
 
-def _lines(source: Path, summary: Summary) -> list[str]:
+def _lines(source: str, summary: Summary) -> list[str]:
     lines = [
         f"{source}: {summary.rows} rows, read as {summary.format} ({summary.known_by})",
         *(f"  {w.file}: {w.samples} samples from {w.rows} rows" for w in summary.written),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.formats import FORMATS, format_named, recognised
@@ -15,9 +15,14 @@ from finesight.data.formats import table as table_format
 from finesight.data.formats.format import Ask, BadOption, Format, RawBox, Reading
 from finesight.data.formats.inventory import inventory
 from finesight.data.pictures import Pictures
-from finesight.data.rows import Record, Row, Rows, open_rows
+from finesight.data.rows import Record, Row, Rows, joined, open_rows
 from finesight.data.sample import Sample
+from finesight.data.tar_rows import is_tar, open_tar
 from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    # Not needed but for imports from the web, and slow to import.
+    from finesight.remote.https import Pictures as WebPictures
 
 LOOKED_AT = 100
 """Records that a format is recognised by."""
@@ -30,6 +35,8 @@ class Request:
     `rows` are the bounds of a slice of the source's rows, the first being 0, and `limit` keeps only
     the first of those. `eval_last` holds out that many rows at the end; `split` trains on that
     share of the rows. `ask` is for box data sets. `unusable` rows stop an import, or are left out.
+    `files` are those of a folder that hold its rows, end to end; without them it tells by itself.
+    `web` fetches pictures that are addresses.
     """
 
     format: str | None = None
@@ -45,6 +52,8 @@ class Request:
     copy_pictures: bool = False
     ask: Ask = "detection"
     unusable: Literal["refuse", "drop"] = "refuse"
+    files: tuple[Path, ...] = ()
+    web: WebPictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class Source:
                 saved,
                 checked=not lenient,
                 literally=lenient and self.form is samples_format.FORMAT,
+                web=request.web,
             ),
             columns=request.columns,
             prompt=request.prompt,
@@ -190,7 +200,7 @@ def _check(request: Request) -> None:
 def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
     """Rows by a format that opens its sources itself, else those of a file with rows."""
     named = format_named(request.format) if request.format is not None else None
-    as_table = request.columns and source.is_file()
+    as_table = request.columns and (source.is_file() or request.files)
     asked = [named] if named else [] if as_table else FORMATS
     for form in asked:
         opened = form.open(source) if form.open is not None else None
@@ -204,7 +214,7 @@ def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
             expected=named.looks,
             remedy="check the path, or leave --format out to have the format detected",
         )
-    if source.is_dir():
+    if source.is_dir() and not request.files:
         folders = [form for form in FORMATS if form.open is not None]
         found = inventory(source)
         raise UserError(
@@ -213,7 +223,13 @@ def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
             expected="; ".join(f"{form.name}: {form.looks}" for form in folders),
             remedy=found.nearest(),
         )
-    return open_rows(source), None, ""
+    return _rows(request.files or (source,)), None, ""
+
+
+def _rows(files: Sequence[Path]) -> Rows:
+    """The rows of one file, or of several end to end."""
+    rows = [open_tar(file) if is_tar(file) else open_rows(file) for file in files]
+    return rows[0] if len(rows) == 1 else joined(files, rows)
 
 
 def _format(head: Sequence[Record], source: Path, request: Request) -> tuple[Format, str]:

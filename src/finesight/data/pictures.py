@@ -10,10 +10,15 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finesight.data.headers import DamagedPicture, picture_size
 from finesight.errors import UserError
 from finesight.storage import digest
+
+if TYPE_CHECKING:
+    # Not needed but for imports from the web, and slow to import.
+    from finesight.remote.https import Pictures as WebPictures
 
 FOLDER = "pictures"
 """Where pictures lie that an import saves or copies, inside of its output folder."""
@@ -36,14 +41,21 @@ class Pictures:
     with backslashes, as Windows writes it, is looked for with slashes as well.
     Unless `checked`, missing pictures and files that are no picture are taken as well: a missing
     one is where its path, from `folder` on, says that it is. Taken `literally`, a path is where it
-    says from `folder` on and nowhere else, as training takes the paths of samples.
+    says from `folder` on and nowhere else, as training takes the paths of samples. An address on
+    the web is fetched from `web`, and saved, or refused without one.
     """
 
     def __init__(
-        self, folder: Path, target: Path, *, checked: bool = True, literally: bool = False
+        self,
+        folder: Path,
+        target: Path,
+        *,
+        checked: bool = True,
+        literally: bool = False,
+        web: WebPictures | None = None,
     ) -> None:
         self._folder, self._target = folder, target / FOLDER
-        self._checked, self._literally = checked, literally
+        self._checked, self._literally, self._web = checked, literally, web
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved: dict[str, Path] = {}
 
@@ -59,6 +71,8 @@ class Pictures:
             return self._save(value)
         if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
             return self._save(_decoded(value.strip()))
+        if self._web is not None and isinstance(value, str) and "://" in value:
+            return self._fetch(self._web, value.strip())
         if isinstance(value, str) and value.strip():
             return self._find(value.strip())
         raise UserError(
@@ -78,7 +92,8 @@ class Pictures:
             raise DamagedPicture(
                 f"{name[:200]} is an address on the web, not a file",
                 expected="a path",
-                remedy="download the pictures and put their paths into the data",
+                remedy="allow their host by --allow-host HOST, or download the pictures and put"
+                " their paths into the data",
             )
         # Scripts write paths that start at the folder they were run in, not at their file's.
         spellings = dict.fromkeys((name.removeprefix("file://"), name.replace("\\", "/")))
@@ -103,6 +118,19 @@ class Pictures:
         if self._checked:
             self.size(path)
         return path
+
+    def _fetch(self, web: WebPictures, address: str) -> Path:
+        if address.startswith("file://"):
+            return self._find(address)
+        try:
+            return self._save(web.take(address).read_bytes())
+        except DamagedPicture:
+            raise
+        except UserError as error:
+            # One picture that cannot be had is a fault of its row, as a missing file is.
+            raise DamagedPicture(
+                error.what, where=error.where, expected=error.expected, remedy=error.remedy
+            ) from error
 
     def _save(self, data: bytes) -> Path:
         key = hashlib.sha256(data).hexdigest()

@@ -63,6 +63,21 @@ def rows_of(items: Sequence[Item], row: Callable[[int, Item], Row]) -> Rows:
     return Rows(len(items), select)
 
 
+def joined(files: Sequence[Path], parts: Sequence[Rows]) -> Rows:
+    """The rows of several files as one sequence, numbered through."""
+
+    def select(start: int, stop: int) -> Iterator[Row]:
+        before = 0
+        for file, part in zip(files, parts, strict=True):
+            inner = part.select(max(0, start - before), max(0, min(part.total, stop - before)))
+            for row in inner:
+                place = f"{file.name}, {row.place}"
+                yield Row(before + row.number, place, row.record, row.stem)
+            before += part.total
+
+    return Rows(sum(part.total for part in parts), select)
+
+
 def open_rows(source: Path) -> Rows:
     """The rows of a .json, .jsonl, .csv, .tsv or .parquet file.
 

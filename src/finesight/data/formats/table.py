@@ -44,7 +44,7 @@ _GAP = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 
 _USUAL_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
-    "answer": ("answer", "caption", "text", "latex", "formula", "response", "sentence"),
+    "answer": ("answer", "caption", "text", "txt", "latex", "formula", "response", "sentence"),
     "question": ("question", "query", "instruction"),
     "box": ("bbox", "box"),
 }

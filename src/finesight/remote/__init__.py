@@ -1,0 +1,1 @@
+"""Files from hubs, archives and the web: fetched whole and verified, or refused."""

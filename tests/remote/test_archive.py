@@ -1,0 +1,156 @@
+"""Archives: what is good comes out, what is bad is refused, and neither lands elsewhere."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import stat
+import tarfile
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.remote import archive
+from finesight.remote.archive import unpack
+
+FILES = {"a/1.txt": b"one", "a/b/2.bin": bytes(100_000), "ü 3.txt": b"three"}
+
+
+def zipped(path: Path, files: dict[str, bytes], mode: int = 0o100644) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            file.writestr(info, data)
+    return path
+
+
+def tarred(path: Path, files: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
+    ending = path.name.rpartition(".tar")[2].lstrip(".")
+    with tarfile.open(path, f"w:{ending}") as file:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(data) if kind == tarfile.REGTYPE else 0
+            info.linkname = "/etc/passwd"
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def refused(tmp_path: Path, file: Path, words: str) -> UserError:
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=words) as raised:
+        unpack(file, tmp_path / "deep" / "target")
+    after = contents(tmp_path)
+    elsewhere = {name for name in after if not name.startswith("deep/target/")}
+    assert elsewhere == before.keys(), "something was written outside of the folder"
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    shutil.rmtree(tmp_path / "deep", ignore_errors=True)
+    assert raised.value.where
+    assert raised.value.expected
+    assert raised.value.remedy
+    return raised.value
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+def test_files_come_out(tmp_path: Path, name: str) -> None:
+    make = zipped if name.endswith("zip") else tarred
+    unpack(make(tmp_path / name, FILES), tmp_path / "target")
+    assert contents(tmp_path / "target") == FILES
+
+
+def test_what_computers_add_is_left(tmp_path: Path) -> None:
+    noise = {"__MACOSX/a/._1.txt": b"x", "a/.DS_Store": b"x", "a/": b""}
+    unpack(zipped(tmp_path / "a.zip", {**FILES, **noise}), tmp_path / "target")
+    assert contents(tmp_path / "target") == FILES
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "/tmp/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"]
+)
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_names_that_lead_elsewhere(tmp_path: Path, make: object, name: str) -> None:
+    file = tmp_path / ("a.zip" if make is zipped else "a.tar")
+    assert callable(make)
+    refused(tmp_path, make(file, {name: b"evil"}), "could lie outside")
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices_in_a_tar(tmp_path: Path, kind: bytes) -> None:
+    refused(tmp_path, tarred(tmp_path / "a.tar", {"innocent": b""}, kind), "a link or a device")
+
+
+def test_links_in_a_zip(tmp_path: Path) -> None:
+    file = zipped(tmp_path / "a.zip", {"innocent": b"/etc/passwd"}, stat.S_IFLNK | 0o777)
+    refused(tmp_path, file, "a link or a device")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tar.xz"])
+def test_bombs(tmp_path: Path, name: str) -> None:
+    make = zipped if name.endswith("zip") else tarred
+    file = make(tmp_path / name, {"bomb.txt": bytes(150_000_000)})
+    assert file.stat().st_size < 200_000
+    refused(tmp_path, file, "over 100 times its")
+
+
+def test_a_name_without_end(tmp_path: Path) -> None:
+    # A header for a long name, as GNU's tar writes it, of 300 MB.
+    file = tmp_path / "a.tar.gz"
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 300_000_000
+    with gzip.open(file, "wb", 1) as out:
+        out.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(300):
+            out.write(b"a" * 1_000_000)
+    tracemalloc.start()
+    refused(tmp_path, file, "a header of 3000")
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+
+
+def test_a_size_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The header says 10 bytes; zlib would give two million.
+    monkeypatch.setattr(archive, "FREE_BYTES", 1000)
+    file = zipped(tmp_path / "a.zip", {"a.txt": bytes(2_000_000)})
+    data = file.read_bytes().replace((2_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"over 100 times|cannot be unpacked"):
+        unpack(file, tmp_path / "target")
+    assert sum(map(len, contents(tmp_path / "target").values())) <= 10
+
+
+def test_too_many_files_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 2)
+    refused(tmp_path, tarred(tmp_path / "a.tar", FILES), "over 2 files")
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 9)
+    monkeypatch.setattr(archive, "MOST_BYTES", 50_000)
+    refused(tmp_path, tarred(tmp_path / "b.tar", FILES), "over 50000 bytes")
+
+
+def test_twins_passwords_and_damage(tmp_path: Path) -> None:
+    twins = tmp_path / "twins.tar"
+    with tarfile.open(twins, "w") as file:
+        for _ in range(2):
+            file.addfile(tarfile.TarInfo("a.txt"))
+    refused(tmp_path, twins, "two files called 'a.txt'")
+    locked = zipped(tmp_path / "locked.zip", {"a.txt": b"secret"})
+    data = bytearray(locked.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    locked.write_bytes(data)
+    refused(tmp_path, locked, "protected by a password")
+    whole = tarred(tmp_path / "whole.tar.gz", FILES).read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, tmp_path / "cut.tar.gz", "cannot be unpacked")
+    (tmp_path / "none.zip").write_bytes(b"no zip at all")
+    refused(tmp_path, tmp_path / "none.zip", "cannot be unpacked")

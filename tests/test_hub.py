@@ -155,6 +155,19 @@ def test_preprocessor_of_transformers_4_and_5(folder: Path) -> None:
         _ = ModelFolder(folder).preprocessor
 
 
+def test_pictures_of_the_first_family_are_as_its_configuration_says(folder: Path) -> None:
+    visual = {"image_size": 448, "patch_size": 14}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "visual": visual}))
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    found = ModelFolder(folder).preprocessor
+    names = ("image_size", "patch_size", "merge_size", "temporal_patch_size", "max_pixels")
+    assert [found[name] for name in names] == [448, 14, 2, 1, 448**2]
+    visual["image_size"] = -1
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "visual": visual}))
+    with pytest.raises(UserError, match=r"visual\.image_size is -1"):
+        _ = ModelFolder(folder).preprocessor
+
+
 @pytest.mark.parametrize("content", ['{"model_type": 3}', "{}", '{"model_type": null}'])
 def test_a_folder_that_names_no_family(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)

@@ -120,14 +120,14 @@ class ModelFolder:
         return merged
 
     def _picture_settings(self) -> tuple[str, dict[str, Any]]:
+        if self.family == _FIRST:
+            return "config.json", self._fixed_pictures()
         if self.file(PREPROCESSOR) is not None:
             return PREPROCESSOR, self._json(PREPROCESSOR)
         if self.file(_PROCESSOR) is not None:
             nested = self._json(_PROCESSOR).get("image_processor")
             if isinstance(nested, dict):
                 return _PROCESSOR, nested
-        if self.family == _FIRST:
-            return "config.json", self._fixed_pictures()
         if self.family not in _OF_THE_DEFAULTS:
             self._required(PREPROCESSOR)
         return PREPROCESSOR, {}

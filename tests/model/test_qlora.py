@@ -37,10 +37,13 @@ SAMPLES = [SAMPLE, conversation(1, 11), conversation(2, 5, ("image", (1, 4, 6)),
 def settings_of(family: str) -> dict[str, Any]:
     """Widths that are multiples of a block: with others bitsandbytes is wrong on a CPU."""
     own = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
-    if family == "qwen2_5_vl":
+    if family != "qwen2_vl":
         own = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128}
-    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    return config(family, hidden_size=128, intermediate_size=192, rope_scaling=rope, vision=own)
+    more: dict[str, Any] = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    if family == "qwen3_vl":
+        more = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}}
+        more |= {"head_dim": 32}
+    return config(family, hidden_size=128, intermediate_size=192, vision=own, **more)
 
 
 def make_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> ModelFolder:
@@ -61,6 +64,7 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
     kinds = {
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
     }
     four_bits = transformers.BitsAndBytesConfig(
         load_in_4bit=True,

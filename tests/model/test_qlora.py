@@ -21,6 +21,7 @@ from finesight.model.adapter import write_adapter
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import adapters, hub_name
 from finesight.model.merge import merge_folder, merge_into
+from finesight.model.network import FAMILIES as ARCHITECTURES
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import Nf4Matrix, Nf4Weight, nf4_weights
 from finesight.model.parts import Part
@@ -85,7 +86,8 @@ def logits(model: VisionLanguageModel, samples: list[Any] | None = None) -> Tens
 
 
 def model_family(model: VisionLanguageModel) -> str:
-    return "qwen2_5_vl" if type(model.visual).__name__ == "WindowedTower" else "qwen2_vl"
+    (family,) = (name for name, one in ARCHITECTURES.items() if one is model.architecture)
+    return family
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "nf4+vision+recompute": ("tune.nf4=[language, vision, merger]", "train.recompute=true"),
     "lora+recompute": ("train.recompute=true",),
 }
+LORA = {"language": "lora", "lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
 COLUMNS = ("loaded_gb", "loading_gb", "loading_s", "peak_gb", "step_s", "samples_per_s", "tokens/s")
 
 
@@ -65,9 +66,9 @@ def weights(config: Path, work: Path) -> Path:
     return target
 
 
-def in_own_process(*words: str) -> dict[str, Any]:
-    """This file's other half, with a GPU of its own; its last line is the result."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+def in_own_process(*words: str, file: Path = Path(__file__)) -> dict[str, Any]:
+    """The other half of a file, with a GPU of its own; its last line is the result."""
+    done = subprocess.run([sys.executable, str(file), *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{words}: exit {done.returncode}\n{done.stderr[-4000:]}")
     lines = done.stdout.splitlines()
@@ -127,7 +128,12 @@ def answer(run: Path, data: Path) -> dict[str, float | None]:
 
 
 def trained(
-    model: Path, data: Path, changes: tuple[str, ...], run: Path, options: argparse.Namespace
+    model: Path,
+    data: Path,
+    changes: tuple[str, ...],
+    run: Path,
+    options: argparse.Namespace,
+    tune: dict[str, Any] = LORA,
 ) -> dict[str, Any]:
     """`finesight train`; its figures from the run's own files."""
     shutil.rmtree(run, ignore_errors=True)
@@ -135,7 +141,7 @@ def trained(
         "model": str(model),
         "data": {"train": str(data)},
         "picture": {"height": options.side, "width": options.side},
-        "tune": {"language": "lora", "lora": {"rank": 64, "alpha": 16, "dropout": 0.05}},
+        "tune": tune,
         "train": {
             "steps": options.steps,
             "batch": options.batch,

@@ -16,6 +16,9 @@ from finesight.model.parts import PARTS, Part, part_of
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Whole numbers by their size in bytes."""
 
+AT_ONCE = 1 << 24
+"""Numbers that are summed at once."""
+
 SAMPLE = 16384
 """Numbers of a tensor, evenly spread, of which the starting values are kept."""
 
@@ -100,11 +103,13 @@ class Watch:
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The sum of each tensor's bits, read as whole numbers: any single change shows."""
-    sums = [
-        tensor.reshape(-1).view(_WHOLE[tensor.itemsize]).sum(dtype=torch.int64)
-        for tensor in tensors.values()
-    ]
+    sums = [_sum(tensor.reshape(-1).view(_WHOLE[tensor.itemsize])) for tensor in tensors.values()]
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _sum(bits_E: Tensor) -> Tensor:
+    # Piece by piece: torch makes a copy of 8 bytes a number first.
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in bits_E.split(AT_ONCE)]).sum()
 
 
 def _sampled(tensor: Tensor) -> Tensor:

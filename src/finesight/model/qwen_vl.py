@@ -206,7 +206,8 @@ def _bicubic(source: int, target: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         each = torch.eye(source**2).view(1, source**2, source, source)
         spread = F.interpolate(each, size=(target, target), mode="bicubic", align_corners=False)
-        return spread.flatten(2).squeeze(0).T.contiguous().to(device)
+        shares_PS: Tensor = spread.flatten(2).squeeze(0).T.contiguous().to(device)
+        return shares_PS
 
 
 @lru_cache

@@ -36,6 +36,7 @@ SCRIPT = {
 TRAINED: dict[str, tuple[str, ...]] = {
     "lora": ("train.recompute=true", "train.pack_tokens=2048"),
     "lora 512": ("train.recompute=true", "train.pack_tokens=512"),
+    "lora 3072": ("train.recompute=true", "train.pack_tokens=3072"),
     "qlora": (
         "tune.nf4=[language, vision, merger]",
         "train.recompute=true",
@@ -130,8 +131,8 @@ def main() -> None:
             found |= in_own_process("--answer", str(model), *ANSWERED[name], file=here)
         results.append(found)
         print(json.dumps(found), flush=True)
-    head = {"python": platform.python_version(), "command": f"first_qwen_vl.py {options.only}"}
-    options.out.write_text(json.dumps({**head, "results": results}, indent=2) + "\n")
+        head = {"python": platform.python_version(), "command": f"first_qwen_vl.py {options.only}"}
+        options.out.write_text(json.dumps({**head, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

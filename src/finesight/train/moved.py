@@ -109,7 +109,8 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _sum(bits_E: Tensor) -> Tensor:
     # Piece by piece: torch makes a copy of 8 bytes a number first.
-    return torch.stack([piece.sum(dtype=torch.int64) for piece in bits_E.split(AT_ONCE)]).sum()
+    pieces = torch.split(bits_E, AT_ONCE)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "lora 3072": ("train.recompute=true", "train.pack_tokens=3072"),
     "qlora": (
         "tune.nf4=[language, vision, merger]",
+        "train.optimizer=adamw8bit",
         "train.recompute=true",
         "train.pack_tokens=2048",
     ),

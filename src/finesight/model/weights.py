@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from finesight.errors import UserError
 from finesight.hub import PICKLED_INDEX, PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.manifest import MANIFEST
+from finesight.model.frozen import STORED, FrozenMatrix, FrozenWeight, Piece, frozen_weights
 from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
+from finesight.model.lora import hub_name
 from finesight.model.network import VisionLanguageModel, build
-from finesight.model.nf4 import Nf4Matrix, Nf4Weight, bitsandbytes
+from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 from finesight.model.parts import Part, part_of
 from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The types that weights are stored in and computed with, by the name a user gives them."""
-
-_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-"""The same by their name in the header of a safetensors file."""
 
 _HEAD = "lm_head.weight"
 _PATCH_EMBED = "visual.patch_embed.proj.weight"
@@ -45,10 +44,10 @@ _REMEDY = "download the model again"
 class HubTensor:
     """A tensor as the hub has it: its own name here (`Architecture.published_name` has the hub's)
     and its shape; `data` is the stretch of a parameter that holds it (a group holds several, and
-    the patch embedding is kept flat), or the matrix in NF4."""
+    the patch embedding is kept flat), or a piece of a matrix in few bits."""
 
     name: str
-    data: Tensor | Nf4Matrix
+    data: Tensor | Piece
     shape: tuple[int, ...]
 
     @property
@@ -58,7 +57,7 @@ class HubTensor:
 
     def put(self, values: Tensor) -> None:
         """Give it the values of a file."""
-        if isinstance(self.data, Nf4Matrix):
+        if isinstance(self.data, Piece):
             self.data.fill(values)
         else:
             self.data.copy_(values.reshape(self.data.shape))
@@ -85,20 +84,24 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
 
 
 def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
-    parent, widths = path.rpartition(".")[0], list(group.outputs.values())
-    weights: Sequence[Tensor | Nf4Matrix] = (
+    widths = list(group.outputs.values())
+    weights: Sequence[Tensor | FrozenMatrix] = (
         group.weight.matrices
-        if isinstance(group.weight, Nf4Weight)
+        if isinstance(group.weight, FrozenWeight)
         else torch.split(group.weight.detach(), widths)
     )
     biases = (
         [None] * len(widths) if group.bias is None else torch.split(group.bias.detach(), widths)
     )
     for output, weight, bias in zip(group.outputs, weights, biases, strict=True):
-        shape = group.outputs[output], group.inputs
-        yield HubTensor(f"{parent}.{output}.weight", weight, shape)
+        layer = hub_name(path, output)
+        if isinstance(weight, FrozenMatrix):
+            for piece in weight.pieces():
+                yield HubTensor(f"{layer}.{piece.name}", piece, piece.shape)
+        else:
+            yield HubTensor(f"{layer}.weight", weight, (group.outputs[output], group.inputs))
         if bias is not None:
-            yield HubTensor(f"{parent}.{output}.bias", bias, tuple(bias.shape))
+            yield HubTensor(f"{layer}.bias", bias, tuple(bias.shape))
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,12 @@ def load_model(
     """The model of a hub folder, every tensor read exactly once.
 
     The linear layers of the parts `nf4` are quantised one by one as they are read, from the type
-    that they are stored in, so that the bits are the same whatever is computed in.
+    that they are stored in, so that the bits are the same whatever is computed in; of the
+    embeddings that is the head.
 
     Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
-    for quantised weights, for a folder that has changed since finesight wrote it, and where
-    quantising needs a package that is missing.
+    for quantised weights, for a folder that has changed since finesight wrote it, for a head to
+    quantise that is tied, and where quantising needs a package that is missing.
     """
     _refuse_quantised(folder)
     if nf4:
@@ -138,6 +142,8 @@ def load_model(
     if (folder.path / DIGESTS).is_file():
         verify_folder(folder.path)
     model = build(config, preprocessor, dtype, torch.device("meta"))
+    if "embeddings" in nf4 and model.lm_head is None:
+        raise _tied(folder)
     _keep_in_nf4(model, nf4)
     model.to_empty(device=device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
@@ -157,12 +163,22 @@ def load_model(
     return model
 
 
+def _tied(folder: ModelFolder) -> UserError:
+    return UserError(
+        "embeddings are in nf4, and this model's head is the table of its embeddings, which is"
+        " looked up: it would be kept twice",
+        where="tune.nf4",
+        expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
+        remedy=f"leave embeddings out of nf4 for {folder.path.name}",
+    )
+
+
 def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
     """Make room for four bits in these parts of a model without numbers."""
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts:
             with torch.device("meta"):
-                module.keep_in_nf4()
+                module.freeze_as(Nf4Matrix)
 
 
 def stored_precision(folder: ModelFolder) -> str:
@@ -170,14 +186,14 @@ def stored_precision(folder: ModelFolder) -> str:
     _refuse_quantised(folder)
     types = Counter(tensor.dtype for file in folder.weight_files() for tensor in _header(file))
     usual = max(types, key=types.__getitem__, default="none")
-    if usual not in _STORED:
+    if usual not in STORED:
         raise UserError(
             f"weights of type {usual}",
             where=str(folder.path),
-            expected=f"one of {', '.join(_STORED)}",
+            expected=f"one of {', '.join(STORED)}",
             remedy=_REMEDY,
         )
-    return _STORED[usual]
+    return STORED[usual]
 
 
 def _refuse_quantised(folder: ModelFolder) -> None:
@@ -215,10 +231,10 @@ def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: P
     if misshapen:
         shapes = [f"{t.name} {t.shape} not {wanted[t.native].shape}" for t in misshapen]
         raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
-    strange = [t for t in stored if t.dtype not in _STORED]
+    strange = [t for t in stored if t.dtype not in STORED]
     if strange:
         types = [f"{t.name} {t.dtype}" for t in strange]
-        raise _misfit(types, "of another type", f"one of {', '.join(_STORED)}", strange[0].file)
+        raise _misfit(types, "of another type", f"one of {', '.join(STORED)}", strange[0].file)
     missing = [name for name in wanted if name not in counts]
     if missing:
         raise _misfit(missing, "missing", "all those of config.json", folder)
@@ -259,7 +275,7 @@ def save_model(
     most `max_shard_bytes`, beside the configuration and tokenizer files of `folder`.
 
     `target` comes from `storage.write_folder`, which makes it appear whole. Adapters must be
-    merged before. What the model holds in NF4 is written as `folder` holds it, in its type.
+    merged before. What the model holds in few bits is written as `folder` holds it, in its type.
     """
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
@@ -267,7 +283,7 @@ def save_model(
     _copy_descriptions(folder, target, dtype)
     shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
     published = model.architecture.published_name
-    originals = _originals(folder, model) if _holds_nf4(model) else {}
+    originals = _originals(folder, model) if frozen_weights(model) else {}
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -297,17 +313,13 @@ def _shards(tensors: Sequence[HubTensor], itemsize: int, most: float) -> list[li
     return shards
 
 
-def _holds_nf4(model: nn.Module) -> bool:
-    return any(isinstance(module, Nf4Matrix) for module in model.modules())
-
-
 def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, _Stored]:
     named = model.architecture.native_name
     return {t.native: t for file in folder.weight_files() for t in _header(file, named)}
 
 
 def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, _Stored]) -> Tensor:
-    if isinstance(tensor.data, Nf4Matrix):
+    if isinstance(tensor.data, Piece):
         original = originals[tensor.name]
         with _open(original.file) as weights:
             values: Tensor = weights.get_tensor(original.name)

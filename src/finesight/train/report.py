@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finesight.model.nf4 import nf4_weights
+from finesight.model.frozen import frozen_weights
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
@@ -188,7 +188,7 @@ def plan_of(session: Session) -> str:
     learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
     numbers = sum(value.numel() for value in session.masters.values().values())
     whole = sum(parameter.numel() for parameter in session.model.parameters())
-    whole += sum(weight.numbers for weight in nf4_weights(session.model).values())
+    whole += sum(weight.numbers for weight in frozen_weights(session.model).values())
     kept = f" (weights of {' and '.join(tune.nf4)} in NF4)" if tune.nf4 else ""
     epochs = session.course.samples / session.course.epoch_length
     return (

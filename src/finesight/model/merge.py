@@ -26,7 +26,9 @@ def merge_into(model: nn.Module) -> int:
     """
     merged = 0
     for path, group, adapter in list(adapters(model)):
-        assert isinstance(group.weight, nn.Parameter), f"{path} is in NF4: nothing is added to it"
+        assert isinstance(group.weight, nn.Parameter), (
+            f"{path} is in four bits: nothing is added to it"
+        )
         for name, (a_RI, b_OR) in adapter.factors().items():
             band = adapter.bands[name]
             rows_OI = group.weight[band.columns]

@@ -84,7 +84,7 @@ class Int4Matrix(FrozenMatrix):
             self._sort(taken["g_idx"])
             self.scales_OG.copy_(taken["scales"].T)
             # A zero is stored less one; that of 0 as 15.
-            self.zeros_OG.copy_(_codes(taken["qzeros"].T).T.add_(1).bitwise_and_(15))
+            self.zeros_OG.copy_(_codes(taken["qzeros"].T).add_(1).bitwise_and_(15))
             codes_IO = _codes(taken["qweight"])
             if not self._in_order:
                 codes_IO = codes_IO.index_select(0, self.order_I)

@@ -23,6 +23,8 @@ LAYERS = re.compile(
 )
 """The linear layers of the language model, which alone are quantised."""
 
+INDEX = "model.safetensors.index.json"
+
 
 @dataclass(frozen=True)
 class Way:
@@ -124,7 +126,7 @@ def publish(source: ModelFolder, target: Path, way: Way) -> tuple[ModelFolder, M
     for shard, own in shards.items():
         save_file({name: four[name].contiguous() for name in own}, pair[0].path / shard)
     index = {"weight_map": {name: shard for shard, own in shards.items() for name in own}}
-    (pair[0].path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (pair[0].path / INDEX).write_text(json.dumps(index))
     change_config(pair[0], quantization_config=way.config)
     return pair[0], pair[1]
 
@@ -135,11 +137,17 @@ def change_config(folder: ModelFolder, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def index_of(folder: ModelFolder) -> dict[str, str]:
+    """The names of a folder's tensors and the files that hold them."""
+    found: dict[str, str] = json.loads((folder.path / INDEX).read_text())["weight_map"]
+    return found
+
+
 def change_tensor(folder: ModelFolder, ending: str, tensor: Tensor | None) -> str:
     """Put another tensor in the place of the first with that ending, or none; returns its name."""
-    index = json.loads((folder.path / "model.safetensors.index.json").read_text())
-    name = next(n for n in sorted(index["weight_map"]) if n.endswith(ending))
-    file = folder.path / index["weight_map"][name]
+    index = index_of(folder)
+    name = next(n for n in sorted(index) if n.endswith(ending))
+    file = folder.path / index[name]
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors if tensor is None else tensors | {name: tensor}, file)

@@ -10,24 +10,27 @@ from typing import Any
 import pytest
 import torch
 from asking import mixed_questions
-from gptq import WAYS, Way, change_config, change_tensor, packed, publish
+from gptq import WAYS, Way, change_config, change_tensor, index_of, packed, publish
 from oracle import distance
+from safetensors.torch import load_file
 from torch import Tensor
 
-from finesight.config import Tune
+from finesight.config import Precision, Tune
 from finesight.encode.pack import PackedBatch, pack
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.model import int4
+from finesight.model.adapter import install_adapter, write_adapter
 from finesight.model.frozen import frozen_weights
 from finesight.model.int4 import Int4Matrix
 from finesight.model.linear import GroupedLinear
-from finesight.model.lora import LoraGroup, LowRank
+from finesight.model.lora import LoraGroup, LowRank, adapters
+from finesight.model.merge import merge_folder
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning
 from finesight.model.tiny import TinyFamily, make_tiny
-from finesight.model.weights import load_model, save_model, stored_precision
+from finesight.model.weights import DTYPES, load_model, save_model, stored_precision
 
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -240,12 +243,52 @@ def test_groups_of_another_size_are_refused(tmp_path: Path) -> None:
         load_model(four, torch.float32, CPU)
 
 
-def test_the_stored_precision_is_that_of_what_is_not_quantised(
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_written_in_full_it_is_the_dense_model(
+    source: ModelFolder, precision: Precision, tmp_path: Path
+) -> None:
+    four, dense = publish(source, tmp_path, Way(act_order=True, symmetric=False))
+    merged = merge_folder(four, None, tmp_path / "merged", precision)
+    layers = sum(name.endswith("qweight") for name in index_of(four))
+    assert (merged.layers, merged.thawed) == (0, layers)
+    folder = ModelFolder(merged.folder)
+    assert "quantization_config" not in folder.config
+    (found,), (expected,) = (
+        [load_file(path) for path in one.weight_files()] for one in (folder, dense)
+    )
+    dtype = DTYPES[merged.precision]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].to(dtype)) for name in expected)
+    assert not frozen_weights(load_model(folder, torch.float32, CPU))
+
+
+def test_an_adapter_is_merged_into_what_the_bits_stand_for(
     source: ModelFolder, tmp_path: Path
 ) -> None:
     four, _ = publish(source, tmp_path, Way())
-    # Scales and idle biases are fp16, the other tensors of the tiny model fp32.
-    assert stored_precision(four) in ("fp16", "fp32")
+    batch = questions(source, tmp_path)
+    model = tuned(load_model(four, torch.float32, CPU), language="lora", lora={"rank": 2})
+    with torch.no_grad():
+        for _, _, group_adapter in adapters(model):
+            for factor in group_adapter.parameters():
+                factor.copy_(numbers(tuple(factor.shape)) / 10)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_adapter(adapter, model, base=str(four.path), base_fingerprint=four.fingerprint())
+    again = load_model(four, torch.float32, CPU)
+    install_adapter(again, adapter, base=four)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    merged = merge_folder(four, adapter, tmp_path / "merged", "fp32")
+    assert merged.layers == merged.thawed
+    found = logits(load_model(ModelFolder(merged.folder), torch.float32, CPU), batch)
+    assert distance(found, logits(model, batch)) <= 1e-5
+
+
+def test_the_stored_precision_is_that_of_what_is_not_quantised(
+    source: ModelFolder, tmp_path: Path
+) -> None:
+    four, dense = publish(source, tmp_path, Way())
+    assert stored_precision(four) == stored_precision(dense) == "fp32"
 
 
 @on_card

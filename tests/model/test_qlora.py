@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from finesight.model.nf4 import Nf4Matrix
 from finesight.model.parts import Part
 from finesight.model.peft_config import module_name
 from finesight.model.weights import hub_tensors, load_model, save_model
+from finesight.train.loss import label_loss
 
 EVERY: tuple[Part, ...] = ("vision", "merger", "language")
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.0}
@@ -36,7 +38,7 @@ SAMPLE = conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
 SAMPLES = [SAMPLE, conversation(1, 11), conversation(2, 5, ("image", (1, 4, 6)), 7)]
 
 
-def settings_of(family: str) -> dict[str, Any]:
+def settings_of(family: str, **changes: Any) -> dict[str, Any]:
     """Widths that are multiples of a block: with others bitsandbytes is wrong on a CPU."""
     own = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
     if family != "qwen2_vl":
@@ -45,11 +47,14 @@ def settings_of(family: str) -> dict[str, Any]:
     if family == "qwen3_vl":
         more = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}}
         more |= {"head_dim": 32}
+    more |= changes
     return config(family, hidden_size=128, intermediate_size=192, vision=own, **more)
 
 
-def make_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> ModelFolder:
-    settings = settings_of(family)
+def make_base(
+    folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> ModelFolder:
+    settings = settings_of(family, **changes)
     folder.mkdir()
     kind = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": kind}))
@@ -216,6 +221,49 @@ def test_only_the_linear_layers_of_the_chosen_parts_are_in_four_bits(
         assert name in expected or torch.equal(others[name], parameter)
     shapes = [(tensor.name, tensor.shape) for tensor in hub_tensors(dense)]
     assert [(tensor.name, tensor.shape) for tensor in hub_tensors(model)] == shapes
+
+
+HEAD: tuple[Part, ...] = ("language", "embeddings")
+
+
+def test_of_the_embeddings_the_head_alone_is_in_four_bits(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen2_vl", tie_word_embeddings=False)
+    model, dense = (load_model(base, torch.float32, CPU, kept) for kept in (HEAD, ()))
+    assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    head = frozen_weights(model)["lm_head.weight"]
+    assert torch.equal(model.head_weight, next(head.dense()))
+    off = distance(model.head_weight, dense.head_weight)
+    assert 1e-2 < off < 0.5
+    hidden = torch.randn(3, 128)
+    assert torch.equal(model.logits(hidden), hidden @ model.head_weight.T)
+    again = tmp_path / "again"
+    again.mkdir()
+    save_model(model, base, again, torch.bfloat16)
+    kept = load_model(ModelFolder(again), torch.float32, CPU)
+    assert torch.equal(kept.head_weight, dense.head_weight)
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_head_s_dense_numbers(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen2_vl", tie_word_embeddings=False)
+    batch = packed(reference(settings_of("qwen2_vl")), SAMPLES)
+    batch = replace(batch, predict_L=torch.arange(len(batch.ids_T)), target_L=batch.ids_T)
+    results = []
+    for change in (lambda model: model, dequantised):
+        model = tuned(change(load_model(base, torch.float32, CPU, HEAD)), TUNE)
+        hidden, one = model(batch), torch.tensor(1.0)
+        loss = label_loss(hidden, model.head_weight, batch.target_L, one, rows=5)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([loss.detach(), *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_tied_head_is_not_quantised(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen2_vl")
+    with pytest.raises(UserError, match="head is the table of its embeddings") as refused:
+        load_model(base, torch.float32, CPU, HEAD)
+    assert refused.value.where == "tune.nf4"
 
 
 def test_frozen_weights_of_the_own_model_take_about_a_quarter() -> None:

@@ -152,3 +152,14 @@ def change_tensor(folder: ModelFolder, ending: str, tensor: Tensor | None) -> st
     del tensors[name]
     save_file(tensors if tensor is None else tensors | {name: tensor}, file)
     return name
+
+
+def with_a_head(folder: ModelFolder) -> ModelFolder:
+    """The same model with a head of its own, of other numbers than its embeddings."""
+    file = folder.path / "model.safetensors"
+    tensors = load_file(file)
+    table = next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight"))
+    save_file(tensors | {"lm_head.weight": table.flip(1).contiguous()}, file)
+    assert folder.config["tie_word_embeddings"]
+    change_config(folder, tie_word_embeddings=False)
+    return ModelFolder(folder.path)

@@ -143,15 +143,17 @@ def index_of(folder: ModelFolder) -> dict[str, str]:
     return found
 
 
-def change_tensor(folder: ModelFolder, ending: str, tensor: Tensor | None) -> str:
-    """Put another tensor in the place of the first with that ending, or none; returns its name."""
+def change_tensor(
+    folder: ModelFolder, ending: str, tensor: Tensor | None, more: dict[str, Tensor] | None = None
+) -> None:
+    """Put another tensor in the place of the first with that ending, or none, and more beside."""
     index = index_of(folder)
     name = next(n for n in sorted(index) if n.endswith(ending))
     file = folder.path / index[name]
     tensors = load_file(file)
     del tensors[name]
-    save_file(tensors if tensor is None else tensors | {name: tensor}, file)
-    return name
+    changed = {} if tensor is None else {name: tensor}
+    save_file(tensors | changed | (more or {}), file)
 
 
 def with_a_head(folder: ModelFolder) -> ModelFolder:

@@ -236,6 +236,17 @@ def test_damaged_weights_are_refused(
         load_model(four, torch.float32, CPU)
 
 
+def test_layers_of_one_input_are_quantised_alike(tmp_path: Path) -> None:
+    four, dense = publish(ModelFolder(make_tiny(tmp_path / "tiny")), tmp_path, Way())
+    weights = load_file(dense.path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    for ending in ("qweight", "qzeros", "scales", "g_idx"):
+        change_tensor(four, name.removesuffix("weight") + ending, None)
+    change_tensor(four, "model.norm.weight", weights["model.norm.weight"], {name: weights[name]})
+    with pytest.raises(UserError, match=r"of the layers .*up_proj, .*gate_proj are quantised"):
+        load_model(four, torch.float32, CPU)
+
+
 def test_groups_of_another_size_are_refused(tmp_path: Path) -> None:
     four, _ = publish(ModelFolder(make_tiny(tmp_path / "tiny")), tmp_path, Way(act_order=True))
     change_tensor(four, "g_idx", torch.zeros(128, dtype=torch.int32))

@@ -170,8 +170,9 @@ def test_a_run_on_a_model_published_in_four_bits(task: Task) -> None:
     tune = LORA | {"merger": "full"}
     results = [
         task.run(tune=tune, model=str(folder.path), name=folder.path.name + "-run")
-        for folder in (four, dense)
+        for folder in (dense, four)
     ]
+    assert "(weights of language in four bits, as published)" in task.screen
     assert results[0].loss == results[1].loss
     assert results[0].after == results[1].after
     run = task.folder / "int4-run"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.model.nf4 import nf4_weights
+from finesight.model.frozen import frozen_weights
 from finesight.model.parts import PARTS, Part, part_of
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -57,10 +57,10 @@ class Watch:
             for name, parameter in model.named_parameters()
             if name not in masters
         }
-        self._nf4 = nf4_weights(model)
+        self._few = frozen_weights(model)
         self._masters = masters
         frozen = {name: tensor.numel() for name, tensor in self._frozen.items()}
-        frozen |= {name: weight.numbers for name, weight in self._nf4.items()}
+        frozen |= {name: weight.numbers for name, weight in self._few.items()}
         trained = {name: tensor.numel() for name, tensor in masters.items()}
         self._numbers = {True: trained, False: frozen}
         self._sums = self._checksums()
@@ -68,7 +68,7 @@ class Watch:
 
     def _checksums(self) -> dict[str, int]:
         sums = checksums({**self._frozen, **self._masters})
-        for name, weight in self._nf4.items():
+        for name, weight in self._few.items():
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums
 

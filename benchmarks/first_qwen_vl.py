@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from qlora_memory import in_own_process, trained
+from qlora_memory import in_own_process, machine, trained
 
 SCRIPT = {
     "language": "lora",
@@ -188,7 +187,7 @@ def main() -> None:
             found |= in_own_process("--answer", str(asked), *ANSWERED[name], file=here)
         results.append(found)
         print(json.dumps(found), flush=True)
-        head = {"python": platform.python_version(), "command": f"first_qwen_vl.py {options.only}"}
+        head = machine() | {"command": f"first_qwen_vl.py CONFIG --only {options.only!r}"}
         options.out.write_text(json.dumps({**head, "results": results}, indent=2) + "\n")
 
 

@@ -17,7 +17,8 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart,
 from finesight.encode.dialect import Box, PlacedBox
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.render import Renderer
-from finesight.encode.thought import Spoken, apart, generated
+from finesight.encode.thought import apart, generated
+from finesight.evaluate.answered import truths_of
 from finesight.hub import ModelFolder
 
 FAMILY = Qwen3VL()
@@ -93,30 +94,43 @@ def test_a_video_is_a_span_for_each_pair_of_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "spoken"),
+    ("text", "thought", "answer"),
     [
-        ("<think>\nIt is red.\n</think>\n\nRed.", Spoken("It is red.", "Red.")),
-        ("It is red.</think>Red.", Spoken("It is red.", "Red.")),
-        ("<think></think>Red.", Spoken("", "Red.")),
-        ("<think>\n\n</think>\n\n", Spoken("", "")),
-        ("Red.", Spoken(None, "Red.")),
-        ("<think>Never closed", Spoken(None, "<think>Never closed")),
-        ("a</think>b</think>c", Spoken("a", "b</think>c")),
+        ("<think>\nIt is red.\n</think>\n\nRed.", "It is red.", "Red."),
+        ("It is red.</think>Red.", "It is red.", "Red."),
+        ("<think></think>Red.", "", "Red."),
+        ("<think>\n\n</think>\n\n", "", ""),
+        ("Red.", None, "Red."),
+        ("<think>Never closed", None, "<think>Never closed"),
+        ("a</think>b</think>c", "a</think>b", "c"),
+        ("a <think> b</think>c", "a <think> b", "c"),
     ],
 )
-def test_thought_and_answer_of_data(text: str, spoken: Spoken) -> None:
-    assert apart(text) == spoken
+def test_thought_and_answer_of_data(text: str, thought: str | None, answer: str) -> None:
+    spoken = apart([TextPart(text=text)])
+    assert spoken.thought == (None if thought is None else (TextPart(text=thought),))
+    assert spoken.answer == (TextPart(text=answer),)
+
+
+def test_a_thought_and_an_answer_may_hold_boxes() -> None:
+    box, other = BoxPart(xyxy=(1, 2, 3, 4)), BoxPart(label="cat", xyxy=(5, 6, 7, 8))
+    texts = ("<think>\nIt is at ", ".\n</think>\n\n", "!")
+    start, middle, end = (TextPart(text=text) for text in texts)
+    spoken = apart((start, box, middle, other, end))
+    assert spoken.thought == (TextPart(text="It is at "), box, TextPart(text="."))
+    assert spoken.answer == (TextPart(text=""), other, end)
 
 
 @pytest.mark.parametrize(
     ("text", "spoken"),
     [
-        ("It is red.\n</think>\n\nRed.", Spoken("It is red.", "Red.")),
-        ("\n</think>\n\nRed.", Spoken("", "Red.")),
-        ("It is re", Spoken("It is re", "")),
+        ("It is red.\n</think>\n\nRed.", ("It is red.", "Red.")),
+        ("\n</think>\n\nRed.", ("", "Red.")),
+        ("It is re", ("It is re", "")),
+        ("a</think>b</think>c", ("a</think>b", "c")),
     ],
 )
-def test_thought_and_answer_of_what_was_generated(text: str, spoken: Spoken) -> None:
+def test_thought_and_answer_of_what_was_generated(text: str, spoken: tuple[str, str]) -> None:
     assert generated(text) == spoken
 
 
@@ -192,6 +206,29 @@ def test_boxes_stay_behind_the_thought(thinking: Renderer, tmp_path: Path) -> No
     spoken = thinking.answer([*said, thinking.end_ids[0]])
     assert thinking.boxes(spoken.raw, outline.spans) == []
     assert spoken.thought == '[{"bbox_2d": [1, 2, 3, 4]}]'
+
+
+def test_a_box_in_a_thought_is_learned_there_and_not_wanted(
+    thinking: Renderer, tmp_path: Path
+) -> None:
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    content = (
+        TextPart(text="<think>\nAt "),
+        BoxPart(xyxy=(1, 2, 3, 4)),
+        TextPart(text="\n</think>\n\n"),
+        BoxPart(label="cat", xyxy=(10, 20, 30, 40)),
+    )
+    messages = (
+        Message(role="user", content=(ImagePart(image="a.png"), TextPart(text="Where?"))),
+        Message(role="assistant", content=content),
+    )
+    located = Located(Sample(id="box", messages=messages), tmp_path)
+    _, said = learned(thinking, located)
+    assert said == (
+        'At {"bbox_2d": [10, 20, 30, 40]}\n</think>\n\n'
+        '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}<|im_end|>'
+    )
+    assert truths_of(located.sample, thinks=True) == (("",), content[-1:])
 
 
 def test_instruct_takes_thoughts_as_the_text_they_are(tmp_path: Path) -> None:

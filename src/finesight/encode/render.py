@@ -14,7 +14,15 @@ from finesight.config import PictureRule
 from finesight.data.boxes import ROUNDING
 from finesight.data.headers import picture_size
 from finesight.data.jsonl import Located
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Part,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.dialect import Box, PlacedBox, Shot
 from finesight.encode.encoded import Encoded, Grid, Outline, Size, Span
 from finesight.encode.family import Family, family_of
@@ -59,10 +67,11 @@ class _Visual:
 
 @dataclass(frozen=True, slots=True)
 class _Laid:
-    """Tokens so far, and the pictures among them with their times; `waiting` gives those of the
-    next part that shows any. `images` are all of the sample's, also those of later turns: boxes may
-    speak of any."""
+    """Tokens of a sample so far, and the pictures among them with their times; `waiting` gives
+    those of the next part that shows any. `images` are all of the sample's, also those of later
+    turns: boxes may speak of any."""
 
+    sample: str
     tape: Tape
     waiting: Iterator[Sequence[_Visual]]
     images: Sequence[_Visual]
@@ -142,8 +151,8 @@ class Renderer:
         raw = self.tokenizer.decode(ids, skip_special=False)
         if not self.family.thinks:
             return Answer(said, raw, None)
-        spoken = generated(said)
-        return Answer(spoken.answer, generated(raw).answer, spoken.thought)
+        thought, answer = generated(said)
+        return Answer(answer, generated(raw)[1], thought)
 
     def boxes(self, raw: str, spans: Sequence[Span], image: int = 0) -> list[Box]:
         """The boxes of an answer with its special tokens, in original pixels of picture `image`.
@@ -158,17 +167,19 @@ class Renderer:
     def _outline(self, located: Located, messages: Sequence[Message], answering: bool) -> Outline:
         shown = [self._visuals(part, located) for part in _visual_parts(located.sample)]
         images = [visual for visuals in shown for visual in visuals if visual.kind == "image"]
-        laid = _Laid(Tape(self.tokenizer), iter(shown), images, [], [])
-        tape = laid.tape
+        tape = Tape(self.tokenizer)
+        laid = _Laid(located.sample.id, tape, iter(shown), images, [], [])
         if messages[0].role != "system" and self.system is not None:
             messages = (Message(role="system", content=(TextPart(text=self.system),)), *messages)
         for message in messages:
             tape.special(TURN_START, learned=False)
             self._lay_role(tape, message.role)
-            if self.family.thinks and message.role == "assistant":
-                message = self._lay_thought(tape, message, is_last=message is messages[-1])
-            self._lay_content(laid, message, located.sample.id)
-            tape.special(TURN_END, learned=message.role == "assistant")
+            answers = message.role == "assistant"
+            content: Sequence[Part] = message.content
+            if self.family.thinks and answers:
+                content = self._lay_thought(laid, message, is_last=message is messages[-1])
+            self._lay_content(laid, content, learned=answers)
+            tape.special(TURN_END, learned=answers)
             tape.text("\n", learned=False)
         if answering:
             tape.special(TURN_START, learned=False)
@@ -187,25 +198,23 @@ class Renderer:
             if self.family.apart:
                 tape.cut()
 
-    def _lay_thought(self, tape: Tape, message: Message, *, is_last: bool) -> Message:
-        """The assistant's turn without its thought, which is laid down if it is the last one's; an
+    def _lay_thought(self, laid: _Laid, message: Message, *, is_last: bool) -> tuple[Part, ...]:
+        """The answer of an assistant's turn, whose thought is laid down if it is the last one's; an
         answer without a thought is learned as one that follows an empty one."""
-        first, *others = message.content
-        said = apart(first.text if isinstance(first, TextPart) else "")
+        said = apart(message.content)
         if is_last:
-            tape.text(OPENED, learned=False)
-            tape.text(f"{said.thought or ''}{CLOSED}", learned=True)
-        if isinstance(first, TextPart):
-            first = TextPart(text=said.answer)
-        return Message(role=message.role, content=(first, *others))
+            laid.tape.text(OPENED, learned=False)
+            self._lay_content(laid, said.thought or (), learned=True)
+            laid.tape.text(CLOSED, learned=True)
+        return said.answer
 
-    def _lay_content(self, laid: _Laid, message: Message, sample: str) -> None:
-        """Lay down one turn's parts."""
-        tape, learned = laid.tape, message.role == "assistant"
+    def _lay_content(self, laid: _Laid, content: Sequence[Part], *, learned: bool) -> None:
+        """Lay down a turn's parts."""
+        tape = laid.tape
         run: list[PlacedBox] = []
-        for part in (*message.content, None):
+        for part in (*content, None):
             if isinstance(part, BoxPart):
-                run.append(_placed(part, laid.images, sample))
+                run.append(_placed(part, laid.images, laid.sample))
                 continue
             if run:
                 tape.pieces(self.family.write_boxes(run), learned=learned)
@@ -244,7 +253,11 @@ class Renderer:
             return [self._visual("image", (file,), picture_size(file), Shot("", slice(1), 0.0))]
         files = tuple(located.path(name) for name in part.frames)
         original = frame_size(files)
-        shots = self.family.shots(len(files), part.fps, self.geometry.temporal)
+        try:
+            shots = self.family.shots(len(files), part.fps, self.geometry.temporal)
+        except UserError as error:
+            error.where = f"sample {located.sample.id}"
+            raise
         return [self._visual("video", files, original, shot) for shot in shots]
 
     def _visual(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,9 +54,11 @@ def rows(outline: Outline, tokenizer: TextTokenizer) -> Iterator[Row]:
 
 def as_lines(outline: Outline, tokenizer: TextTokenizer) -> Iterator[str]:
     """A table as plain text: token, id, learned (a star), positions, text."""
-    pictures = f"{len(outline.spans)} (patches: {outline.patches})"
+    shown = Counter(span.kind for span in outline.spans)
+    films = f", stretches of videos: {shown['video']}" if shown["video"] else ""
+    pictures = f"pictures: {shown['image']}{films} (patches: {outline.patches})"
     yield f"sample {outline.id}"
-    yield f"tokens: {outline.tokens}, learned: {outline.supervised}, pictures: {pictures}"
+    yield f"tokens: {outline.tokens}, learned: {outline.supervised}, {pictures}"
     yield f"{'token':>11} {'id':>7} {'learned':<7} {'time, height, width':<27} text"
     for row in rows(outline, tokenizer):
         mark = "*" if row.learned else ""

@@ -76,7 +76,7 @@ class Tokenizer:
             raise UserError(
                 f"no token {token}",
                 where=str(self.path),
-                expected="the tokenizer of a Qwen2-VL or Qwen2.5-VL model",
+                expected="the tokenizer of a Qwen2-VL or a later family",
                 remedy="download the model's tokenizer.json again",
             )
         return int(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.sample import BoxPart, Message, Sample, TextPart
+from finesight.data.sample import BoxPart, Sample, TextPart
 from finesight.encode.thought import apart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import Figures, Interval, interval, ratios, resampled, whole
@@ -90,10 +90,7 @@ def truths_of(sample: Sample, *, thinks: bool = False) -> Truth:
             expected="a last turn of the assistant: the right answer, to compare with",
             remedy="score on samples that have answers, or use `finesight predict --data`",
         )
-    boxes = tuple(part for part in last.content if isinstance(part, BoxPart))
-    said = _text(last)
-    return (apart(said).answer if thinks else said, *sample.references), boxes
-
-
-def _text(message: Message) -> str:
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+    said = apart(last.content).answer if thinks else last.content
+    boxes = tuple(part for part in said if isinstance(part, BoxPart))
+    text = "".join(part.text for part in said if isinstance(part, TextPart))
+    return (text, *sample.references), boxes

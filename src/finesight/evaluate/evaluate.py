@@ -64,7 +64,14 @@ class Evaluation:
             for name, value in self.scores.items()
         ]
         head = f"{self.metric}: {len(self.predictions)} samples{left_out}, with 95 % intervals"
-        return "\n".join([head, *rows, *_noted(self.details)])
+        return "\n".join([head, *rows, *_noted(self.details), *_cut(self.predictions)])
+
+
+def _cut(predictions: Sequence[Prediction]) -> list[str]:
+    """Whether answers of a model that thinks never began."""
+    cut = sum(bool(p.thought) and not p.answer and not p.stopped for p in predictions)
+    end = "ended before the thought did: raise eval.max_new_tokens (--max-new-tokens)"
+    return [f"{cut} of {len(predictions)} answers {end}"] if cut else []
 
 
 def _noted(details: dict[str, Any]) -> list[str]:

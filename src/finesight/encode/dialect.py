@@ -45,12 +45,6 @@ VISION_IDS: Mapping[str, str] = {
 """Tokens whose ids config.json says again, and under which key, since Qwen2-VL."""
 
 
-def vision_marks(kind: Literal["image", "video"]) -> Marks:
-    """Those of the families since Qwen2-VL."""
-    start, end = Special("<|vision_start|>"), Special("<|vision_end|>")
-    return Marks((start,), f"<|{kind}_pad|>", (end,))
-
-
 @dataclass(frozen=True, slots=True)
 class Shot:
     """Frames of a video that stand together among the tokens, `caption` in front of them; their
@@ -61,9 +55,29 @@ class Shot:
     seconds: float
 
 
-def whole_video(frames: int, fps: float, depth: int) -> list[Shot]:
-    """All frames together; `depth` of them make a group."""
-    return [Shot("", slice(0, frames), depth / fps)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinceQwen2VL:
+    """What a `Family` since Qwen2-VL says, but for its boxes and times; see `encode.family`."""
+
+    name: str
+    system_prompt: str | None = "You are a helpful assistant."
+    thinks: bool = False
+    flat: bool = False
+    apart: bool = False
+
+    @property
+    def id_keys(self) -> Mapping[str, str]:
+        """The places of pictures and videos."""
+        return VISION_IDS
+
+    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
+        """Around each picture or video alike."""
+        start, end = Special("<|vision_start|>"), Special("<|vision_end|>")
+        return Marks((start,), f"<|{kind}_pad|>", (end,))
+
+    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
+        """One for the whole video."""
+        return [Shot("", slice(0, frames), depth / fps)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import json_dialect
-from finesight.encode.dialect import (
-    VISION_IDS,
-    Box,
-    Marks,
-    Piece,
-    PlacedBox,
-    Shot,
-    vision_marks,
-    whole_video,
-)
+from finesight.encode.dialect import Box, Piece, PlacedBox, SinceQwen2VL
 from finesight.encode.encoded import Size
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen25VL:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen25VL(SinceQwen2VL):
     """Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923): dialect of boxes and rule of time.
 
     `tokens_per_second` is how many temporal positions pass in a second of video.
@@ -34,15 +24,6 @@ class Qwen25VL:
 
     tokens_per_second: float = 2
     name: str = "qwen2_5_vl"
-    system_prompt: str | None = "You are a helpful assistant."
-    thinks: bool = False
-    flat: bool = False
-    apart: bool = False
-    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
-
-    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
-        """Around each picture or video alike."""
-        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """JSON in whole pixels of the picture as the model sees it, after resizing."""
@@ -51,10 +32,6 @@ class Qwen25VL:
     def read_boxes(self, text: str, original: Size, resized: Size) -> list[Box]:
         """Every box of an answer, in pixels of the original picture."""
         return json_dialect.read(text, resized, original)
-
-    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
-        """One for the whole video."""
-        return whole_video(frames, fps, depth)
 
     def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
         """The temporal position of each group of frames, `seconds` apart, rounded down.
@@ -77,4 +54,4 @@ def from_folder(folder: ModelFolder) -> Qwen25VL:
             expected="a number above 0",
             remedy="take the config.json of the published model",
         )
-    return Qwen25VL(value)
+    return Qwen25VL(tokens_per_second=value)

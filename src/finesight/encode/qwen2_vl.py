@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.dialect import (
     THOUSANDTHS,
-    VISION_IDS,
     Box,
-    Marks,
     Piece,
     PlacedBox,
-    Shot,
+    SinceQwen2VL,
     Special,
     in_whole_numbers,
     scaled,
-    vision_marks,
-    whole_video,
 )
 from finesight.encode.encoded import Size
 from finesight.hub import ModelFolder
@@ -37,20 +32,11 @@ _BOX = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen2VL:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen2VL(SinceQwen2VL):
     """Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): dialect of boxes and rule of time."""
 
     name: str = "qwen2_vl"
-    system_prompt: str | None = "You are a helpful assistant."
-    thinks: bool = False
-    flat: bool = False
-    apart: bool = False
-    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
-
-    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
-        """Around each picture or video alike."""
-        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """Each box as its label between the reference tokens, when it has one, and its corners,
@@ -85,10 +71,6 @@ class Qwen2VL:
             if all(map(math.isfinite, corners)):
                 boxes.append(Box(label, corners))
         return boxes
-
-    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
-        """One for the whole video."""
-        return whole_video(frames, fps, depth)
 
     def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
         """The temporal position of each group of frames: its number, whatever time it spans."""

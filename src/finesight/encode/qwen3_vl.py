@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import json_dialect
-from finesight.encode.dialect import (
-    THOUSANDTHS,
-    VISION_IDS,
-    Box,
-    Marks,
-    Piece,
-    PlacedBox,
-    Shot,
-    vision_marks,
-)
+from finesight.encode.dialect import THOUSANDTHS, Box, Piece, PlacedBox, Shot, SinceQwen2VL
 from finesight.encode.encoded import Size
 from finesight.hub import ModelFolder
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen3VL:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3VL(SinceQwen2VL):
     """Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report), dense or with experts: dialect of
     boxes and rule of time.
 
     `thinks` tells the Thinking edition, whose answers begin with a thought, from Instruct.
     """
 
-    thinks: bool = False
     name: str = "qwen3_vl"
     system_prompt: str | None = None
-    flat: bool = False
-    apart: bool = False
-    id_keys: Mapping[str, str] = field(default_factory=lambda: VISION_IDS)
-
-    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
-        """Around each picture or video alike."""
-        return vision_marks(kind)
 
     def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
         """JSON in whole thousandths of the picture."""

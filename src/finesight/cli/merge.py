@@ -67,6 +67,9 @@ def merge(
             f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
             f" them as published: answers differ a little, measure them (finesight eval)"
         )
-    if parts.manifest is not None and not isinstance(parts.manifest.picture, PixelRange):
-        rule = ", ".join(f"{key} {n}" for key, n in parts.manifest.picture)
+    picture = None if parts.manifest is None else parts.manifest.picture
+    # The first Qwen-VL knows one size alone.
+    known = picture is None or "image_size" in parts.folder.preprocessor
+    if not known and not isinstance(picture, PixelRange):
+        rule = ", ".join(f"{key} {n}" for key, n in picture or ())
         typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 from typing import Literal, get_args
 
@@ -29,13 +30,45 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lm_head.", "embeddings"),
 )
 
+INNER = "inner."
+"""How names begin in a model that transformers computes."""
+
+_PIECES: tuple[tuple[Part, str], ...] = (
+    (
+        "merger",
+        r"merger|deepstack_merger_list|multi_modal_projector|mm_projector|connector|aligner"
+        r"|projector|vision_projection|embed_vision|qformer|query_tokens|language_projection"
+        r"|image_newline",
+    ),
+    ("vision", r"visual|vision_tower|vision_model|vision_encoder|image_encoder"),
+    ("embeddings", r"embed_tokens|lm_head|wte|embed_in|embed_out"),
+    ("language", r"language_model|text_model|layers|norm"),
+)
+"""Pieces of names in the classes of transformers; the first row that has one of them decides."""
+
+
+def _borrowed_part(name: str) -> Part:
+    for part, pieces in _PIECES:
+        if re.search(rf"\.({pieces})(\.|$)", name):
+            return part
+    raise UserError(
+        f"the parameter {name.removeprefix(INNER)} belongs to no part that is known",
+        where="model",
+        expected="vision tower, merger, language model and embeddings by the names that classes of"
+        " transformers give them",
+        remedy="choose another model; answering with this one works",
+    )
+
 
 def part_of(name: str) -> Part:
     """The one part that a parameter or a linear layer of this (native or hub) name belongs to.
 
     The head goes with the embeddings: many models tie the two. An unknown name is refused, so
-    that a model with more to it cannot be trained in part by accident.
+    that a model with more to it cannot be trained in part by accident; UserError where
+    transformers computes it.
     """
+    if name.startswith(INNER):
+        return _borrowed_part(name)
     for prefix, part in _PREFIXES:
         if name.startswith(prefix):
             return part

@@ -264,7 +264,7 @@ def save_model(
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
     assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
-    _copy_descriptions(folder, target, dtype)
+    copy_descriptions(folder, target, dtype)
     shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
     published = model.architecture.published_name
     originals = _originals(folder, model) if _holds_nf4(model) else {}
@@ -315,7 +315,8 @@ def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, _St
     return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
 
 
-def _copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+def copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Write config.json, saying the type, and the tokenizer's and other small files to `target`."""
     for path in sorted(folder.path.iterdir()):
         wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.file(path.name) if wanted else None

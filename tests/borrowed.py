@@ -1,0 +1,124 @@
+"""Small random models of families without native code, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from finesight.data.jsonl import Located
+from finesight.data.sample import Sample
+from finesight.model.tiny import SPECIAL_TOKENS, make_tiny
+
+TEMPLATE = """\
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- for part in turn['content'] -%}
+{{ '<|image_pad|>' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"""
+
+SIDE, PATCH = 28, 14
+
+
+def llava(folder: Path, template: str = TEMPLATE) -> Path:
+    """A LLaVA: a CLIP tower of two layers, a projector, a Llama of two."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tokenizer_for(folder, "<|image_pad|>")
+    vocabulary = len(tokenizer)
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 512,
+        },
+        image_token_index=image,
+        vision_feature_layer=-1,
+    )
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|image_pad|>",
+        chat_template=template,
+    )
+    torch.manual_seed(0)
+    save(folder, LlavaForConditionalGeneration(config), processor)
+    return folder
+
+
+def tokenizer_for(folder: Path, image: str) -> Any:
+    """The small tokenizer of the native tests, for transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    make_tiny(folder.parent / f"{folder.name} tokenizer")
+    file = folder.parent / f"{folder.name} tokenizer" / "tokenizer.json"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(file)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": image},
+        additional_special_tokens=list(SPECIAL_TOKENS),
+    )
+
+
+@torch.no_grad()
+def save(folder: Path, model: Any, processor: Any) -> None:
+    """Write both, the weights so wide that pictures and words matter to the answers."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def sample(folder: Path, *turns: tuple[str, str], pictures: int = 1, name: str = "s") -> Located:
+    """A conversation of (question, answer) pairs, its pictures in the first turn; the last answer
+    may be empty, for none."""
+    messages = []
+    for at, (question, answer) in enumerate(turns):
+        shown = [
+            {"type": "image", "image": picture(folder, n)} for n in range(0 if at else pictures)
+        ]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+    return Located(
+        Sample.model_validate_json(json.dumps({"id": name, "messages": messages})), folder
+    )
+
+
+def picture(folder: Path, number: int) -> str:
+    """A picture of one colour."""
+    name = f"{number}.png"
+    Image.new("RGB", (40 + 10 * number, 30), (250 - 90 * number, 80 * number, 20)).save(
+        folder / name
+    )
+    return name

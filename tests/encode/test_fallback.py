@@ -106,29 +106,17 @@ def test_it_goes_to_other_processes(renderer: FallbackRenderer, tmp_path: Path) 
     assert copy.outline(located).ids_T.tolist() == renderer.outline(located).ids_T.tolist()
 
 
-THINKS = """\
-{%- for turn in messages -%}
-{{ '<|im_start|>' + turn['role'] + '\\n' }}
-{%- if turn['role'] == 'assistant' and loop.last -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- for part in turn['content'] -%}{{ part['text'] }}{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n<think>\\n' + ('' if enable_thinking else '\\n</think>\\n\\n') }}
-{%- endif -%}
-"""
-
-
 def test_a_model_that_thinks_is_asked_for_an_answer_without_a_thought(
     folder: Path, tmp_path: Path
 ) -> None:
-    renderer = with_template(folder, tmp_path, THINKS)
+    renderer = with_template(folder, tmp_path, borrowed.QWEN3_5_TEMPLATE)
     _, learned = shown(renderer, borrowed.sample(tmp_path, ("Which?", "red"), pictures=0))
     assert learned == ["red<|im_end|>"]
 
 
 REFUSED = {
-    "turns rewritten": (THINKS, [("A?", "red"), ("B?", "blue")], "lays out the prompt"),
+    "turns rewritten": (borrowed.QWEN3_5_TEMPLATE, [("A?", "red"), ("B?", "blue")],
+                        "lays out the prompt"),
     "no end": ("{{ messages[0]['content'][0]['text'] }} A:{{ ' b' if messages[1:] else '' }}",
                [("A?", "b")], "no end token"),
     "template raises": ("{{ raise_exception('no such role') }}", [("A?", "b")], "no such role"),

@@ -42,7 +42,7 @@ def generate(
     )
     answers: list[list[int]] = []
     for prompt in prompts:
-        batch = pack([prompt]).to(model.head_weight.device)
+        batch = pack([prompt]).to(model.inner.device)
         made_1T = model.inner.generate(
             **model.inputs_of(batch),
             generation_config=greedy,

@@ -27,9 +27,8 @@ LIMITS = (
 )
 """What a user is told when a run starts."""
 
-TOLERANCE = 0.02
-"""How far logits by the head alone may be from the model's own, of the largest of them: what 16
-bits round away is less."""
+COMPARED = 64
+"""Tokens of the first sample whose logits are looked at."""
 
 
 class Alone(GroupedLinear):
@@ -95,7 +94,7 @@ class FallbackModel(nn.Module):
 
     def inputs_of(self, batch: PackedBatch) -> dict[str, Tensor]:
         """What the class of transformers takes: numbers of pictures in the model's type."""
-        dtype = self.head_weight.dtype
+        dtype = self.inner.dtype
         others = {
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in batch.inputs.items()
@@ -122,13 +121,22 @@ class FallbackModel(nn.Module):
     @torch.no_grad()
     def _check(self, batch: PackedBatch) -> None:
         """Some families scale, cap or shift what the head gives: their loss is another one."""
+        if self.inner.base_model is self.inner or self.inner.get_output_embeddings() is None:
+            raise UserError(
+                f"the class {type(self.inner).__name__} keeps no model apart from its head",
+                where="model",
+                expected="hidden states and a head: of these the loss is computed",
+                remedy="choose another family; answering with this one works",
+            )
         was_training = self.training
         self.eval()
-        own_V = self.inner(**self.inputs_of(batch), use_cache=False).logits[0, -1].float()
-        head_V = F.linear(self._hidden(batch)[-1], self.head_weight).float()
+        at = batch.predict_L[:COMPARED]
+        own_CV = self.inner(**self.inputs_of(batch), use_cache=False).logits[0, at].float()
+        head_CV = F.linear(self._hidden(batch)[at], self.head_weight).float()
         self.train(was_training)
-        apart = (own_V - head_V).abs().max() / own_V.abs().max().clamp(min=1e-6)
-        if not apart <= TOLERANCE:
+        apart = (own_CV - head_CV).abs().max() / own_CV.abs().max().clamp(min=1e-6)
+        # Both are rounded once to the model's type.
+        if not apart <= max(1e-4, 2 * torch.finfo(self.inner.dtype).eps):
             family = self.inner.config.model_type
             raise UserError(
                 f"logits of {family} differ by {float(apart):.2g} of the largest from hidden states"

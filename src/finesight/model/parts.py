@@ -36,20 +36,25 @@ INNER = "inner."
 _PIECES: tuple[tuple[Part, str], ...] = (
     (
         "merger",
-        r"merger|deepstack_merger_list|multi_modal_projector|mm_projector|connector|aligner"
-        r"|projector|vision_projection|embed_vision|qformer|query_tokens|language_projection"
-        r"|image_newline",
+        r".*\.(merger|deepstack_merger_list|multi_modal_projector|mm_projector|connector|aligner"
+        r"|projector|vision_projection|vision_adapter|embed_vision|qformer|query_tokens"
+        r"|language_projection|image_to_text_projection|resampler_model|image_newline"
+        r"|visual_embeddings_table)(\.|$)",
     ),
-    ("vision", r"visual|vision_tower|vision_model|vision_encoder|image_encoder"),
-    ("embeddings", r"embed_tokens|lm_head|wte|embed_in|embed_out"),
-    ("language", r"language_model|text_model|layers|norm"),
+    (
+        "vision",
+        r".*\.(visual|vision_tower|vision_model|vision_encoder|vision_embed_tokens|image_tower"
+        r"|image_encoder|video_tower)\.",
+    ),
+    ("embeddings", r".*\.(embed_tokens|embed_tokens_per_layer|lm_head|wte|embed_in|embed_out)\."),
+    ("language", r".*\.(language_model|text_model)\.|inner\.(model\.)?(layers|norm)\."),
 )
-"""Pieces of names in the classes of transformers; the first row that has one of them decides."""
+"""How names look in the classes of transformers; the first row that fits decides."""
 
 
 def _borrowed_part(name: str) -> Part:
-    for part, pieces in _PIECES:
-        if re.search(rf"\.({pieces})(\.|$)", name):
+    for part, pattern in _PIECES:
+        if re.match(pattern, name):
             return part
     raise UserError(
         f"the parameter {name.removeprefix(INNER)} belongs to no part that is known",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from finesight.config import ExactSize
 from finesight.data.jsonl import Located
 from finesight.data.sample import Sample
+from finesight.encode.borrowed import transformers
 from finesight.encode.fallback import FallbackRenderer
 from finesight.encode.rendering import renderer_of
 from finesight.errors import UserError
@@ -164,6 +167,28 @@ def test_parts_that_the_family_reads_in_its_own_way_are_refused(
 def test_a_folder_without_a_template_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without a chat template"):
         with_template(folder, tmp_path, "")
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_package_that_a_processor_needs_is_named(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    (tmp_path / "processor_config.json").unlink()
+    read = {"image_processor_type": "Qwen2VLImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(read))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with pytest.raises(UserError, match=r"processor of qwen3_5.*torchvision"):
+        renderer_of(ModelFolder(tmp_path))
+
+
+def test_transformers_is_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    transformers.cache_clear()
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(UserError, match=r"pip install 'finesight\[hf\]'"):
+        renderer_of(ModelFolder(tmp_path))
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {

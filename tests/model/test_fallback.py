@@ -138,3 +138,14 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, how: 
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing or of another shape.*up_proj"):
         load_fallback(ModelFolder(tmp_path), torch.float32, CPU)
+
+
+def test_pickled_weights_are_converted(
+    model: FallbackModel, folder: Path, batch: PackedBatch, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    again = load_fallback(ModelFolder(tmp_path), torch.float32, CPU)
+    assert torch.equal(again(batch), model(batch))

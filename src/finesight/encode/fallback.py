@@ -6,7 +6,6 @@ wherever one is spelled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,9 +264,7 @@ def _processor(folder: ModelFolder) -> Any:
 
 def _end_ids(folder: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, and those of generation_config.json."""
-    file = folder.file("generation_config.json")
-    stated = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    given = stated.get("eos_token_id")
+    given = folder.generation.get("eos_token_id")
     ids = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     found = tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
     if not found:

@@ -163,10 +163,13 @@ def load_fallback(
             remedy="leave tune.nf4 out",
         )
     config = configuration(folder)
-    folder.weight_files()
+    # Where weights were published as pickles, they lie in a folder of their own as safetensors.
+    weights = folder.weight_files()[0].parent
     inner, told = transformers().AutoModelForImageTextToText.from_pretrained(
-        str(folder.path),
+        str(weights),
         config=config,
+        # Answers are greedy, whatever the folder suggests: a penalty damages what repeats rightly.
+        generation_config=transformers().GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
@@ -181,8 +184,6 @@ def load_fallback(
             expected="all those of config.json",
             remedy="download the model again",
         )
-    # Answers are greedy, whatever the folder suggests: a penalty damages what repeats rightly.
-    inner.generation_config = transformers().GenerationConfig()
     return FallbackModel(inner.to(device)).eval()
 
 

@@ -26,6 +26,24 @@ TEMPLATE = """\
 
 SIDE, PATCH = 28, 14
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
 
 def llava(folder: Path, template: str = TEMPLATE) -> Path:
     """A LLaVA: a CLIP tower of two layers, a projector, a Llama of two."""
@@ -37,28 +55,10 @@ def llava(folder: Path, template: str = TEMPLATE) -> Path:
         from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
     tokenizer = tokenizer_for(folder)
-    vocabulary = len(tokenizer)
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-        },
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 512,
-        },
+        vision_config={"model_type": "clip_vision_model", **TOWER},
+        text_config={**LLAMA, "vocab_size": len(tokenizer)},
         image_token_index=image,
         vision_feature_layer=-1,
     )
@@ -124,6 +124,40 @@ def picture(folder: Path, number: int) -> str:
         folder / name
     )
     return name
+
+
+def idefics3(folder: Path) -> Path:
+    """An Idefics3, as SmolVLM is one: large pictures are read in pieces, each between tokens."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+
+    try:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import (
+            Idefics3ImageProcessorPil,
+        )
+    except ImportError:
+        from transformers import Idefics3ImageProcessor as Idefics3ImageProcessorPil
+
+    tokenizer = tokenizer_for(folder)
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    config = Idefics3Config(
+        text_config={**LLAMA, "vocab_size": len(tokenizer)},
+        vision_config={**TOWER},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=1,
+        chat_template=TEMPLATE.replace("<|image_pad|>", "<image>"),
+    )
+    torch.manual_seed(0)
+    save(folder, Idefics3ForConditionalGeneration(config), processor)
+    return folder
 
 
 QWEN3_5_TEMPLATE = """\

@@ -73,6 +73,21 @@ def test_learned_is_every_answer_with_its_end_token(
     assert learned == ["red and blue<|im_end|>", "yes<|im_end|>"]
 
 
+def test_pictures_are_processed_once_unless_one_comes_after_an_answer(
+    renderer: FallbackRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    picture = renderer._picture
+    monkeypatch.setattr(renderer, "_picture", lambda path: (read.append(path), picture(path))[1])
+    first = borrowed.sample(tmp_path, ("Which?", "red"), ("Sure?", "yes"), pictures=2)
+    assert shown(renderer, first)[1] == ["red<|im_end|>", "yes<|im_end|>"]
+    assert len(read) == 2
+    asked, answered = borrowed.sample(tmp_path, ("Which?", "red")).sample.messages
+    twice = Sample(id="s", messages=(asked, answered, asked, answered))
+    assert shown(renderer, Located(twice, tmp_path))[1] == ["red<|im_end|>", "red<|im_end|>"]
+    assert len(read) == 2 + 2 + 1
+
+
 def test_the_prompt_is_the_beginning_of_the_whole(
     renderer: FallbackRenderer, tmp_path: Path
 ) -> None:
@@ -122,6 +137,11 @@ REFUSED = {
                         "lays out the prompt"),
     "no end": ("{{ messages[0]['content'][0]['text'] }} A:{{ ' b' if messages[1:] else '' }}",
                [("A?", "b")], "no end token"),
+    "the users end only": (
+        "{% for turn in messages %}{{ turn['content'][0]['text'] }}"
+        "{{ '<|im_end|>\n<|im_start|>' if turn['role'] == 'user' else '\n<|im_start|>' }}"
+        "{% endfor %}",
+        [("A?", "b"), ("C?", "d")], "no end token"),
     "template raises": ("{{ raise_exception('no such role') }}", [("A?", "b")], "no such role"),
 }  # fmt: skip
 
@@ -179,7 +199,7 @@ def test_a_package_that_a_processor_needs_is_named(folder: Path, tmp_path: Path)
     read = {"image_processor_type": "Qwen2VLImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(read))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    with pytest.raises(UserError, match=r"processor of qwen3_5.*torchvision"):
+    with pytest.raises(UserError, match=r"(?i)processor of qwen3_5: .*torchvision"):
         renderer_of(ModelFolder(tmp_path))
 
 

@@ -23,11 +23,11 @@ ALL = {"vision": "lora", "merger": "full", "language": "lora", "lora": LORA["lor
 WHOLE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+@pytest.fixture(scope="module", params=["llava", "idefics3"])
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    make = {"llava": borrowed.llava, "idefics3": borrowed.idefics3}[request.param]
     made = Task(tmp_path_factory.mktemp("borrowed") / "task")
-    borrowed.llava(made.folder / "llava")
-    made.recipe |= {"model": str(made.folder / "llava"), "picture": None, "tune": LORA}
+    made.recipe |= {"model": str(make(made.folder / request.param)), "picture": None, "tune": LORA}
     return made
 
 
@@ -53,7 +53,7 @@ def logits(model: Any, run: Path, task: Task) -> torch.Tensor:
 
 
 def test_the_loss_falls_and_limits_are_said(task: Task, tuned: Path) -> None:
-    assert "llava has no code of its own in finesight: transformers computes it" in task.screen
+    assert "has no code of its own in finesight: transformers computes it" in task.screen
     losses = [line["loss"] for line in task.history("tuned") if "loss" in line]
     assert losses[-1] < 0.6 * losses[0]
     measured = [x["held_out_loss"] for x in task.history("tuned") if "held_out_loss" in x]
@@ -65,7 +65,7 @@ def test_the_adapter_gives_the_same_logits_in_peft(task: Task, tuned: Path) -> N
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    base = AutoModelForImageTextToText.from_pretrained(task.folder / "llava")
+    base = AutoModelForImageTextToText.from_pretrained(task.recipe["model"])
     plain = logits(base, tuned, task)
     theirs = logits(PeftModel.from_pretrained(base, tuned / "adapter").eval(), tuned, task)
     ours = logits(None, tuned, task)
@@ -92,7 +92,7 @@ def test_all_parts_whole_are_read_by_transformers(task: Task) -> None:
     torch.testing.assert_close(logits(None, run, task), logits(theirs, run, task))
     moved = {row["part"]: row for row in json.loads((run / "moved.json").read_text())}
     assert all(row["trained"] for row in moved.values())
-    stored, base = load_file(run / "model/model.safetensors"), task.folder / "llava"
+    stored, base = load_file(run / "model/model.safetensors"), Path(task.recipe["model"])
     assert stored.keys() == load_file(base / "model.safetensors").keys()
     answerer = load_answerer(str(run / "model"), "cpu")
     assert predict(answerer.model, answerer.renderer, [asked(task)], max_new_tokens=2, batch=1)

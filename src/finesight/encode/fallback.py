@@ -83,6 +83,7 @@ class FallbackRenderer:
         knows = "enable_thinking" in str(self._processor.chat_template)
         self._variables = {"enable_thinking": False} if knows else {}
         self._specials = self.tokenizer.specials()
+        self._special_ids = [self.tokenizer.id_of(token) for token in self._specials]
         self.end_ids = _end_ids(folder, self._processor.tokenizer)
 
     def __reduce__(self) -> tuple[type[FallbackRenderer], tuple[Any, ...]]:
@@ -141,17 +142,31 @@ class FallbackRenderer:
         learned_T = np.zeros(len(made.ids_T), dtype=np.bool_)
         for at, turn in enumerate(turns):
             if turn.role == "assistant" and not answering:
-                before = self._made(turns[:at], folder, True, name)
-                learned_T[self._answered(made, before, name)] = True
+                start = self._start(made.ids_T, turns, at, folder, name)
+                learned_T[self._answered(made.ids_T, start, name)] = True
         # Where tokens stand among rows and columns the model works out itself.
         positions_3T = np.tile(np.arange(len(made.ids_T), dtype=np.int32), (3, 1))
         outline = Read(name, made.ids_T, learned_T, positions_3T, (), turns, folder, answering)
         return Encoded(outline, _NO_PATCHES, made.inputs)
 
-    def _answered(self, made: _Made, before: _Made, name: str) -> slice:
-        """Where the answer to a prompt stands, its end token included."""
-        start = len(before.ids_T)
-        if not np.array_equal(made.ids_T[:start], before.ids_T):
+    def _start(
+        self,
+        ids_T: NDArray[np.int32],
+        turns: tuple[Message, ...],
+        at: int,
+        folder: Path,
+        name: str,
+    ) -> int:
+        """Where the answer `turns[at]` begins among the tokens of all turns: how many its prompt
+        has. Where no picture follows, it is counted from the end, in text alone."""
+        later = any(isinstance(part, ImagePart) for turn in turns[at:] for part in turn.content)
+        if not later:
+            whole, asked = self._words(turns, False), self._words(turns[:at], True)
+            rest = whole[len(asked) :]
+            if whole[: len(asked)] == asked and ids_T[len(ids_T) - len(rest) :].tolist() == rest:
+                return len(ids_T) - len(rest)
+        before_T = self._made(turns[:at], folder, True, name).ids_T
+        if not np.array_equal(ids_T[: len(before_T)], before_T):
             raise UserError(
                 f"the chat template of {self.family} lays out the prompt of an answer in another"
                 " way once the answer, or a later turn, follows it",
@@ -160,8 +175,33 @@ class FallbackRenderer:
                 remedy="keep the last answer of each conversation alone, without a thought and"
                 " without white space at its start",
             )
-        ends = np.flatnonzero(np.isin(made.ids_T[start:], self.end_ids))
-        if not len(ends):
+        return len(before_T)
+
+    def _words(self, turns: Sequence[Message], answering: bool) -> list[int]:
+        """The tokens of turns in which a picture is a mark, not yet as long as it will be."""
+        said = [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "text", "text": part.text}
+                    if isinstance(part, TextPart)
+                    else {"type": "image"}
+                    for part in turn.content
+                ],
+            }
+            for turn in turns
+        ]
+        text = self._processor.apply_chat_template(
+            [said], tokenize=False, add_generation_prompt=answering, **self._variables
+        )[0]
+        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _answered(self, ids_T: NDArray[np.int32], start: int, name: str) -> slice:
+        """Where an answer stands, its end token included; no other special token is in it."""
+        special = np.isin(ids_T[start:], [*self._special_ids, *self.end_ids])
+        ends = start + np.flatnonzero(special)
+        if not len(ends) or int(ids_T[ends[0]]) not in self.end_ids:
             raise UserError(
                 f"no end token ({', '.join(map(self.tokenizer.name_of, self.end_ids))}) follows an"
                 f" answer in the chat template of {self.family}",
@@ -169,7 +209,7 @@ class FallbackRenderer:
                 expected="a template that ends an assistant's turn: a model learns to stop from it",
                 remedy="add the end token to the chat template of the model's folder",
             )
-        return slice(start, start + int(ends[0]) + 1)
+        return slice(start, int(ends[0]) + 1)
 
     def _made(self, turns: Sequence[Message], folder: Path, answering: bool, name: str) -> _Made:
         said = [
@@ -245,9 +285,10 @@ _NO_PATCHES: NDArray[np.uint8] = np.empty((0, 0), dtype=np.uint8)
 def _processor(folder: ModelFolder) -> Any:
     try:
         processor = transformers().AutoProcessor.from_pretrained(str(folder.path), **LOCAL)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # what is missing in a folder, or as a package, raises anything
         raise UserError(
-            f"transformers cannot make the processor of {folder.family}: {error}",
+            f"transformers cannot make the processor of {folder.family}:"
+            f" {' '.join(str(error).split())}",
             where=str(folder.path),
             expected="the processor's files of the published model, and the packages it needs",
             remedy="download the model again, or install what is missing",

@@ -6,7 +6,7 @@ wherever one is spelled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,8 @@ class FallbackRenderer:
         has. Where no picture follows, it is counted from the end, in text alone."""
         later = any(isinstance(part, ImagePart) for turn in turns[at:] for part in turn.content)
         if not later:
-            whole, asked = self._words(turns, False), self._words(turns[:at], True)
+            whole = self._words(turns, False, name)
+            asked = self._words(turns[:at], True, name)
             rest = whole[len(asked) :]
             if whole[: len(asked)] == asked and ids_T[len(ids_T) - len(rest) :].tolist() == rest:
                 return len(ids_T) - len(rest)
@@ -177,7 +178,7 @@ class FallbackRenderer:
             )
         return len(before_T)
 
-    def _words(self, turns: Sequence[Message], answering: bool) -> list[int]:
+    def _words(self, turns: Sequence[Message], answering: bool, name: str) -> list[int]:
         """The tokens of turns in which a picture is a mark, not yet as long as it will be."""
         said = [
             {
@@ -191,11 +192,25 @@ class FallbackRenderer:
             }
             for turn in turns
         ]
-        text = self._processor.apply_chat_template(
-            [said], tokenize=False, add_generation_prompt=answering, **self._variables
-        )[0]
+        text = self._laid_out(said, answering, name, tokenize=False)[0]
         ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _laid_out(
+        self, said: Sequence[Mapping[str, Any]], answering: bool, name: str, **how: object
+    ) -> Any:
+        """What the processor makes of turns, `how` it is asked to."""
+        try:
+            return self._processor.apply_chat_template(
+                [said], add_generation_prompt=answering, **how, **self._variables
+            )
+        except Exception as error:  # templates and processors raise anything
+            raise UserError(
+                f"the processor of {self.family} refuses it: {type(error).__name__}: {error}",
+                where=f"sample {name:.80}",
+                expected="a conversation that the model's chat template and processor take",
+                remedy="correct the sample, or leave it out; many families take one picture only",
+            ) from error
 
     def _answered(self, ids_T: NDArray[np.int32], start: int, name: str) -> slice:
         """Where an answer stands, its end token included; no other special token is in it."""
@@ -219,22 +234,8 @@ class FallbackRenderer:
             }
             for turn in turns
         ]
-        try:
-            made = self._processor.apply_chat_template(
-                [said],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=answering,
-                **self._variables,
-            )
-        except Exception as error:  # templates and processors raise anything
-            raise UserError(
-                f"the processor of {self.family} refuses it: {type(error).__name__}: {error}",
-                where=f"sample {name:.80}",
-                expected="a conversation that the model's chat template and processor take",
-                remedy="correct the sample, or leave it out; many families take one picture only",
-            ) from error
+        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        made = self._laid_out(said, answering, name, **how)
         strange = [key for key, value in made.items() if not isinstance(value, Tensor)]
         if strange:
             raise UserError(

@@ -45,7 +45,7 @@ LLAMA = {
 }
 
 
-def llava(folder: Path, template: str = TEMPLATE) -> Path:
+def llava(folder: Path, template: str = TEMPLATE, tied: bool = False) -> Path:
     """A LLaVA: a CLIP tower of two layers, a projector, a Llama of two."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -60,6 +60,7 @@ def llava(folder: Path, template: str = TEMPLATE) -> Path:
         vision_config={"model_type": "clip_vision_model", **TOWER},
         text_config={**LLAMA, "vocab_size": len(tokenizer)},
         image_token_index=image,
+        tie_word_embeddings=tied,
         vision_feature_layer=-1,
     )
     size = {"height": SIDE, "width": SIDE}
@@ -178,7 +179,7 @@ QWEN3_5_TEMPLATE = """\
 {{- '\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false }}
 {%- endif -%}
 """
-"""Laid out as published: an earlier answer loses its empty thought."""
+"""Like those of published models that think: an earlier answer loses its empty thought."""
 
 
 def qwen3_5(folder: Path, experts: int = 0) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import borrowed
@@ -92,3 +93,31 @@ def test_the_command_answers(
     command = ["predict", str(folder), str(picture), "--prompt", "Which colour?", "--device", "cpu"]
     assert run([*command, "--max-new-tokens", "3"]) == 0
     assert "[cut off after 3 tokens]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["predict", "train"])
+def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    folder = tmp_path / "chatty"
+    folder.mkdir()
+    auto = {"AutoConfig": "chatty.Config", "AutoModelForImageTextToText": "chatty.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "chatty", "auto_map": auto}))
+    (folder / "chatty.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    picture = str(tmp_path / borrowed.picture(tmp_path, 0))
+    arguments = [str(folder), picture, "--prompt", "What?"]
+    if command == "train":
+        turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "b"}]
+        (tmp_path / "data.jsonl").write_text(json.dumps({"id": "s", "messages": turns}))
+        recipe = {"model": str(folder), "output": str(tmp_path / "out")}
+        recipe["data"] = {"train": str(tmp_path / "data.jsonl")}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        arguments = [str(tmp_path / "recipe.yaml")]
+    assert run([command, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "a model of the family chatty, which transformers" in said
+    assert "chatty.Model" in said
+    assert "one of qwen2_vl, qwen2_5_vl" in said
+    assert "code that comes with a model is never run" in said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()

@@ -98,6 +98,18 @@ def test_all_parts_whole_are_read_by_transformers(task: Task) -> None:
     assert predict(answerer.model, answerer.renderer, [asked(task)], max_new_tokens=2, batch=1)
 
 
+def test_a_tied_head_stays_tied(task: Task, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = borrowed.llava(tmp_path / "tied", tied=True)
+    task.run("train.epochs=1", name=f"tied {tmp_path.name}", model=str(model), tune=WHOLE)
+    run = task.folder / f"tied {tmp_path.name}"
+    stored = load_file(run / "model/model.safetensors")
+    assert stored.keys() == load_file(model / "model.safetensors").keys()
+    theirs = AutoModelForImageTextToText.from_pretrained(run / "model")
+    torch.testing.assert_close(logits(None, run, task), logits(theirs, run, task))
+
+
 def test_a_resumed_run_ends_with_the_same_bits(task: Task) -> None:
     task.run(name="straight", tune=ALL)
     task.run(name="resumed", tune=ALL)
@@ -138,10 +150,11 @@ def test_an_adapter_is_trained_on(task: Task, tuned: Path) -> None:
     assert first < 0.7 * start
 
 
-def test_samples_are_shown_without_a_page(
+def test_samples_are_checked_and_shown_without_a_page(
     task: Task, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(tuned / "recipe.yaml")
+    assert command(["data", "check", recipe]) == 0
     assert command(["data", "show", recipe]) == 0
     assert "learned: " in capsys.readouterr().out
     assert command(["data", "show", recipe, "--html", str(task.folder / "page.html")]) == 2

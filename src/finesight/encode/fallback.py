@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class FallbackRenderer:
         """`picture` is the recipe's size rule (None: the processor's alone), `system` its prompt
         (None: what the template does without one)."""
         self._given = (folder, picture, system)
+        self._lock = Lock()
         self.family = folder.family
         self.rule: PictureRule = picture or AS_IT_IS
         self.system = system
@@ -201,9 +203,11 @@ class FallbackRenderer:
     ) -> Any:
         """What the processor makes of turns, `how` it is asked to."""
         try:
-            return self._processor.apply_chat_template(
-                [said], add_generation_prompt=answering, **how, **self._variables
-            )
+            # Tokenizers are not made for threads, and answering reads ahead in several.
+            with self._lock:
+                return self._processor.apply_chat_template(
+                    [said], add_generation_prompt=answering, **how, **self._variables
+                )
         except Exception as error:  # templates and processors raise anything
             raise UserError(
                 f"the processor of {self.family} refuses it: {type(error).__name__}: {error}",

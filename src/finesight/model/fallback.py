@@ -36,13 +36,13 @@ class Alone(GroupedLinear):
     layer's own."""
 
     def __init__(self, layer: nn.Linear, name: str) -> None:
-        nn.Module.__init__(self)
-        self.inputs, self.outputs = layer.in_features, {name: layer.out_features}
+        with torch.device("meta"):
+            super().__init__(
+                layer.in_features, {name: layer.out_features}, bias=layer.bias is not None
+            )
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_parameter("bias", None)
         for key, parameter in layer.named_parameters(recurse=False):
             self.register_parameter(key, parameter)
-        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[..., inputs] to [..., outputs], as the code around it expects."""

@@ -86,7 +86,8 @@ def main() -> None:
 
     torch.set_num_threads(asked.threads)
     figures: dict[str, Any] = {
-        "command": f"python benchmarks/qlora_quickstart.py --out {asked.out} --seed {asked.seed}",
+        "command": f"python benchmarks/qlora_quickstart.py --out {asked.out} --seed {asked.seed}"
+        f" --threads {asked.threads}",
         "machine": device_name(torch.device("cpu")),
         "versions": versions(),
         "variants": {},

@@ -159,15 +159,19 @@ def test_parts_in_four_bits_are_one_or_several_and_never_trained_whole(tmp_path)
     for written, expected in (
         ("language", ("language",)),
         ("[vision, merger]", ("vision", "merger")),
+        ("[language, embeddings]", ("language", "embeddings")),
     ):
         (tmp_path / "recipe.yaml").write_text(SHORTEST + f"tune: {{nf4: {written}}}\n")
         assert load_recipe(tmp_path / "recipe.yaml").tune.nf4 == expected
     error = _refusal(tmp_path, SHORTEST + "tune: {vision: full, nf4: [language, vision]}\n")
     assert "vision is full and in nf4" in error.what
     assert "set tune.vision to lora or frozen" in error.what
-    error = _refusal(tmp_path, SHORTEST + "tune: {nf4: [embeddings]}\n")
-    assert "'embeddings'" in error.what
-    assert "'vision', 'merger' or 'language'" in error.expected
+    error = _refusal(tmp_path, SHORTEST + "tune: {embeddings: full, nf4: [embeddings]}\n")
+    assert "embeddings is full and in nf4" in error.what
+    assert "set tune.embeddings to frozen" in error.what
+    error = _refusal(tmp_path, SHORTEST + "tune: {nf4: [head]}\n")
+    assert "'head'" in error.what
+    assert "'vision', 'merger', 'language' or 'embeddings'" in error.expected
     assert "at least 1 items" in _refusal(tmp_path, SHORTEST + "tune: {nf4: []}\n").expected
 
 

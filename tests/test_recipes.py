@@ -51,12 +51,20 @@ def foreign(tmp_path, monkeypatch):
             writer.writerows(rows)
     for name in ("data_vl.json", "dataset.json"):
         Path(name).write_text(json.dumps([_conversation(row) for row in rows]))
+    Path("chat.json").write_text(json.dumps([_talk(row) for row in rows]))
     _write_parquet(rows)
     return tmp_path
 
 
 def _conversation(row: dict[str, str]) -> dict[str, object]:
     question = f"COCO Yes: <|vision_start|>{row['image_path']}<|vision_end|>"
+    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
+    return {"id": row["image_path"], "conversations": turns}
+
+
+def _talk(row: dict[str, str]) -> dict[str, object]:
+    """As the first Qwen-VL's script reads them."""
+    question = f"Picture 1: <img>{row['image_path']}</img>\nWhat is it?"
     turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
     return {"id": row["image_path"], "conversations": turns}
 
@@ -72,8 +80,9 @@ def _write_parquet(rows: list[dict[str, str]]) -> None:
     parquet.write_table(pyarrow.table(table), "textvqa.parquet")
 
 
-def test_the_four_tutorials_have_recipes():
+def test_the_five_tutorials_have_recipes():
     assert {recipe.stem for recipe in RECIPES} >= {
+        "chat_qwen_vl_7b",
         "captions_qwen2_vl_2b",
         "captions_qwen2_5_vl_7b",
         "grounding_qwen2_5_vl_3b",

@@ -41,7 +41,7 @@ FOLDERS = {
 
 PAGES = {
     "pretraining": "One command that makes finesight-tiny again from nothing.",
-    "recipes": "Recipes of the four tutorials.",
+    "recipes": "Recipes of the five tutorials.",
     "examples": "The quickstart by the Python API, as a script in cells.",
     "docs": "Settings, commands, promises, and what changes for who comes from a tutorial.",
     "constraints.txt": "Exact versions that it was tested with.",

@@ -115,7 +115,12 @@ class Lora(Section):
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
 
-Quantisable = Literal["vision", "merger", "language"]
+Quantisable = Literal["vision", "merger", "language", "embeddings"]
+"""Of the embeddings the head alone is kept in four bits: the table is looked up."""
+
+
+def _frozen_modes(part: str) -> str:
+    return "frozen" if part == "embeddings" else "lora or frozen"
 
 
 def _as_names(value: object) -> object:
@@ -137,12 +142,17 @@ class Tune(Section):
 
     @model_validator(mode="after")
     def _quantised_parts_are_frozen(self) -> Tune:
-        modes = {"vision": self.vision, "merger": self.merger, "language": self.language}
+        modes = {
+            "vision": self.vision,
+            "merger": self.merger,
+            "language": self.language,
+            "embeddings": self.embeddings,
+        }
         for part in self.nf4 or ():
             if modes[part] == "full":
                 raise ValueError(
                     f"{part} is full and in nf4: weights in four bits cannot be trained;"
-                    f" set tune.{part} to lora or frozen, or leave it out of nf4"
+                    f" set tune.{part} to {_frozen_modes(part)}, or leave it out of nf4"
                 )
         return self
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from gptq import Way, publish
 from oracle import CPU
 from tuned import tuned
 from typer.testing import CliRunner, Result
@@ -204,3 +205,18 @@ def test_a_flipped_bit_in_the_adapter_is_refused(
     message = refused(sealed, tmp_path / "merged")
     assert "has changed since it was written" in message
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Path) -> None:
+    four, dense = publish(base, tmp_path, Way())
+    out = tmp_path / "full"
+    result = run_command(four.path, out)
+    assert result.exit_code == 0, result.exception
+    first, second = result.output.splitlines()
+    assert first == f"0 layers merged into {out}, fp32"
+    assert second.startswith("14 layers were published in four bits and are written in fp32")
+    models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
+    assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
+    told = json.loads(run_command(four.path, tmp_path / "again", "--json").output)
+    assert told["published_in_int4"] == 14
+    assert "has no adapter" in refused(dense.path, tmp_path / "nothing")

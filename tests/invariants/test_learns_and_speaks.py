@@ -16,9 +16,11 @@ from asking import ask, noise
 from typer.testing import CliRunner
 
 from finesight.cli.predict import predict
-from finesight.config import Recipe
+from finesight.config import Eval, Recipe
 from finesight.data.jsonl import Located, write_samples
 from finesight.data.sample import BoxPart, TextPart
+from finesight.evaluate.evaluate import evaluate
+from finesight.infer.load import load_answerer
 from finesight.model.tiny import make_tiny
 from finesight.train.loop import train
 
@@ -113,3 +115,33 @@ def test_a_run_that_knows_its_samples_answers_with_them(tmp_path, family, tune):
             assert box["label"] == right.label
             # The family speaks of thousandths or of whole pixels of the resized picture.
             assert box["xyxy"] == pytest.approx(right.xyxy, abs=0.51)
+
+
+def test_a_thinking_model_says_its_thought_apart_from_its_answer(tmp_path):
+    make_tiny(tmp_path / "tiny", "qwen3_vl")
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ '<think>' }}")
+    samples = []
+    for i in range(6):
+        noise(tmp_path / f"{i}.png", 64, 64, seed=i)
+        thought = f"<think>\nIt is {i}.\n</think>\n\n" if i % 2 else ""
+        answer = f"{thought}Number {i}"
+        samples.append(ask(str(i), tmp_path, f"{i}.png", "Read it.", answer=answer))
+    write_samples(tmp_path / "train.jsonl", [sample.sample for sample in samples])
+    result = train(_recipe(tmp_path, "qwen3_vl", FULL))
+
+    pictures = [str(tmp_path / f"{i}.png") for i in range(6)]
+    app = typer.Typer()
+    app.command()(predict)
+    words = [result.run, *pictures, "--prompt", "Read it.", "--device", "cpu"]
+    spoken = CliRunner().invoke(app, [*words, "--json"])
+    assert spoken.exit_code == 0, spoken.output
+    for i, line in enumerate(spoken.stdout.splitlines()):
+        found = json.loads(line)
+        assert found["answer"] == f"Number {i}"
+        assert found["raw"] == f"Number {i}<|im_end|>"
+        assert found["thought"] == (f"It is {i}." if i % 2 else "")
+    # Scored is the answer alone, beside the data's answer alone.
+    settings = Eval.model_validate({"metric": "classification", "max_new_tokens": 32})
+    answerer = load_answerer(result.run, "cpu")
+    scored = evaluate(answerer.model, answerer.renderer, samples, settings)
+    assert scored.scores["accuracy"] == 1.0

@@ -101,8 +101,9 @@ def test_bf16_is_as_near_to_fp32_as_the_reference_is(family: str) -> None:
     assert off > 0
 
 
+# With experts, a rounding may choose another one: these outputs are no near ones.
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_cards_without_the_kernel_compute_the_same_model(family: str, dtype: torch.dtype) -> None:
     # Heads of 12 numbers take the segment-wise path, as all heads do on a T4.
     exact = on_card(reference(config(family)), torch.float32)

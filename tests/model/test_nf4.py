@@ -14,9 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from finesight.errors import UserError
 from finesight.model import nf4
+from finesight.model.frozen import FrozenWeight, frozen_weights
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup, LowRank
-from finesight.model.nf4 import Nf4Matrix, Nf4Weight, bitsandbytes, nf4_weights
+from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 
 SHAPES = [(80, 48), (5, 6), (7, 3), (128, 128), (33, 66), (96, 3420), (1, 1), (300, 64)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,8 +120,8 @@ def groups(
         assert group.bias is not None
         group.bias.copy_(numbers(tuple(group.bias.shape), seed=1))
         if four_bits:
-            group.keep_in_nf4()
-            assert isinstance(group.weight, Nf4Weight)
+            group.freeze_as(Nf4Matrix)
+            assert isinstance(group.weight, FrozenWeight)
             group.to(device)
             for number, matrix in enumerate(group.weight.matrices):
                 matrix.fill(numbers((matrix.outputs, INPUTS), seed=number))
@@ -198,8 +199,8 @@ def test_nothing_dense_is_kept_for_the_way_back(adapted: bool) -> None:
 def test_weights_are_found_under_the_name_of_a_parameter() -> None:
     group, dense = groups(torch.float32, adapted=True)
     model = torch.nn.ModuleDict({"qkv_proj": group, "other": dense})
-    assert list(nf4_weights(model)) == ["qkv_proj.weight"]
-    assert nf4_weights(model)["qkv_proj.weight"].numbers == 64 * INPUTS
+    assert list(frozen_weights(model)) == ["qkv_proj.weight"]
+    assert frozen_weights(model)["qkv_proj.weight"].numbers == 64 * INPUTS
     names = dict(model.named_parameters())
     assert "other.weight" in names
     assert "qkv_proj.weight" not in names

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gptq import Way, publish, with_a_head
 from oracle import CPU
 from safetensors import safe_open
 from small_run import Task
@@ -18,8 +19,8 @@ from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer.load import find_parts, load_answerer
 from finesight.model import nf4
+from finesight.model.frozen import frozen_weights
 from finesight.model.merge import merge_folder
-from finesight.model.nf4 import nf4_weights
 from finesight.model.parts import apply_tuning
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
@@ -130,7 +131,7 @@ def test_a_merged_model_is_loaded_as_it_is(task: Task) -> None:
     )
     again = find_parts(str(merged.folder))
     assert (again.nf4, again.adapter) == ((), None)
-    assert not nf4_weights(load_answerer(str(merged.folder), "cpu").model)
+    assert not frozen_weights(load_answerer(str(merged.folder), "cpu").model)
 
 
 @pytest.mark.parametrize("tune", [LORA, {"language": "frozen", "merger": "full"}])
@@ -153,7 +154,7 @@ def test_one_bit_of_frozen_codes_is_noticed(tmp_path: Path) -> None:
     expected = {row.part: row for row in Watch(dense, {}).changes(())}
     assert rows == expected
     assert rows["language"].changed == 0
-    matrix = nf4_weights(model)["model.layers.1.mlp.gate_up_proj.weight"].matrices[1]
+    matrix = frozen_weights(model)["model.layers.1.mlp.gate_up_proj.weight"].matrices[1]
     matrix.codes[7] ^= 1
     assert {row.part: row.changed for row in watch.changes(())} == {
         "vision": 0,
@@ -161,3 +162,49 @@ def test_one_bit_of_frozen_codes_is_noticed(tmp_path: Path) -> None:
         "language": 1,
         "embeddings": 0,
     }
+
+
+def test_a_run_on_a_model_published_in_four_bits(task: Task) -> None:
+    """Adapters beside weights that stay as they are, and a merger that learns whole."""
+    four, dense = publish(ModelFolder(task.folder / "tiny"), task.folder, Way(act_order=True))
+    tune = LORA | {"merger": "full"}
+    results = [
+        task.run(tune=tune, model=str(folder.path), name=folder.path.name + "-run")
+        for folder in (dense, four)
+    ]
+    assert "(weights of language in four bits, as published)" in task.screen
+    assert results[0].loss == results[1].loss
+    assert results[0].after == results[1].after
+    run = task.folder / "int4-run"
+    found = load_answerer(str(run), "cpu").model
+    base = frozen_weights(load_model(four, torch.float32, CPU))
+    kept = frozen_weights(found)
+    assert kept.keys() == base.keys()
+    for name, weight in base.items():
+        for bits, expected in zip(kept[name].buffers(), weight.buffers(), strict=True):
+            assert torch.equal(bits, expected)
+    with pytest.raises(UserError, match="language is full, and the model has its weights in four"):
+        task.run(tune={"language": "full"}, model=str(four.path), name="whole")
+
+
+def test_a_run_with_its_head_in_four_bits(task: Task) -> None:
+    tune = LORA | {"nf4": ["language", "embeddings"]}
+    with pytest.raises(UserError, match="head is the table of its embeddings"):
+        task.run(tune=tune, name="tied")
+    _, dense = publish(ModelFolder(task.folder / "tiny"), task.folder, Way())
+    base = with_a_head(dense)
+    result = task.run("train.epochs=4", tune=tune, model=str(base.path))
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.held_out_loss < result.before.held_out_loss
+    model = load_answerer(str(task.folder / "run"), "cpu").model
+    assert "lm_head.weight" in frozen_weights(model)
+    again = task.run(
+        "train.steps=1",
+        "train.epochs=null",
+        tune=tune,
+        name="again",
+        model=str(task.folder / "run"),
+    )
+    assert again.before is not None
+    assert again.before.held_out_loss == pytest.approx(result.after.held_out_loss, rel=1e-6)

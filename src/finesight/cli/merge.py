@@ -14,7 +14,10 @@ from finesight.errors import UserError
 
 def merge(
     source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A run folder, an adapter folder or a model in four bits (GPTQ)."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.")],
     base: Annotated[
@@ -29,30 +32,41 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a model folder that transformers, vLLM and llama.cpp load.
 
+    What was published in four bits (GPTQ) is written in full.
+
     Example: finesight merge runs/latex models/latex
     """
     from finesight.infer.load import find_parts
+    from finesight.model.int4 import published_group
     from finesight.model.merge import merge_folder
 
     parts = find_parts(source, base)
-    if parts.adapter is None:
+    if parts.adapter is None and published_group(parts.folder) is None:
         raise UserError(
             f"{source} has no adapter",
             where="finesight merge",
-            expected="a run that trained with lora, or a folder with an adapter",
+            expected="a run that trained with lora, a folder with an adapter, or a model in four"
+            " bits",
             remedy=f"nothing is left to merge: use {parts.folder.path} as it is",
         )
     merged = merge_folder(parts.folder, parts.adapter, out, precision, parts.manifest)
     if as_json:
         result = {"folder": str(out), "layers": merged.layers, "precision": merged.precision}
-        typer.echo(json.dumps(result | ({"trained_in_nf4": parts.nf4} if parts.nf4 else {})))
-    else:
-        typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
-        if parts.nf4:
-            typer.echo(
-                f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
-                f" them as published: answers differ a little, measure them (finesight eval)"
-            )
-        if parts.manifest is not None and not isinstance(parts.manifest.picture, PixelRange):
-            rule = ", ".join(f"{key} {n}" for key, n in parts.manifest.picture)
-            typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")
+        more = {"trained_in_nf4": parts.nf4, "published_in_int4": merged.thawed}
+        typer.echo(json.dumps(result | {key: value for key, value in more.items() if value}))
+        return
+    typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
+    if merged.thawed:
+        typer.echo(
+            f"{merged.thawed} layers were published in four bits and are written in"
+            f" {merged.precision}, about four times as large: what they stand for is the same, not"
+            " what it was before it was quantised"
+        )
+    if parts.nf4:
+        typer.echo(
+            f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
+            f" them as published: answers differ a little, measure them (finesight eval)"
+        )
+    if parts.manifest is not None and not isinstance(parts.manifest.picture, PixelRange):
+        rule = ", ".join(f"{key} {n}" for key, n in parts.manifest.picture)
+        typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")

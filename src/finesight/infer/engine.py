@@ -54,7 +54,7 @@ class Session:
     ) -> None:
         self._model = model
         self._prefill_tokens = prefill_tokens
-        weight = model.head_weight
+        weight = model.model.embed_tokens.weight
         language = model.geometry.language
         # M-RoPE goes on from the largest position of any row, in all three rows alike.
         ends = [_last_position(prompt.outline, language.positions) for prompt in prompts]
@@ -70,7 +70,7 @@ class Session:
             device=self._device,
         )
         self._position_R = torch.tensor(ends, device=self._device)
-        self._recorded = Recorded() if self._device.type == "cuda" else None
+        self._recorded = Recorded() if model.recordable else None
         self._prompts = prompts
 
     def prefill(self) -> Tensor:

@@ -14,6 +14,12 @@ from finesight.model.fused import gated
 from finesight.model.geometry import ExpertGeometry
 
 
+def waits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies expert by expert, asking the device how many rows each has."""
+    fast = dtype == torch.bfloat16 and device.type == "cuda"
+    return not fast or torch.cuda.get_device_capability(device) < (9, 0)
+
+
 class Experts(nn.Module):
     """The weights of all experts, stacked as they are published: inputs before outputs."""
 

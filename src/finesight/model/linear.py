@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.nf4 import Nf4Weight
+from finesight.model.frozen import FrozenMatrix, FrozenWeight
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -23,10 +23,11 @@ class GroupedLinear(nn.Module):
     `outputs` maps the last piece of each layer's hub name to its width, in order: a group of
     q_proj, k_proj and v_proj holds one weight of shape [sum(outputs), inputs]. A layer alone has
     its own name as the module's. `adapter` is set by `model.lora`; it computes the
-    group's product together with its low-rank updates. A weight that stays frozen may be in NF4.
+    group's product together with its low-rank updates. A weight that never learns may be in few
+    bits.
     """
 
-    weight: nn.Parameter | Nf4Weight
+    weight: nn.Parameter | FrozenWeight
 
     def __init__(self, inputs: int, outputs: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
@@ -36,13 +37,22 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.adapter: nn.Module | None = None
 
-    def keep_in_nf4(self) -> None:
-        """Room for four bits in place of the weight, whose numbers are lost; its type stays that of
-        the computation."""
-        empty = Nf4Weight(tuple(self.outputs.values()), self.inputs, self.weight.dtype)
+    def freeze_as(self, kind: Callable[[int, int], FrozenMatrix]) -> None:
+        """Room for matrices of this kind, made of outputs and inputs, in place of the weight, whose
+        numbers are lost; its type stays that of the computation."""
+        matrices = [kind(width, self.inputs) for width in self.outputs.values()]
+        self._replace(FrozenWeight(matrices, self.weight.dtype))
+
+    @torch.no_grad()
+    def thaw(self) -> None:
+        """The dense numbers of a frozen weight in its place."""
+        if isinstance(self.weight, FrozenWeight):
+            self._replace(nn.Parameter(torch.cat(list(self.weight.dense()))))
+
+    def _replace(self, weight: nn.Parameter | FrozenWeight) -> None:
         # Where a module was made with a parameter, torch refuses another kind of thing.
         del self.weight
-        self.weight = empty
+        self.weight = weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
@@ -52,7 +62,7 @@ class GroupedLinear(nn.Module):
 
 
 def products(
-    x: Tensor, weight: Tensor | Nf4Weight, bias: Tensor | None, widths: Sequence[int]
+    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i for the layers of a group, [..., inputs] to [..., width] each.
 
@@ -62,12 +72,12 @@ def products(
     if len(widths) == 1 and isinstance(weight, Tensor):
         return (F.linear(x, weight, bias),)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
-    if isinstance(weight, Nf4Weight):
+    if isinstance(weight, FrozenWeight):
         return tuple(layer(x, b) for layer, b in zip(weight.matrices, biases, strict=True))
     weights = torch.split(weight, list(widths))
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
-def matrices(weight: Tensor | Nf4Weight, widths: Sequence[int]) -> Iterable[Tensor]:
-    """W_i [width, inputs] of each layer of a group; of NF4, each is made when it is asked for."""
-    return weight.dense() if isinstance(weight, Nf4Weight) else torch.split(weight, list(widths))
+def matrices(weight: Tensor | FrozenWeight, widths: Sequence[int]) -> Iterable[Tensor]:
+    """W_i [width, inputs] of each layer of a group; in few bits, each is made when asked for."""
+    return weight.dense() if isinstance(weight, FrozenWeight) else torch.split(weight, list(widths))

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finesight.model.frozen import FrozenWeight
 from finesight.model.fused import drop, drop_alike
 from finesight.model.linear import GroupedLinear, matrices, products
-from finesight.model.nf4 import Nf4Weight
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LoraGroup(nn.Module):
         return bands
 
     def forward(
-        self, x: Tensor, weight: Tensor | Nf4Weight, bias: Tensor | None
+        self, x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         """[..., I] to one [..., O] for each layer of the group, the base product included."""
         trained = isinstance(weight, Tensor) and weight.requires_grad
@@ -150,15 +150,15 @@ class _AdaptedProduct(torch.autograd.Function):
 
     One node for base and update: the update is added into the product in place, forwards and
     backwards, so that neither the outputs nor the gradient of the input are copied; and the
-    outputs' gradients come in one by one, so that they need not be joined first. W in NF4 is made
-    anew for the way back.
+    outputs' gradients come in one by one, so that they need not be joined first. W in few bits is
+    made anew for the way back.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        weight: Tensor | Nf4Weight,
+        weight: Tensor | FrozenWeight,
         bias_O: Tensor | None,
         a_SI: Tensor,
         layout: Layout,
@@ -247,4 +247,5 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, GroupedLinear, LoraGroup]]
 
 def hub_name(path: str, output: str) -> str:
     """The hub's name of one layer of the group at `path`, without `.weight`."""
-    return f"{path.rpartition('.')[0]}.{output}"
+    parent, dot, _ = path.rpartition(".")
+    return f"{parent}{dot}{output}"

@@ -1,4 +1,5 @@
-"""Adapters added into the weights: a model folder that needs nothing of LoRA to be served."""
+"""Adapters added into the weights: a model folder that needs nothing of LoRA to be served, nor of
+the four bits that its base was published in."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from finesight.errors import UserError
 from finesight.hub import PREPROCESSOR, ModelFolder
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
+from finesight.model.frozen import FrozenWeight
+from finesight.model.linear import GroupedLinear
 from finesight.model.lora import adapters
 from finesight.model.weights import DTYPES, load_model, save_model, stored_precision
 from finesight.storage import write_folder
@@ -28,7 +31,9 @@ def merge_into(model: nn.Module) -> int:
     """
     merged = 0
     for path, group, adapter in list(adapters(model)):
-        assert isinstance(group.weight, nn.Parameter), f"{path} is in NF4: nothing is added to it"
+        assert isinstance(group.weight, nn.Parameter), (
+            f"{path} is in four bits: nothing is added to it"
+        )
         for name, (a_RI, b_OR) in adapter.factors().items():
             band = adapter.bands[name]
             rows_OI = group.weight[band.columns]
@@ -38,23 +43,40 @@ def merge_into(model: nn.Module) -> int:
     return merged
 
 
+@torch.no_grad()
+def thaw(model: nn.Module) -> int:
+    """Put the dense numbers of every weight in few bits in its place; returns of how many layers.
+
+    They are those that the bits stand for, rounded once to the type of the computation.
+    """
+    layers = 0
+    for module in model.modules():
+        if isinstance(module, GroupedLinear) and isinstance(module.weight, FrozenWeight):
+            module.thaw()
+            layers += len(module.outputs)
+    return layers
+
+
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_folder` wrote: where, how many layers changed, and the type of the weights."""
+    """What `merge_folder` wrote: where, how many layers changed, how many were in four bits, and
+    the type of the weights."""
 
     folder: Path
     layers: int
+    thawed: int
     precision: str
 
 
 def merge_folder(
     base: ModelFolder,
-    adapter: Path,
+    adapter: Path | None,
     out: Path,
     precision: Precision = "auto",
     manifest: Manifest | None = None,
 ) -> Merged:
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
+    What was published in four bits is written in full, also where there is no adapter.
 
     `precision` auto keeps the type of the base's weights. `manifest` is that of the adapter's run:
     it goes along, so that the folder is asked as the run was trained. The weights of `base` are
@@ -75,14 +97,16 @@ def merge_folder(
         # In another type than the base's the sum would be rounded twice, unless kept in fp32.
         computed = DTYPES[stored] if kept == stored else torch.float32
         model = load_model(base, computed, torch.device("cpu"))
-        install_adapter(model, adapter, base=base, dtype=torch.float32)
+        thawed = thaw(model)
+        if adapter is not None:
+            install_adapter(model, adapter, base=base, dtype=torch.float32)
         layers = merge_into(model)
         save_model(model, base, folder, DTYPES[kept])
         if manifest is not None:
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
             if isinstance(manifest.picture, PixelRange):
                 _tell_servers(folder / PREPROCESSOR, manifest.picture)
-    return Merged(out, layers, kept)
+    return Merged(out, layers, thawed, kept)
 
 
 def _tell_servers(path: Path, rule: PixelRange) -> None:

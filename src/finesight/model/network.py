@@ -18,8 +18,11 @@ from finesight.errors import UserError
 from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
+from finesight.model.experts import waits
+from finesight.model.frozen import FrozenWeight
 from finesight.model.geometry import Geometry, Settings, read_pixels
 from finesight.model.language import Deepstack
+from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import CURRENT, FIRST, Names
 from finesight.model.tower import VisionTower
 
@@ -49,13 +52,26 @@ class VisionLanguageModel(nn.Module):
         self.model = architecture.decoder(geometry.language)
         language = geometry.language
         self.lm_head = (
-            None if language.tied else nn.Linear(language.width, language.vocabulary, bias=False)
+            None
+            if language.tied
+            else GroupedLinear(language.width, {"lm_head": language.vocabulary}, bias=False)
         )
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D], the embedding's own where the head is tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, D], the embedding's own where the head is tied. In few bits it is made anew each time
+        that it is asked for: ask once for a pack."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        weight = self.lm_head.weight
+        return next(weight.dense()) if isinstance(weight, FrozenWeight) else weight
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step of generation can be recorded: nothing in it waits for the device."""
+        weight = self.model.embed_tokens.weight
+        has_experts = self.geometry.language.experts is not None
+        return weight.is_cuda and not (has_experts and waits(weight.dtype, weight.device))
 
     @property
     def module_names(self) -> Names:
@@ -106,7 +122,9 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """Normed hidden states to [T, V]."""
-        return F.linear(h_TD, self.head_weight)
+        if self.lm_head is None:
+            return F.linear(h_TD, self.model.embed_tokens.weight)
+        return only(self.lm_head(h_TD))
 
     def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from finesight.errors import UserError
+from finesight.model.frozen import STORED, FrozenMatrix, Piece
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Numbers of a matrix that share a scale, and scales that share theirs."""
@@ -63,7 +61,7 @@ def _levels(device: torch.device) -> Tensor:
     return levels
 
 
-class Nf4Matrix(nn.Module):
+class Nf4Matrix(FrozenMatrix):
     """A frozen matrix [O, I] in about 4.13 bits a number.
 
     `codes` [ceil(O I / 2), 1] holds two numbers to a byte, row after row. Each block of them is
@@ -78,18 +76,16 @@ class Nf4Matrix(nn.Module):
     mean: Tensor
 
     def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.outputs, self.inputs = outputs, inputs
+        super().__init__(outputs, inputs)
         blocks = -(-self.numbers // BLOCK)
         self.register_buffer("codes", torch.empty(-(-self.numbers // 2), 1, dtype=torch.uint8))
         self.register_buffer("scales_B", torch.empty(blocks, dtype=torch.uint8))
         self.register_buffer("coarse", torch.empty(-(-blocks // SCALES_BLOCK)))
         self.register_buffer("mean", torch.empty(()))
 
-    @property
-    def numbers(self) -> int:
-        """Of the matrix that it stands for."""
-        return self.outputs * self.inputs
+    def pieces(self) -> tuple[Piece, ...]:
+        """The dense matrix: it is quantised here."""
+        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
 
     @torch.no_grad()
     def fill(self, values_OI: Tensor) -> None:
@@ -137,67 +133,10 @@ class Nf4Matrix(nn.Module):
         flat: Tensor = _imported().functional.dequantize_4bit(self.codes, state)
         return flat.reshape(self.outputs, self.inputs)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, [..., I] to [..., O]; what goes back to `x` needs no matrix kept."""
-        y: Tensor = _FrozenProduct.apply(x, bias, self)  # type: ignore[no-untyped-call]
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias by bitsandbytes, which itself knows when making the matrix is quicker."""
+        if not x.is_cuda or self.inputs % BLOCK:
+            return None
+        state = self._state((self.outputs, self.inputs), x.dtype)
+        y: Tensor = _imported().matmul_4bit(x, self.codes, state, bias=bias)
         return y
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """As `forward`, without a way back."""
-        if x.is_cuda and self.inputs % BLOCK == 0:
-            # Multiplies few rows without making the matrix, where that is quicker.
-            state = self._state((self.outputs, self.inputs), x.dtype)
-            y: Tensor = _imported().matmul_4bit(x, self.codes, state, bias=bias)
-            return y
-        return F.linear(x, self.dense(x.dtype), bias)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T + bias, whose backward pass makes W again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: Nf4Matrix) -> Tensor:
-        ctx.matrix = matrix
-        return matrix.product(x, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy @ ctx.matrix.dense(dy.dtype), None, None
-
-
-class Nf4Weight(nn.Module):
-    """The weight of a group of layers, each quantised by itself, in place of the one tensor.
-
-    `dtype` is what is computed in: that of the group's bias and adapter.
-    """
-
-    def __init__(self, widths: Sequence[int], inputs: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.layers = nn.ModuleList(Nf4Matrix(width, inputs) for width in widths)
-
-    @property
-    def matrices(self) -> tuple[Nf4Matrix, ...]:
-        """Of the group's layers, in order."""
-        return tuple(layer for layer in self.layers if isinstance(layer, Nf4Matrix))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the bits lie."""
-        return self.matrices[0].codes.device
-
-    @property
-    def numbers(self) -> int:
-        """Of all the matrices that it stands for."""
-        return sum(matrix.numbers for matrix in self.matrices)
-
-    def dense(self) -> Iterator[Tensor]:
-        """Each layer's matrix [O, I], one at a time."""
-        for matrix in self.matrices:
-            yield matrix.dense(self.dtype)
-
-
-def nf4_weights(model: nn.Module) -> dict[str, Nf4Weight]:
-    """The weights in NF4 by name: that which a parameter in their place would have."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, Nf4Weight)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from torch import nn
 
 from finesight.config import Lora, Tune
 from finesight.errors import UserError
+from finesight.model.frozen import frozen_weights
 from finesight.model.lora import LoraGroup, LowRank, adaptable_layers, adapters
 
 Part = Literal["vision", "merger", "language", "embeddings"]
@@ -85,10 +86,12 @@ def apply_tuning(model: nn.Module, tune: Tune, seed: int) -> None:
 
     The adapters of a `lora` part cover its linear layers, narrowed by `tune.lora.targets`; their
     starting values depend on `seed` and on each layer's name only. Raises UserError for a target
-    that no layer of these parts has, and for a part that the targets leave without any.
+    that no layer of these parts has, for a part that the targets leave without any, and for weights
+    in few bits that are to learn.
     """
     assert not list(adapters(model)), "the model carries adapters already"
     modes = _modes(tune)
+    _refuse_in_full(model, modes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(modes[part_of(name)] == "full")
     adapted = [part for part in PARTS if modes[part] == "lora"]
@@ -97,6 +100,19 @@ def apply_tuning(model: nn.Module, tune: Tune, seed: int) -> None:
         chosen = _targeted([n for n in places if part_of(n) in adapted], adapted, tune.lora.targets)
         low = LowRank(tune.lora.rank, tune.lora.alpha)
         _install(model, dict.fromkeys(chosen, low), tune.lora, seed)
+
+
+def _refuse_in_full(model: nn.Module, modes: Mapping[Part, str]) -> None:
+    for name in frozen_weights(model):
+        part = part_of(name)
+        if modes[part] == "full":
+            raise UserError(
+                f"{part} is full, and the model has its weights in four bits, which cannot be"
+                " trained",
+                where=f"tune.{part}",
+                expected="frozen or lora",
+                remedy="train the same model without quantisation, or adapters on this one",
+            )
 
 
 def _modes(tune: Tune) -> dict[Part, str]:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import PICKLED_INDEX, PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.manifest import MANIFEST
+from finesight.model.frozen import STORED, FrozenMatrix, FrozenWeight, Piece, frozen_weights
 from finesight.model.geometry import Settings
+from finesight.model.headers import Stored, header, misfit, opened
+from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.linear import GroupedLinear
+from finesight.model.lora import hub_name
 from finesight.model.network import VisionLanguageModel, build
-from finesight.model.nf4 import Nf4Matrix, Nf4Weight, bitsandbytes
+from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 from finesight.model.parts import Part, part_of
 from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
@@ -31,11 +32,10 @@ from finesight.storage import DIGESTS, verify_folder
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The types that weights are stored in and computed with, by the name a user gives them."""
 
-_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-"""The same by their name in the header of a safetensors file."""
-
 _HEAD = "lm_head.weight"
 _PATCH_EMBED = "visual.patch_embed.proj.weight"
+_PACKED = ".qweight"
+"""The ending of the one tensor that only a quantised layer has."""
 _INDEX = "model.safetensors.index.json"
 _DESCRIPTIONS = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _REMEDY = "download the model again"
@@ -45,10 +45,10 @@ _REMEDY = "download the model again"
 class HubTensor:
     """A tensor as the hub has it: its own name here (`Architecture.published_name` has the hub's)
     and its shape; `data` is the stretch of a parameter that holds it (a group holds several, and
-    the patch embedding is kept flat), or the matrix in NF4."""
+    the patch embedding is kept flat), or a piece of a matrix in few bits."""
 
     name: str
-    data: Tensor | Nf4Matrix
+    data: Tensor | Piece
     shape: tuple[int, ...]
 
     @property
@@ -56,9 +56,24 @@ class HubTensor:
         """How many it has."""
         return math.prod(self.shape)
 
+    @property
+    def types(self) -> Collection[str]:
+        """Those that a file may have it in."""
+        return self.data.types if isinstance(self.data, Piece) else STORED
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """What it takes in a file of this type: whole numbers stay what they are."""
+        return self.numbers * (4 if "I32" in self.types else dtype.itemsize)
+
+    def fits(self, stored: Stored) -> bool:
+        """Whether that can stand here; transformers 5 writes experts with their outputs first."""
+        shape = stored.shape
+        turned = (shape[0], shape[2], shape[1]) if len(shape) == 3 else None
+        return self.shape in (shape, turned)
+
     def put(self, values: Tensor) -> None:
         """Give it the values of a file."""
-        if isinstance(self.data, Nf4Matrix):
+        if isinstance(self.data, Piece):
             self.data.fill(values)
         else:
             self.data.copy_(values.reshape(self.data.shape))
@@ -85,36 +100,24 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
 
 
 def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
-    parent, widths = path.rpartition(".")[0], list(group.outputs.values())
-    weights: Sequence[Tensor | Nf4Matrix] = (
+    widths = list(group.outputs.values())
+    weights: Sequence[Tensor | FrozenMatrix] = (
         group.weight.matrices
-        if isinstance(group.weight, Nf4Weight)
+        if isinstance(group.weight, FrozenWeight)
         else torch.split(group.weight.detach(), widths)
     )
     biases = (
         [None] * len(widths) if group.bias is None else torch.split(group.bias.detach(), widths)
     )
     for output, weight, bias in zip(group.outputs, weights, biases, strict=True):
-        shape = group.outputs[output], group.inputs
-        yield HubTensor(f"{parent}.{output}.weight", weight, shape)
+        layer = hub_name(path, output)
+        if isinstance(weight, FrozenMatrix):
+            for piece in weight.pieces():
+                yield HubTensor(f"{layer}.{piece.name}", piece, piece.shape)
+        else:
+            yield HubTensor(f"{layer}.weight", weight, (group.outputs[output], group.inputs))
         if bias is not None:
-            yield HubTensor(f"{parent}.{output}.bias", bias, tuple(bias.shape))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What a file's header says of a tensor; `native` is the name here of what it calls `name`."""
-
-    file: Path
-    name: str
-    native: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def fits(self, wanted: HubTensor) -> bool:
-        """Whether it can stand there; transformers 5 writes experts with their outputs first."""
-        turned = (self.shape[0], self.shape[2], self.shape[1]) if len(self.shape) == 3 else None
-        return wanted.shape in (self.shape, turned)
+            yield HubTensor(f"{layer}.bias", bias, tuple(bias.shape))
 
 
 def load_model(
@@ -123,13 +126,16 @@ def load_model(
     """The model of a hub folder, every tensor read exactly once.
 
     The linear layers of the parts `nf4` are quantised one by one as they are read, from the type
-    that they are stored in, so that the bits are the same whatever is computed in.
+    that they are stored in, so that the bits are the same whatever is computed in; of the
+    embeddings that is the head.
+
+    Layers that were published in four bits (`model.int4`) stay so.
 
     Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
-    for quantised weights, for a folder that has changed since finesight wrote it, and where
-    quantising needs a package that is missing.
+    for weights quantised otherwise, for a folder that has changed since finesight wrote it, for a
+    head to quantise that is tied, and where quantising needs a package that is missing.
     """
-    _refuse_quantised(folder)
+    group = published_group(folder)
     if nf4:
         bitsandbytes("tune.nf4")
     config = Settings(folder.config, str(folder.path / "config.json"))
@@ -138,17 +144,23 @@ def load_model(
     if (folder.path / DIGESTS).is_file():
         verify_folder(folder.path)
     model = build(config, preprocessor, dtype, torch.device("meta"))
+    if "embeddings" in nf4 and model.lm_head is None:
+        raise _tied(folder)
+    named = model.architecture.native_name
+    stored = [tensor for file in files for tensor in header(file, named)]
     _keep_in_nf4(model, nf4)
+    if group is not None:
+        layers = {t.layer for t in stored if t.native.endswith(_PACKED)}
+        keep_in_int4(model, layers, group, str(folder.path))
     model.to_empty(device=device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
-    named = model.architecture.native_name
-    stored = [tensor for file in files for tensor in _header(file, named)]
     if model.geometry.language.tied:
         # A tied head may be written out; the embedding is what it is tied to.
         stored = [tensor for tensor in stored if tensor.native != _HEAD]
+    stored = _without_idle_biases(stored, wanted)
     _check(stored, wanted, folder.path)
     for file in files:
-        with _open(file) as weights:
+        with opened(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
                     values = weights.get_tensor(tensor.name)
@@ -157,95 +169,78 @@ def load_model(
     return model
 
 
+def _without_idle_biases(stored: Sequence[Stored], wanted: Mapping[str, HubTensor]) -> list[Stored]:
+    """AutoGPTQ writes a bias for every layer that it quantised: zeros where the model has none."""
+    idle = [
+        t
+        for t in stored
+        if t.native.endswith(".bias") and t.native not in wanted and t.layer + _PACKED in wanted
+    ]
+    for tensor in idle:
+        with opened(tensor.file) as weights:
+            if weights.get_tensor(tensor.name).any():
+                raise misfit([tensor.name], "of layers without a bias", "zeros", tensor.file)
+    return [tensor for tensor in stored if tensor not in idle]
+
+
+def _tied(folder: ModelFolder) -> UserError:
+    return UserError(
+        "embeddings are in nf4, and this model's head is the table of its embeddings, which is"
+        " looked up: it would be kept twice",
+        where="tune.nf4",
+        expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
+        remedy=f"leave embeddings out of nf4 for {folder.path.name}",
+    )
+
+
 def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
     """Make room for four bits in these parts of a model without numbers."""
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts:
             with torch.device("meta"):
-                module.keep_in_nf4()
+                module.freeze_as(Nf4Matrix)
 
 
 def stored_precision(folder: ModelFolder) -> str:
-    """The type of most of a folder's tensors, a key of DTYPES. Raises UserError for others."""
-    _refuse_quantised(folder)
-    types = Counter(tensor.dtype for file in folder.weight_files() for tensor in _header(file))
+    """The type of most of a folder's tensors, a key of DTYPES; of a quantised one, of those that
+    are not. Raises UserError for others."""
+    quantised = published_group(folder) is not None
+    types = Counter(tensor.dtype for file in folder.weight_files() for tensor in header(file))
+    if quantised:
+        del types["I32"]
     usual = max(types, key=types.__getitem__, default="none")
-    if usual not in _STORED:
+    if usual not in STORED:
         raise UserError(
             f"weights of type {usual}",
             where=str(folder.path),
-            expected=f"one of {', '.join(_STORED)}",
+            expected=f"one of {', '.join(STORED)}",
             remedy=_REMEDY,
         )
-    return _STORED[usual]
+    return STORED[usual]
 
 
-def _refuse_quantised(folder: ModelFolder) -> None:
-    quantised = folder.config.get("quantization_config")
-    if quantised is not None:
-        raise UserError(
-            f"quantised weights: quantization_config is {quantised!r:.80}",
-            where=str(folder.path / "config.json"),
-            expected="weights in bf16, fp16 or fp32",
-            remedy="take the same model without quantisation: tune.nf4=[language] in a recipe"
-            " quantises it while it is loaded",
-        )
-
-
-def _header(file: Path, named: Callable[[str], str] = str) -> list[_Stored]:
-    with _open(file) as weights:
-        pieces = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-        return [
-            _Stored(file, name, named(name), tuple(piece.get_shape()), piece.get_dtype())
-            for name, piece in pieces.items()
-        ]
-
-
-def _check(stored: Sequence[_Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
+def _check(stored: Sequence[Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
     """Every wanted tensor once and nothing else, found by the headers before any number is read."""
     unknown = [t for t in stored if t.native not in wanted]
     if unknown:
         names = [t.name for t in unknown]
-        raise _misfit(names, "unknown to this model", "those of config.json", unknown[0].file)
+        raise misfit(names, "unknown to this model", "those of config.json", unknown[0].file)
     counts = Counter(t.native for t in stored)
     repeated = [t for t in stored if counts[t.native] > 1]
     if repeated:
-        raise _misfit([t.name for t in repeated], "there twice", "each once", repeated[-1].file)
-    misshapen = [t for t in stored if not t.fits(wanted[t.native])]
+        raise misfit([t.name for t in repeated], "there twice", "each once", repeated[-1].file)
+    misshapen = [t for t in stored if not wanted[t.native].fits(t)]
     if misshapen:
         shapes = [f"{t.name} {t.shape} not {wanted[t.native].shape}" for t in misshapen]
-        raise _misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
-    strange = [t for t in stored if t.dtype not in _STORED]
+        raise misfit(shapes, "of another shape", "those of config.json", misshapen[0].file)
+    strange = [t for t in stored if t.dtype not in wanted[t.native].types]
     if strange:
         types = [f"{t.name} {t.dtype}" for t in strange]
-        raise _misfit(types, "of another type", f"one of {', '.join(_STORED)}", strange[0].file)
+        expected = f"one of {', '.join(wanted[strange[0].native].types)}"
+        raise misfit(types, "of another type", expected, strange[0].file)
     missing = [name for name in wanted if name not in counts]
     if missing:
-        raise _misfit(missing, "missing", "all those of config.json", folder)
-
-
-def _misfit(names: list[str], what: str, expected: str, where: Path) -> UserError:
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return UserError(
-        f"{len(names)} tensors are {what}: {shown}",
-        where=str(where),
-        expected=expected,
-        remedy=_REMEDY,
-    )
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            yield weights
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not a whole safetensors file ({error})",
-            where=str(file),
-            expected="a safetensors file as it was published",
-            remedy=_REMEDY,
-        ) from error
+        raise misfit(missing, "missing", "all those of config.json", folder)
 
 
 def save_model(
@@ -259,15 +254,17 @@ def save_model(
     most `max_shard_bytes`, beside the configuration and tokenizer files of `folder`.
 
     `target` comes from `storage.write_folder`, which makes it appear whole. Adapters must be
-    merged before. What the model holds in NF4 is written as `folder` holds it, in its type.
+    merged before. What the model holds in few bits is written as `folder` holds it, in its type.
     """
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
     assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
-    copy_descriptions(folder, target, dtype)
-    shards = _shards(list(hub_tensors(model)), dtype.itemsize, max_shard_bytes)
+    shards = _shards(list(hub_tensors(model)), dtype, max_shard_bytes)
+    packed = any(t.name.endswith(_PACKED) for shard in shards for t in shard)
+    dropped = () if packed else ("quantization_config",)
+    copy_descriptions(folder, target, dtype, dropped)
     published = model.architecture.published_name
-    originals = _originals(folder, model) if _holds_nf4(model) else {}
+    originals = _originals(folder, model) if frozen_weights(model) else {}
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -279,16 +276,16 @@ def save_model(
         save_file(tensors, target / file, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(t.numbers for shard in shards for t in shard) * dtype.itemsize
+        size = sum(t.nbytes(dtype) for shard in shards for t in shard)
         index = {"metadata": {"total_size": size}, "weight_map": names}
         (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(tensors: Sequence[HubTensor], itemsize: int, most: float) -> list[list[HubTensor]]:
+def _shards(tensors: Sequence[HubTensor], dtype: torch.dtype, most: float) -> list[list[HubTensor]]:
     shards: list[list[HubTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        bytes_ = tensor.numbers * itemsize
+        bytes_ = tensor.nbytes(dtype)
         if shards[-1] and size + bytes_ > most:
             shards.append([])
             size = 0
@@ -297,26 +294,25 @@ def _shards(tensors: Sequence[HubTensor], itemsize: int, most: float) -> list[li
     return shards
 
 
-def _holds_nf4(model: nn.Module) -> bool:
-    return any(isinstance(module, Nf4Matrix) for module in model.modules())
-
-
-def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, _Stored]:
+def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, Stored]:
     named = model.architecture.native_name
-    return {t.native: t for file in folder.weight_files() for t in _header(file, named)}
+    return {t.native: t for file in folder.weight_files() for t in header(file, named)}
 
 
-def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, _Stored]) -> Tensor:
-    if isinstance(tensor.data, Nf4Matrix):
+def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Stored]) -> Tensor:
+    if isinstance(tensor.data, Piece):
         original = originals[tensor.name]
-        with _open(original.file) as weights:
+        with opened(original.file) as weights:
             values: Tensor = weights.get_tensor(original.name)
         return values
     return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
 
 
-def copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write config.json, saying the type, and the tokenizer's and other small files to `target`."""
+def copy_descriptions(
+    folder: ModelFolder, target: Path, dtype: torch.dtype, dropped: Collection[str] = ()
+) -> None:
+    """Write config.json without the keys `dropped`, saying the type, and the tokenizer's and other
+    small files to `target`."""
     for path in sorted(folder.path.iterdir()):
         wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.file(path.name) if wanted else None
@@ -327,6 +323,7 @@ def copy_descriptions(folder: ModelFolder, target: Path, dtype: torch.dtype) -> 
     config = {
         key: kind if key in ("dtype", "torch_dtype") else value
         for key, value in folder.config.items()
+        if key not in dropped
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")

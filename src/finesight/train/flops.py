@@ -17,8 +17,8 @@ from torch import nn
 
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
+from finesight.model.frozen import FrozenWeight
 from finesight.model.network import VisionLanguageModel
-from finesight.model.nf4 import Nf4Weight
 from finesight.model.parts import PARTS, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
 
@@ -58,8 +58,11 @@ class Arithmetic:
                         self._per_row["vision"] += at_patches
                         self._per_row[part] += operations - at_patches
             reached = reached or learns
-        head = model.head_weight
-        self._per_label += _passes(head.requires_grad, back=True) * head.numel()
+        language = model.geometry.language
+        head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+        trained = any(parameter.requires_grad for parameter in head.parameters())
+        numbers = language.vocabulary * language.width
+        self._per_label += _passes(trained, back=True) * numbers
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
 
@@ -122,10 +125,11 @@ class _Weight(NamedTuple):
 
 
 def _weights(model: VisionLanguageModel) -> Iterator[_Weight]:
-    """Every parameter, and every weight in NF4 under its parameter's name, in the model's order."""
+    """Every parameter, and every weight in few bits under its parameter's name, in the model's
+    order."""
     experts = model.geometry.language.experts
     for path, module in model.named_modules():
-        if isinstance(module, Nf4Weight):
+        if isinstance(module, FrozenWeight):
             yield _Weight(path, module.numbers, multiplies=True, learns=False)
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             numbers = parameter.numel()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-LOGITS_BYTES = 1 << 30
+LOGITS_BYTES = 1 << 28
 """Most bytes of fp32 logits that exist at a time."""
 
 

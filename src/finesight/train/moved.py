@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.model.nf4 import nf4_weights
+from finesight.model.frozen import frozen_weights
 from finesight.model.parts import PARTS, Part, part_of
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Whole numbers by their size in bytes."""
+
+AT_ONCE = 1 << 24
+"""Numbers that are summed at once."""
 
 SAMPLE = 16384
 """Numbers of a tensor, evenly spread, of which the starting values are kept."""
@@ -54,10 +57,10 @@ class Watch:
             for name, parameter in model.named_parameters()
             if name not in masters
         }
-        self._nf4 = nf4_weights(model)
+        self._few = frozen_weights(model)
         self._masters = masters
         frozen = {name: tensor.numel() for name, tensor in self._frozen.items()}
-        frozen |= {name: weight.numbers for name, weight in self._nf4.items()}
+        frozen |= {name: weight.numbers for name, weight in self._few.items()}
         trained = {name: tensor.numel() for name, tensor in masters.items()}
         self._numbers = {True: trained, False: frozen}
         self._sums = self._checksums()
@@ -65,7 +68,7 @@ class Watch:
 
     def _checksums(self) -> dict[str, int]:
         sums = checksums({**self._frozen, **self._masters})
-        for name, weight in self._nf4.items():
+        for name, weight in self._few.items():
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums
 
@@ -100,11 +103,14 @@ class Watch:
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The sum of each tensor's bits, read as whole numbers: any single change shows."""
-    sums = [
-        tensor.reshape(-1).view(_WHOLE[tensor.itemsize]).sum(dtype=torch.int64)
-        for tensor in tensors.values()
-    ]
+    sums = [_sum(tensor.reshape(-1).view(_WHOLE[tensor.itemsize])) for tensor in tensors.values()]
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _sum(bits_E: Tensor) -> Tensor:
+    # Piece by piece: torch makes a copy of 8 bytes a number first.
+    pieces = torch.split(bits_E, AT_ONCE)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from finesight.model.nf4 import nf4_weights
+from finesight.model.frozen import frozen_weights
+from finesight.model.parts import part_of
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
@@ -189,8 +190,14 @@ def plan_of(session: Session) -> str:
     learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
     numbers = sum(value.numel() for value in session.masters.values().values())
     whole = sum(parameter.numel() for parameter in session.model.parameters())
-    whole += sum(weight.numbers for weight in nf4_weights(session.model).values())
+    few = frozen_weights(session.model)
+    whole += sum(weight.numbers for weight in few.values())
     kept = f" (weights of {' and '.join(tune.nf4)} in NF4)" if tune.nf4 else ""
+    published = dict.fromkeys(
+        part_of(name) for name in few if part_of(name) not in (tune.nf4 or ())
+    )
+    if published:
+        kept += f" (weights of {' and '.join(published)} in four bits, as published)"
     epochs = session.course.samples / session.course.epoch_length
     return (
         f"training {learning}: {numbers:,} of {whole:,} numbers{kept}; {len(session.course)} steps"

@@ -184,6 +184,14 @@ def test_parts_that_the_family_reads_in_its_own_way_are_refused(
         renderer.outline(Located(sample, tmp_path))
 
 
+def test_an_answer_with_boxes_is_not_asked_for(renderer: FallbackRenderer, tmp_path: Path) -> None:
+    box = [{"type": "box", "xyxy": [0, 0, 9, 9]}]
+    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": box}]
+    sample = Sample.model_validate({"id": "s", "messages": turns})
+    with pytest.raises(UserError, match="a box in a conversation"):
+        renderer.prompt_outline(Located(sample, tmp_path))
+
+
 def test_a_folder_without_a_template_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without a chat template"):
         with_template(folder, tmp_path, "")

@@ -133,6 +133,15 @@ class FallbackRenderer:
 
     def _turns(self, located: Located) -> tuple[Message, ...]:
         turns = located.sample.messages
+        for part in located.sample.parts():
+            if not isinstance(part, TextPart | ImagePart):
+                raise UserError(
+                    f"a {part.type} in a conversation with a model of the family {self.family}",
+                    where=f"sample {located.sample.id:.80}",
+                    expected="text and pictures: how the family writes boxes or reads videos is not"
+                    " known to the fallback through transformers",
+                    remedy="take a model of a native family, or take these parts out",
+                )
         if turns[0].role != "system" and self.system is not None:
             turns = (Message(role="system", content=(TextPart(text=self.system),)), *turns)
         return turns
@@ -256,14 +265,7 @@ class FallbackRenderer:
         """A part of a turn as chat templates and processors take it."""
         if isinstance(part, ImagePart):
             return {"type": "image", "image": self._picture(folder / part.image)}
-        if not isinstance(part, TextPart):
-            raise UserError(
-                f"a {part.type} in a conversation with a model of the family {self.family}",
-                where=f"sample {name:.80}",
-                expected="text and pictures: how the family writes boxes or reads videos is not"
-                " known to the fallback through transformers",
-                remedy="take a model of a native family, or take these parts out",
-            )
+        assert isinstance(part, TextPart), f"a {part.type} in sample {name}"
         spelled = [token for token in self._specials if token in part.text]
         if spelled:
             raise UserError(

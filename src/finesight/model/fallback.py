@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,11 @@ class FallbackModel(nn.Module):
         was_training = self.training
         self.eval()
         at = batch.predict_L[:COMPARED]
-        own_CV = self.inner(**self.inputs_of(batch), use_cache=False).logits[0, at].float()
+        # Nearly all classes can leave the others out, which may be gigabytes.
+        selects = "logits_to_keep" in signature(self.inner.forward).parameters
+        kept = {"logits_to_keep": at} if selects else {}
+        own_CV = self.inner(**self.inputs_of(batch), use_cache=False, **kept).logits[0].float()
+        own_CV = own_CV if selects else own_CV[at]
         head_CV = F.linear(self._hidden(batch)[at], self.head_weight).float()
         self.train(was_training)
         apart = (own_CV - head_CV).abs().max() / own_CV.abs().max().clamp(min=1e-6)

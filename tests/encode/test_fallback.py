@@ -162,7 +162,7 @@ def test_pictures_that_a_template_leaves_out_are_refused(folder: Path, tmp_path:
     ).replace("part['text']", "part['text'] | default('')")
     renderer = with_template(folder, tmp_path, first)
     renderer.outline(borrowed.sample(tmp_path, ("A?", "b")))
-    with pytest.raises(UserError, match="many families take one picture only"):
+    with pytest.raises(UserError, match="leaves a picture out"):
         renderer.outline(borrowed.sample(tmp_path, ("A?", "b"), pictures=2))
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from small_run import Task, final_files
 
 from finesight.cli.app import run as command
+from finesight.encode.rendering import renderer_of
 from finesight.errors import UserError
+from finesight.hub import ModelFolder
 from finesight.infer.load import load_answerer
 from finesight.infer.predict import predict
 from finesight.storage import remove_folder
@@ -27,7 +29,14 @@ WHOLE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "
 def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
     make = {"llava": borrowed.llava, "idefics3": borrowed.idefics3}[request.param]
     made = Task(tmp_path_factory.mktemp("borrowed") / "task")
-    made.recipe |= {"model": str(make(made.folder / request.param)), "picture": None, "tune": LORA}
+    model = make(made.folder / request.param)
+    try:
+        renderer_of(ModelFolder(model))
+    except UserError as error:
+        if "torchvision" in str(error):
+            pytest.skip("this transformers reads its pictures with torchvision alone")
+        raise
+    made.recipe |= {"model": str(model), "picture": None, "tune": LORA}
     return made
 
 

@@ -149,6 +149,7 @@ class FallbackRenderer:
     def _encoded(
         self, name: str, turns: tuple[Message, ...], folder: Path, answering: bool
     ) -> Encoded:
+        self._check_places(turns, name)
         made = self._made(turns, folder, answering, name)
         learned_T = np.zeros(len(made.ids_T), dtype=np.bool_)
         for at, turn in enumerate(turns):
@@ -189,8 +190,25 @@ class FallbackRenderer:
             )
         return len(before_T)
 
+    def _check_places(self, turns: Sequence[Message], name: str) -> None:
+        """Refuse turns of which the template leaves out the last picture: some lay out one only."""
+        fewer = _without_last_picture(turns)
+        if fewer is not None and self._text(turns, False, name) == self._text(fewer, False, name):
+            raise UserError(
+                f"the chat template of {self.family} leaves a picture out",
+                where=f"sample {name:.80}",
+                expected="a place for every picture of the sample",
+                remedy="give samples with fewer pictures; many families take one only",
+            )
+
     def _words(self, turns: Sequence[Message], answering: bool, name: str) -> list[int]:
         """The tokens of turns in which a picture is a mark, not yet as long as it will be."""
+        text = self._text(turns, answering, name)
+        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _text(self, turns: Sequence[Message], answering: bool, name: str) -> str:
+        """Turns as the template lays them out, a picture as its mark."""
         said = [
             {
                 "role": turn.role,
@@ -203,9 +221,7 @@ class FallbackRenderer:
             }
             for turn in turns
         ]
-        text = self._laid_out(said, answering, name, tokenize=False)[0]
-        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return str(self._laid_out(said, answering, name, tokenize=False)[0])
 
     def _laid_out(
         self, said: Sequence[Mapping[str, Any]], answering: bool, name: str, **how: object
@@ -284,6 +300,18 @@ class FallbackRenderer:
         size = (picture.height, picture.width)
         height, width = resized_size(size, self.rule, 1, where=str(path))
         return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _without_last_picture(turns: Sequence[Message]) -> list[Message] | None:
+    """The turns with one picture less, None where there is none."""
+    for at in reversed(range(len(turns))):
+        parts = turns[at].content
+        places = [place for place, part in enumerate(parts) if isinstance(part, ImagePart)]
+        if places:
+            rest = (*parts[: places[-1]], *parts[places[-1] + 1 :])
+            fewer = Message(role=turns[at].role, content=rest)
+            return [*turns[:at], fewer, *turns[at + 1 :]]
+    return None
 
 
 _NO_PATCHES: NDArray[np.uint8] = np.empty((0, 0), dtype=np.uint8)

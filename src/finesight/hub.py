@@ -171,6 +171,12 @@ class ModelFolder:
         return ""
 
     @cached_property
+    def generation(self) -> dict[str, Any]:
+        """`generation_config.json`, empty where there is none."""
+        name = "generation_config.json"
+        return self._json(name) if self.file(name) is not None else {}
+
+    @cached_property
     def tokenizer_file(self) -> Path:
         """`tokenizer.json`, the form that holds the whole tokenizer; of the first Qwen, its
         `qwen.tiktoken`. UserError without it."""

@@ -11,7 +11,7 @@ import yaml
 from finesight.check.texts import further
 from finesight.data.opening import Request
 from finesight.encode.rank_tokenizer import tokenizer_of
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
@@ -32,7 +32,7 @@ class Model:
     they become; over-long are those of more than `max_length` tokens."""
 
     specials: tuple[str, ...] = ()
-    renderer: Renderer | None = None
+    renderer: Rendering | None = None
     max_length: int | None = None
 
 
@@ -68,7 +68,7 @@ def model_of(name_or_path: str | None, max_length: int | None) -> Model:
     folder = locate(name_or_path)
     if max_length is None:
         return Model(further(tokenizer_of(folder).specials()))
-    renderer = Renderer(folder)
+    renderer = renderer_of(folder)
     return Model(further(renderer.tokenizer.specials()), renderer, max_length)
 
 
@@ -94,6 +94,6 @@ def of_recipe(recipe: Path) -> tuple[list[Subject], Model]:
         for held_out, files in ((False, settings.data.train), (True, settings.data.eval))
         for file in files
     ]
-    renderer = Renderer(locate(settings.model), settings.picture, settings.data.system)
+    renderer = renderer_of(locate(settings.model), settings.picture, settings.data.system)
     specials = further(renderer.tokenizer.specials())
     return subjects, Model(specials, renderer, settings.data.max_length)

@@ -13,7 +13,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.data.jsonl import Located
-    from finesight.encode.render import Renderer
+    from finesight.encode.rendering import Rendering
 
 
 def show(
@@ -43,7 +43,7 @@ def show(
     Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --samples 2
     """
     from finesight.data.sources import load_sources
-    from finesight.encode.render import Renderer
+    from finesight.encode.rendering import renderer_of
     from finesight.hub import locate
     from finesight.recipe import load_recipe
     from finesight.report.page import refuse_other_files
@@ -59,7 +59,7 @@ def show(
             expected="a file of held-out samples",
             remedy="set data.eval, or leave --eval out to see data.train",
         )
-    renderer = Renderer(locate(settings.model), settings.picture, settings.data.system)
+    renderer = renderer_of(locate(settings.model), settings.picture, settings.data.system)
     chosen = load_sources(files).read(samples)
     if html is not None:
         source = f"The first {len(chosen)} of {', '.join(str(file.path) for file in files)}"
@@ -68,21 +68,29 @@ def show(
         _print(renderer, chosen, as_json)
 
 
-def _draw(page: Path, renderer: Renderer, chosen: Sequence[Located], source: str) -> None:
+def _draw(page: Path, renderer: Rendering, chosen: Sequence[Located], source: str) -> None:
     """Write the page of these samples, with a bar while it is made."""
     from rich.console import Console
 
+    from finesight.encode.render import Renderer
     from finesight.report.page import write_page
     from finesight.report.sample_page import sample_page
     from finesight.train.progress import Screen
 
+    if not isinstance(renderer, Renderer):
+        raise UserError(
+            "a page of samples as transformers reads them",
+            where=f"--html {page}",
+            expected="a model of a native family",
+            remedy="leave --html out: tokens and what is learned are printed",
+        )
     with Screen(Console(stderr=True)).stage("samples", len(chosen)) as advance:
         content = sample_page(renderer, chosen, source, advance)
     write_page(page, content)
     typer.echo(f"page: {page}", err=True)
 
 
-def _print(renderer: Renderer, chosen: Sequence[Located], as_json: bool) -> None:
+def _print(renderer: Rendering, chosen: Sequence[Located], as_json: bool) -> None:
     """A table, or one JSON object, for each sample."""
     from finesight.encode.show import as_lines, as_record
 

@@ -6,12 +6,16 @@ pictures, L learned tokens, S sequences of a pack, G pictures and videos.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -67,8 +71,10 @@ class Encoded:
 
     `patches_ND` is uint8 in the reference processor's own order: patches of each picture grouped
     by merge block, D = channels x frames x patch x patch. Where there are stills only, patches hold
-    one frame, which the reference repeats (`vision.patches.whole`).
+    one frame, which the reference repeats (`vision.patches.whole`). A family without native code
+    has no patches but `inputs`, by name: what its own processor made for it.
     """
 
     outline: Outline
     patches_ND: NDArray[np.uint8]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ class PackedBatch:
     `visual_at_M` says where in the pack the placeholder tokens stand, one for each merged feature.
     `patches_ND` holds one frame of each patch where all its frames are alike, as a still's are.
     `predict_L` says which tokens predict a learned token and `target_L` which token that is. What
-    `filled` adds has no name in `sample_ids` and no target.
+    `filled` adds has no name in `sample_ids` and no target. `inputs` is what else a model
+    of a family without native code reads, by name, of the one sample that it is given at a time.
     """
 
     sample_ids: tuple[str, ...]
@@ -40,6 +41,7 @@ class PackedBatch:
     visual_at_M: Tensor
     predict_L: Tensor
     target_L: Tensor
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def supervised(self) -> int:
@@ -56,6 +58,7 @@ class PackedBatch:
             visual_at_M=self.visual_at_M.to(device, non_blocking=True),
             predict_L=self.predict_L.to(device, non_blocking=True),
             target_L=self.target_L.to(device, non_blocking=True),
+            inputs={n: value.to(device, non_blocking=True) for n, value in self.inputs.items()},
         )
 
 
@@ -68,6 +71,8 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
     (what variable-length attention takes), patches stay uint8.
     """
     assert encoded, "a pack of no samples"
+    first = encoded[0]
+    assert len(encoded) == 1 or not first.inputs, f"{first.outline.id} has to stand alone"
     outlines = [one.outline for one in encoded]
     lengths = [outline.tokens for outline in outlines]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -94,6 +99,7 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
         visual_at_M=torch.from_numpy(np.concatenate([none, *visual_at])),
         predict_L=torch.from_numpy(targets_at - 1),
         target_L=torch.from_numpy(ids_T[targets_at]),
+        inputs=first.inputs,
     )
 
 

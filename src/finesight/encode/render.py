@@ -108,6 +108,11 @@ class Renderer:
         for token, key in self.family.id_keys.items():
             self._check_id(folder, key, token)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether an answer begins with a thought."""
+        return self.family.thinks
+
     def outline(self, located: Located) -> Outline:
         """The whole sample as tokens, from its text and the headers of its pictures.
 
@@ -119,6 +124,11 @@ class Renderer:
     def encode(self, located: Located) -> Encoded:
         """The whole sample with its patches."""
         return self.with_patches(self.outline(located))
+
+    def unseen(self, located: Located) -> Encoded:
+        """The whole sample without a patch, for a model that knows its pictures' features."""
+        nothing = np.empty((0, self.geometry.numbers), dtype=np.uint8)
+        return Encoded(self.outline(located), nothing)
 
     def prompt(self, located: Located) -> Encoded:
         """All turns before the last one of the assistant, ready for the answer to follow.

@@ -11,14 +11,14 @@ from typing import Any
 from finesight.config import Eval, Metric
 from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.evaluate.answered import Case, Scores, truths_of
 from finesight.evaluate.bootstrap import Interval
 from finesight.evaluate.saved import line_of
 from finesight.evaluate.score import check_truths, headline_of, score
 from finesight.infer.predict import Prediction, predict
-from finesight.model.network import VisionLanguageModel
+from finesight.model.any_family import AnyModel
 from finesight.storage import write_file
 
 LISTED = 10
@@ -83,8 +83,8 @@ def _noted(details: dict[str, Any]) -> list[str]:
 
 
 def evaluate(
-    model: VisionLanguageModel,
-    renderer: Renderer,
+    model: AnyModel,
+    renderer: Rendering,
     samples: Sequence[Located],
     settings: Eval,
     out: Path | None = None,
@@ -105,7 +105,7 @@ def evaluate(
             expected="at least one sample with an answer",
             remedy="give held-out samples, such as `finesight data import --eval-last` leaves",
         )
-    thinks = renderer.family.thinks
+    thinks = renderer.thinks
     truths = [truths_of(sample.sample, thinks=thinks) for sample in chosen]
     check_truths(settings.metric, truths)
     predictions, unreadable = _answers(model, renderer, chosen, settings, advance)
@@ -130,8 +130,8 @@ def evaluate(
 
 
 def _answers(
-    model: VisionLanguageModel,
-    renderer: Renderer,
+    model: AnyModel,
+    renderer: Rendering,
     samples: Sequence[Located],
     settings: Eval,
     advance: Callable[[int], None] | None,

@@ -12,23 +12,23 @@ import torch
 from pydantic import ValidationError
 
 from finesight.config import Device, Precision
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, locate, named
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import install_adapter
-from finesight.model.network import VisionLanguageModel
+from finesight.model.any_family import AnyModel, load_any
 from finesight.model.parts import Part
-from finesight.model.weights import DTYPES, load_model
+from finesight.model.weights import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
     """A model in evaluation mode, and the renderer that it was trained with."""
 
-    model: VisionLanguageModel
-    renderer: Renderer
+    model: AnyModel
+    renderer: Rendering
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,12 @@ def load_answerer(
     where = resolve_device(device)
     manifest = parts.manifest
     # The renderer first: it reads small files, and refuses a wrong family before any weights.
-    renderer = Renderer(
+    renderer = renderer_of(
         parts.folder,
         manifest.picture if manifest else None,
         manifest.system if manifest else None,
     )
-    model = load_model(parts.folder, resolve_precision(precision, where), where, parts.nf4)
+    model = load_any(parts.folder, resolve_precision(precision, where), where, parts.nf4)
     if parts.adapter is not None:
         install_adapter(model, parts.adapter, base=parts.folder)
     model.eval()

@@ -13,8 +13,10 @@ from finesight.data.headers import DamagedPicture, picture_size
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering
+from finesight.infer import fallback
 from finesight.infer.engine import generate, plan_batches
+from finesight.model.any_family import AnyModel
 from finesight.model.network import VisionLanguageModel
 
 T = TypeVar("T")
@@ -92,8 +94,8 @@ def questions(pictures: Sequence[Path], prompt: str) -> list[Located]:
 
 
 def predict(
-    model: VisionLanguageModel,
-    renderer: Renderer,
+    model: AnyModel,
+    renderer: Rendering,
     samples: Sequence[Located],
     *,
     max_new_tokens: int,
@@ -114,13 +116,7 @@ def predict(
     reader = _Reader(renderer, samples, damaged)
     try:
         for prompts in reader.batches(batch, max_new_tokens):
-            answers = generate(
-                model,
-                list(prompts.values()),
-                max_new_tokens=max_new_tokens,
-                end_ids=renderer.end_ids,
-                ended=advance,
-            )
+            answers = _answers(model, list(prompts.values()), max_new_tokens, renderer, advance)
             for (i, prompt), ids in zip(prompts.items(), answers, strict=True):
                 predictions[i] = _read(renderer, samples[i], prompt, ids)
     finally:
@@ -128,12 +124,27 @@ def predict(
     return [predictions[i] for i in sorted(predictions)]
 
 
+def _answers(
+    model: AnyModel,
+    prompts: Sequence[Encoded],
+    max_new_tokens: int,
+    renderer: Rendering,
+    advance: Callable[[int], None] | None,
+) -> list[list[int]]:
+    ends = renderer.end_ids
+    if isinstance(model, VisionLanguageModel):
+        return generate(model, prompts, max_new_tokens=max_new_tokens, end_ids=ends, ended=advance)
+    return fallback.generate(
+        model, prompts, max_new_tokens=max_new_tokens, end_ids=ends, ended=advance
+    )
+
+
 class _Reader:
     """Prompts in batches of similar length, the next one being read while one is answered."""
 
     def __init__(
         self,
-        renderer: Renderer,
+        renderer: Rendering,
         samples: Sequence[Located],
         damaged: Callable[[int, DamagedPicture], None] | None,
     ) -> None:
@@ -175,7 +186,7 @@ class _Reader:
         return results
 
 
-def _read(renderer: Renderer, located: Located, prompt: Encoded, ids: list[int]) -> Prediction:
+def _read(renderer: Rendering, located: Located, prompt: Encoded, ids: list[int]) -> Prediction:
     answer = renderer.answer(ids)
     sample = located.sample
     picture = _picture_meant(sample)

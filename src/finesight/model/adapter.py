@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
+from finesight.model.any_family import AnyModel
 from finesight.model.lora import Factors, LoraGroup, LowRank, adaptable_layers, adapters, hub_name
-from finesight.model.network import VisionLanguageModel
 from finesight.model.peft_config import (
     CURRENT,
+    FIRST,
     LoraSpec,
     Names,
     layer_name,
@@ -46,7 +47,7 @@ _FINGERPRINT = "base_fingerprint"
 
 def write_adapter(
     folder: Path,
-    model: VisionLanguageModel,
+    model: AnyModel,
     *,
     base: str,
     base_fingerprint: str | None = None,
@@ -70,7 +71,7 @@ def write_adapter(
             name = hub_name(path, output)
             layers[name] = adapter.layers[output]
             b_OR = values.get(f"{path}.adapter.b.{output}", adapter.b[output])
-            key = f"{_PREFIX}{module_name(name, model.architecture.modules)}"
+            key = f"{_PREFIX}{module_name(name, model.module_names)}"
             tensors[f"{key}.lora_A.weight"] = _for_file(stacked_SI[band.rows])
             tensors[f"{key}.lora_B.weight"] = _for_file(b_OR)
     assert layers, "the model has no adapter to write"
@@ -103,9 +104,9 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 
 def _config(
-    model: VisionLanguageModel, layers: dict[str, LowRank], base: str, dropout: float
+    model: AnyModel, layers: dict[str, LowRank], base: str, dropout: float
 ) -> dict[str, object]:
-    names = model.architecture.modules
+    names = model.module_names
     usual = Counter(layers.values()).most_common(1)[0][0]
     odd = {re.escape(module_name(name, names)): low for name, low in layers.items() if low != usual}
     return {
@@ -160,8 +161,11 @@ def _indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
     return found
 
 
-def read_adapter(folder: Path) -> tuple[LoraSpec, dict[str, Factors]]:
-    """Read a PEFT adapter: what it says of itself, and A and B by the layer's native name.
+def read_adapter(
+    folder: Path, known: Sequence[Names] = (CURRENT, FIRST)
+) -> tuple[LoraSpec, dict[str, Factors]]:
+    """Read a PEFT adapter: what it says of itself, and A and B by the layer's name here, which is
+    one of the `known` names in the file.
 
     Raises UserError for a missing or damaged file, a setting that changes the arithmetic (DoRA,
     trained biases and the like), a key that is no LoRA factor, a layer with only one factor or
@@ -177,7 +181,7 @@ def read_adapter(folder: Path) -> tuple[LoraSpec, dict[str, Factors]]:
         if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
             strange.append(key)
             continue
-        pair = sides.setdefault(layer_name(match["module"]), {})
+        pair = sides.setdefault(layer_name(match["module"], known), {})
         if match["side"] in pair:
             doubled.append(key)
         pair[match["side"]] = match["module"], tensor
@@ -188,7 +192,8 @@ def read_adapter(folder: Path) -> tuple[LoraSpec, dict[str, Factors]]:
     _refuse(single, "lack the other factor of their layer (A or B)", where)
     factors = {name: Factors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
     ranks = {pair["A"][0]: len(pair["A"][1]) for pair in sides.values()}
-    return parse_config(folder / CONFIG, ranks, metadata.get(_FINGERPRINT)), factors
+    spec = parse_config(folder / CONFIG, ranks, metadata.get(_FINGERPRINT), known)
+    return spec, factors
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -229,7 +234,7 @@ def _refuse(names: list[str], why: str, where: str, remedy: str = "") -> None:
 
 
 def install_adapter(
-    model: nn.Module,
+    model: AnyModel,
     folder: Path,
     *,
     base: ModelFolder | None = None,
@@ -244,7 +249,7 @@ def install_adapter(
     shape, or one that the adapter's configuration names is not in its file.
     """
     assert not list(adapters(model)), "the model carries adapters already"
-    spec, factors = read_adapter(folder)
+    spec, factors = read_adapter(folder, model.known_names)
     if base is not None:
         _check_base(spec, folder, base)
     places = adaptable_layers(model)
@@ -260,14 +265,12 @@ def install_adapter(
     return spec
 
 
-def continue_adapter(
-    model: nn.Module, folder: Path, *, base: ModelFolder | None = None
-) -> LoraSpec:
+def continue_adapter(model: AnyModel, folder: Path, *, base: ModelFolder | None = None) -> LoraSpec:
     """Give the adapters that the recipe installed the values of `folder`, to train on.
 
     Raises UserError as `install_adapter`, and when the layers, ranks or scales differ.
     """
-    spec, factors = read_adapter(folder)
+    spec, factors = read_adapter(folder, model.known_names)
     if base is not None:
         _check_base(spec, folder, base)
     _check_layers(model, spec, factors, folder)

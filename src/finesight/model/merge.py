@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from finesight.config import PixelRange, Precision
+from finesight.encode.borrowed import is_native
+from finesight.errors import UserError
 from finesight.hub import PREPROCESSOR, ModelFolder
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
@@ -82,6 +84,13 @@ def merge_folder(
     for an existing `out`, an adapter that does not fit (another base's fingerprint included) and a
     full disk; then nothing is left at `out`.
     """
+    if not is_native(base):
+        raise UserError(
+            f"a model of the family {base.family}, which has no code of its own here",
+            where="finesight merge",
+            expected="a native family",
+            remedy="merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()",
+        )
     with write_folder(out) as folder:
         stored = stored_precision(base)
         kept = stored if precision == "auto" else precision

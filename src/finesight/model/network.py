@@ -23,6 +23,7 @@ from finesight.model.frozen import FrozenWeight
 from finesight.model.geometry import Geometry, Settings, read_pixels
 from finesight.model.language import Deepstack
 from finesight.model.linear import GroupedLinear, only
+from finesight.model.peft_config import CURRENT, FIRST, Names
 from finesight.model.tower import VisionTower
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -38,6 +39,9 @@ FAMILIES: Mapping[str, Architecture] = {
 class VisionLanguageModel(nn.Module):
     """One model for training and generation. Parameters have the hub's published names, grouped
     where linear layers share their input (`hub_tensors` in model.weights lists them singly)."""
+
+    known_names: tuple[Names, ...] = (CURRENT, FIRST)
+    """How names of layers in adapters become names here."""
 
     def __init__(self, architecture: Architecture, geometry: Geometry, visual: VisionTower) -> None:
         super().__init__()
@@ -68,6 +72,11 @@ class VisionLanguageModel(nn.Module):
         weight = self.model.embed_tokens.weight
         has_experts = self.geometry.language.experts is not None
         return weight.is_cuda and not (has_experts and waits(weight.dtype, weight.device))
+
+    @property
+    def module_names(self) -> Names:
+        """How names of layers here become those that adapters are published under."""
+        return self.architecture.modules
 
     def see(self, patches_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
         """uint8 patches to features [M, K, D], without a graph where no part of it trains."""

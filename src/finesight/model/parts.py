@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, get_args
 
@@ -30,13 +31,50 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lm_head.", "embeddings"),
 )
 
+INNER = "inner."
+"""How names begin in a model that transformers computes."""
+
+_PIECES: tuple[tuple[Part, str], ...] = (
+    (
+        "merger",
+        r".*\.(merger|deepstack_merger_list|multi_modal_projector|mm_projector|connector|aligner"
+        r"|projector|vision_projection|vision_adapter|embed_vision|qformer|query_tokens"
+        r"|language_projection|image_to_text_projection|resampler_model|image_newline"
+        r"|visual_embeddings_table)(\.|$)",
+    ),
+    (
+        "vision",
+        r".*\.(visual|vision_tower|vision_model|vision_encoder|vision_embed_tokens|image_tower"
+        r"|image_encoder|video_tower)\.",
+    ),
+    ("embeddings", r".*\.(embed_tokens|embed_tokens_per_layer|lm_head|wte|embed_in|embed_out)\."),
+    ("language", r".*\.(language_model|text_model)\.|inner\.(model\.)?(layers|norm)\."),
+)
+"""How names look in the classes of transformers; the first row that fits decides."""
+
+
+def _borrowed_part(name: str) -> Part:
+    for part, pattern in _PIECES:
+        if re.match(pattern, name):
+            return part
+    raise UserError(
+        f"the parameter {name.removeprefix(INNER)} belongs to no part that is known",
+        where="model",
+        expected="vision tower, merger, language model and embeddings by the names that classes of"
+        " transformers give them",
+        remedy="choose another model; answering with this one works",
+    )
+
 
 def part_of(name: str) -> Part:
     """The one part that a parameter or a linear layer of this (native or hub) name belongs to.
 
     The head goes with the embeddings: many models tie the two. An unknown name is refused, so
-    that a model with more to it cannot be trained in part by accident.
+    that a model with more to it cannot be trained in part by accident; UserError where
+    transformers computes it.
     """
+    if name.startswith(INNER):
+        return _borrowed_part(name)
     for prefix, part in _PREFIXES:
         if name.startswith(prefix):
             return part

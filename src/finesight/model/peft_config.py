@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -141,17 +142,18 @@ def module_name(layer: str, names: Names = CURRENT) -> str:
     return layer
 
 
-def layer_name(module: str) -> str:
-    """The native name of a module of transformers, of release 4 or 5, or of the first Qwen-VL."""
-    for native, theirs in (*CURRENT, *FIRST):
+def layer_name(module: str, known: Sequence[Names] = (CURRENT, FIRST)) -> str:
+    """The name here of a module by any of the `known` names; by none of them its own, as those of
+    release 4 of transformers are."""
+    for native, theirs in chain(*known):
         if module.startswith(theirs):
             return native + module.removeprefix(theirs)
     return module
 
 
-def _names_of(modules: Collection[str]) -> Names:
+def _names_of(modules: Collection[str], known: Sequence[Names]) -> Names:
     """The names that all these modules have; none for those of release 4, which are native."""
-    for names in (CURRENT, FIRST):
+    for names in known:
         if all(module.startswith(tuple(theirs for _, theirs in names)) for module in modules):
             return names
     return ()
@@ -175,9 +177,14 @@ class LoraSpec:
         return self.settings.targets(module_name(layer, self.names))
 
 
-def parse_config(path: Path, ranks: Mapping[str, int], fingerprint: str | None) -> LoraSpec:
+def parse_config(
+    path: Path,
+    ranks: Mapping[str, int],
+    fingerprint: str | None,
+    known: Sequence[Names] = (CURRENT, FIRST),
+) -> LoraSpec:
     """Read the configuration at `path` of an adapter whose file holds layers of these `ranks`
-    (by the module's name there).
+    (by the module's name there, one of the `known` ones).
 
     Raises UserError for a missing or broken file, a setting that finesight does not honour, and
     a rank that differs from the file's.
@@ -193,14 +200,14 @@ def parse_config(path: Path, ranks: Mapping[str, int], fingerprint: str | None) 
                 expected="r and rank_pattern as the adapter was trained",
                 remedy="take both files from the same training",
             )
-        layers[layer_name(module)] = low
+        layers[layer_name(module, known)] = low
     return LoraSpec(
         base=settings.base_model_name_or_path or "",
         base_fingerprint=fingerprint,
         dropout=settings.lora_dropout,
         layers=layers,
         settings=settings,
-        names=_names_of(ranks),
+        names=_names_of(ranks, known),
     )
 
 

@@ -262,7 +262,7 @@ def save_model(
     shards = _shards(list(hub_tensors(model)), dtype, max_shard_bytes)
     packed = any(t.name.endswith(_PACKED) for shard in shards for t in shard)
     dropped = () if packed else ("quantization_config",)
-    _copy_descriptions(folder, target, dtype, dropped)
+    copy_descriptions(folder, target, dtype, dropped)
     published = model.architecture.published_name
     originals = _originals(folder, model) if frozen_weights(model) else {}
     names: dict[str, str] = {}
@@ -308,9 +308,11 @@ def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Sto
     return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
 
 
-def _copy_descriptions(
-    folder: ModelFolder, target: Path, dtype: torch.dtype, dropped: Collection[str]
+def copy_descriptions(
+    folder: ModelFolder, target: Path, dtype: torch.dtype, dropped: Collection[str] = ()
 ) -> None:
+    """Write config.json without the keys `dropped`, saying the type, and the tokenizer's and other
+    small files to `target`."""
     for path in sorted(folder.path.iterdir()):
         wanted = path.suffix in _DESCRIPTIONS or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.file(path.name) if wanted else None

@@ -13,9 +13,8 @@ from finesight.evaluate import own
 from finesight.evaluate.compare import Difference, as_table, paired_files, unsampled
 from finesight.hub import ModelFolder
 from finesight.model.adapter import write_adapter
+from finesight.model.any_family import AnyModel, save_any
 from finesight.model.lora import adapters
-from finesight.model.network import VisionLanguageModel
-from finesight.model.weights import save_model
 from finesight.report.run_page import MOST_EXAMPLES, write_report
 from finesight.run_folder import MOVED, RESULT
 from finesight.storage import write_file, write_folder
@@ -201,13 +200,13 @@ def _export(session: Session) -> None:
 
 
 def _save_without_adapters(
-    model: VisionLanguageModel, base: ModelFolder, folder: Path, session: Session
+    model: AnyModel, base: ModelFolder, folder: Path, session: Session
 ) -> None:
     groups = [(group, adapter) for _, group, adapter in adapters(model)]
     for group, _ in groups:
         group.adapter = None
     try:
-        save_model(model, base, folder, session.machine.dtype)
+        save_any(model, base, folder, session.machine.dtype)
     finally:
         for group, adapter in groups:
             group.adapter = adapter

@@ -94,6 +94,14 @@ class Arithmetic:
         return causal * self._speaking + 4 * vision.width * (whole + windowed) * self._seeing
 
 
+class Uncounted:
+    """In its place where transformers computes: what happens there is not known shape by shape."""
+
+    def of(self, batch: PackedBatch) -> float:
+        """Nothing."""
+        return 0.0
+
+
 def _share_at_patches(name: str) -> float:
     """The share of a parameter outside of the tower's blocks that every patch meets, not only every
     feature: the resampler's keys and values are made of patches."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -18,7 +17,7 @@ from finesight.data.jsonl import Located
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import PackedBatch, pack, plan_packs
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.train.course import Members
 from finesight.train.workers import WorkerDied, guarded, read_ahead
@@ -146,6 +145,7 @@ def _others(batch: PackedBatch) -> tuple[Tensor, ...]:
     return (
         *(batch.ids_T, batch.positions_3T, batch.bounds_S1),
         *(batch.visual_at_M, batch.predict_L, batch.target_L),
+        *batch.inputs.values(),
     )
 
 
@@ -160,6 +160,7 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, others: Iterator[Tenso
         visual_at_M=next(others),
         predict_L=next(others),
         target_L=next(others),
+        inputs={name: next(others) for name in batch.inputs},
     )
 
 
@@ -174,7 +175,7 @@ class StepData(Dataset[Parcel | UserError]):
     def __init__(
         self,
         corpus: Corpus,
-        renderer: Renderer,
+        renderer: Rendering,
         members: Members,
         pack_tokens: int,
         unusable: Literal["drop", "refuse"],
@@ -214,7 +215,9 @@ class StepData(Dataset[Parcel | UserError]):
                 if self._unusable == "refuse":
                     raise
                 dropped.append(Dropped(located.sample.id, str(error).splitlines()[0]))
-        plan = plan_packs([one.outline.tokens for one in encoded], self._pack_tokens)
+        # What a family's own processor made cannot be laid end to end.
+        budget = 1 if any(one.inputs for one in encoded) else self._pack_tokens
+        plan = plan_packs([one.outline.tokens for one in encoded], budget)
         groups = [[encoded[i] for i in group] for group in plan]
         shapes = [common_shape([one.patches_ND for one in group]) for group in groups]
         block = Block.of(*((torch.uint8, shape) for shape in shapes))
@@ -230,9 +233,7 @@ class StepData(Dataset[Parcel | UserError]):
     def _encode(self, located: Located) -> Encoded:
         if self._pictures:
             return self._renderer.encode(located)
-        geometry = self._renderer.geometry
-        nothing = np.empty((0, geometry.numbers), dtype=np.uint8)
-        return Encoded(self._renderer.outline(located), nothing)
+        return self._renderer.unseen(located)
 
 
 def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator[Step, None, None]:

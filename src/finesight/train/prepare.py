@@ -16,7 +16,7 @@ from finesight import __version__
 from finesight.config import Recipe
 from finesight.data.sources import Corpus, load_sources
 from finesight.encode.pack import PackedBatch, filled
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.score import task_of
@@ -26,15 +26,15 @@ from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
+from finesight.model.any_family import AnyModel, load_any
+from finesight.model.fallback import LIMITS, FallbackModel
 from finesight.model.lora import stacked
-from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
-from finesight.model.weights import load_model
 from finesight.storage import digest
 from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
 from finesight.train.course import Course, InOrder
-from finesight.train.flops import Arithmetic, measured_peak
+from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
@@ -73,13 +73,13 @@ class Base:
     adapter: Path | None
     manifest: Manifest | None
 
-    def renderer(self, recipe: Recipe) -> Renderer:
+    def renderer(self, recipe: Recipe) -> Rendering:
         """As the recipe says; where it does not, as the run that goes on was trained."""
         picture, system = recipe.picture, recipe.data.system
         if self.manifest is not None:
             picture = self.manifest.picture if picture is None else picture
             system = self.manifest.system if system is None else system
-        return Renderer(self.folder, picture, system)
+        return renderer_of(self.folder, picture, system)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +107,17 @@ class Session:
     run: Run
     machine: Machine
     base: Base
-    renderer: Renderer
+    renderer: Rendering
     train: Texts
     held_out: Texts | None
     course: Course
     data: StepData
-    model: VisionLanguageModel
+    model: AnyModel
     masters: Masters
     watch: Watch
     scale: LossScale
     schedule: Schedule
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic | Uncounted
     identity: dict[str, Any]
     progress: Progress
 
@@ -133,7 +133,8 @@ class Session:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where a
         CPU computes in 16 bits, since oneDNN builds its kernels anew for every new shape."""
         machine, model = self.machine, self.model
-        if machine.device.type == "cpu" and machine.dtype != torch.float32:
+        even = machine.device.type == "cpu" and machine.dtype != torch.float32
+        if even and not isinstance(model, FallbackModel):
             return filled(packed, model.geometry.vision.merge)
         return packed.to(machine.device)
 
@@ -190,10 +191,12 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     found = checkpoints.newest() if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
-    model = load_model(base.folder, machine.dtype, machine.device, recipe.tune.nf4 or ())
+    model = load_any(base.folder, machine.dtype, machine.device, recipe.tune.nf4 or ())
     apply_tuning(model, recipe.tune, recipe.train.seed)
     if base.adapter is not None:
         continue_adapter(model, base.adapter, base=base.folder)
+    if isinstance(model, FallbackModel):
+        screen.say(f"{base.folder.family} {LIMITS}")
     model.recompute = recipe.train.recompute
     masters = Masters(trainable(model), recipe.train, stacked(model))
     session = Session(
@@ -213,7 +216,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,
-        arithmetic=Arithmetic(model),
+        arithmetic=Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model),
         identity=identity,
         progress=Progress(),
     )
@@ -273,7 +276,7 @@ def _base(recipe: Recipe) -> Base:
 
 
 def _texts(
-    recipe: Recipe, renderer: Renderer, workers: int, screen: Screen
+    recipe: Recipe, renderer: Rendering, workers: int, screen: Screen
 ) -> tuple[Texts, Texts | None]:
     if recipe.eval is not None and not recipe.data.eval:
         raise UserError(
@@ -301,7 +304,7 @@ def _texts(
 def _surveyed(
     corpus: Corpus,
     recipe: Recipe,
-    renderer: Renderer,
+    renderer: Rendering,
     workers: int,
     screen: Screen,
     name: str,
@@ -324,7 +327,7 @@ def _identity(
     recipe: Recipe,
     machine: Machine,
     base: Base,
-    renderer: Renderer,
+    renderer: Rendering,
     train: Texts,
     held_out: Texts | None,
 ) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def in_short(figures: Mapping[str, Any]) -> str:
         "no loss" if loss is None else f"loss {loss:.4f}",
         f"{figures['samples_per_s']:.1f} samples/s",
         f"{figures['tokens_per_s']:.0f} tokens/s",
-        f"{100 * figures['utilisation']:.0f} % of peak",
+        *([f"{100 * figures['utilisation']:.0f} % of peak"] if figures["utilisation"] else []),
         f"{figures['memory_gb']:.1f} GB",
     ]
     return "  ".join(pieces)

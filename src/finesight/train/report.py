@@ -145,7 +145,8 @@ class Reporter:
             "seconds": seconds,
             "samples_per_s": step.samples / seconds,
             "tokens_per_s": step.tokens / seconds,
-            "utilisation": taken.operations / seconds / session.machine.peak,
+            # None where transformers computes what nobody counts.
+            "utilisation": taken.operations / seconds / session.machine.peak or None,
             "memory_gb": memory_gb(session.machine.device),
         }
 

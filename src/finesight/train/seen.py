@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finesight.encode.pack import PackedBatch
+from finesight.model.network import VisionLanguageModel
 from finesight.train.course import InOrder
 from finesight.train.loader import StepData, read_steps
 from finesight.train.prepare import Session
@@ -39,8 +40,10 @@ def pays(session: Session, most_bytes: int = MOST_BYTES) -> bool:
 
     A function of recipe, data and model alone, so that a resumed run does the same.
     """
-    tower, survey = session.model.visual, session.train.survey
-    language = session.model.geometry.language
+    model, survey = session.model, session.train.survey
+    if not isinstance(model, VisionLanguageModel):
+        return False
+    tower, language = model.visual, model.geometry.language
     places = survey.patches // tower.geometry.merge**2
     return (
         session.machine.device.type == "cpu"
@@ -80,12 +83,14 @@ def look(session: Session, screen: Screen, stop: Stop) -> Seen | None:
 
 def _features(session: Session, packed: PackedBatch) -> Sequence[Tensor]:
     """Of each sample of the pack, [0, K, D] for one without pictures."""
+    model = session.model
+    assert isinstance(model, VisionLanguageModel), "looking did not pay"
     if not packed.grids:
-        shape = (0, session.model.visual.features, session.model.geometry.language.width)
+        shape = (0, model.visual.features, model.geometry.language.width)
         return [torch.empty(shape, dtype=session.machine.dtype)] * len(packed.lengths)
     batch = session.placed(packed)
     ends = torch.searchsorted(batch.visual_at_M, batch.bounds_S1)
     counts: list[int] = ends.diff().tolist()
-    features = torch.split(session.model.see(batch.patches_ND, batch.grids), counts)
+    features = torch.split(model.see(batch.patches_ND, batch.grids), counts)
     # Without what fills the pack up.
     return features[: len(packed.lengths)]

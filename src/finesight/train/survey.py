@@ -15,7 +15,7 @@ from finesight.data.jsonl import Located
 from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
 from finesight.encode.lengths import usable
-from finesight.encode.render import Renderer
+from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.train.loader import Dropped
 from finesight.train.progress import Advance
@@ -50,7 +50,7 @@ class _Glance(NamedTuple):
 
 
 class _Glances(Dataset[list[_Glance | UserError] | UserError]):
-    def __init__(self, corpus: Corpus, renderer: Renderer, watched: Set[str]) -> None:
+    def __init__(self, corpus: Corpus, renderer: Rendering, watched: Set[str]) -> None:
         self._corpus, self._renderer, self._watched = corpus, renderer, watched
 
     def __getitem__(self, number: int) -> list[_Glance | UserError] | UserError:
@@ -80,7 +80,7 @@ def pictures_of(located: Located) -> set[str]:
 
 def survey(
     corpus: Corpus,
-    renderer: Renderer,
+    renderer: Rendering,
     data: Data,
     workers: int,
     advance: Advance | None = None,

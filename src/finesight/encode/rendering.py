@@ -10,7 +10,6 @@ from finesight.data.jsonl import Located
 from finesight.encode.borrowed import is_native
 from finesight.encode.dialect import Box
 from finesight.encode.encoded import Encoded, Outline, Span
-from finesight.encode.fallback import FallbackRenderer
 from finesight.encode.render import Answer, Renderer
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.hub import ModelFolder
@@ -57,5 +56,9 @@ def renderer_of(
 
     Raises UserError for a family that neither knows.
     """
-    kind = Renderer if is_native(folder) else FallbackRenderer
-    return kind(folder, picture, system)
+    if is_native(folder):
+        return Renderer(folder, picture, system)
+    # Imported here: it brings torch, which showing native samples does without.
+    from finesight.encode.fallback import FallbackRenderer
+
+    return FallbackRenderer(folder, picture, system)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_run import make_task
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from finesight.config import DataFile, PixelRange, Tune
@@ -39,6 +42,14 @@ def product(
     return 2 * a[0] * a[1] * b[1]
 
 
+def stretched(table_SD: Tensor, places: int) -> Tensor:
+    """A table of positions, without a product: what stretches it is no work of a sample."""
+    source, target = math.isqrt(len(table_SD)), math.isqrt(places)
+    square = table_SD.view(1, source, source, -1).permute(0, 3, 1, 2)
+    spread = F.interpolate(square, size=(target, target), mode="bicubic", align_corners=False)
+    return spread.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
     """Of rows with a matrix for each stretch of them, and of the gradients of both."""
     return 2 * a[0] * a[1] * b[-1]
@@ -55,8 +66,9 @@ def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int
     ids=["lora", "full", "merger"],
 )
 def test_products_equal_torchs_count(
-    tmp_path: Path, family: TinyFamily, tune: dict[str, Any]
+    tmp_path: Path, family: TinyFamily, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("finesight.model.qwen_vl._spread", stretched)
     make_task(tmp_path)
     make_tiny(tmp_path / family, family)
     batch = batch_of(tmp_path, family)

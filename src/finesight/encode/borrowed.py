@@ -73,7 +73,16 @@ def configuration(folder: ModelFolder) -> Any:
             expected="weights in bf16, fp16 or fp32",
             remedy="take the same model without quantisation",
         )
-    config = package.AutoConfig.from_pretrained(str(folder.path), **LOCAL)
+    try:
+        config = package.AutoConfig.from_pretrained(str(folder.path), **LOCAL)
+    except Exception as error:  # each family checks its own way
+        raise UserError(
+            f"no configuration of the family {folder.family} for transformers"
+            f" {package.__version__} ({str(error).strip().splitlines()[-1].strip():.200})",
+            where=file,
+            expected=expected,
+            remedy="take the config.json of the published model",
+        ) from error
     answers = type(config) in package.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not answers or config.is_encoder_decoder:
         kind = "is an encoder with a decoder" if answers else "does not answer about pictures"

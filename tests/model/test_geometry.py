@@ -52,6 +52,62 @@ def test_published_configurations(
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def _sized(family: str, text: tuple[int, ...], vision: tuple[int, ...]) -> dict[str, Any]:
+    """A published size: width, depth, heads, key heads, inner width and vocabulary; the tower's
+    width, depth and inner width."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    language = dict(zip((*names, "intermediate_size", "vocab_size"), text, strict=True))
+    width, depth, inner = vision
+    tower: dict[str, Any] = {"depth": depth, "num_heads": 16}
+    if family == "qwen2_vl":
+        tower |= {"embed_dim": width, "hidden_size": text[0], "mlp_ratio": 4}
+    else:
+        tower |= {"hidden_size": width, "intermediate_size": inner, "out_hidden_size": text[0]}
+    if not family.startswith("qwen3"):
+        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+        return config(family, vision=tower, tie_word_embeddings=False, **language, **rope)
+    tower |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
+    rope = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20]}}
+    experts = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": inner_of(text),
+    }
+    more = experts if family == "qwen3_vl_moe" else {}
+    tied = text[0] < 4096 and not more
+    return config(
+        family, vision=tower, tie_word_embeddings=tied, head_dim=128, **language, **rope, **more
+    )
+
+
+def inner_of(text: tuple[int, ...]) -> int:
+    """Of an expert: the published ones have three eighths of the width."""
+    return text[0] * 3 // 8
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "vision", "billions"),
+    [
+        ("qwen2_vl", (3584, 28, 28, 4, 18944, 152064), (1280, 32, 0), 8.291),
+        ("qwen2_vl", (8192, 80, 64, 8, 29568, 152064), (1280, 32, 0), 73.4),
+        ("qwen2_5_vl", (5120, 64, 40, 8, 27648, 152064), (1280, 32, 3456), 33.45),
+        ("qwen2_5_vl", (8192, 80, 64, 8, 29568, 152064), (1280, 32, 3456), 73.41),
+        ("qwen3_vl", (2048, 28, 16, 8, 6144, 151936), (1024, 24, 4096), 2.128),
+        ("qwen3_vl", (2560, 36, 32, 8, 9728, 151936), (1024, 24, 4096), 4.438),
+        ("qwen3_vl", (5120, 64, 64, 8, 25600, 151936), (1152, 27, 4304), 33.36),
+        ("qwen3_vl_moe", (2048, 48, 32, 4, 6144, 151936), (1152, 27, 4304), 31.07),
+        ("qwen3_vl_moe", (4096, 94, 64, 4, 12288, 151936), (1152, 27, 4304), 235.7),
+    ],
+)
+def test_every_published_size_is_built(
+    family: str, text: tuple[int, ...], vision: tuple[int, ...], billions: float
+) -> None:
+    settings = Settings(_sized(family, text, vision))
+    model = build(settings, Settings(PREPROCESSOR_DEFAULTS), torch.bfloat16, META)
+    found = sum(p.numel() for p in model.parameters()) / 1e9
+    assert found == pytest.approx(billions, rel=2e-3)
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_the_style_of_transformers_5_says_the_same(tmp_path: Path, family: str) -> None:
     from transformers import AutoConfig

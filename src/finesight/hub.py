@@ -42,7 +42,9 @@ PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
 deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled to 0..1."""
 
 PREPROCESSOR = "preprocessor_config.json"
-_PROCESSOR = "processor_config.json"
+PROCESSOR = "processor_config.json"
+"""Where transformers 5 writes what stood in PREPROCESSOR, as `image_processor`."""
+
 _FIRST = "qwen"
 _OF_THE_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
@@ -124,10 +126,10 @@ class ModelFolder:
             return "config.json", self._fixed_pictures()
         if self.file(PREPROCESSOR) is not None:
             return PREPROCESSOR, self._json(PREPROCESSOR)
-        if self.file(_PROCESSOR) is not None:
-            nested = self._json(_PROCESSOR).get("image_processor")
+        if self.file(PROCESSOR) is not None:
+            nested = self._json(PROCESSOR).get("image_processor")
             if isinstance(nested, dict):
-                return _PROCESSOR, nested
+                return PROCESSOR, nested
         if self.family not in _OF_THE_DEFAULTS:
             self._required(PREPROCESSOR)
         return PREPROCESSOR, {}

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from finesight.config import PixelRange, Precision
-from finesight.hub import PREPROCESSOR, ModelFolder
+from finesight.hub import PREPROCESSOR, PROCESSOR, ModelFolder
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
 from finesight.model.frozen import FrozenWeight
@@ -96,15 +97,35 @@ def merge_folder(
         if manifest is not None:
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
             if isinstance(manifest.picture, PixelRange):
-                _tell_servers(folder / PREPROCESSOR, manifest.picture)
+                _tell_servers(folder, manifest.picture)
     return Merged(out, layers, thawed, kept)
 
 
-def _tell_servers(path: Path, rule: PixelRange) -> None:
-    """The pixel limits of the training, where other programs look for them: under the names of
-    transformers 4 and, where the file has it, under the `size` of transformers 5."""
-    settings = json.loads(path.read_bytes()) if path.exists() else {}
-    settings |= {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
+def _tell_servers(folder: Path, rule: PixelRange) -> None:
+    """The pixel limits of the training, where other programs look for them: in each file that has
+    the picture settings. A new one would hide what the other says of patches and colours."""
+    processor, alone = _settings(folder / PROCESSOR), folder / PREPROCESSOR
+    nested = processor.get("image_processor")
+    if isinstance(nested, dict):
+        processor["image_processor"] = _limited(nested, rule)
+        _write(folder / PROCESSOR, processor)
+    if alone.exists() or not isinstance(nested, dict):
+        _write(alone, _limited(_settings(alone), rule))
+
+
+def _limited(settings: dict[str, Any], rule: PixelRange) -> dict[str, Any]:
+    """With the limits under the names of transformers 4 and, where it is there, under the `size` of
+    transformers 5."""
+    limited = settings | {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
     if "size" in settings:
-        settings["size"] = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+        limited["size"] = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+    return limited
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return content
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,10 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lm_head.", "embeddings"),
 )
 
+TABLES = (".pos_embed.weight", ".positional_embedding", ".query")
+"""Endings of the names of parameters that are added, and multiplied with nothing. Beside them only
+the table of embeddings is."""
+
 
 def part_of(name: str) -> Part:
     """The one part that a parameter or a linear layer of this (native or hub) name belongs to.

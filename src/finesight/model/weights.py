@@ -133,7 +133,8 @@ def load_model(
 
     Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
     for weights quantised otherwise, for a folder that has changed since finesight wrote it, for a
-    head to quantise that is tied, and where quantising needs a package that is missing.
+    head to quantise that is tied, for a decoder to quantise that has experts, and where quantising
+    needs a package that is missing.
     """
     group = published_group(folder)
     if nf4:
@@ -146,6 +147,8 @@ def load_model(
     model = build(config, preprocessor, dtype, torch.device("meta"))
     if "embeddings" in nf4 and model.lm_head is None:
         raise _tied(folder)
+    if "language" in nf4 and model.geometry.language.experts is not None:
+        raise _has_experts(folder)
     named = model.architecture.native_name
     stored = [tensor for file in files for tensor in header(file, named)]
     _keep_in_nf4(model, nf4)
@@ -190,6 +193,16 @@ def _tied(folder: ModelFolder) -> UserError:
         where="tune.nf4",
         expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
         remedy=f"leave embeddings out of nf4 for {folder.path.name}",
+    )
+
+
+def _has_experts(folder: ModelFolder) -> UserError:
+    return UserError(
+        "language is in nf4, and this model has experts, which stay in 16 bits: they are nearly all"
+        " of its numbers",
+        where="tune.nf4",
+        expected="language only for a model without experts",
+        remedy=f"leave language out of nf4 for {folder.path.name}",
     )
 
 

@@ -197,6 +197,8 @@ def plan_of(session: Session) -> str:
     )
     if published:
         kept += f" (weights of {' and '.join(published)} in four bits, as published)"
+    if tune.language == "lora" and session.model.geometry.language.experts is not None:
+        kept += " (experts carry no adapters: they stay as they are)"
     epochs = session.course.samples / session.course.epoch_length
     return (
         f"training {learning}: {numbers:,} of {whole:,} numbers{kept}; {len(session.course)} steps"

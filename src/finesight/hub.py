@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError
-from finesight.pickled import convert
+from finesight.pickled import convert_once
 from finesight.remote.address import Address, is_on_a_hub, model_address
 
 WANTED = (
@@ -200,9 +200,10 @@ class ModelFolder:
     def weight_files(self) -> list[Path]:
         """The safetensors files that hold the weights, by the index or the single file.
 
-        Where there are only pickled ones, they are converted first, once, into the folder CONVERTED
-        within this one. Raises UserError for a folder without weights, for an index with a missing
-        file, and for a pickle that holds more than tensors.
+        Where there are only pickled ones, they are converted first, into the folder CONVERTED
+        within this one, and anew where they have changed since. Raises UserError for a folder
+        without weights, for an index with a missing file, and for a pickle that holds more than
+        tensors.
         """
         single = self.file("model.safetensors")
         index = self._index()
@@ -213,8 +214,7 @@ class ModelFolder:
         pickled = self._pickled()
         if pickled:
             converted = self.path / CONVERTED
-            if not converted.is_dir():
-                convert(pickled, converted)
+            convert_once(pickled, converted)
             return ModelFolder(converted).weight_files()
         raise UserError(
             f"a model folder without weights: {self.path.name} has no safetensors file",

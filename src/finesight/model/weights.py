@@ -142,8 +142,10 @@ def load_model(
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     files = folder.weight_files()
-    if (folder.path / DIGESTS).is_file():
-        verify_folder(folder.path)
+    # Also what was converted here from pickles.
+    for made in dict.fromkeys((folder.path, *(file.parent for file in files))):
+        if (made / DIGESTS).is_file():
+            verify_folder(made)
     model = build(config, preprocessor, dtype, torch.device("meta"))
     if "embeddings" in nf4 and model.lm_head is None:
         raise _tied(folder)

@@ -23,7 +23,7 @@ from finesight.model.headers import Stored, header, misfit, opened
 from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
-from finesight.model.network import VisionLanguageModel, build
+from finesight.model.network import VisionLanguageModel, build, fitting
 from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 from finesight.model.parts import Part, part_of
 from finesight.model.qwen_vl import Pool
@@ -157,13 +157,16 @@ def load_model(
     if group is not None:
         layers = {t.layer for t in stored if t.native.endswith(_PACKED)}
         keep_in_int4(model, layers, group, str(folder.path))
-    model.to_empty(device=device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     if model.geometry.language.tied:
         # A tied head may be written out; the embedding is what it is tied to.
         stored = [tensor for tensor in stored if tensor.native != _HEAD]
     stored = _without_idle_biases(stored, wanted)
     _check(stored, wanted, folder.path)
+    with fitting(config.file):
+        model.to_empty(device=device)
+    # The same, now with room for numbers.
+    wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     for file in files:
         with opened(file) as weights:
             for tensor in stored:

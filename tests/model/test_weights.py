@@ -14,6 +14,7 @@ from torch import Tensor
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.model.network import VisionLanguageModel
+from finesight.model.tiny import make_tiny
 from finesight.model.weights import (
     hub_tensors,
     load_model,
@@ -118,6 +119,29 @@ def test_published_names_and_those_of_transformers_5_are_one_model(
     save_file(renamed, other / "model.safetensors")
     found = load_model(ModelFolder(other), torch.float32, CPU)
     assert torch.equal(logits(found, theirs), expected)
+
+
+@pytest.mark.parametrize("inner", [16, 24, 48])
+@pytest.mark.parametrize("outputs_first", [True, False])
+def test_experts_are_read_in_either_order(tmp_path: Path, inner: int, outputs_first: bool) -> None:
+    """Also where one of a layer's stacks is square, and only the other one says which it is."""
+    settings = config("qwen3_vl_moe", moe_intermediate_size=inner)
+    theirs = reference(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    for file in source.weight_files():
+        tensors = load_file(file)
+        turned = {n: t.mT.contiguous() for n, t in tensors.items() if t.dim() == 3}
+        save_file(tensors | turned if outputs_first else tensors, file)
+    found = logits(load_model(source, torch.float32, CPU), theirs)
+    assert distance(found, expected_logits(theirs)) <= 1e-5
+
+
+def test_the_tiny_model_s_experts_tell_inputs_from_outputs(tmp_path: Path) -> None:
+    folder = ModelFolder(make_tiny(tmp_path / "tiny", "qwen3_vl_moe"))
+    shapes = [t.shape for file in folder.weight_files() for t in load_file(file).values()]
+    stacks = [shape for shape in shapes if len(shape) == 3]
+    assert len(stacks) == 4
+    assert all(inputs != outputs for _, inputs, outputs in stacks)
 
 
 def test_a_tied_head_may_be_written_out(tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -167,14 +167,24 @@ def load_model(
         model.to_empty(device=device)
     # The same, now with room for numbers.
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
+    turned = _turned(stored, wanted)
     for file in files:
         with opened(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
                     values = weights.get_tensor(tensor.name)
-                    aim = wanted[tensor.native]
-                    aim.put(values if tensor.shape == aim.shape else values.mT)
+                    wanted[tensor.native].put(values.mT if tensor.native in turned else values)
     return model
+
+
+def _turned(stored: Sequence[Stored], wanted: Mapping[str, HubTensor]) -> set[str]:
+    """The stacks of experts whose outputs come first.
+
+    A square one does not say; but never are both stacks of a layer square, whose inner width is
+    that of the model for one and half of it for the other. They are written in one order.
+    """
+    layers = {t.layer for t in stored if t.shape != wanted[t.native].shape}
+    return {t.native for t in stored if t.layer in layers and len(t.shape) == 3}
 
 
 def _without_idle_biases(stored: Sequence[Stored], wanted: Mapping[str, HubTensor]) -> list[Stored]:

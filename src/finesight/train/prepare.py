@@ -30,6 +30,7 @@ from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
+from finesight.model.qwen_vl import SquareTower
 from finesight.model.weights import load_model
 from finesight.storage import digest
 from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
@@ -134,7 +135,8 @@ class Session:
         CPU computes in 16 bits, since oneDNN builds its kernels anew for every new shape."""
         machine, model = self.machine, self.model
         if machine.device.type == "cpu" and machine.dtype != torch.float32:
-            return filled(packed, model.geometry.vision.merge)
+            one_size = isinstance(model.visual, SquareTower)
+            return filled(packed, None if one_size else model.geometry.vision.merge)
         return packed.to(machine.device)
 
     def state(self) -> State:

@@ -77,11 +77,11 @@ def merge_folder(
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
     What was published in four bits is written in full, also where there is no adapter.
 
-    `precision` auto keeps the type of the base's weights. `manifest` is that of the adapter's run:
-    it goes along, so that the folder is asked as the run was trained. The weights of `base` are
-    taken as published, also where the run had them in NF4. Computed on the CPU. Raises UserError
-    for an existing `out`, an adapter that does not fit (another base's fingerprint included) and a
-    full disk; then nothing is left at `out`.
+    `precision` auto keeps the type of the base's weights, and is fp32 where they have several.
+    `manifest` is that of the adapter's run: it goes along, so that the folder is asked as the run
+    was trained. The weights of `base` are taken as published, also where the run had them in NF4.
+    Computed on the CPU. Raises UserError for an existing `out`, an adapter that does not fit
+    (another base's fingerprint included) and a full disk; then nothing is left at `out`.
     """
     with write_folder(out) as folder:
         stored = stored_precision(base)

@@ -61,9 +61,10 @@ class HubTensor:
         """Those that a file may have it in."""
         return self.data.types if isinstance(self.data, Piece) else STORED
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """What it takes in a file of this type: whole numbers stay what they are."""
-        return self.numbers * (4 if "I32" in self.types else dtype.itemsize)
+    @property
+    def dense(self) -> bool:
+        """Whether a file has its numbers in full, whatever is kept of them here."""
+        return not isinstance(self.data, Piece) or self.data.name == "weight"
 
     def fits(self, stored: Stored) -> bool:
         """Whether that can stand here; transformers 5 writes experts with their outputs first."""
@@ -230,21 +231,21 @@ def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
 
 
 def stored_precision(folder: ModelFolder) -> str:
-    """The type of most of a folder's tensors, a key of DTYPES; of a quantised one, of those that
-    are not. Raises UserError for others."""
+    """The type of a folder's tensors, a key of DTYPES; fp32 where there are several, so that none
+    loses digits. Layers in few bits do not count. Raises UserError for other types."""
     quantised = published_group(folder) is not None
-    types = Counter(tensor.dtype for file in folder.weight_files() for tensor in header(file))
-    if quantised:
-        del types["I32"]
-    usual = max(types, key=types.__getitem__, default="none")
-    if usual not in STORED:
+    tensors = [tensor for file in folder.weight_files() for tensor in header(file)]
+    packed = {t.layer for t in tensors if quantised and t.native.endswith(_PACKED)}
+    types = {tensor.dtype for tensor in tensors if tensor.layer not in packed}
+    strange = sorted(types.difference(STORED)) if types else ["none"]
+    if strange:
         raise UserError(
-            f"weights of type {usual}",
+            f"weights of type {strange[0]}",
             where=str(folder.path),
             expected=f"one of {', '.join(STORED)}",
             remedy=_REMEDY,
         )
-    return STORED[usual]
+    return STORED[types.pop()] if len(types) == 1 else "fp32"
 
 
 def _check(stored: Sequence[Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
@@ -287,12 +288,15 @@ def save_model(
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
     assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
-    shards = _shards(list(hub_tensors(model)), dtype, max_shard_bytes)
-    packed = any(t.name.endswith(_PACKED) for shard in shards for t in shard)
-    dropped = () if packed else ("quantization_config",)
-    _copy_descriptions(folder, target, dtype, dropped)
-    published = model.architecture.published_name
+    tensors = list(hub_tensors(model))
     originals = _originals(folder, model) if frozen_weights(model) else {}
+    types = {t.name: _type_in_file(t, dtype, originals) for t in tensors}
+    shards = _shards(tensors, types, max_shard_bytes)
+    dropped = () if any(name.endswith(_PACKED) for name in types) else ("quantization_config",)
+    dense = {types[t.name] for t in tensors if t.dense}
+    # No number loses digits where the type that config.json names is taken for all.
+    _copy_descriptions(folder, target, dtype if dense == {dtype} else torch.float32, dropped)
+    published = model.architecture.published_name
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -300,20 +304,22 @@ def save_model(
             "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         # Copied even where nothing changes: safetensors refuses stretches of a shared parameter.
-        tensors = {published(t.name): _for_file(t, dtype, originals) for t in shard}
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(tensors, file)
+        content = {published(t.name): _for_file(t, dtype, originals) for t in shard}
+        save_file(content, target / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(content, file)
     if len(shards) > 1:
-        size = sum(t.nbytes(dtype) for shard in shards for t in shard)
+        size = sum(t.numbers * types[t.name].itemsize for t in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": names}
         (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(tensors: Sequence[HubTensor], dtype: torch.dtype, most: float) -> list[list[HubTensor]]:
+def _shards(
+    tensors: Sequence[HubTensor], types: Mapping[str, torch.dtype], most: float
+) -> list[list[HubTensor]]:
     shards: list[list[HubTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        bytes_ = tensor.nbytes(dtype)
+        bytes_ = tensor.numbers * types[tensor.name].itemsize
         if shards[-1] and size + bytes_ > most:
             shards.append([])
             size = 0
@@ -325,6 +331,15 @@ def _shards(tensors: Sequence[HubTensor], dtype: torch.dtype, most: float) -> li
 def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, Stored]:
     named = model.architecture.native_name
     return {t.native: t for file in folder.weight_files() for t in header(file, named)}
+
+
+def _type_in_file(
+    tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Stored]
+) -> torch.dtype:
+    if not isinstance(tensor.data, Piece):
+        return dtype
+    kind = originals[tensor.name].dtype
+    return torch.int32 if kind == "I32" else DTYPES[STORED[kind]]
 
 
 def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Stored]) -> Tensor:

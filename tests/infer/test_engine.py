@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +66,42 @@ def test_numbers_that_overflow_are_told(tiny, tmp_path):
         model.model.layers[0].mlp.down_proj.weight.fill_(60000)
     with pytest.raises(UserError, match="overflow in float16"):
         generate(model, prompts, max_new_tokens=1, end_ids=())
+
+
+class Graph:
+    """A recording that no card is needed for; its end may fail too."""
+
+    def __init__(self, spoiled: bool) -> None:
+        self.open, self._spoiled = False, spoiled
+
+    def capture_begin(self, **_: object) -> None:
+        self.open = True
+
+    def capture_end(self) -> None:
+        self.open = False
+        if self._spoiled:
+            raise RuntimeError("the recording is invalid")
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_an_error_while_recording_closes_it_and_is_the_one_told(monkeypatch, spoiled):
+    graph, stream = Graph(spoiled), SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(engine, "_recording_stream", lambda device: stream)
+
+    def grow(ids_R, seen):
+        if graph.open:
+            raise torch.OutOfMemoryError("the first error")
+        return ids_R
+
+    recorded, ids_R = engine.Recorded(), torch.zeros(2, dtype=torch.int64)
+    recorded.run(grow, ids_R, 256)
+    with pytest.raises(torch.OutOfMemoryError, match="the first error"):
+        recorded.run(grow, ids_R, 256)
+    assert not graph.open
 
 
 def test_less_than_one_new_token_is_refused():

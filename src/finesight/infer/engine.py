@@ -12,6 +12,7 @@ and commands of formulas. Qwen2.5-VL's generation config asks for 1.05; it is no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -142,7 +143,14 @@ class Recorded:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            logits_RV = grow(ids_R, seen)
+            try:
+                logits_RV = grow(ids_R, seen)
+            except BaseException:
+                # While a recording is open, the device refuses everything else. One that the error
+                # has spoiled is closed with an error of its own, which says nothing more.
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph, logits_RV

@@ -14,7 +14,7 @@ from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
-from finesight.infer.engine import generate, plan_batches
+from finesight.infer.engine import cache_tokens, generate, plan_batches
 from finesight.model.network import VisionLanguageModel
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def predict(
     predictions: dict[int, Prediction] = {}
     reader = _Reader(renderer, samples, damaged)
     try:
-        for prompts in reader.batches(batch, max_new_tokens):
+        for prompts in reader.batches(batch, max_new_tokens, cache_tokens(model)):
             answers = generate(
                 model,
                 list(prompts.values()),
@@ -139,15 +139,17 @@ class _Reader:
     ) -> None:
         self._renderer, self._samples, self._damaged = renderer, samples, damaged
 
-    def batches(self, batch: int, max_new_tokens: int) -> Iterator[dict[int, Encoded]]:
-        """Prompts by the index of their sample; damaged ones are left out."""
+    def batches(self, batch: int, max_new_tokens: int, most: int) -> Iterator[dict[int, Encoded]]:
+        """Prompts by the index of their sample, as `plan_batches` shares them out; damaged ones are
+        left out."""
         outlines = self._collected(
             (i, partial(self._renderer.prompt_outline, sample))
             for i, sample in enumerate(self._samples)
         )
         which = list(outlines)
         lengths = [outline.tokens for outline in outlines.values()]
-        plan = [[which[i] for i in group] for group in plan_batches(lengths, batch, max_new_tokens)]
+        groups = plan_batches(lengths, batch, max_new_tokens, most)
+        plan = [[which[i] for i in group] for group in groups]
         pool = ThreadPoolExecutor(READERS)
         try:
             ahead: list[tuple[int, Future[Encoded]]] = []

@@ -159,10 +159,16 @@ def test_experts_of_a_stack_step_as_if_apart_and_beside_matrices() -> None:
 
 @pytest.mark.parametrize(
     "table",
-    ["visual.pos_embed.weight", "visual.positional_embedding", "visual.merger.attn_pool.query"],
+    [
+        "visual.pos_embed.weight",
+        "visual.positional_embedding",
+        "visual.merger.attn_pool.query",
+        "visual.patch_embed.proj.weight",
+    ],
 )
-def test_what_is_added_stays_with_adamw(table: str) -> None:
-    named = {table: nn.Parameter(torch.ones(4, 6))}
+def test_what_is_no_matrix_stays_with_adamw(table: str) -> None:
+    shape = (4, 3, 2, 2) if "proj" in table else (4, 6)
+    named = {table: nn.Parameter(torch.ones(shape))}
     masters = Masters(named, settings())
     take(masters, named, 5)
     assert f"second.{table}" in masters.moments()

@@ -304,10 +304,10 @@ def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Gro
 
 
 def _multiplies(name: str, parameter: nn.Parameter) -> bool:
-    """Not so vectors, what is added, and the table of embeddings, of which a step moves few
-    rows."""
+    """So do matrices and stacks of them, but not what is added, nor the table of embeddings, of
+    which a step moves few rows."""
     added = part_of(name) == "embeddings" or name.endswith(TABLES)
-    return parameter.dim() > 1 and not added
+    return parameter.dim() in (2, 3) and not added
 
 
 class LossScale:

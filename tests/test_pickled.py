@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.hub import CONVERTED, PICKLED_INDEX, ModelFolder
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
+from finesight.storage import DIGESTS
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -39,7 +46,9 @@ def _index(folder: ModelFolder, **files: str) -> None:
     (folder.path / PICKLED_INDEX).write_text(text, encoding="utf-8")
 
 
-def test_shards_become_safetensors_once(folder: ModelFolder) -> None:
+def test_shards_become_safetensors_once(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _index(folder, a="pytorch_model-1.bin", b="pytorch_model-2.bin")
     torch.save({"a": TENSORS["a"]}, folder.path / "pytorch_model-1.bin")
     torch.save({"b": TENSORS["b"]}, folder.path / "pytorch_model-2.bin")
@@ -51,8 +60,7 @@ def test_shards_become_safetensors_once(folder: ModelFolder) -> None:
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
     fingerprint = folder.fingerprint()
-    for pickled in folder.path.glob("*.bin"):
-        pickled.write_bytes(b"not read again")
+    monkeypatch.setattr(torch, "load", None)
     assert folder.weight_files() == files
     assert folder.fingerprint() == fingerprint
 
@@ -61,6 +69,94 @@ def test_one_file_whose_tensors_share_their_memory(folder: ModelFolder) -> None:
     torch.save({"a": TENSORS["a"], "b": TENSORS["a"][0]}, folder.path / "pytorch_model.bin")
     (file,) = folder.weight_files()
     assert torch.equal(load_file(file)["b"], TENSORS["a"][0])
+
+
+def test_files_that_have_changed_are_converted_anew(folder: ModelFolder) -> None:
+    path = folder.path / "pytorch_model.bin"
+    for times in (1, 2):
+        torch.save({"a": TENSORS["a"] * times}, path)
+        os.utime(path, ns=(times, times))
+        (file,) = folder.weight_files()
+        assert torch.equal(load_file(file)["a"], TENSORS["a"] * times)
+
+
+def test_damage_after_converting_is_found_before_loading(tmp_path: Path) -> None:
+    folder = ModelFolder(make_tiny(tmp_path / "tiny"))
+    (tmp_path / "tiny" / DIGESTS).unlink()
+    (single,) = folder.weight_files()
+    torch.save(load_file(single), tmp_path / "tiny" / "pytorch_model.bin")
+    single.unlink()
+    load_model(folder, torch.float32, torch.device("cpu"))
+    (converted,) = folder.weight_files()
+    content = bytearray(converted.read_bytes())
+    content[-1] ^= 1
+    converted.write_bytes(content)
+    with pytest.raises(UserError, match="has changed since it was written"):
+        load_model(folder, torch.float32, torch.device("cpu"))
+
+
+def _use(path: Path) -> list[str]:
+    return [file.name for file in ModelFolder(path).weight_files()]
+
+
+def test_several_processes_may_use_a_model_for_the_first_time(folder: ModelFolder) -> None:
+    torch.save(
+        {f"w{n}": torch.ones(400, 400) for n in range(40)}, folder.path / "pytorch_model.bin"
+    )
+    context = multiprocessing.get_context("fork")
+    with context.Pool(4) as pool:
+        found = pool.map(_use, [folder.path] * 4, chunksize=1)
+    assert found == [["model-00001-of-00001.safetensors"]] * 4
+    assert not list(folder.path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.arange(6.0).view(2, 3).T, torch.rand(1, 3, 4, 4).to(memory_format=torch.channels_last)],
+)
+def test_tensors_that_lie_in_another_order_are_taken(folder: ModelFolder, tensor: Tensor) -> None:
+    torch.save({"a": tensor}, folder.path / "pytorch_model.bin")
+    (file,) = folder.weight_files()
+    assert torch.equal(load_file(file)["a"], tensor)
+
+
+UNUSUAL = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "qint8": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "complex64": lambda: torch.ones(3, dtype=torch.complex64),
+    "without numbers": lambda: torch.empty(3, device="meta"),
+    "4000000000000 bytes": lambda: torch.zeros(1).expand(10**7, 10**5),
+}
+
+
+@pytest.mark.parametrize("said", UNUSUAL)
+def test_tensors_that_no_safetensors_hold_are_refused(folder: ModelFolder, said: str) -> None:
+    path = folder.path / "pytorch_model.bin"
+    torch.save({"a": UNUSUAL[said]()}, path)
+    with pytest.raises(UserError, match=rf"a is a .*{said}") as caught:
+        folder.weight_files()
+    assert caught.value.where == str(path)
+    assert not (folder.path / CONVERTED).exists()
+
+
+def test_no_advice_to_run_code_is_passed_on(folder: ModelFolder) -> None:
+    path = folder.path / "pytorch_model.bin"
+    contents: list[Callable[[], object]] = [
+        lambda: torch.save({"a": Malicious("true")}, path),
+        lambda: path.write_bytes(pickle.dumps({"a": Malicious("true")}, protocol=4)),
+        lambda: path.write_bytes(pickle.dumps({"a": 1}, protocol=0)),
+        lambda: path.write_bytes(b"\x80\x02\x8c\x05posix\x93."),
+        lambda: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+    ]
+    for write in contents:
+        write()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError) as caught:
+                folder.weight_files()
+        for word in ("weights_only", "torch.load", "safe_globals", "trust"):
+            assert word not in str(caught.value)
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(folder: ModelFolder) -> None:

@@ -160,6 +160,7 @@ def test_parts_in_four_bits_are_one_or_several_and_never_trained_whole(tmp_path)
         ("language", ("language",)),
         ("[vision, merger]", ("vision", "merger")),
         ("[language, embeddings]", ("language", "embeddings")),
+        ("[language, vision, language]", ("vision", "language")),
     ):
         (tmp_path / "recipe.yaml").write_text(SHORTEST + f"tune: {{nf4: {written}}}\n")
         assert load_recipe(tmp_path / "recipe.yaml").tune.nf4 == expected

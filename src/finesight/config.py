@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -139,6 +139,12 @@ class Tune(Section):
     nf4: (
         Annotated[tuple[Quantisable, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
     ) = None
+
+    @field_validator("nf4")
+    @classmethod
+    def _in_one_order(cls, nf4: tuple[Quantisable, ...] | None) -> tuple[Quantisable, ...] | None:
+        """However they were listed, the same parts are the same setting."""
+        return None if nf4 is None else tuple(part for part in get_args(Quantisable) if part in nf4)
 
     @model_validator(mode="after")
     def _quantised_parts_are_frozen(self) -> Tune:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError
-from finesight.pickled import convert
+from finesight.pickled import convert_once
 from finesight.remote.address import Address, is_on_a_hub, model_address
 
 WANTED = (
@@ -42,7 +42,9 @@ PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
 deviation by channel are those of CLIP (Radford et al. 2021), for pixels scaled to 0..1."""
 
 PREPROCESSOR = "preprocessor_config.json"
-_PROCESSOR = "processor_config.json"
+PROCESSOR = "processor_config.json"
+"""Where transformers 5 writes what stood in PREPROCESSOR, as `image_processor`."""
+
 _FIRST = "qwen"
 _OF_THE_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
@@ -124,10 +126,10 @@ class ModelFolder:
             return "config.json", self._fixed_pictures()
         if self.file(PREPROCESSOR) is not None:
             return PREPROCESSOR, self._json(PREPROCESSOR)
-        if self.file(_PROCESSOR) is not None:
-            nested = self._json(_PROCESSOR).get("image_processor")
+        if self.file(PROCESSOR) is not None:
+            nested = self._json(PROCESSOR).get("image_processor")
             if isinstance(nested, dict):
-                return _PROCESSOR, nested
+                return PROCESSOR, nested
         if self.family not in _OF_THE_DEFAULTS:
             self._required(PREPROCESSOR)
         return PREPROCESSOR, {}
@@ -204,9 +206,10 @@ class ModelFolder:
     def weight_files(self) -> list[Path]:
         """The safetensors files that hold the weights, by the index or the single file.
 
-        Where there are only pickled ones, they are converted first, once, into the folder CONVERTED
-        within this one. Raises UserError for a folder without weights, for an index with a missing
-        file, and for a pickle that holds more than tensors.
+        Where there are only pickled ones, they are converted first, into the folder CONVERTED
+        within this one, and anew where they have changed since. Raises UserError for a folder
+        without weights, for an index with a missing file, and for a pickle that holds more than
+        tensors.
         """
         single = self.file("model.safetensors")
         index = self._index()
@@ -217,8 +220,7 @@ class ModelFolder:
         pickled = self._pickled()
         if pickled:
             converted = self.path / CONVERTED
-            if not converted.is_dir():
-                convert(pickled, converted)
+            convert_once(pickled, converted)
             return ModelFolder(converted).weight_files()
         raise UserError(
             f"a model folder without weights: {self.path.name} has no safetensors file",

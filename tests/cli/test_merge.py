@@ -97,6 +97,25 @@ def test_other_programs_find_the_pixel_limits_of_the_training(run: Path, tmp_pat
     assert settings["patch_size"] == 14
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_picture_settings_within_those_of_a_processor_stay(
+    run: Path, base: ModelFolder, tmp_path: Path, alone: bool
+) -> None:
+    """As transformers 5 writes them: a new file beside them would hide patches and colours."""
+    before = base.path / "preprocessor_config.json"
+    settings = json.loads(before.read_text()) | {"image_mean": [0.5, 0.4, 0.3], "size": {}}
+    (base.path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    before.unlink() if alone else before.write_text(json.dumps(settings))
+    (base.path / "sha256.json").unlink()
+    assert run_command(run, tmp_path / "merged").exit_code == 0
+    limits = {"shortest_edge": 784, "longest_edge": 7840}
+    expected = settings | {"min_pixels": 784, "max_pixels": 7840, "size": limits}
+    nested = json.loads((tmp_path / "merged" / "processor_config.json").read_text())
+    assert nested == {"image_processor": expected}
+    assert ModelFolder(tmp_path / "merged").preprocessor["image_mean"] == [0.5, 0.4, 0.3]
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists() is not alone
+
+
 def test_a_size_that_other_programs_cannot_be_told_is_said(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["picture"] = {"height": 112, "width": 504}

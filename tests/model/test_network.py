@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import config, conversation, distance, native, packed, reference
+from oracle import CPU, config, conversation, distance, native, packed, reference
 from torch import Tensor, nn
 
+from finesight.errors import UserError
+from finesight.hub import PREPROCESSOR_DEFAULTS
+from finesight.model.geometry import Settings
 from finesight.model.linear import GroupedLinear
-from finesight.model.network import VisionLanguageModel
+from finesight.model.network import VisionLanguageModel, build
 from finesight.model.parts import part_of
 from finesight.model.weights import hub_tensors
 
@@ -49,6 +52,13 @@ def test_the_steps_one_by_one_are_the_forward_pass(theirs: Any) -> None:
     assert torch.equal(h_TD, model(batch))
     assert torch.equal(h_TD, model.normed(model.read(batch, attention)))
     assert torch.equal(model.logits(h_TD), h_TD @ model.head_weight.T)
+
+
+@pytest.mark.parametrize("size", [10**9, 2**61, 10**30])
+def test_sizes_beyond_any_memory_are_refused(size: int) -> None:
+    settings = config("qwen3_vl", vision={"hidden_size": size})
+    with pytest.raises(UserError, match="too large for this machine's memory"):
+        build(Settings(settings), Settings(PREPROCESSOR_DEFAULTS), torch.float32, CPU)
 
 
 def test_features_stand_for_their_placeholders(theirs: Any) -> None:

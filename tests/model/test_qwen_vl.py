@@ -138,6 +138,7 @@ def test_queries_grow_with_the_logarithm_of_their_position() -> None:
         ({"no_bias": False}, "no_bias is False"),
         ({"intermediate_size": 191}, "intermediate_size is 191"),
         ({"seq_length": None}, "seq_length is missing"),
+        ({"seq_length": 1}, "seq_length is 1"),
     ],
 )
 def test_what_is_not_built_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
+from finesight.model.merge import merge_folder
 from finesight.model.network import VisionLanguageModel
+from finesight.model.tiny import make_tiny
 from finesight.model.weights import (
     hub_tensors,
     load_model,
@@ -118,6 +120,29 @@ def test_published_names_and_those_of_transformers_5_are_one_model(
     save_file(renamed, other / "model.safetensors")
     found = load_model(ModelFolder(other), torch.float32, CPU)
     assert torch.equal(logits(found, theirs), expected)
+
+
+@pytest.mark.parametrize("inner", [16, 24, 48])
+@pytest.mark.parametrize("outputs_first", [True, False])
+def test_experts_are_read_in_either_order(tmp_path: Path, inner: int, outputs_first: bool) -> None:
+    """Also where one of a layer's stacks is square, and only the other one says which it is."""
+    settings = config("qwen3_vl_moe", moe_intermediate_size=inner)
+    theirs = reference(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    for file in source.weight_files():
+        tensors = load_file(file)
+        turned = {n: t.mT.contiguous() for n, t in tensors.items() if t.dim() == 3}
+        save_file(tensors | turned if outputs_first else tensors, file)
+    found = logits(load_model(source, torch.float32, CPU), theirs)
+    assert distance(found, expected_logits(theirs)) <= 1e-5
+
+
+def test_the_tiny_model_s_experts_tell_inputs_from_outputs(tmp_path: Path) -> None:
+    folder = ModelFolder(make_tiny(tmp_path / "tiny", "qwen3_vl_moe"))
+    shapes = [t.shape for file in folder.weight_files() for t in load_file(file).values()]
+    stacks = [shape for shape in shapes if len(shape) == 3]
+    assert len(stacks) == 4
+    assert all(inputs != outputs for _, inputs, outputs in stacks)
 
 
 def test_a_tied_head_may_be_written_out(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -235,14 +260,16 @@ def test_quantised_weights_are_refused_as_such(tmp_path: Path) -> None:
             read(ModelFolder(source.path))
 
 
-def test_the_stored_precision_is_that_of_most_tensors(tmp_path: Path) -> None:
+def test_the_stored_precision_is_that_of_every_tensor_or_fp32(tmp_path: Path) -> None:
     settings = config("qwen2_vl")
     source = published(tmp_path / "source", settings, reference(settings))
     assert stored_precision(source) == "fp32"
     for file in source.weight_files():
         save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)
-    change(source, lambda tensors: {n: t.float() for n, t in tensors.items()})
     assert stored_precision(source) == "bf16"
+    for other in (torch.float16, torch.float32):
+        change(source, lambda tensors, to=other: {n: t.to(to) for n, t in tensors.items()})
+        assert stored_precision(source) == "fp32"
     for file in source.weight_files():
         save_file({n: t.to(torch.int8) for n, t in load_file(file).items()}, file)
     with pytest.raises(UserError, match="weights of type I8"):
@@ -251,6 +278,24 @@ def test_the_stored_precision_is_that_of_most_tensors(tmp_path: Path) -> None:
         save_file({}, file)
     with pytest.raises(UserError, match="weights of type none"):
         stored_precision(source)
+
+
+def test_what_is_saved_in_several_types_is_counted_and_told(tmp_path: Path) -> None:
+    """Four bits are written as they were published, the rest in the type of the run."""
+    settings = config("qwen2_vl")
+    base = published(tmp_path / "base", settings, reference(settings))
+    (tmp_path / "saved").mkdir()
+    model = load_model(base, torch.float16, CPU, ["language"])
+    save_model(model, base, tmp_path / "saved", torch.float16, max_shard_bytes=80_000)
+    saved = ModelFolder(tmp_path / "saved")
+    tensors = [list(load_file(file).values()) for file in saved.weight_files()]
+    sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
+    index = json.loads((saved.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 80_000
+    assert {t.dtype for some in tensors for t in some} == {torch.float16, torch.float32}
+    assert saved.config["torch_dtype"] == "float32"
+    assert merge_folder(saved, None, tmp_path / "merged").precision == "fp32"
 
 
 def test_saving_with_an_adapter_would_lose_it(tmp_path: Path) -> None:

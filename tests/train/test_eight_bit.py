@@ -12,10 +12,12 @@ from finesight.train import eight_bit
 from finesight.train.eight_bit import BLOCK, AdamW8bit, Moment
 from finesight.train.optimizer import Masters
 
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
 MATRIX, OTHER = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.qkv.weight"
 SHAPES = {
     MATRIX: (33, 50),
     OTHER: (64, 64),
+    EXPERTS: (3, 20, 30),
     "model.layers.0.mlp.down_proj.bias": (33,),
     "model.embed_tokens.weight": (70, 60),
 }
@@ -122,13 +124,13 @@ def test_it_stays_near_adamw(dtype: torch.dtype) -> None:
         plain, small = (moved[name] for moved in values)
         off = float((small - plain).norm() / plain.norm())
         # Vectors and embeddings keep their moments in fp32.
-        assert off == 0.0 if name not in (MATRIX, OTHER) else 0.0 < off < 0.1, name
+        assert off == 0.0 if name not in (MATRIX, OTHER, EXPERTS) else 0.0 < off < 0.1, name
 
 
 def test_moments_of_matrices_take_two_bytes_and_a_scale() -> None:
     masters = Masters(parameters(), settings())
     kept = masters.moments()
-    for name, numbers in ((MATRIX, 33 * 50), (OTHER, 64 * 64)):
+    for name, numbers in ((MATRIX, 33 * 50), (OTHER, 64 * 64), (EXPERTS, 1800)):
         blocks = -(-numbers // BLOCK)
         own = {key: kept[f"{key}.{name}"] for key in ("first", "second")}
         assert all(t.dtype == torch.uint8 and t.numel() == blocks * BLOCK for t in own.values())
@@ -166,8 +168,9 @@ def test_numbers_between_parameters_stay_zero() -> None:
     for seed in range(5):
         take(masters, named, seed)
     group = next(g for g in masters.groups if g.pieces[0].name == MATRIX)
-    assert len(group.master_E) == 7 * BLOCK
-    assert not group.master_E[33 * 50 :].any()
+    assert len(group.master_E) == (7 + 8) * BLOCK
+    assert not group.master_E[33 * 50 : 7 * BLOCK].any()
+    assert not group.master_E[7 * BLOCK + 3 * 20 * 30 :].any()
 
 
 def test_steps_of_long_groups_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

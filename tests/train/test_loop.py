@@ -18,6 +18,7 @@ from finesight import storage
 from finesight.data.headers import DamagedPicture
 from finesight.errors import UserError
 from finesight.infer.load import load_answerer
+from finesight.model.tiny import make_tiny
 from finesight.recipe import load_recipe
 from finesight.train import loop
 from finesight.train.finish import RunResult
@@ -261,6 +262,17 @@ def test_sixteen_bits_end_to_end(task: Task, precision: str) -> None:
     stored = load_file(task.folder / "run" / "model" / "model.safetensors")
     expected = torch.bfloat16 if precision == "bf16" else torch.float16
     assert {tensor.dtype for tensor in stored.values()} == {expected}
+
+
+def test_sixteen_bits_where_all_pictures_have_one_size(task: Task) -> None:
+    """16 patches each, and packs of other numbers than even ones."""
+    folder = make_tiny(task.folder / "square", "qwen")
+    config = json.loads((folder / "config.json").read_text())
+    config["visual"]["image_size"] = 56
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "sha256.json").unlink()
+    one = ("train.precision=bf16", "train.steps=1", "train.epochs=null", "train.pack_tokens=130")
+    assert task.run(*one, model=str(folder), picture=None).steps == 1
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,36 @@ def test_stacked_layers_step_as_if_apart() -> None:
     torch.testing.assert_close(together[name].detach(), found)
 
 
+def test_experts_of_a_stack_step_as_if_apart_and_beside_matrices() -> None:
+    matrix, stack = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.experts.down_proj"
+    generator = torch.Generator().manual_seed(3)
+    start, grad = (torch.randn((3, 4, 6), generator=generator) for _ in range(2))
+    named = {matrix: parameters()[matrix], stack: nn.Parameter(start.clone())}
+    masters = Masters(named, settings(clip=None, weight_decay=0.5))
+    ((named[stack] * grad).sum() + named[matrix].sum()).backward()
+    masters.step(1.0, masters.norm())
+    assert masters.moments().keys() == {"steps", f"first.{matrix}", f"first.{stack}"}
+    for moved, one, g in zip(named[stack].detach(), start, grad, strict=True):
+        torch.testing.assert_close(moved, reference(one, [g], 0.01, 0.5))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "visual.pos_embed.weight",
+        "visual.positional_embedding",
+        "visual.merger.attn_pool.query",
+        "visual.patch_embed.proj.weight",
+    ],
+)
+def test_what_is_no_matrix_stays_with_adamw(table: str) -> None:
+    shape = (4, 3, 2, 2) if "proj" in table else (4, 6)
+    named = {table: nn.Parameter(torch.ones(shape))}
+    masters = Masters(named, settings())
+    take(masters, named, 5)
+    assert f"second.{table}" in masters.moments()
+
+
 def test_vectors_and_embeddings_stay_with_adamw() -> None:
     named = parameters()
     masters = Masters(named, settings())

@@ -109,6 +109,18 @@ def test_a_missing_package_is_told_before_anything_is_read_or_written(
     task.run("train.optimizer=adamw8bit", tune=LORA)
 
 
+def test_what_becomes_of_experts_is_said(task: Task) -> None:
+    """Four bits are refused for their part, and adapters leave them as they are."""
+    folder = make_tiny(task.folder / "experts", "qwen3_vl_moe")
+    with pytest.raises(UserError, match="experts, which stay in 16 bits") as refused:
+        task.run(tune=LANGUAGE, model=str(folder))
+    assert refused.value.where == "tune.nf4"
+    task.run("train.steps=1", "train.epochs=null", tune=LORA, model=str(folder), name="adapted")
+    assert "(experts carry no adapters: they stay as they are)" in task.screen
+    task.run("train.steps=1", "train.epochs=null", tune=LORA, name="dense")
+    assert "(experts" not in task.screen
+
+
 def test_a_resumed_run_keeps_its_four_bits(task: Task) -> None:
     task.unfinished()
     with pytest.raises(UserError, match=r"tune\.nf4 is \['language'\] now"):

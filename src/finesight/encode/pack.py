@@ -103,13 +103,16 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
     )
 
 
-def filled(batch: PackedBatch, merge: int) -> PackedBatch:
+def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
     """The pack with a sequence of nothing after its own, so that tokens, patches (`merge` x `merge`
     of them become a token) and predicting tokens come to multiples of `EVEN`. It has no targets:
-    `predict_L` grows longer than `target_L`.
+    `predict_L` grows longer than `target_L`. Without `merge`, of a tower whose pictures all have
+    one size, patches stay as they are: few numbers of them come.
     """
-    of_patches = -len(batch.patches_ND) % math.lcm(EVEN, merge**2)
-    features = of_patches // merge**2
+    features, grids = 0, batch.grids
+    if merge is not None:
+        features = -len(batch.patches_ND) % math.lcm(EVEN, merge**2) // merge**2
+        grids += ((1, merge, features * merge),) if features else ()
     end = len(batch.ids_T)
     tokens = features + 1
     tokens += -(end + tokens) % EVEN
@@ -119,11 +122,11 @@ def filled(batch: PackedBatch, merge: int) -> PackedBatch:
     return replace(
         batch,
         lengths=(*batch.lengths, tokens),
-        grids=(*batch.grids, (1, merge, of_patches // merge)) if of_patches else batch.grids,
+        grids=grids,
         ids_T=torch.cat([batch.ids_T, blank]),
         positions_3T=torch.cat([batch.positions_3T, own.expand(3, -1)], dim=1),
         bounds_S1=torch.cat([bounds_S1, bounds_S1[-1:] + tokens]),
-        patches_ND=F.pad(batch.patches_ND, (0, 0, 0, of_patches)),
+        patches_ND=F.pad(batch.patches_ND, (0, 0, 0, features * (merge or 0) ** 2)),
         visual_at_M=torch.cat([batch.visual_at_M, end + own[:features]]),
         predict_L=F.pad(batch.predict_L, (0, -len(batch.predict_L) % EVEN)),
     )

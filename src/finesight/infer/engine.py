@@ -12,6 +12,7 @@ and commands of formulas. Qwen2.5-VL's generation config asks for 1.05; it is no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -28,8 +29,9 @@ from finesight.model.network import VisionLanguageModel
 PREFILL_TOKENS = 8192
 """Prompt tokens run at once: bounds the memory of activations, pictures included."""
 
-CACHE_TOKENS = 1 << 18
-"""Tokens of the cache of one batch, padding included: about 7.5 GB for Qwen2-VL-2B in bf16."""
+CACHE_BYTES = 7 << 30
+"""Of the cache of one batch, padding included: 2^18 tokens of Qwen2-VL-2B in bf16, of others fewer
+or more."""
 
 EVEN = 256
 """On a GPU a step reads so many places of the cache or a multiple: as many serve one recording."""
@@ -142,7 +144,14 @@ class Recorded:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            logits_RV = grow(ids_R, seen)
+            try:
+                logits_RV = grow(ids_R, seen)
+            except BaseException:
+                # While a recording is open, the device refuses everything else. One that the error
+                # has spoiled is closed with an error of its own, which says nothing more.
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph, logits_RV
@@ -166,14 +175,23 @@ def _last_position(outline: Outline, limit: int) -> int:
     return last
 
 
-def plan_batches(lengths: Sequence[int], batch: int, max_new_tokens: int) -> list[list[int]]:
-    """Indices of the prompts that run together, longest first: a machine that is too small
-    fails at once and not at the end."""
+def cache_tokens(model: VisionLanguageModel) -> int:
+    """How many tokens of this model the cache of one batch may hold."""
+    language = model.geometry.language
+    numbers = 2 * language.depth * language.kv_heads * language.head_width
+    return CACHE_BYTES // (numbers * model.model.embed_tokens.weight.itemsize)
+
+
+def plan_batches(
+    lengths: Sequence[int], batch: int, max_new_tokens: int, most: int
+) -> list[list[int]]:
+    """Indices of the prompts that run together, at most `batch` of them with a cache of at most
+    `most` tokens, longest first: a machine that is too small fails at once and not at the end."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches:
             room = lengths[batches[-1][0]] + max_new_tokens
-            fits = (len(batches[-1]) + 1) * room <= CACHE_TOKENS
+            fits = (len(batches[-1]) + 1) * room <= most
             if fits and len(batches[-1]) < batch:
                 batches[-1].append(i)
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded
 from finesight.encode.rendering import Rendering
 from finesight.infer import fallback
-from finesight.infer.engine import generate, plan_batches
+from finesight.infer.engine import cache_tokens, generate, plan_batches
 from finesight.model.any_family import AnyModel
 from finesight.model.network import VisionLanguageModel
 
@@ -115,7 +116,9 @@ def predict(
     predictions: dict[int, Prediction] = {}
     reader = _Reader(renderer, samples, damaged)
     try:
-        for prompts in reader.batches(batch, max_new_tokens):
+        # Transformers answers one question at a time.
+        most = cache_tokens(model) if isinstance(model, VisionLanguageModel) else sys.maxsize
+        for prompts in reader.batches(batch, max_new_tokens, most):
             answers = _answers(model, list(prompts.values()), max_new_tokens, renderer, advance)
             for (i, prompt), ids in zip(prompts.items(), answers, strict=True):
                 predictions[i] = _read(renderer, samples[i], prompt, ids)
@@ -150,15 +153,17 @@ class _Reader:
     ) -> None:
         self._renderer, self._samples, self._damaged = renderer, samples, damaged
 
-    def batches(self, batch: int, max_new_tokens: int) -> Iterator[dict[int, Encoded]]:
-        """Prompts by the index of their sample; damaged ones are left out."""
+    def batches(self, batch: int, max_new_tokens: int, most: int) -> Iterator[dict[int, Encoded]]:
+        """Prompts by the index of their sample, as `plan_batches` shares them out; damaged ones are
+        left out."""
         outlines = self._collected(
             (i, partial(self._renderer.prompt_outline, sample))
             for i, sample in enumerate(self._samples)
         )
         which = list(outlines)
         lengths = [outline.tokens for outline in outlines.values()]
-        plan = [[which[i] for i in group] for group in plan_batches(lengths, batch, max_new_tokens)]
+        groups = plan_batches(lengths, batch, max_new_tokens, most)
+        plan = [[which[i] for i in group] for group in groups]
         pool = ThreadPoolExecutor(READERS)
         try:
             ahead: list[tuple[int, Future[Encoded]]] = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from finesight.config import PixelRange, Precision
 from finesight.encode.borrowed import is_native
 from finesight.errors import UserError
-from finesight.hub import PREPROCESSOR, ModelFolder
+from finesight.hub import PREPROCESSOR, PROCESSOR, ModelFolder
 from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import install_adapter
 from finesight.model.frozen import FrozenWeight
@@ -78,11 +79,11 @@ def merge_folder(
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
     What was published in four bits is written in full, also where there is no adapter.
 
-    `precision` auto keeps the type of the base's weights. `manifest` is that of the adapter's run:
-    it goes along, so that the folder is asked as the run was trained. The weights of `base` are
-    taken as published, also where the run had them in NF4. Computed on the CPU. Raises UserError
-    for an existing `out`, an adapter that does not fit (another base's fingerprint included) and a
-    full disk; then nothing is left at `out`.
+    `precision` auto keeps the type of the base's weights, and is fp32 where they have several.
+    `manifest` is that of the adapter's run: it goes along, so that the folder is asked as the run
+    was trained. The weights of `base` are taken as published, also where the run had them in NF4.
+    Computed on the CPU. Raises UserError for an existing `out`, an adapter that does not fit
+    (another base's fingerprint included) and a full disk; then nothing is left at `out`.
     """
     if not is_native(base):
         raise UserError(
@@ -105,15 +106,35 @@ def merge_folder(
         if manifest is not None:
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
             if isinstance(manifest.picture, PixelRange):
-                _tell_servers(folder / PREPROCESSOR, manifest.picture)
+                _tell_servers(folder, manifest.picture)
     return Merged(out, layers, thawed, kept)
 
 
-def _tell_servers(path: Path, rule: PixelRange) -> None:
-    """The pixel limits of the training, where other programs look for them: under the names of
-    transformers 4 and, where the file has it, under the `size` of transformers 5."""
-    settings = json.loads(path.read_bytes()) if path.exists() else {}
-    settings |= {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
+def _tell_servers(folder: Path, rule: PixelRange) -> None:
+    """The pixel limits of the training, where other programs look for them: in each file that has
+    the picture settings. A new one would hide what the other says of patches and colours."""
+    processor, alone = _settings(folder / PROCESSOR), folder / PREPROCESSOR
+    nested = processor.get("image_processor")
+    if isinstance(nested, dict):
+        processor["image_processor"] = _limited(nested, rule)
+        _write(folder / PROCESSOR, processor)
+    if alone.exists() or not isinstance(nested, dict):
+        _write(alone, _limited(_settings(alone), rule))
+
+
+def _limited(settings: dict[str, Any], rule: PixelRange) -> dict[str, Any]:
+    """With the limits under the names of transformers 4 and, where it is there, under the `size` of
+    transformers 5."""
+    limited = settings | {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
     if "size" in settings:
-        settings["size"] = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+        limited["size"] = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+    return limited
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return content
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

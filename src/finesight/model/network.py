@@ -6,7 +6,8 @@ that predict a learned one, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -134,19 +135,40 @@ class VisionLanguageModel(nn.Module):
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
 
 
+@contextmanager
+def fitting(file: str) -> Iterator[None]:
+    """Turn a refusal of memory for the sizes in `file` into a UserError; a full card's is left to
+    who knows how to save on it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        said = str(error)
+        if "overflow" not in said.lower() and "allocate memory" not in said:
+            raise
+        raise UserError(
+            "its sizes make a model that is too large for this machine's memory",
+            where=file,
+            expected="a model that fits into memory",
+            remedy="take the file from the model's own folder, or a smaller model",
+        ) from error
+
+
 def build(
     config: Settings, preprocessor: Settings, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
     """The model that config.json describes, its parameters not yet set.
 
-    Raises UserError for an unknown family and for values that are missing or wrong.
+    Raises UserError for an unknown family, for values that are missing or wrong, and for sizes
+    beyond any memory.
     """
     family = config.text("model_type")
     if family not in FAMILIES:
         config.refuse("model_type", " or ".join(FAMILIES))
     architecture = FAMILIES[family]
     language = architecture.language(config)
-    with torch.device("meta"):
+    with fitting(config.file), torch.device("meta"):
         visual = architecture.vision(config, read_pixels(preprocessor))
         model = VisionLanguageModel(architecture, Geometry(language, visual.geometry), visual)
     if visual.geometry.out_width != language.width:

@@ -31,6 +31,10 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lm_head.", "embeddings"),
 )
 
+TABLES = (".pos_embed.weight", ".positional_embedding", ".query")
+"""Endings of the names of parameters that are added, and multiplied with nothing. Beside them only
+the table of embeddings is."""
+
 INNER = "inner."
 """How names begin in a model that transformers computes."""
 

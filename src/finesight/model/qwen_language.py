@@ -175,6 +175,9 @@ def read_qwen_language(config: Settings) -> QwenGeometry:
     inner = config.whole("intermediate_size")
     if inner % 2:
         config.refuse("intermediate_size", "an even number, both halves of the MLP")
+    trained = config.whole("seq_length")
+    if trained < 2:
+        config.refuse("seq_length", "at least 2: attention is scaled by its logarithm")
     return QwenGeometry(
         vocabulary=config.whole("vocab_size"),
         width=width,
@@ -189,7 +192,7 @@ def read_qwen_language(config: Settings) -> QwenGeometry:
         rows=(0,) * (width // heads // 2),
         positions=config.whole("max_position_embeddings", 8192),
         tied=config.flag("tie_word_embeddings", False),
-        trained=config.whole("seq_length"),
+        trained=trained,
         ntk=config.flag("use_dynamic_ntk", True),
         logn=config.flag("use_logn_attn", True),
     )

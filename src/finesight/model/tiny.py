@@ -218,7 +218,8 @@ def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[st
         sections = {"mrope_section": [half - 2 * rows, rows, rows]}
         head = {"attention_bias": False, "head_dim": 2 * half, "rope_scaling": rope | sections}
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        experts |= {"moe_intermediate_size": size.inner // 4}
+        # No stack of them is square: an exchange of inputs and outputs would not be seen.
+        experts |= {"moe_intermediate_size": size.inner // 4 + 8}
         text = language | head | (experts if family == "qwen3_vl_moe" else {})
         return shared | {"dtype": "float32", "text_config": text}
     temporal = half // 4

@@ -23,7 +23,7 @@ from finesight.model.headers import Stored, header, misfit, opened
 from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
-from finesight.model.network import VisionLanguageModel, build
+from finesight.model.network import VisionLanguageModel, build, fitting
 from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 from finesight.model.parts import Part, part_of
 from finesight.model.qwen_vl import Pool
@@ -61,9 +61,10 @@ class HubTensor:
         """Those that a file may have it in."""
         return self.data.types if isinstance(self.data, Piece) else STORED
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """What it takes in a file of this type: whole numbers stay what they are."""
-        return self.numbers * (4 if "I32" in self.types else dtype.itemsize)
+    @property
+    def dense(self) -> bool:
+        """Whether a file has its numbers in full, whatever is kept of them here."""
+        return not isinstance(self.data, Piece) or self.data.name == "weight"
 
     def fits(self, stored: Stored) -> bool:
         """Whether that can stand here; transformers 5 writes experts with their outputs first."""
@@ -133,7 +134,8 @@ def load_model(
 
     Raises UserError for a damaged file, for missing, unknown, repeated or wrongly shaped tensors,
     for weights quantised otherwise, for a folder that has changed since finesight wrote it, for a
-    head to quantise that is tied, and where quantising needs a package that is missing.
+    head to quantise that is tied, for a decoder to quantise that has experts, and where quantising
+    needs a package that is missing.
     """
     group = published_group(folder)
     if nf4:
@@ -141,32 +143,49 @@ def load_model(
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     files = folder.weight_files()
-    if (folder.path / DIGESTS).is_file():
-        verify_folder(folder.path)
+    # Also what was converted here from pickles.
+    for made in dict.fromkeys((folder.path, *(file.parent for file in files))):
+        if (made / DIGESTS).is_file():
+            verify_folder(made)
     model = build(config, preprocessor, dtype, torch.device("meta"))
     if "embeddings" in nf4 and model.lm_head is None:
         raise _tied(folder)
+    if "language" in nf4 and model.geometry.language.experts is not None:
+        raise _has_experts(folder)
     named = model.architecture.native_name
     stored = [tensor for file in files for tensor in header(file, named)]
     _keep_in_nf4(model, nf4)
     if group is not None:
         layers = {t.layer for t in stored if t.native.endswith(_PACKED)}
         keep_in_int4(model, layers, group, str(folder.path))
-    model.to_empty(device=device)
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     if model.geometry.language.tied:
         # A tied head may be written out; the embedding is what it is tied to.
         stored = [tensor for tensor in stored if tensor.native != _HEAD]
     stored = _without_idle_biases(stored, wanted)
     _check(stored, wanted, folder.path)
+    with fitting(config.file):
+        model.to_empty(device=device)
+    # The same, now with room for numbers.
+    wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
+    turned = _turned(stored, wanted)
     for file in files:
         with opened(file) as weights:
             for tensor in stored:
                 if tensor.file == file:
                     values = weights.get_tensor(tensor.name)
-                    aim = wanted[tensor.native]
-                    aim.put(values if tensor.shape == aim.shape else values.mT)
+                    wanted[tensor.native].put(values.mT if tensor.native in turned else values)
     return model
+
+
+def _turned(stored: Sequence[Stored], wanted: Mapping[str, HubTensor]) -> set[str]:
+    """The stacks of experts whose outputs come first.
+
+    A square one does not say; but never are both stacks of a layer square, whose inner width is
+    that of the model for one and half of it for the other. They are written in one order.
+    """
+    layers = {t.layer for t in stored if t.shape != wanted[t.native].shape}
+    return {t.native for t in stored if t.layer in layers and len(t.shape) == 3}
 
 
 def _without_idle_biases(stored: Sequence[Stored], wanted: Mapping[str, HubTensor]) -> list[Stored]:
@@ -193,6 +212,16 @@ def _tied(folder: ModelFolder) -> UserError:
     )
 
 
+def _has_experts(folder: ModelFolder) -> UserError:
+    return UserError(
+        "language is in nf4, and this model has experts, which stay in 16 bits: they are nearly all"
+        " of its numbers",
+        where="tune.nf4",
+        expected="language only for a model without experts",
+        remedy=f"leave language out of nf4 for {folder.path.name}",
+    )
+
+
 def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
     """Make room for four bits in these parts of a model without numbers."""
     for path, module in list(model.named_modules()):
@@ -202,21 +231,21 @@ def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
 
 
 def stored_precision(folder: ModelFolder) -> str:
-    """The type of most of a folder's tensors, a key of DTYPES; of a quantised one, of those that
-    are not. Raises UserError for others."""
+    """The type of a folder's tensors, a key of DTYPES; fp32 where there are several, so that none
+    loses digits. Layers in few bits do not count. Raises UserError for other types."""
     quantised = published_group(folder) is not None
-    types = Counter(tensor.dtype for file in folder.weight_files() for tensor in header(file))
-    if quantised:
-        del types["I32"]
-    usual = max(types, key=types.__getitem__, default="none")
-    if usual not in STORED:
+    tensors = [tensor for file in folder.weight_files() for tensor in header(file)]
+    packed = {t.layer for t in tensors if quantised and t.native.endswith(_PACKED)}
+    types = {tensor.dtype for tensor in tensors if tensor.layer not in packed}
+    strange = sorted(types.difference(STORED)) if types else ["none"]
+    if strange:
         raise UserError(
-            f"weights of type {usual}",
+            f"weights of type {strange[0]}",
             where=str(folder.path),
             expected=f"one of {', '.join(STORED)}",
             remedy=_REMEDY,
         )
-    return STORED[usual]
+    return STORED[types.pop()] if len(types) == 1 else "fp32"
 
 
 def _check(stored: Sequence[Stored], wanted: Mapping[str, HubTensor], folder: Path) -> None:
@@ -259,12 +288,15 @@ def save_model(
     groups = [module for module in model.modules() if isinstance(module, GroupedLinear)]
     adapters = sum(group.adapter is not None for group in groups)
     assert adapters == 0, f"{adapters} groups still carry an adapter: merge before saving"
-    shards = _shards(list(hub_tensors(model)), dtype, max_shard_bytes)
-    packed = any(t.name.endswith(_PACKED) for shard in shards for t in shard)
-    dropped = () if packed else ("quantization_config",)
-    copy_descriptions(folder, target, dtype, dropped)
-    published = model.architecture.published_name
+    tensors = list(hub_tensors(model))
     originals = _originals(folder, model) if frozen_weights(model) else {}
+    types = {t.name: _type_in_file(t, dtype, originals) for t in tensors}
+    shards = _shards(tensors, types, max_shard_bytes)
+    dropped = () if any(name.endswith(_PACKED) for name in types) else ("quantization_config",)
+    dense = {types[t.name] for t in tensors if t.dense}
+    # No number loses digits where the type that config.json names is taken for all.
+    copy_descriptions(folder, target, dtype if dense == {dtype} else torch.float32, dropped)
+    published = model.architecture.published_name
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
@@ -272,20 +304,22 @@ def save_model(
             "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         # Copied even where nothing changes: safetensors refuses stretches of a shared parameter.
-        tensors = {published(t.name): _for_file(t, dtype, originals) for t in shard}
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(tensors, file)
+        content = {published(t.name): _for_file(t, dtype, originals) for t in shard}
+        save_file(content, target / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(content, file)
     if len(shards) > 1:
-        size = sum(t.nbytes(dtype) for shard in shards for t in shard)
+        size = sum(t.numbers * types[t.name].itemsize for t in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": names}
         (target / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(tensors: Sequence[HubTensor], dtype: torch.dtype, most: float) -> list[list[HubTensor]]:
+def _shards(
+    tensors: Sequence[HubTensor], types: Mapping[str, torch.dtype], most: float
+) -> list[list[HubTensor]]:
     shards: list[list[HubTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        bytes_ = tensor.nbytes(dtype)
+        bytes_ = tensor.numbers * types[tensor.name].itemsize
         if shards[-1] and size + bytes_ > most:
             shards.append([])
             size = 0
@@ -297,6 +331,15 @@ def _shards(tensors: Sequence[HubTensor], dtype: torch.dtype, most: float) -> li
 def _originals(folder: ModelFolder, model: VisionLanguageModel) -> dict[str, Stored]:
     named = model.architecture.native_name
     return {t.native: t for file in folder.weight_files() for t in header(file, named)}
+
+
+def _type_in_file(
+    tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Stored]
+) -> torch.dtype:
+    if not isinstance(tensor.data, Piece):
+        return dtype
+    kind = originals[tensor.name].dtype
+    return torch.int32 if kind == "I32" else DTYPES[STORED[kind]]
 
 
 def _for_file(tensor: HubTensor, dtype: torch.dtype, originals: Mapping[str, Stored]) -> Tensor:

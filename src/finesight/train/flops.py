@@ -19,11 +19,8 @@ from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.model.frozen import FrozenWeight
 from finesight.model.network import VisionLanguageModel
-from finesight.model.parts import PARTS, Part, part_of
+from finesight.model.parts import PARTS, TABLES, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
-
-_TABLES = (".query", ".positional_embedding")
-"""Endings of parameters that are added and multiplied with nothing."""
 
 
 class Arithmetic:
@@ -44,7 +41,7 @@ class Arithmetic:
             learns = False
             for weight in own:
                 part = part_of(weight.name)
-                learns = learns or (weight.learns and not weight.name.endswith(_TABLES))
+                learns = learns or (weight.learns and not weight.name.endswith(TABLES))
                 if weight.learns:
                     learning.add(part)
                 # The embedding is looked up, not multiplied; the head comes below.
@@ -135,7 +132,7 @@ def _weights(model: VisionLanguageModel) -> Iterator[_Weight]:
             numbers = parameter.numel()
             if parameter.dim() == 3 and experts is not None:
                 numbers = numbers // experts.number * experts.chosen
-            table = isinstance(module, nn.Embedding) or name.endswith(_TABLES)
+            table = isinstance(module, nn.Embedding) or name.endswith(TABLES)
             yield _Weight(name, numbers, parameter.dim() > 1 and not table, parameter.requires_grad)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finesight.config import Train
 from finesight.errors import UserError
-from finesight.model.parts import PARTS, Part, part_of
+from finesight.model.parts import PARTS, TABLES, Part, part_of
 from finesight.train.eight_bit import BLOCK, AdamW8bit
 from finesight.train.muon import Matrix, Muon
 
@@ -34,10 +34,17 @@ class Piece:
         """This parameter's part of a tensor of its group, in its own shape."""
         return flat_E[self.place].view(self.parameter.shape)
 
+    @property
+    def rows(self) -> Sequence[int]:
+        """Of each matrix, where nothing else is said: a stack of experts has one for each."""
+        *number, rows, _ = self.parameter.shape
+        return (rows,) * math.prod(number)
+
     def matrices(self, rows: Sequence[int]) -> Iterator[Matrix]:
         """The parameter's matrices, stacked with so many rows each."""
-        assert sum(rows) == len(self.parameter), f"{rows} rows of {len(self.parameter)}"
-        columns, start = self.parameter.shape[1], self.place.start
+        columns, start = self.parameter.shape[-1], self.place.start
+        found = f"{rows} rows of {columns} in {self.parameter.shape}"
+        assert sum(rows) * columns == self.parameter.numel(), found
         for number in rows:
             yield Matrix(slice(start, start + number * columns), number, columns)
             start += number * columns
@@ -97,16 +104,15 @@ class Group:
 
     @property
     def multiplies(self) -> bool:
-        """Whether its parameters are matrices that multiply: neither vectors nor a table of
-        embeddings, of which a step moves few rows."""
-        return self.part != "embeddings" and all(p.parameter.dim() == 2 for p in self.pieces)
+        """Whether its parameters are matrices, or stacks of them, that multiply."""
+        return all(_multiplies(piece.name, piece.parameter) for piece in self.pieces)
 
     def use_muon(self, stacked: Mapping[str, Sequence[int]]) -> None:
         """Let Muon step the group."""
         matrices = (
             matrix
             for piece in self.pieces
-            for matrix in piece.matrices(stacked.get(piece.name, piece.parameter.shape[:1]))
+            for matrix in piece.matrices(stacked.get(piece.name, piece.rows))
         )
         self.own = Muon(self.master_E.detach(), self.grad_E, matrices)
 
@@ -275,7 +281,7 @@ def _adamw(groups: Sequence[Group], train: Train) -> torch.optim.AdamW | None:
 
 
 def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:
-    """By part, and within it matrices with and vectors without weight decay."""
+    """By part, and within it matrices that multiply, tables, and vectors, which do not decay."""
     aligned = BLOCK if train.optimizer == "adamw8bit" else _ALIGNED
     rates = train.learning_rate
     by_part: dict[Part, float | None] = {
@@ -288,11 +294,20 @@ def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Gro
         rate = by_part[part] if by_part[part] is not None else rates.default
         assert rate is not None, f"no learning rate for {part}"
         own = {name: p for name, p in trainable.items() if part_of(name) == part}
-        matrices = {name: p for name, p in own.items() if p.dim() > 1}
+        matrices = {name: p for name, p in own.items() if _multiplies(name, p)}
         vectors = {name: p for name, p in own.items() if p.dim() <= 1}
-        for named, decay in ((matrices, train.weight_decay), (vectors, 0.0)):
+        tables = {name: p for name, p in own.items() if name not in matrices | vectors}
+        decays = train.weight_decay, train.weight_decay, 0.0
+        for named, decay in zip((matrices, tables, vectors), decays, strict=True):
             if named:
                 yield Group(part, decay, rate, named, aligned)
+
+
+def _multiplies(name: str, parameter: nn.Parameter) -> bool:
+    """So do matrices and stacks of them, but not what is added, nor the table of embeddings, of
+    which a step moves few rows."""
+    added = part_of(name) == "embeddings" or name.endswith(TABLES)
+    return parameter.dim() in (2, 3) and not added
 
 
 class LossScale:

@@ -31,6 +31,7 @@ from finesight.model.fallback import LIMITS, FallbackModel
 from finesight.model.lora import stacked
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
+from finesight.model.qwen_vl import SquareTower
 from finesight.storage import digest
 from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
 from finesight.train.course import Course, InOrder
@@ -135,7 +136,8 @@ class Session:
         machine, model = self.machine, self.model
         even = machine.device.type == "cpu" and machine.dtype != torch.float32
         if even and not isinstance(model, FallbackModel):
-            return filled(packed, model.geometry.vision.merge)
+            one_size = isinstance(model.visual, SquareTower)
+            return filled(packed, None if one_size else model.geometry.vision.merge)
         return packed.to(machine.device)
 
     def state(self) -> State:

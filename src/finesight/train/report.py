@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from finesight.model.experts import Experts
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
 from finesight.train.measure import Measured, memory_gb
@@ -198,6 +199,9 @@ def plan_of(session: Session) -> str:
     )
     if published:
         kept += f" (weights of {' and '.join(published)} in four bits, as published)"
+    stacks = any(isinstance(module, Experts) for module in session.model.modules())
+    if tune.language == "lora" and stacks:
+        kept += " (experts carry no adapters: they stay as they are)"
     epochs = session.course.samples / session.course.epoch_length
     return (
         f"training {learning}: {numbers:,} of {whole:,} numbers{kept}; {len(session.course)} steps"

@@ -130,6 +130,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("said", UNUSUAL)
 def test_tensors_that_no_safetensors_hold_are_refused(folder: ModelFolder, said: str) -> None:
     path = folder.path / "pytorch_model.bin"

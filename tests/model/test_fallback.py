@@ -140,7 +140,7 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, how: 
         load_fallback(ModelFolder(tmp_path), torch.float32, CPU)
 
 
-def test_pickled_weights_are_converted(
+def test_pickled_weights_are_converted_and_damage_is_found(
     model: FallbackModel, folder: Path, batch: PackedBatch, tmp_path: Path
 ) -> None:
     for file in folder.iterdir():
@@ -149,3 +149,9 @@ def test_pickled_weights_are_converted(
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     again = load_fallback(ModelFolder(tmp_path), torch.float32, CPU)
     assert torch.equal(again(batch), model(batch))
+    (converted,) = ModelFolder(tmp_path).weight_files()
+    content = bytearray(converted.read_bytes())
+    content[-1] ^= 1
+    converted.write_bytes(content)
+    with pytest.raises(UserError, match="has changed since it was written"):
+        load_fallback(ModelFolder(tmp_path), torch.float32, CPU)

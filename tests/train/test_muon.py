@@ -164,6 +164,9 @@ def test_experts_of_a_stack_step_as_if_apart_and_beside_matrices() -> None:
         "visual.positional_embedding",
         "visual.merger.attn_pool.query",
         "visual.patch_embed.proj.weight",
+        "inner.model.vision_tower.embeddings.position_embeddings",
+        "inner.model.vision_tower.embeddings.cls_token",
+        "inner.model.vision_tower.embeddings.position_embedding.weight",
     ],
 )
 def test_what_is_no_matrix_stays_with_adamw(table: str) -> None:

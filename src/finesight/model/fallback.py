@@ -19,6 +19,7 @@ from finesight.model.linear import GroupedLinear, only
 from finesight.model.parts import INNER
 from finesight.model.peft_config import Names
 from finesight.model.weights import copy_descriptions
+from finesight.storage import DIGESTS, verify_folder
 
 LIMITS = (
     "has no code of its own in finesight: transformers computes it. Samples run one at a time,"
@@ -158,7 +159,8 @@ def load_fallback(
     """The model of a folder by its class of transformers, every tensor of it read.
 
     Raises UserError for a family that transformers has no class for, for tensors that are missing
-    or of another shape, and for parts in four bits.
+    or of another shape, for a folder that has changed since finesight wrote it, and for parts in
+    four bits.
     """
     if nf4:
         raise UserError(
@@ -170,6 +172,8 @@ def load_fallback(
     config = configuration(folder)
     # Where weights were published as pickles, they lie in a folder of their own as safetensors.
     weights = folder.weight_files()[0].parent
+    if (weights / DIGESTS).is_file():
+        verify_folder(weights)
     inner, told = transformers().AutoModelForImageTextToText.from_pretrained(
         str(weights),
         config=config,

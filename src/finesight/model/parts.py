@@ -31,7 +31,10 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lm_head.", "embeddings"),
 )
 
-TABLES = (".pos_embed.weight", ".positional_embedding", ".query")
+TABLES = (
+    *(".pos_embed", ".pos_embed.weight", ".positional_embedding", ".query", ".cls_token"),
+    *(".position_embedding", ".position_embedding.weight", ".position_embeddings"),
+)
 """Endings of the names of parameters that are added, and multiplied with nothing. Beside them only
 the table of embeddings is."""
 

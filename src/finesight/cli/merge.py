@@ -26,7 +26,7 @@ def merge(
     ] = None,
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(help="Type of the weights written; auto: as in the base."),
+        typer.Option(help="Type of the weights written; auto: as in the base, fp32 of several."),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
 ) -> None:

@@ -166,6 +166,42 @@ def test_never_overwrites(tmp_path: Path) -> None:
     assert visible(tmp_path) == {"x": OLD}
 
 
+def test_of_two_at_once_the_first_to_finish_makes_it(tmp_path: Path) -> None:
+    def slower() -> None:
+        with storage.write_folder(tmp_path / "x") as folder:
+            (folder / "a").write_bytes(b"late")
+            write_all(tmp_path / "x", OLD)
+
+    with pytest.raises(UserError, match="x exists already"):
+        slower()
+    assert visible(tmp_path) == {"x": OLD}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_name_taken_at_the_last_moment_is_refused_as_any(tmp_path: Path) -> None:
+    class Slow(storage.Disk):
+        def rename(self, source: Path, target: Path) -> None:
+            with storage.using(storage.Disk()):
+                write_all(target, OLD)
+            super().rename(source, target)
+
+    with storage.using(Slow()), pytest.raises(UserError, match="x exists already"):
+        write_all(tmp_path / "x", NEW)
+    assert visible(tmp_path) == {"x": OLD}
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    assert not in_dying_child(5, lambda store: write_all(store / "x", OLD), tmp_path)
+    (dead,) = tmp_path.glob(".x.*.partial")
+    with storage.write_folder(tmp_path / "x.y") as other, storage.write_folder(tmp_path / "x") as x:
+        for folder in (other, x):
+            (folder / "a").write_bytes(b"1")
+        with pytest.raises(FileNotFoundError):
+            write_all(tmp_path / "x", {"missing/folder/b": b"2"})
+        assert not dead.exists()
+    assert visible(tmp_path) == {"x": {"a": b"1"}, "x.y": {"a": b"1"}}
+
+
 @pytest.mark.parametrize("operation", ["write", "rename", "sync", "make_folder"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_refused_operation_is_explained_and_leaves_nothing(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -139,24 +141,76 @@ def write_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden empty folder; when the block ends well it becomes `target`, complete.
 
     Every file in it is flushed and listed in `sha256.json`. An error in the block, or a crash at
-    any point, leaves no `target`. Raises UserError when `target` exists or cannot be written.
+    any point, leaves no `target`. Of several processes that write it at once, the first to finish
+    makes it. Raises UserError when `target` exists or cannot be written.
     """
     refuse_existing(target)
     make_folder(target.parent)
-    disk, partial = _DISK.get(), _hidden(target)
     with explained(target):
-        if partial.exists():
-            disk.remove_tree(partial)
-        disk.make_folder(partial)
-        try:
+        _remove_leftovers(target)
+        with _own_folder(target) as partial:
             yield partial
             _seal(partial)
-            refuse_existing(target)
-            disk.rename(partial, target)
+            _give_name(partial, target)
+        _DISK.get().sync_path(target.parent)
+
+
+@contextlib.contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside `target`, locked by this process and gone after an error."""
+    while True:
+        partial = _hidden(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
+        _DISK.get().make_folder(partial)
+        try:
+            with _locked(partial, wait=True) as alive:
+                # Another process may have taken the new folder for a leftover before the lock.
+                if alive:
+                    yield partial
+                    return
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        disk.sync_path(target.parent)
+
+
+def _give_name(partial: Path, target: Path) -> None:
+    refuse_existing(target)
+    try:
+        _DISK.get().rename(partial, target)
+    except OSError:
+        refuse_existing(target)  # another process was quicker by that moment
+        raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left of `target`; a living one holds a lock on its folder."""
+    ours = re.compile(re.escape(f".{target.name}") + r"(\.[0-9a-f]{8})?" + re.escape(_PARTIAL))
+    for folder in target.parent.iterdir():
+        if ours.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with _locked(folder) as alive:
+                if alive:
+                    _DISK.get().remove_tree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock on `folder`, which ends with this process; False where there is none to hold.
+
+    Where a file system locks no folders, one of this process's own counts as locked.
+    """
+    try:
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = wait
+        yield held and folder.exists()
+    finally:
+        os.close(file)
 
 
 def _seal(folder: Path) -> None:

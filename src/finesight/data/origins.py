@@ -53,7 +53,7 @@ def brought(
         request = replace(request, web=Pictures(hosts, _shelf() / "pictures"))
     on_the_web = is_address(source) and not source.startswith("file://")
     if is_on_a_hub(source) or on_the_web:
-        with working_folder(out.absolute()) as work:
+        with _unpacking(out) as work:
             copied = replace(request, copy_pictures=True, within=work)
             if on_the_web:
                 yield _from_file(fetch_address(source, hosts, _shelf()), work, copied)
@@ -65,8 +65,15 @@ def brought(
         yield Brought(Path(source), request)
     else:
         _refuse_missing(Path(source))
-        with working_folder(out.absolute()) as work:
+        with _unpacking(out) as work:
             yield _from_file(Path(source), work, replace(request, within=work))
+
+
+@contextlib.contextmanager
+def _unpacking(out: Path) -> Iterator[Path]:
+    """A folder to be made, by a name that is always the same, as rows may be called after it."""
+    with working_folder(out.absolute()) as folder:
+        yield folder / "unpacked"
 
 
 def _shelf() -> Path:

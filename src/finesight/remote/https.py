@@ -14,7 +14,7 @@ import httpx2
 from finesight.errors import UserError
 from finesight.remote.download import download
 from finesight.remote.transfer import RemoteFile, bring
-from finesight.remote.web import Site, Web
+from finesight.remote.web import Site, Web, without_query
 
 LARGEST = 50 * 10**9
 """Bytes that are taken from one address."""
@@ -78,10 +78,10 @@ def _check(address: str, hosts: frozenset[str]) -> str:
     return parts.hostname
 
 
-def _refusal(response: httpx2.Response) -> UserError:
+def _refusal(response: httpx2.Response, said: str) -> UserError:
     return UserError(
         f"the server refuses with status {response.status_code}",
-        where=str(response.request.url)[:200],
+        where=without_query(str(response.request.url))[:200],
         expected="the file",
         remedy="check the address; where a login is needed, download it yourself and give its path",
     )

@@ -1,7 +1,8 @@
 """A repository of a hub at one commit: its listing, and those of its files that are asked for.
 
 Files lie in the folder for assets of huggingface_hub's cache, which HF_HOME moves, by hub, name and
-commit. The listing is kept too, so that everything that was fetched is found again offline.
+commit; those of a mirror apart, as it says itself what a commit holds. The listing is kept too, so
+that everything that was fetched is found again offline.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from finesight.remote.inside import inside
 from finesight.remote.transfer import RemoteFile
 from finesight.remote.web import Site, Web, offline
 from finesight.storage import explained, make_folder
+
+USUAL_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are code as much as data: loading them runs what they say."""
@@ -154,8 +157,16 @@ def deliver(repository: Repository, paths: Sequence[str], to: Path) -> None:
 def _home(address: Address) -> Path:
     from huggingface_hub import constants
 
-    shelf = Path(constants.HF_ASSETS_CACHE) / "finesight"
-    return shelf / address.hub / f"{address.kind}s" / address.name
+    shelf = Path(constants.HF_ASSETS_CACHE) / "finesight" / address.hub
+    if address.hub == "hf":
+        endpoint = constants.ENDPOINT
+    else:
+        from finesight.remote.modelscope import endpoint as asked
+
+        endpoint = asked()
+    if endpoint.rstrip("/") != USUAL_ENDPOINTS[address.hub]:
+        shelf = shelf / quote(endpoint.rstrip("/"), safe="")
+    return shelf / f"{address.kind}s" / address.name
 
 
 def _listing(address: Address) -> tuple[str, list[RemoteFile]]:

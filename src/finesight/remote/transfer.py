@@ -21,7 +21,7 @@ from typing import BinaryIO
 import httpx2
 
 from finesight.errors import UserError
-from finesight.remote.web import TryAgain, Web
+from finesight.remote.web import TryAgain, Web, whole_number, without_query
 from finesight.storage import explained, make_folder, write_file
 
 PIECE = 2**20
@@ -170,6 +170,8 @@ def _continue(
         if _is_unknown(file) and response.headers.get("etag"):
             write_file(mark, response.headers["etag"].encode())
         total = _announced(response)
+        if file.size is None and total is None and _is_unknown(file):
+            _refuse_endless(file, response)
         _refuse_size(file, total)
         try:
             for piece in response.iter_raw():
@@ -191,14 +193,26 @@ def _is_unknown(file: RemoteFile) -> bool:
 def _first_byte(response: httpx2.Response) -> int:
     """Where the answered range begins, `bytes 100-199/200`; -1 where it is not said."""
     first = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
-    return int(first) if first.isdigit() else -1
+    number = whole_number(first)
+    return -1 if number is None else number
 
 
 def _announced(response: httpx2.Response) -> int | None:
     """The bytes of the whole file as an answer, whole or ranged, says them."""
     after = response.headers.get("content-range", "").rpartition("/")[2]
     length = after if response.status_code == 206 else response.headers.get("content-length", "")
-    return int(length) if length.isdigit() else None
+    return whole_number(length)
+
+
+def _refuse_endless(file: RemoteFile, response: httpx2.Response) -> None:
+    """Refuse a file of which nobody could tell whether the end is missing."""
+    if "chunked" not in response.headers.get("transfer-encoding", "").lower():
+        raise UserError(
+            f"the server does not say how long {file.path} is",
+            where=without_query(file.url),
+            expected="a length, a digest, or an answer in chunks: else a cut file looks whole",
+            remedy="download it yourself, see that it is whole, and give its path",
+        )
 
 
 def _empty(stream: BinaryIO, advance: Advance) -> None:

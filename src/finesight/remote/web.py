@@ -7,6 +7,7 @@ import ipaddress
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ REDIRECTS = 10
 LARGEST_JSON = 64 * 2**20
 """Bytes; a page of a listing has a few hundred kilobytes."""
 
+LARGEST_REFUSAL = 4096
+"""Bytes of what a server says with a refusal, as they come, whatever they would unpack to."""
+
 LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses by which a server says that the same request may be answered later."""
 
@@ -36,6 +40,10 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE = 60.0
 """Seconds; where a server asks for more, no further attempt is made."""
 
+INNER = frozenset({"localhost", "local", "lan", "internal", "intranet", "home", "corp", "arpa"})
+"""Last parts of names that are given within networks alone."""
+
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 
 
@@ -60,10 +68,11 @@ class Site:
     of a request alone, never to where it redirects.
 
     `hosts` are all hosts that may answer. None, for a hub, are the first address's own host and,
-    by HTTPS, any public one: hubs keep large files elsewhere. `refusal` words a status from 400 on.
+    by HTTPS, any public one: hubs keep large files elsewhere. `refusal` words a status from 400 on
+    and the beginning of what the server says with it.
     """
 
-    refusal: Callable[[httpx2.Response], UserError]
+    refusal: Callable[[httpx2.Response, str], UserError]
     headers: Mapping[str, str] = field(default_factory=dict)
     hosts: frozenset[str] | None = None
 
@@ -111,13 +120,13 @@ class Web:
                     self._client.stream("GET", target, headers={**own, **(headers or {})})
                 )
                 if response.has_redirect_location:
-                    target = urljoin(target, response.headers["location"])
+                    target = _joined(target, response.headers["location"])
                     continue
                 if response.status_code in LATER:
                     raise TryAgain(f"status {response.status_code}", _asked_wait(response))
                 if response.status_code >= 400 and response.status_code != 416:
-                    response.read()
-                    raise self._site.refusal(response)
+                    said = next(response.iter_raw(), b"")[:LARGEST_REFUSAL]
+                    raise self._site.refusal(response, said.decode("utf-8", "replace"))
                 yield response
                 return
         raise UserError(
@@ -171,13 +180,13 @@ class Web:
     def _check(self, first: str, target: str) -> None:
         try:
             allowed = _allowed(first, target, self._site.hosts)
-        except ValueError:  # a port or an address that is none
+        except ValueError:  # a port, an address or a name that is none
             allowed = False
         if not allowed:
             redirected = "" if first == target else f", to which {urlsplit(first).netloc} redirects"
             raise UserError(
-                f"{target[:200]} is not asked{redirected}",
-                where=first[:200],
+                f"{without_query(target)[:200]} is not asked{redirected}",
+                where=without_query(first)[:200],
                 expected=f"an answer by {', '.join(sorted(self._site.hosts))} over https"
                 if self._site.hosts is not None
                 else "an answer by the hub, or by a public host over https",
@@ -192,8 +201,8 @@ def _allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
     back to HTTP, never an address inside of a network that the user did not name."""
     start, end = urlsplit(first), urlsplit(target)
     host = (end.hostname or "").lower()
-    # Read to raise ValueError for a port that is none.
-    if not host or end.username is not None or end.port == 0:
+    # Read to raise ValueError for a port and for a name that is none.
+    if not host or end.username is not None or end.port == 0 or not host.encode("idna"):
         return False
     if hosts is not None:
         return end.scheme == "https" and host in hosts
@@ -204,13 +213,17 @@ def _allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
 
 
 def _is_public(host: str) -> bool:
-    if host == "localhost" or host.endswith((".localhost", ".local", ".internal")):
-        return False
     try:
-        return ipaddress.ip_address(host).is_global
+        address = ipaddress.ip_address(host)
     except ValueError:
         # 2130706433 and 0x7f.1 are addresses too; a name ends in letters.
-        return host.rsplit(".", 1)[-1].isalpha() or "xn--" in host
+        first, _, last = host.removesuffix(".").rpartition(".")
+        return bool(first) and last not in INNER and (last.isalpha() or last.startswith("xn--"))
+    if isinstance(address, ipaddress.IPv6Address):
+        # These lead on to addresses of version 4, whatever those are.
+        leads_on = address.sixtofour or address.teredo or address in _TRANSLATED
+        return address.is_global and not address.ipv4_mapped and not leads_on
+    return address.is_global
 
 
 def _refuse_offline(url: str) -> None:
@@ -238,5 +251,22 @@ def _passing(url: str) -> Iterator[None]:
 
 
 def _asked_wait(response: httpx2.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else None
+    seconds = whole_number(response.headers.get("retry-after", ""))
+    return None if seconds is None else float(seconds)
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a header gives in plain digits; None for all else, also other digits."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def without_query(url: str) -> str:
+    """An address that may be shown: what signs it, so that whoever has it may ask, is cut."""
+    return url.partition("?")[0]
+
+
+def _joined(base: str, location: str) -> str:
+    try:
+        return urljoin(base, location)
+    except ValueError:  # refused as it is, like any address that is none
+        return location

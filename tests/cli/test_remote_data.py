@@ -325,3 +325,24 @@ def test_files_of_one_name_in_a_repository(
         shutil.rmtree(tmp_path / "cache")
         code, said = imported(capsys, "hf:Some/set", tmp_path / "other")
         assert (code, "LICENSE is in this repository twice" in said) == (2, True)
+
+
+def test_names_of_others_move_no_cursor(
+    huggingface: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;mine\x07\x9b\u202e"
+    row = {"image": "1.png", "text": "This."}
+    columns = ["--map", "image=image", "--map", "answer=text", "--prompt", "Read."]
+    good = {"train.jsonl": json.dumps(row).encode(), "1.png": picture(1)}
+    card = f"---\nconfigs: [{{config_name: a, data_files: {json.dumps({evil: '*.jsonl'})}}}]\n---"
+    sets: dict[str, dict[str, bytes]] = {
+        "named": {f"{evil}.bin": b"x"},
+        "row": {"train.jsonl": json.dumps({**row, "image": evil}).encode()},
+        "split": {**good, "README.md": card.encode()},
+        "column": {**good, "train.jsonl": json.dumps({**row, evil: "a"}).encode()},
+    }
+    for name, files in sets.items():
+        huggingface.repositories[f"datasets/Some/{name}"] = files
+        said = imported(capsys, f"hf:Some/{name}:train", tmp_path / name, *columns)[1]
+        assert "\\x1b" in said, name
+        assert not {*evil[:1], *evil[-3:]} & set(said), name

@@ -22,6 +22,7 @@ from finesight.cli.options import (
     column_map,
     row_bounds,
 )
+from finesight.errors import printable
 
 if TYPE_CHECKING:
     from finesight.data.importing import Summary
@@ -114,11 +115,11 @@ def import_data(
     with brought(source, out, request, allow_host or ()) as found:
         summary = import_file(found.path, out, found.request)
     for note in found.notes:
-        typer.echo(f"{source}: {note}", err=True)
+        typer.echo(printable(f"{source}: {note}"), err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
     else:
-        typer.echo("\n".join(_lines(source, summary)))
+        typer.echo("\n".join(map(printable, _lines(source, summary))))
 
 
 def _lines(source: str, summary: Summary) -> list[str]:

@@ -128,4 +128,9 @@ def test_pictures_from_the_web(
     asked = len(web_server.asked)
     columns = ("--limit", "3", "--allow-host", "localhost")
     assert imported(capsys, source, tmp_path / "again", *columns)[0] == 0
-    assert len(web_server.asked) == asked, "pictures that are there were asked for again"
+    again = web_server.asked[asked:]
+    assert [one.headers["If-None-Match"] is not None for one in again] == [True] * 3
+    web_server.repositories["files"]["1.png"] = picture(9)
+    assert imported(capsys, source, tmp_path / "new", *columns)[0] == 0
+    samples = read_samples(tmp_path / "new" / "data.jsonl")
+    assert [shown(sample, tmp_path / "new") for sample in samples][1] == picture(9)

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 # Also what huggingface_hub sends its requests with.
@@ -45,6 +45,9 @@ INNER = frozenset({"localhost", "local", "lan", "internal", "intranet", "home", 
 
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+
+
+Read = TypeVar("Read")
 
 
 class TryAgain(Exception):
@@ -154,16 +157,25 @@ class Web:
                 " proxy",
             ) from error
 
+    def unchanged(self, url: str, mark: str) -> bool:
+        """Whether the file at an address still is the one of an answer that had the `mark`.
+
+        Raises UserError as `json` does.
+        """
+        asked = {"If-None-Match" if '"' in mark else "If-Modified-Since": mark}
+        return self._patiently(url, asked, lambda answer: _is_same(answer, mark))
+
     def _content(self, url: str) -> bytes:
+        return self._patiently(url, {}, _beginning)
+
+    def _patiently(
+        self, url: str, headers: Mapping[str, str], read: Callable[[httpx2.Response], Read]
+    ) -> Read:
+        """What `read` makes of the answer, asked again after failures that may pass."""
         for failures in itertools.count(1):
             try:
-                with self.answer(url) as response:
-                    content = b""
-                    for piece in response.iter_raw():
-                        content += piece
-                        if len(content) > LARGEST_JSON:
-                            break
-                    return content
+                with self.answer(url, headers) as response:
+                    return read(response)
             except TryAgain as failure:
                 seconds = failure.pause(failures)
                 if seconds is None:
@@ -253,6 +265,25 @@ def _passing(url: str) -> Iterator[None]:
 def _asked_wait(response: httpx2.Response) -> float | None:
     seconds = whole_number(response.headers.get("retry-after", ""))
     return None if seconds is None else float(seconds)
+
+
+def _beginning(response: httpx2.Response) -> bytes:
+    content = b""
+    for piece in response.iter_raw():
+        content += piece
+        if len(content) > LARGEST_JSON:
+            break
+    return content
+
+
+def _is_same(response: httpx2.Response, mark: str) -> bool:
+    return response.status_code == 304 or mark_of(response) == mark
+
+
+def mark_of(response: httpx2.Response) -> str:
+    """What the server tells a file's versions apart by, or when it says that it was changed."""
+    mark: str = response.headers.get("etag", "") or response.headers.get("last-modified", "")
+    return mark if mark.isascii() else ""
 
 
 def whole_number(text: str) -> int | None:

@@ -84,11 +84,12 @@ def import_data(
     """Turn pictures with labels into samples: OUT/data.jsonl, or train.jsonl and eval.jsonl.
 
     Paths of pictures in SOURCE start at its folder or, if there is no such file, where you are.
+    What comes from a hub, the web or an archive has no pictures but those that came with it, and
+    these are copied.
 
     A list of answers becomes one training sample each, and one evaluation sample with the others
-    as references. What comes from a hub, the web or an archive has its pictures copied; downloads
-    go on where they stopped, and stay in the cache (HF_HOME). Of a hub's data set only the files
-    that --rows and --limit need are fetched.
+    as references. Downloads go on where they stopped, and stay in the cache (HF_HOME). Of a hub's
+    data set only the files that --rows and --limit need are fetched.
 
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --split 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import types
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from finesight.errors import UserError
 from finesight.hub import WANTED, locate
 from finesight.remote import repository
 from finesight.remote.address import Address, any_address
-from finesight.remote.repository import fetch_model, open_repository
+from finesight.remote.repository import Repository, deliver, fetch_model, open_repository
 
 WEIGHTS = bytes(range(256)) * 1000
 MODEL = {
@@ -224,6 +225,28 @@ def test_what_an_endpoint_gave_is_not_anothers(
             assert (fetch_model(address, WANTED) / "config.json").read_bytes() == said
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     assert repository._home(address).parts[-4:] == ("hf", "models", "Some", "model")
+
+
+def test_of_two_deliveries_the_first_to_finish_makes_the_folder(
+    huggingface: Serving, tmp_path: Path
+) -> None:
+    huggingface.repositories["models/Some/model"] = {"config.json": b"{}"}
+    found = open_repository(any_address("hf:Some/model"))
+    to = tmp_path / "models" / "mine"
+    (tmp_path / "elsewhere").mkdir()
+    to.parent.mkdir()
+    (to.parent / f".mine.{COMMIT[:12]}.partial").symlink_to(tmp_path / "elsewhere")
+
+    class Slower(Repository):
+        def bring(self, paths: Sequence[str], folder: Path) -> Path:
+            deliver(found, paths, to)
+            return Repository.bring(self, paths, folder)
+
+    with pytest.raises(UserError, match="mine exists already"):
+        deliver(Slower(found.address, found.commit, found.files, found.folder), found.paths, to)
+    assert [path.name for path in to.rglob("*")] == ["config.json"]
+    assert [path.name for path in to.parent.iterdir()] == ["mine"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("commit", ["..", "../../x", "a\0b", "main", "", "a" * 300])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -140,6 +141,23 @@ def deliver(repository: Repository, paths: Sequence[str], to: Path) -> None:
     What came before an error waits in a hidden neighbour for the next attempt. Raises UserError
     when `to` exists.
     """
+    _refuse_existing(to)
+    partial = to.absolute().with_name(f".{to.absolute().name}.{repository.commit[:12]}.partial")
+    with explained(to):
+        if partial.is_symlink():  # somebody else's, who would be given the files
+            partial.unlink()
+        make_folder(partial)
+        try:
+            repository.bring(paths, partial)
+            partial.rename(to)
+        except OSError:
+            if to.exists():  # another process was quicker, and has renamed what both worked at
+                shutil.rmtree(partial, ignore_errors=True)
+            _refuse_existing(to)
+            raise
+
+
+def _refuse_existing(to: Path) -> None:
     if to.exists():
         raise UserError(
             f"{to.name} exists already and is never overwritten",
@@ -147,11 +165,6 @@ def deliver(repository: Repository, paths: Sequence[str], to: Path) -> None:
             expected="a folder that does not exist yet",
             remedy="choose another name",
         )
-    partial = to.absolute().with_name(f".{to.absolute().name}.{repository.commit[:12]}.partial")
-    make_folder(partial)
-    with explained(to):
-        repository.bring(paths, partial)
-        partial.rename(to)
 
 
 def _home(address: Address) -> Path:

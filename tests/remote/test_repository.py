@@ -227,6 +227,12 @@ def test_what_an_endpoint_gave_is_not_anothers(
     assert repository._home(address).parts[-4:] == ("hf", "models", "Some", "model")
 
 
+def test_a_file_in_a_file(hub: Serving, address: Address) -> None:
+    hub.repositories["models/Some/model"]["LICENSE/a.txt"] = b""
+    with pytest.raises(UserError, match=r"LICENSE is listed as a file, and as .* LICENSE/a\.txt"):
+        open_repository(address)
+
+
 def test_of_two_deliveries_the_first_to_finish_makes_the_folder(
     huggingface: Serving, tmp_path: Path
 ) -> None:

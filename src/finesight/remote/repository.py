@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from finesight.errors import UserError
@@ -94,10 +94,24 @@ def open_repository(address: Address) -> Repository:
     if offline():
         return _kept(address, kept)
     commit, files = _listing(address)
+    _refuse_files_in_files(files, str(address))
     text = json.dumps({"commit": commit, "files": [asdict(file) for file in files]})
     for place in {kept, kept.with_name(f"{commit}.json")}:
         _keep(place, text)
     return Repository(address, commit, tuple(files), _home(address) / commit)
+
+
+def _refuse_files_in_files(files: Sequence[RemoteFile], source: str) -> None:
+    paths = {file.path for file in files}
+    for path in sorted(paths):
+        both = next((str(p) for p in PurePosixPath(path).parents if str(p) in paths), None)
+        if both is not None:
+            raise UserError(
+                f"{both} is listed as a file, and as the folder of {path}",
+                where=source,
+                expected="a listing of files that can lie beside each other",
+                remedy="check the address of the hub (HF_ENDPOINT, MODELSCOPE_ENDPOINT)",
+            )
 
 
 def fetch_model(address: Address, wanted: Sequence[str]) -> Path:

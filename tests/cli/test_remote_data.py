@@ -315,16 +315,17 @@ def test_names_in_rows_of_others_reach_no_file_of_mine(
 def test_files_of_one_name_in_a_repository(
     huggingface: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"LICENSE": b"MIT", **coco()}
-    zips = {"a.zip": zip_of(files), "b.zip": zip_of({"LICENSE": b"MIT"}), "LICENSE": b"MIT"}
+    files = {"LICENSE": b"MIT", "a.txt": b"a", **coco()}
+    more = {"LICENSE": b"GPL", "a.txt": b"a"}
+    zips = {"a.zip": zip_of(files), "b.zip": zip_of(more), "a.txt": b"a"}
     huggingface.repositories["datasets/Some/set"] = zips
     code, said = imported(capsys, "hf:Some/set", tmp_path / "out")
     assert code == 0, said
-    for other in ({"LICENSE": b"GPL"}, {"b.zip": zip_of({"LICENSE": b"GPL"})}):
+    for other in ({"a.txt": b"b"}, {"b.zip": zip_of({"a.txt": b"b"})}):
         huggingface.repositories["datasets/Some/set"] = {**zips, **other}
         shutil.rmtree(tmp_path / "cache")
         code, said = imported(capsys, "hf:Some/set", tmp_path / "other")
-        assert (code, "LICENSE is in this repository twice" in said) == (2, True)
+        assert (code, "a.txt is in this repository twice" in said) == (2, True)
 
 
 def test_names_of_others_move_no_cursor(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finesight.data.formats import FORMATS
 from finesight.data.formats.inventory import ROW_SUFFIXES, inventory
-from finesight.data.hub_parts import WHOLE, Chosen, card_in, choose, read_card
+from finesight.data.hub_parts import LEGAL, WHOLE, Chosen, card_in, choose, read_card
 from finesight.data.opening import Request
 from finesight.data.rows import open_rows
 from finesight.data.tar_rows import is_tar, is_webdataset, open_tar
@@ -200,17 +200,24 @@ def _lay_out(folder: Path, paths: Sequence[str], work: Path) -> None:
         shutil.rmtree(unpacked)
 
 
+def _is_legal(file: Path) -> bool:
+    return file.name.lower().startswith(LEGAL)
+
+
 def _move(place: Path, file: Path) -> None:
     file.rename(place)
 
 
 def _put(file: Path, place: Path, source: str, put: Callable[[Path, Path], None]) -> None:
-    """Put a file at its place, at which the same one of another part of a repository may be."""
+    """Put a file at its place, at which the same one of another part of a repository may be.
+
+    Of licences the first stays, as an import reads none: each archive has one.
+    """
     with explained(place):
         make_folder(place.parent)
         if not os.path.lexists(place):
             put(place, file.resolve())
-        elif not (place.is_file() and filecmp.cmp(file, place, shallow=False)):
+        elif not (place.is_file() and (_is_legal(place) or filecmp.cmp(file, place, False))):
             raise UserError(
                 f"{place.name} is in this repository twice, with different content",
                 where=source,

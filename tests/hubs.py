@@ -61,8 +61,11 @@ class Files(Answering):
             self.send(302, b"", {"Location": path.removeprefix("/to/")})
         elif path.strip("/") in self.server.repositories["files"]:
             data = self.server.repositories["files"][path.strip("/")]
-            tag = hashlib.md5(data, usedforsecurity=False).hexdigest()
-            self.send_file(path.strip("/"), data, {"ETag": f'"{tag}"'})
+            tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+            if self.headers.get("If-None-Match") == tag:
+                self.send(304)
+            else:
+                self.send_file(path.strip("/"), data, {"ETag": tag})
         else:
             self.send(404)
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that move the cursor, colour or reorder what follows, or cannot be written at all."""
+
+
+def printable(text: str) -> str:
+    """The text with such characters as escapes: names and messages of others reach the terminal."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -13,11 +25,12 @@ class UserError(Exception):
 
     The message is complete without a traceback: `where` names the file and line, setting or
     argument, `what` the offending value, `expected` what would have been right, and `remedy`
-    the next thing to type or change.
+    the next thing to type or change. What others wrote may stand in each: all are `printable`.
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.expected, self.remedy = what, where, expected, remedy
+        self.what, self.where = printable(what), printable(where)
+        self.expected, self.remedy = printable(expected), printable(remedy)
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -156,8 +156,18 @@ def write_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def working_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden empty folder beside `target` for what is needed to make it, and remove it."""
+    make_folder(target.parent)
+    with explained(target):
+        _remove_leftovers(target)
+        with _own_folder(target) as folder:
+            yield folder
+
+
+@contextlib.contextmanager
 def _own_folder(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside `target`, locked by this process and gone after an error."""
+    """A new hidden folder beside `target`, locked by this process, and gone in the end."""
     while True:
         partial = _hidden(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
         _DISK.get().make_folder(partial)
@@ -167,9 +177,8 @@ def _own_folder(target: Path) -> Iterator[Path]:
                 if alive:
                     yield partial
                     return
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 def _give_name(partial: Path, target: Path) -> None:

@@ -44,6 +44,28 @@ def test_a_bad_archive_leaves_nothing(
     assert not Path("/tmp/evil-of-an-archive.png").exists()
 
 
+def test_a_zipped_document_reaches_no_file_of_mine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1.png").write_bytes(picture(99))
+    files = coco()
+    document = files["instances.json"].decode().replace('"1.png"', f'"{tmp_path}/1.png"')
+    files["instances.json"] = document.encode()
+    (tmp_path / "a.zip").write_bytes(zip_of(files))
+    code, said = imported(capsys, tmp_path / "a.zip", tmp_path / "out")
+    assert (code, "no such picture in the source" in said) == (2, True)
+
+
+def test_a_link_where_an_archive_is_unpacked_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.unpacked.partial").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a.zip").write_bytes(zip_of(coco()))
+    assert imported(capsys, tmp_path / "a.zip", tmp_path / "out")[0] == 0
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_webdataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files: dict[str, bytes] = {}
     for n in range(6):
@@ -106,4 +128,9 @@ def test_pictures_from_the_web(
     asked = len(web_server.asked)
     columns = ("--limit", "3", "--allow-host", "localhost")
     assert imported(capsys, source, tmp_path / "again", *columns)[0] == 0
-    assert len(web_server.asked) == asked, "pictures that are there were asked for again"
+    again = web_server.asked[asked:]
+    assert [one.headers["If-None-Match"] is not None for one in again] == [True] * 3
+    web_server.repositories["files"]["1.png"] = picture(9)
+    assert imported(capsys, source, tmp_path / "new", *columns)[0] == 0
+    samples = read_samples(tmp_path / "new" / "data.jsonl")
+    assert [shown(sample, tmp_path / "new") for sample in samples][1] == picture(9)

@@ -47,6 +47,14 @@ def test_the_exit_code_tells_the_gravest_finding(folder, records, code):
     assert result.exit_code == code, result.output
 
 
+@pytest.mark.parametrize("source", ["hf:a/b", "modelscope:a/b:train", "https://h.com/a.zip", "zip"])
+def test_what_is_elsewhere_is_to_be_imported_first(tmp_path, source):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    problem = run(tmp_path / "a.zip" if source == "zip" else source).exception
+    assert isinstance(problem, UserError)
+    assert problem.remedy.startswith("import it first")
+
+
 def test_a_table_and_the_first_findings_of_each_fault(folder):
     wrong = [sample(f"gone-{n}.png", f"What is {n}?") for n in range(5)]
     source = lines(folder / "data.jsonl", [SOUND, *wrong, NOTED])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -288,3 +289,61 @@ def test_downloads_by_command(
     assert "exists already" in capsys.readouterr().err
     assert run(["download", "no name"]) == 2
     assert "names nothing on a hub" in capsys.readouterr().err
+
+
+def test_names_in_rows_of_others_reach_no_file_of_mine(
+    huggingface: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    mine = tmp_path / "mine" / "secret.png"
+    mine.parent.mkdir()
+    mine.write_bytes(picture(99))
+    monkeypatch.chdir(mine.parent)
+    names = ("secret.png", str(mine), f"file://{mine}", f"{'../' * 40}{mine}", "../pictures/1.png")
+    rows = [{"image": name, "query": "Which?", "response": "This."} for name in names]
+    huggingface.repositories["datasets/Some/set"] = {
+        "data/train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "pictures/1.png": picture(1),
+    }
+    out = tmp_path / "out"
+    code, said = imported(capsys, "hf:Some/set", out, "--unusable", "drop")
+    assert code == 0, said
+    assert [path.read_bytes() for path in out.rglob("*.png")] == [picture(1)]
+    assert "no such picture in the source" in (out / "left_out.jsonl").read_text()
+
+
+def test_files_of_one_name_in_a_repository(
+    huggingface: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"LICENSE": b"MIT", "a.txt": b"a", **coco()}
+    more = {"LICENSE": b"GPL", "a.txt": b"a"}
+    zips = {"a.zip": zip_of(files), "b.zip": zip_of(more), "a.txt": b"a"}
+    huggingface.repositories["datasets/Some/set"] = zips
+    code, said = imported(capsys, "hf:Some/set", tmp_path / "out")
+    assert code == 0, said
+    for other in ({"a.txt": b"b"}, {"b.zip": zip_of({"a.txt": b"b"})}):
+        huggingface.repositories["datasets/Some/set"] = {**zips, **other}
+        shutil.rmtree(tmp_path / "cache")
+        code, said = imported(capsys, "hf:Some/set", tmp_path / "other")
+        assert (code, "a.txt is in this repository twice" in said) == (2, True)
+
+
+def test_names_of_others_move_no_cursor(
+    huggingface: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;mine\x07\x9b\u202e"
+    row = {"image": "1.png", "text": "This."}
+    columns = ["--map", "image=image", "--map", "answer=text", "--prompt", "Read."]
+    good = {"train.jsonl": json.dumps(row).encode(), "1.png": picture(1)}
+    card = f"---\nconfigs: [{{config_name: a, data_files: {json.dumps({evil: '*.jsonl'})}}}]\n---"
+    sets: dict[str, dict[str, bytes]] = {
+        "named": {f"{evil}.bin": b"x"},
+        "row": {"train.jsonl": json.dumps({**row, "image": evil}).encode()},
+        "split": {**good, "README.md": card.encode()},
+        "column": {**good, "train.jsonl": json.dumps({**row, evil: "a"}).encode()},
+    }
+    for name, files in sets.items():
+        huggingface.repositories[f"datasets/Some/{name}"] = files
+        said = imported(capsys, f"hf:Some/{name}:train", tmp_path / name, *columns)[1]
+        assert "\\x1b" in said, name
+        assert not {*evil[:1], *evil[-3:]} & set(said), name

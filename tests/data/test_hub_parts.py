@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from finesight.data.hub_parts import choose, data_files
@@ -62,6 +64,12 @@ def test_ways_in_which_a_card_says_it(data_files: str, rows: list[str]) -> None:
     card = f"---\nconfigs:\n- config_name: mine\n  {data_files}\n---\n"
     assert list(choose(FILES, "mine", card, "hf:a/b").rows) == rows
     assert list(choose(FILES, None, card, "hf:a/b").rows) == rows
+
+
+def test_a_card_of_empty_lines_takes_no_time() -> None:
+    started = time.perf_counter()
+    assert choose(FILES, None, "---" + "\n" * 20_000, "hf:a/b").rows
+    assert time.perf_counter() - started < 1
 
 
 def test_a_subset_without_a_card_is_a_folder() -> None:

@@ -17,7 +17,10 @@ from finesight.remote.address import Address, any_address, data_address, model_a
         ("hf:models/a/b", Address("hf", "model", "a/b")),
         ("hf:datasets/a/b", None),
         ("hf:a/b:train", None),
-        *((bad, None) for bad in ("a", "a/b/c", "./a/b", "a b/c", "hf:", "gs:a/b", "a/b@..", "")),
+        *(
+            (bad, None)
+            for bad in ("a", "a/b/c", "models/a/b", "./a/b", "a b/c", "hf:", "gs:a/b", "a/b@..", "")
+        ),
     ],
 )
 def test_models(text: str, address: Address | None) -> None:
@@ -53,5 +56,6 @@ def test_no_data_sets(text: str) -> None:
 def test_either_is_written_as_it_is_read() -> None:
     for text in ("hf:a/b", "modelscope:datasets/a/b@v1"):
         assert str(any_address(text)) == text
-    with pytest.raises(UserError, match="names nothing on a hub"):
-        any_address("hf:a/b:train")
+    for text in ("hf:a/b:train", "datasets/a/b"):
+        with pytest.raises(UserError, match="names nothing on a hub"):
+            any_address(text)

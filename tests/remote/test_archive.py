@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from finesight.data.tar_rows import is_webdataset, open_tar
 from finesight.errors import UserError
-from finesight.remote import archive
+from finesight.remote import archive, members
 from finesight.remote.archive import unpack
 
 FILES = {"a/1.txt": b"one", "a/b/2.bin": bytes(100_000), "ü 3.txt": b"three"}
@@ -125,15 +126,15 @@ def test_a_size_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     file = zipped(tmp_path / "a.zip", {"a.txt": bytes(2_000_000)})
     data = file.read_bytes().replace((2_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"over 100 times|cannot be unpacked"):
+    with pytest.raises(UserError, match=r"over 100 times|cannot be read"):
         unpack(file, tmp_path / "target")
     assert sum(map(len, contents(tmp_path / "target").values())) <= 10
 
 
 def test_too_many_files_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MOST_MEMBERS", 2)
+    monkeypatch.setattr(members, "MOST_MEMBERS", 2)
     refused(tmp_path, tarred(tmp_path / "a.tar", FILES), "over 2 files")
-    monkeypatch.setattr(archive, "MOST_MEMBERS", 9)
+    monkeypatch.setattr(members, "MOST_MEMBERS", 9)
     monkeypatch.setattr(archive, "MOST_BYTES", 50_000)
     refused(tmp_path, tarred(tmp_path / "b.tar", FILES), "over 50000 bytes")
 
@@ -151,6 +152,62 @@ def test_twins_passwords_and_damage(tmp_path: Path) -> None:
     refused(tmp_path, locked, "protected by a password")
     whole = tarred(tmp_path / "whole.tar.gz", FILES).read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path, tmp_path / "cut.tar.gz", "cannot be unpacked")
+    refused(tmp_path, tmp_path / "cut.tar.gz", "cannot be read")
     (tmp_path / "none.zip").write_bytes(b"no zip at all")
-    refused(tmp_path, tmp_path / "none.zip", "cannot be unpacked")
+    refused(tmp_path, tmp_path / "none.zip", "cannot be read")
+
+
+def described(name: str, **said: str) -> bytes:
+    """A tar of one file of a byte, and what a header before it (PAX) says of it."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
+        info = tarfile.TarInfo(name)
+        info.size, info.pax_headers = 1, said
+        out.addfile(info, io.BytesIO(b"a"))
+    return file.getvalue()
+
+
+def named_at_length(size: int) -> bytes:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+    return header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+BAD_TARS = {
+    "backwards": described("a.txt", size="-1536"),
+    "backwards, left out": described("__MACOSX/a.txt", size="-1536"),
+    "no number": described("a.txt", **{"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"}),
+    "no file": described("a.txt", size="9" * 30),
+    "a name of an exabyte": named_at_length(2**60),
+    "headers of headers": described("a", comment="b")[:1024] * 3000,
+}
+
+
+@pytest.mark.parametrize("what", BAD_TARS)
+def test_bad_headers_of_a_tar(tmp_path: Path, what: str) -> None:
+    for name, pack in (("a.tar", bytes), ("a.tar.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(pack(BAD_TARS[what]))
+        refused(tmp_path, tmp_path / name, "cannot be read: ")
+    for read in (is_webdataset, open_tar):
+        with pytest.raises(UserError, match="cannot be read: "):
+            read(tmp_path / "a.tar")
+
+
+def test_bad_bytes(tmp_path: Path) -> None:
+    (tmp_path / "none.tar.bz2").write_bytes(b"hello world" * 100)
+    refused(tmp_path, tmp_path / "none.tar.bz2", "Invalid data stream")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as out:
+        out.writestr("aé.txt", bytes(range(256)) * 20)
+    whole = file.getvalue()
+    (tmp_path / "a.zip").write_bytes(whole.replace("é".encode(), b"\xff\xfe"))
+    refused(tmp_path, tmp_path / "a.zip", "UnicodeDecodeError")
+    (tmp_path / "a.zip").write_bytes(whole[:60] + bytes(100) + whole[160:])
+    refused(tmp_path, tmp_path / "a.zip", "Invalid data stream")
+
+
+def test_folders_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "MOST_MEMBERS", 2)
+    folders = tarred(tmp_path / "a.tar", dict.fromkeys("abc", b""), tarfile.DIRTYPE)
+    refused(tmp_path, folders, "over 2 files")
+    refused(tmp_path, zipped(tmp_path / "a.zip", dict.fromkeys(("a/", "b/", "c/"), b"")), "over 2")

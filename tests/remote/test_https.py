@@ -28,8 +28,23 @@ def address(server: Serving, path: str = "data.bin", host: str = "localhost") ->
 def test_a_file_of_an_allowed_host(server: Serving, tmp_path: Path) -> None:
     file = fetch_address(address(server), ["localhost"], tmp_path)
     assert (file.name, file.read_bytes()) == ("data.bin", DATA)
-    assert fetch_address(address(server), ["LOCALHOST"], tmp_path) == file
-    assert len(server.asked) == 1, "a file that is there was asked for again"
+
+
+def test_a_file_that_is_there_comes_again_when_it_changed(
+    server: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for expected in (DATA, DATA, DATA[::-1]):
+        server.repositories["files"]["data.bin"] = expected
+        file = fetch_address(address(server), ["LOCALHOST"], tmp_path)
+        assert file.read_bytes() == expected
+    marks = [asked.headers.get("If-None-Match") for asked in server.asked]
+    assert [mark is None for mark in marks] == [True, False, False, True]
+    file.with_name(f".{file.name}.etag").write_text("")
+    server.repositories["files"]["data.bin"] = DATA
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch_address(address(server), ["localhost"], tmp_path).read_bytes() == DATA[::-1]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert fetch_address(address(server), ["localhost"], tmp_path).read_bytes() == DATA
 
 
 def test_other_hosts_are_refused_unasked(tmp_path: Path, without_sockets: None) -> None:
@@ -84,7 +99,9 @@ def test_a_file_that_changed_meanwhile_is_not_joined(server: Serving, tmp_path: 
 def test_a_digest(server: Serving, tmp_path: Path) -> None:
     right = hashlib.sha256(DATA).hexdigest()
     source = f"{address(server)}#sha256={right}"
-    assert fetch_address(source, ["localhost"], tmp_path).read_bytes() == DATA
+    for _ in range(2):
+        assert fetch_address(source, ["localhost"], tmp_path).read_bytes() == DATA
+    assert len(server.asked) == 1, "a file that is there and verified was asked for again"
     wrong = f"{address(server)}#sha256={'0' * 64}"
     with pytest.raises(UserError, match=f"its SHA-256 is {right}, not {'0' * 64}"):
         fetch_address(wrong, ["localhost"], tmp_path)

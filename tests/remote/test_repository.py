@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import re
 import types
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hub_servers
 import pytest
-from hub_servers import COMMIT, TOKEN, Serving
+from hub_servers import COMMIT, TOKEN, HuggingFace, Serving, serving
 from huggingface_hub import constants
 
 from finesight.errors import UserError
 from finesight.hub import WANTED, locate
 from finesight.remote import repository
 from finesight.remote.address import Address, any_address
-from finesight.remote.repository import fetch_model, open_repository
+from finesight.remote.repository import Repository, deliver, fetch_model, open_repository
 
 WEIGHTS = bytes(range(256)) * 1000
 MODEL = {
@@ -198,6 +200,8 @@ def test_names_that_lead_elsewhere(hub: Serving, address: Address, path: str) ->
         *("file:///etc/passwd", "http://169.254.169.254/latest", "http://example.com/a"),
         *("https://169.254.169.254/a", "https://[::1]/a", "https://localhost/a", "ftp://h.com/a"),
         *("https://10.0.0.1/a", "https://2130706433/a", "https://user@example.com/a"),
+        *("https://foo/a", "https://box.lan/a", "https://box.internal./a"),
+        *("https://[64:ff9b::a00:1]/a", "https://[2002:a00:1::]/a"),
     ],
 )
 def test_redirects_to_inner_places(hub: Serving, address: Address, target: str) -> None:
@@ -205,6 +209,67 @@ def test_redirects_to_inner_places(hub: Serving, address: Address, target: str) 
     with pytest.raises(UserError, match=r"is not asked, to which .* redirects") as raised:
         fetch_model(address, WANTED)
     assert target in raised.value.what
+    assert "Signature" not in str(raised.value)
+
+
+def test_what_an_endpoint_gave_is_not_anothers(
+    huggingface: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = any_address("hf:Some/model")
+    for said in (b"mirror", b"origin"):
+        with serving(HuggingFace) as hub:
+            hub.repositories["models/Some/model"] = {**MODEL, "config.json": said}
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+            template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            assert (fetch_model(address, WANTED) / "config.json").read_bytes() == said
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    assert repository._home(address).parts[-4:] == ("hf", "models", "Some", "model")
+
+
+def test_a_file_in_a_file(hub: Serving, address: Address) -> None:
+    hub.repositories["models/Some/model"]["LICENSE/a.txt"] = b""
+    with pytest.raises(UserError, match=r"LICENSE is listed as a file, and as .* LICENSE/a\.txt"):
+        open_repository(address)
+
+
+def test_of_two_deliveries_the_first_to_finish_makes_the_folder(
+    huggingface: Serving, tmp_path: Path
+) -> None:
+    huggingface.repositories["models/Some/model"] = {"config.json": b"{}"}
+    found = open_repository(any_address("hf:Some/model"))
+    to = tmp_path / "models" / "mine"
+    (tmp_path / "elsewhere").mkdir()
+    to.parent.mkdir()
+    (to.parent / f".mine.{COMMIT[:12]}.partial").symlink_to(tmp_path / "elsewhere")
+
+    class Slower(Repository):
+        def bring(self, paths: Sequence[str], folder: Path) -> Path:
+            deliver(found, paths, to)
+            return Repository.bring(self, paths, folder)
+
+    with pytest.raises(UserError, match="mine exists already"):
+        deliver(Slower(found.address, found.commit, found.files, found.folder), found.paths, to)
+    assert [path.name for path in to.rglob("*")] == ["config.json"]
+    assert [path.name for path in to.parent.iterdir()] == ["mine"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("commit", ["..", "../../x", "a\0b", "main", "", "a" * 300])
+def test_a_commit_that_is_none(
+    huggingface: Serving, monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    huggingface.repositories["models/Some/model"] = dict(MODEL)
+    monkeypatch.setattr(hub_servers, "COMMIT", commit)
+    with pytest.raises(UserError, match="a commit that is none"):
+        open_repository(any_address("hf:Some/model"))
+
+
+def test_a_token_that_cannot_be_sent(modelscope: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "töken")
+    with pytest.raises(UserError, match="some of which no token has") as raised:
+        open_repository(any_address("modelscope:Some/model"))
+    assert "töken" not in str(raised.value)
 
 
 def test_pickled_weights_alone(hub: Serving, address: Address) -> None:

@@ -10,11 +10,16 @@ import yaml
 
 from finesight.check.texts import further
 from finesight.data.opening import Request
+from finesight.data.tar_rows import is_tar, is_webdataset
 from finesight.encode.rank_tokenizer import tokenizer_of
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
+from finesight.remote.archive import is_archive
+
+ELSEWHERE = ("hf:", "modelscope:", "https:/", "http:/")
+"""How sources begin that are not on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,13 @@ class Model:
 
 
 def of_files(train: Sequence[Path], held_out: Sequence[Path], request: Request) -> list[Subject]:
-    """Sources that are all read in the same way. Raises UserError for a file given twice."""
+    """Sources that are all read in the same way. Raises UserError for a file given twice, and for
+    what is not read where it lies: archives, hubs and the web."""
     subjects = [Subject(path, request) for path in train]
     subjects += [Subject(path, request, held_out=True) for path in held_out]
     seen: set[Path] = set()
     for subject in subjects:
+        _refuse_unbrought(subject.path)
         path = subject.path.resolve()
         if path in seen:
             raise UserError(
@@ -52,6 +59,21 @@ def of_files(train: Sequence[Path], held_out: Sequence[Path], request: Request) 
             )
         seen.add(path)
     return subjects
+
+
+def _refuse_unbrought(source: Path) -> None:
+    packed = is_archive(source.name) and source.is_file()
+    if packed and is_tar(source) and is_webdataset(source):
+        return
+    # As a path, https:// has one slash.
+    if packed or (not source.exists() and str(source).startswith(ELSEWHERE)):
+        raise UserError(
+            "a source that is not read where it lies",
+            where=str(source),
+            expected="files or folders on this machine, unpacked",
+            remedy="import it first (`finesight data import SOURCE OUT`, the source written in the"
+            " same way), then check OUT",
+        )
 
 
 def model_of(name_or_path: str | None, max_length: int | None) -> Model:

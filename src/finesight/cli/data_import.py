@@ -22,6 +22,7 @@ from finesight.cli.options import (
     column_map,
     row_bounds,
 )
+from finesight.errors import printable
 
 if TYPE_CHECKING:
     from finesight.data.importing import Summary
@@ -83,11 +84,12 @@ def import_data(
     """Turn pictures with labels into samples: OUT/data.jsonl, or train.jsonl and eval.jsonl.
 
     Paths of pictures in SOURCE start at its folder or, if there is no such file, where you are.
+    What comes from a hub, the web or an archive has no pictures but those that came with it, and
+    these are copied.
 
     A list of answers becomes one training sample each, and one evaluation sample with the others
-    as references. What comes from a hub, the web or an archive has its pictures copied; downloads
-    go on where they stopped, and stay in the cache (HF_HOME). Of a hub's data set only the files
-    that --rows and --limit need are fetched.
+    as references. Downloads go on where they stopped, and stay in the cache (HF_HOME). Of a hub's
+    data set only the files that --rows and --limit need are fetched.
 
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --split 0.9
@@ -114,11 +116,11 @@ def import_data(
     with brought(source, out, request, allow_host or ()) as found:
         summary = import_file(found.path, out, found.request)
     for note in found.notes:
-        typer.echo(f"{source}: {note}", err=True)
+        typer.echo(printable(f"{source}: {note}"), err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
     else:
-        typer.echo("\n".join(_lines(source, summary)))
+        typer.echo("\n".join(map(printable, _lines(source, summary))))
 
 
 def _lines(source: str, summary: Summary) -> list[str]:

@@ -15,8 +15,9 @@ HubSource = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="[hf:|modelscope:]OWNER/NAME for a model, with datasets/ before OWNER for a data set; "
-        "@REVISION after it as needed, and :SPLIT after a data set.",
+        help="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
+        "modelscope:datasets/OWNER/NAME for a data set; @REVISION after it as needed, and :SPLIT "
+        "after a data set.",
     ),
 ]
 To = Annotated[
@@ -28,10 +29,11 @@ To = Annotated[
 def download(source: HubSource, to: To = None, as_json: AsJson = False) -> None:
     """Fetch a model or a data set from a hub, and print its folder.
 
-    Every file is verified by its size and digest. What was cut off goes on where it stopped when
-    the command is given again. Only data are fetched, never code. The addresses of the hubs are
-    HF_ENDPOINT and MODELSCOPE_ENDPOINT, the tokens HF_TOKEN and MODELSCOPE_API_TOKEN. With
-    HF_HUB_OFFLINE=1 nothing is asked, of either hub, and what is in the cache is used.
+    Every file is verified by the size and the digest that the hub lists; ModelScope lists some
+    without. What was cut off goes on where it stopped when the command is given again. Only data
+    are fetched, never code. The addresses of the hubs are HF_ENDPOINT and MODELSCOPE_ENDPOINT, the
+    tokens HF_TOKEN and MODELSCOPE_API_TOKEN. With HF_HUB_OFFLINE=1 nothing is asked, of either hub,
+    and what is in the cache is used.
 
     Example: finesight download modelscope:Qwen/Qwen2-VL-2B-Instruct --to models/qwen
     """

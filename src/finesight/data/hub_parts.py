@@ -197,15 +197,22 @@ def _is_subset(card: str, part: str) -> bool:
 
 
 def _subsets(card: str) -> Iterator[dict[str, Any]]:
-    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", card.removeprefix("\ufeff"), re.DOTALL)
     try:
-        head = yaml.safe_load(found[1]) if found else None
+        head = yaml.safe_load(_head(card.removeprefix("\ufeff")))
     except (yaml.YAMLError, RecursionError):  # a card is for people; names tell as well
         return
     configs = head.get("configs") if isinstance(head, dict) else None
     for subset in configs if isinstance(configs, list) else []:
         if isinstance(subset, dict) and isinstance(subset.get("config_name"), str):
             yield subset
+
+
+def _head(card: str) -> str:
+    """What stands between the first line and the next one of three dashes."""
+    first, *lines = card.split("\n")
+    ends = (number for number, line in enumerate(lines) if line.rstrip() == "---")
+    end = next(ends, None) if first.rstrip() == "---" else None
+    return "\n".join(lines[:end]) if end is not None else ""
 
 
 def _patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,8 @@ class Request:
     the first of those. `eval_last` holds out that many rows at the end; `split` trains on that
     share of the rows. `ask` is for box data sets. `unusable` rows stop an import, or are left out.
     `files` are those of a folder that hold its rows, end to end; without them it tells by itself.
-    `web` fetches pictures that are addresses.
+    `web` fetches pictures that are addresses. `within` is the folder of a source that is not the
+    user's own: its rows get no picture from elsewhere on this machine.
     """
 
     format: str | None = None
@@ -54,6 +55,7 @@ class Request:
     unusable: Literal["refuse", "drop"] = "refuse"
     files: tuple[Path, ...] = ()
     web: WebPictures | None = None
+    within: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Source:
                 checked=not lenient,
                 literally=lenient and self.form is samples_format.FORMAT,
                 web=request.web,
+                within=request.within,
             ),
             columns=request.columns,
             prompt=request.prompt,

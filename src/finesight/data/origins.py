@@ -8,14 +8,16 @@ the import takes.
 from __future__ import annotations
 
 import contextlib
+import filecmp
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finesight.data.formats import FORMATS
 from finesight.data.formats.inventory import ROW_SUFFIXES, inventory
-from finesight.data.hub_parts import WHOLE, Chosen, card_in, choose, read_card
+from finesight.data.hub_parts import LEGAL, WHOLE, Chosen, card_in, choose, read_card
 from finesight.data.opening import Request
 from finesight.data.rows import open_rows
 from finesight.data.tar_rows import is_tar, is_webdataset, open_tar
@@ -24,7 +26,7 @@ from finesight.remote.address import data_address, is_on_a_hub
 from finesight.remote.archive import is_archive, unpack
 from finesight.remote.https import Pictures, fetch_address, is_address
 from finesight.remote.repository import Repository, open_repository
-from finesight.storage import make_folder, refuse_existing
+from finesight.storage import explained, make_folder, refuse_existing, working_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +45,35 @@ def brought(
     """What `source` names, for an import into `out`, for as long as the block lasts.
 
     `hosts` are those that https:// addresses, of sources and of pictures, may be answered by.
-    Pictures of sources that are not the user's own files are copied into `out`. Raises UserError
-    for a source that cannot be had.
+    Pictures of sources that are not the user's own files are copied into `out`, and only those that
+    came with them. Raises UserError for a source that cannot be had.
     """
     refuse_existing(out)
     if hosts:
         request = replace(request, web=Pictures(hosts, _shelf() / "pictures"))
-    work = out.absolute().with_name(f".{out.absolute().name}.unpacked.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        if is_on_a_hub(source):
-            yield _from_hub(source, work, request)
-        elif is_address(source) and not source.startswith("file://"):
-            file = fetch_address(source, hosts, _shelf())
-            yield _from_file(file, work, replace(request, copy_pictures=True))
-        elif Path(source).is_dir():
-            yield _from_own_folder(Path(source), request)
-        else:
-            yield _from_file(Path(source), work, request)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    on_the_web = is_address(source) and not source.startswith("file://")
+    if is_on_a_hub(source) or on_the_web:
+        with _unpacking(out) as work:
+            copied = replace(request, copy_pictures=True, within=work)
+            if on_the_web:
+                yield _from_file(fetch_address(source, hosts, _shelf()), work, copied)
+            else:
+                yield _from_hub(source, work, copied)
+    elif Path(source).is_dir():
+        yield _from_own_folder(Path(source), request)
+    elif not is_archive(source):
+        yield Brought(Path(source), request)
+    else:
+        _refuse_missing(Path(source))
+        with _unpacking(out) as work:
+            yield _from_file(Path(source), work, replace(request, within=work))
+
+
+@contextlib.contextmanager
+def _unpacking(out: Path) -> Iterator[Path]:
+    """A folder to be made, by a name that is always the same, as rows may be called after it."""
+    with working_folder(out.absolute()) as folder:
+        yield folder / "unpacked"
 
 
 def _shelf() -> Path:
@@ -75,17 +86,20 @@ def _from_file(file: Path, work: Path, request: Request) -> Brought:
     """An archive unpacked, unless it is a WebDataset; any other file as it is."""
     if not is_archive(file.name):
         return Brought(file, request)
-    if not file.is_file():
-        raise UserError(
-            "no such file",
-            where=str(file),
-            expected="an archive",
-            remedy=look_beside(file),
-        )
     if is_tar(file) and is_webdataset(file):
         return Brought(file, request)
     unpack(file, work)
     return _from_folder(_trunk(work), replace(request, copy_pictures=True))
+
+
+def _refuse_missing(archive: Path) -> None:
+    if not archive.is_file():
+        raise UserError(
+            "no such file",
+            where=str(archive),
+            expected="an archive",
+            remedy=look_beside(archive),
+        )
 
 
 def _trunk(folder: Path) -> Path:
@@ -127,12 +141,11 @@ def _with_rows(folder: Path, chosen: Chosen, request: Request) -> Brought:
 def _from_hub(source: str, work: Path, request: Request) -> Brought:
     address = data_address(source)
     repository = open_repository(address)
-    copied = replace(request, copy_pictures=True)
     chosen = choose(repository.paths, address.part, read_card(repository), str(address))
     if chosen.rows and all(path.lower().endswith(WHOLE) for path in chosen.rows):
         rows, folder = _enough(repository, chosen.rows, request)
         if not is_tar(Path(rows[0])) or is_webdataset(folder / rows[0]):
-            found = _with_rows(folder, replace(chosen, rows=rows), copied)
+            found = _with_rows(folder, replace(chosen, rows=rows), request)
             skipped = len(chosen.rows) - len(rows)
             note = (f"{skipped} of {len(chosen.rows)} files not fetched: --rows needs none",)
             return replace(found, notes=(*found.notes, *(note if skipped else ())))
@@ -140,8 +153,8 @@ def _from_hub(source: str, work: Path, request: Request) -> Brought:
     _lay_out(folder, [*chosen.rows, *chosen.needed], work)
     rows = tuple(path for path in chosen.rows if not is_archive(path))
     if rows and not _is_read_whole(work):
-        return _with_rows(work, replace(chosen, rows=rows), copied)
-    return _from_folder(_trunk(work), copied)
+        return _with_rows(work, replace(chosen, rows=rows), request)
+    return _from_folder(_trunk(work), request)
 
 
 def _enough(
@@ -175,11 +188,40 @@ def _last_row(request: Request) -> int | None:
 
 def _lay_out(folder: Path, paths: Sequence[str], work: Path) -> None:
     """Files of the cache under their names below `work`, and archives unpacked at their places."""
-    make_folder(work)
     for path in paths:
         place = work / path
+        if not is_archive(path):
+            _put(folder / path, place, path, Path.symlink_to)
+            continue
+        unpacked = work / ".unpacked"
+        unpack(folder / path, unpacked)
+        for file in filter(Path.is_file, sorted(unpacked.rglob("*"))):
+            _put(file, place.parent / file.relative_to(unpacked), path, _move)
+        shutil.rmtree(unpacked)
+
+
+def _is_legal(file: Path) -> bool:
+    return file.name.lower().startswith(LEGAL)
+
+
+def _move(place: Path, file: Path) -> None:
+    file.rename(place)
+
+
+def _put(file: Path, place: Path, source: str, put: Callable[[Path, Path], None]) -> None:
+    """Put a file at its place, at which the same one of another part of a repository may be.
+
+    Of licences the first stays, as an import reads none: each archive has one.
+    """
+    with explained(place):
         make_folder(place.parent)
-        if is_archive(path):
-            unpack(folder / path, place.parent)
-        else:
-            place.symlink_to((folder / path).resolve())
+        if not os.path.lexists(place):
+            put(place, file.resolve())
+        elif not (place.is_file() and (_is_legal(place) or filecmp.cmp(file, place, False))):
+            raise UserError(
+                f"{place.name} is in this repository twice, with different content",
+                where=source,
+                expected="one file for each path, once its archives are unpacked",
+                remedy="`finesight download` it, unpack the archives into folders of their own, and"
+                " import the one that you want",
+            )

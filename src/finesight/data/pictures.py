@@ -42,7 +42,8 @@ class Pictures:
     Unless `checked`, missing pictures and files that are no picture are taken as well: a missing
     one is where its path, from `folder` on, says that it is. Taken `literally`, a path is where it
     says from `folder` on and nowhere else, as training takes the paths of samples. An address on
-    the web is fetched from `web`, and saved, or refused without one.
+    the web is fetched from `web`, and saved, or refused without one. With `within`, names come from
+    a stranger: what lies outside of that folder is as missing, and it stands for the current one.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Pictures:
         checked: bool = True,
         literally: bool = False,
         web: WebPictures | None = None,
+        within: Path | None = None,
     ) -> None:
         self._folder, self._target = folder, target / FOLDER
         self._checked, self._literally, self._web = checked, literally, web
+        self._within = within.resolve() if within else None
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved: dict[str, Path] = {}
 
@@ -97,14 +100,22 @@ class Pictures:
             )
         # Scripts write paths that start at the folder they were run in, not at their file's.
         spellings = dict.fromkeys((name.removeprefix("file://"), name.replace("\\", "/")))
-        folders = (self._folder, Path.cwd())
+        folders = (self._folder, self._within or Path.cwd())
         places = [folder / spelling for spelling in spellings for folder in folders]
         if self._literally:
             places = [self._folder / name]
         # os.path's test also stands names that cannot be one, too long or with a zero byte.
-        place = next(filter(os.path.exists, places), None)
+        place = next(filter(self._is_there, places), None)
         if place is None and not self._checked:
             return places[0].absolute()
+        if place is None and self._within:
+            raise DamagedPicture(
+                "no such picture in the source",
+                where=name[:200],
+                expected="a path to a file that came with the rows: what else lies on this machine"
+                " is not taken for a source that is not your own",
+                remedy="unpack or download the source yourself, look at it, and give its folder",
+            )
         if place is None:
             raise DamagedPicture(
                 "no such picture",
@@ -113,11 +124,15 @@ class Pictures:
                 f" the folder of the data file, or at {Path.cwd()}, the current one",
                 remedy="correct the path, or change to the folder where the paths start",
             )
-        # The folder resolved, as `..` steps out of where a link leads to, not of where it stands.
-        path = place.parent.resolve() / place.name
+        path = _settled(place)
         if self._checked:
             self.size(path)
         return path
+
+    def _is_there(self, place: Path) -> bool:
+        if not os.path.exists(place):
+            return False
+        return self._within is None or _settled(place).is_relative_to(self._within)
 
     def _fetch(self, web: WebPictures, address: str) -> Path:
         if address.startswith("file://"):
@@ -151,6 +166,11 @@ class Pictures:
                 ) from error
             self._saved[key] = path
         return self._saved[key]
+
+
+def _settled(path: Path) -> Path:
+    # The folder resolved, as `..` steps out of where a link leads to, not of where it stands.
+    return path.parent.resolve() / path.name
 
 
 def data_url(path: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from finesight.data.formats.inventory import PICTURE_SUFFIXES
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
+from finesight.remote.members import Tar, open_tar_file
 
 TEXTS = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
 
@@ -35,26 +36,20 @@ def is_webdataset(path: Path) -> bool:
 
     Any other tar is an archive. Raises UserError for a damaged one.
     """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            first = None
-            for sample in _samples(tar):
-                endings = {_parts(member)[1] for member in sample}
-                if not any(map(_is_picture, endings)) or not endings & {*TEXTS, "json"}:
-                    return False
-                first = first or _record(tar, sample, path)
-            return first is not None and "imagePath" not in first
-    except (tarfile.TarError, EOFError) as error:
-        raise _damaged(path, error) from error
+    with open_tar_file(path) as tar:
+        first = None
+        for sample in _samples(tar):
+            endings = {_parts(member)[1] for member in sample}
+            if not any(map(_is_picture, endings)) or not endings & {*TEXTS, "json"}:
+                return False
+            first = first or _record(tar, sample)
+        return first is not None and "imagePath" not in first
 
 
 def open_tar(source: Path) -> Rows:
     """A row for each sample of a WebDataset. Raises UserError for a file that is none."""
-    try:
-        with tarfile.open(source, "r:") as tar:
-            total = sum(1 for _ in _samples(tar))
-    except (tarfile.TarError, EOFError) as error:
-        raise _damaged(source, error) from error
+    with open_tar_file(source) as tar:
+        total = sum(1 for _ in _samples(tar))
     if total == 0:
         raise UserError(
             "holds no samples",
@@ -64,17 +59,17 @@ def open_tar(source: Path) -> Rows:
         )
 
     def select(start: int, stop: int) -> Iterator[Row]:
-        with tarfile.open(source, "r:") as tar:
+        with open_tar_file(source) as tar:
             chosen = itertools.islice(enumerate(_samples(tar), start=1), start, stop)
             for number, sample in chosen:
                 key = _parts(sample[0])[0]
-                yield Row(number, f"sample {key}", _record(tar, sample, source), source.stem)
+                yield Row(number, f"sample {key}", _record(tar, sample), source.stem)
 
     return Rows(total, select)
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
-    files = (member for member in tar if member.isreg() and not _is_hidden(member))
+def _samples(tar: Tar) -> Iterator[Sample]:
+    files = (member for member in tar.headers() if member.isreg() and not _is_hidden(member))
     for _, sample in itertools.groupby(files, key=lambda member: _parts(member)[0]):
         yield list(sample)
 
@@ -94,17 +89,17 @@ def _is_picture(ending: str) -> bool:
     return f".{ending.rpartition('.')[2]}" in PICTURE_SUFFIXES
 
 
-def _record(tar: tarfile.TarFile, sample: Sample, source: Path) -> Record:
+def _record(tar: Tar, sample: Sample) -> Record:
     """A sample's files under their endings; a lone picture is `image`."""
     record: Record = {"id": _parts(sample[0])[0]}
     pictures = {_parts(m)[1]: m for m in sample if _is_picture(_parts(m)[1])}
     for ending, member in pictures.items():
-        record["image" if len(pictures) == 1 else ending] = _bytes(tar, member, source)
+        record["image" if len(pictures) == 1 else ending] = _bytes(tar, member)
     for member in sample:
         ending = _parts(member)[1]
         if ending in TEXTS or ending == "json":
-            text = _text(tar, member, source)
-            found = _parsed(text, member, source) if ending == "json" else {ending: text}
+            text = _text(tar, member)
+            found = _parsed(text, member, tar.archive) if ending == "json" else {ending: text}
             record = {**found, **record}
     return record
 
@@ -122,38 +117,24 @@ def _parsed(text: str, member: tarfile.TarInfo, source: Path) -> Record:
     return content if isinstance(content, dict) else {"json": content}
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> str:
+def _text(tar: Tar, member: tarfile.TarInfo) -> str:
     try:
-        return _bytes(tar, member, source).decode().rstrip("\r\n")
+        return _bytes(tar, member).decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{member.name}: byte {error.start} is not UTF-8 text",
-            where=str(source),
+            where=str(tar.archive),
             expected="texts in UTF-8",
             remedy="make the tar again",
         ) from error
 
 
-def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
+def _bytes(tar: Tar, member: tarfile.TarInfo) -> bytes:
     if member.size > LARGEST:
         raise UserError(
             f"{member.name} has {member.size} bytes",
-            where=str(source),
+            where=str(tar.archive),
             expected=f"files of at most {LARGEST} bytes",
             remedy="make the tar again without it",
         )
-    content = tar.extractfile(member)
-    assert content is not None, f"{member.name} is a regular file without content"
-    data = content.read()
-    if len(data) != member.size:
-        raise _damaged(source, f"{member.name} ends early")
-    return data
-
-
-def _damaged(source: Path, problem: object) -> UserError:
-    return UserError(
-        f"cannot be read as a tar: {problem}",
-        where=str(source),
-        expected="a whole tar",
-        remedy="fetch the file again",
-    )
+    return tar.read(member)

@@ -13,8 +13,8 @@ Kind = Literal["model", "dataset"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _ADDRESS = re.compile(
-    r"(?:(?P<hub>hf|modelscope):)?"
-    r"(?P<kind>datasets/|models/)?"
+    # Without a hub, models/my/tiny is a path that was mistyped, not the hub's my/tiny.
+    r"(?:(?P<hub>hf|modelscope):(?P<kind>datasets/|models/)?)?"
     rf"(?P<name>{_NAME})"
     r"(?:@(?P<revision>[\w][\w./-]*))?"
     r"(?::(?P<part>[\w][\w./ -]*))?"

@@ -6,38 +6,28 @@ come out.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import io
-import lzma
 import stat
-import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from finesight.errors import UserError
 from finesight.remote.inside import inside
+from finesight.remote.members import PIECE, Tar, counted, intact, open_tar_file, too_much
 from finesight.storage import explained, make_folder
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 MOST_BYTES = 500 * 10**9
-MOST_MEMBERS = 2_000_000
 MOST_RATIO = 100
 """Bytes out for one byte in. Labels as text reach 20, bombs a thousand and more."""
 
 FREE_BYTES = 100 * 10**6
 """So many come out of any archive before the ratio counts: small ones may be very regular."""
-
-PIECE = 2**20
-LARGEST_SIP = 16 * PIECE
-"""Bytes that are taken at once; headers have a few hundred."""
 
 _BESIDES = ("__MACOSX/", ".DS_Store", "Thumbs.db")
 
@@ -49,13 +39,9 @@ class _Budget:
     archive: Path
     size: int
     bytes: int = 0
-    members: int = 0
     seen: set[Path] = field(default_factory=set)
 
     def member(self, target: Path) -> None:
-        self.members += 1
-        if self.members > MOST_MEMBERS:
-            raise self._refusal(f"over {MOST_MEMBERS} files")
         if target in self.seen:
             raise self._refusal(f"two files called {target.name!r} in one place")
         self.seen.add(target)
@@ -68,14 +54,8 @@ class _Budget:
             raise self._refusal(f"over {MOST_RATIO} times its {self.size} bytes")
 
     def _refusal(self, what: str) -> UserError:
-        return UserError(
-            f"{what} would come out of it; nothing was kept",
-            where=str(self.archive),
-            expected=f"at most {MOST_MEMBERS} files and {MOST_BYTES} bytes, no more than"
-            f" {MOST_RATIO} times the archive",
-            remedy="do not use it unless you know who made it; then unpack it yourself and give"
-            " the folder",
-        )
+        expected = f"at most {MOST_BYTES} bytes, no more than {MOST_RATIO} times the archive"
+        return too_much(self.archive, what, expected)
 
 
 def is_archive(name: str) -> bool:
@@ -94,7 +74,7 @@ def unpack(archive: Path, target: Path) -> None:
     make_folder(target)
     read: Callable[[Path], contextlib.AbstractContextManager[Iterator[_Member]]]
     read = _zipped if archive.name.lower().endswith(".zip") else _tarred
-    with explained(target), _intact(archive), read(archive) as members:
+    with explained(target), intact(archive), read(archive) as members:
         for member in members:
             if any(part in member.name for part in _BESIDES):
                 continue
@@ -120,7 +100,7 @@ def _zipped(archive: Path) -> Iterator[Iterator[_Member]]:
 
 
 def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
-    for info in file.infolist():
+    for info in counted(archive, file.infolist()):
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise _special(archive, info.filename)
@@ -138,41 +118,21 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
         yield _Member(info.orig_filename, partial(file.open, info))
 
 
-class _Sips(io.BufferedReader):
-    """A tar's bytes for tarfile, which reads a name at once, whatever length the tar says of it."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > LARGEST_SIP:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
 @contextlib.contextmanager
 def _tarred(archive: Path) -> Iterator[Iterator[_Member]]:
-    openers: dict[str, Callable[..., Any]]
-    openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    with (
-        openers.get(archive.suffix.lower(), open)(archive, "rb") as raw,
-        tarfile.open(fileobj=_Sips(raw), mode="r:") as file,
-    ):
-        yield _tar_members(archive, file)
+    with open_tar_file(archive) as tar:
+        yield _tar_members(tar)
 
 
-def _tar_members(archive: Path, file: tarfile.TarFile) -> Iterator[_Member]:
-    for info in file:
+def _tar_members(tar: Tar) -> Iterator[_Member]:
+    for info in tar.headers():
         if info.isdir():
             if info.name not in (".", ""):
-                inside(archive, info.name, str(archive))
+                inside(tar.archive, info.name, str(tar.archive))
             continue
         if not info.isreg():
-            raise _special(archive, info.name)
-        yield _Member(info.name, partial(_content, file, info))
-
-
-def _content(file: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    content = file.extractfile(info)
-    assert content is not None, f"{info.name} is a regular file without content"
-    return content
+            raise _special(tar.archive, info.name)
+        yield _Member(info.name, partial(tar.content, info))
 
 
 def _special(archive: Path, name: str) -> UserError:
@@ -183,20 +143,3 @@ def _special(archive: Path, name: str) -> UserError:
         remedy="do not use it unless you know who made it; then unpack it yourself and give the"
         " folder",
     )
-
-
-@contextlib.contextmanager
-def _intact(archive: Path) -> Iterator[None]:
-    try:
-        yield
-    except (
-        zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError,
-        NotImplementedError,
-        gzip.BadGzipFile, FileExistsError, NotADirectoryError, IsADirectoryError,
-    ) as error:  # fmt: skip
-        raise UserError(
-            f"cannot be unpacked: {type(error).__name__}: {str(error)[:200]}",
-            where=str(archive),
-            expected="a whole zip or tar archive",
-            remedy="fetch it again",
-        ) from error

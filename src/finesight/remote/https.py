@@ -13,8 +13,8 @@ import httpx2
 
 from finesight.errors import UserError
 from finesight.remote.download import download
-from finesight.remote.transfer import RemoteFile, bring
-from finesight.remote.web import Site, Web
+from finesight.remote.transfer import RemoteFile, bring, renew
+from finesight.remote.web import Site, Web, without_query
 
 LARGEST = 50 * 10**9
 """Bytes that are taken from one address."""
@@ -32,7 +32,8 @@ def is_address(source: str) -> bool:
 def fetch_address(source: str, hosts: Sequence[str], folder: Path) -> Path:
     """The file at https://HOST/PATH, below `folder`, by its own name.
 
-    `hosts` are those that may answer. #sha256=HEX at the end of the address has the file verified.
+    `hosts` are those that may answer. #sha256=HEX at the end of the address has the file verified;
+    without, the server is asked whether one that is there is still the same.
     Raises UserError for another protocol, another host, also by a redirect, and a file that cannot
     be had or is too large.
     """
@@ -49,8 +50,11 @@ def fetch_address(source: str, hosts: Sequence[str], folder: Path) -> Path:
         )
     name = PurePosixPath(unquote(urlsplit(address).path)).name or "file"
     place = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
-    file = RemoteFile(name, address, sha256=digest[1] if digest else None, limit=LARGEST)
+    sha256 = digest[1] if digest else None
+    file = RemoteFile(name, address, sha256=sha256, limit=LARGEST, changing=not sha256)
     with Web(Site(_refusal, hosts=allowed)) as web:
+        if file.changing:
+            renew(file, place / name, web)
         download([file], place, web, host)
     return place / name
 
@@ -78,30 +82,35 @@ def _check(address: str, hosts: frozenset[str]) -> str:
     return parts.hostname
 
 
-def _refusal(response: httpx2.Response) -> UserError:
+def _refusal(response: httpx2.Response, said: str) -> UserError:
     return UserError(
         f"the server refuses with status {response.status_code}",
-        where=str(response.request.url)[:200],
+        where=without_query(str(response.request.url))[:200],
         expected="the file",
         remedy="check the address; where a login is needed, download it yourself and give its path",
     )
 
 
 class Pictures:
-    """Single pictures from the web that rows name, kept below `folder` for the next import."""
+    """Single pictures from the web that rows name, kept below `folder` for the next import, which
+    asks whether they are still the same."""
 
     def __init__(self, hosts: Sequence[str], folder: Path) -> None:
         self._hosts = frozenset(host.lower() for host in hosts)
         self._folder = folder
         self._web = Web(Site(_refusal, hosts=self._hosts))
         self._stop = Event()
+        self._taken: set[str] = set()
 
     def take(self, address: str) -> Path:
         """The file at an address of an allowed host. Raises UserError as `fetch_address` does."""
         _check(address, self._hosts)
         place = self._folder / hashlib.sha256(address.encode()).hexdigest()
-        file = RemoteFile(address, address, limit=LARGEST_PICTURE)
+        file = RemoteFile(address, address, limit=LARGEST_PICTURE, changing=True)
+        if address not in self._taken:
+            renew(file, place, self._web)
         bring(file, place, self._web, _unseen, self._stop)
+        self._taken.add(address)
         return place
 
 

@@ -6,6 +6,7 @@ come through `transfer`, which see.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +32,12 @@ from finesight import __version__
 from finesight.errors import UserError
 from finesight.remote.address import Address
 from finesight.remote.transfer import RemoteFile
-from finesight.remote.web import Site
+from finesight.remote.web import Site, without_query
 
 _NEWEST = "main"
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_NO_HUB = (ValueError, LookupError, TypeError, AttributeError)
+"""What huggingface_hub makes of an answer that is not a hub's."""
 
 
 def listing(address: Address) -> tuple[str, list[RemoteFile]]:
@@ -44,8 +48,9 @@ def listing(address: Address) -> tuple[str, list[RemoteFile]]:
     api = HfApi(library_name="finesight", library_version=__version__)
     revision = address.revision or _NEWEST
     try:
-        commit = api.repo_info(address.name, repo_type=address.kind, revision=revision).sha
-        assert commit is not None, f"{address} without a commit"
+        commit = api.repo_info(address.name, repo_type=address.kind, revision=revision).sha or ""
+        if not _COMMIT.fullmatch(commit):  # it becomes the name of a folder
+            raise ValueError(f"a commit that is none, {commit[:80]!r}")
         tree = api.list_repo_tree(
             address.name, recursive=True, revision=commit, repo_type=address.kind
         )
@@ -53,7 +58,7 @@ def listing(address: Address) -> tuple[str, list[RemoteFile]]:
         return commit, [_file(address, commit, entry) for entry in files]
     except HfHubHTTPError as error:
         raise _refusal(address, error.response, error) from error
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, *_NO_HUB) as error:
         raise UserError(
             f"{address} cannot be had: {type(error).__name__}: {str(error).strip()[:200]}",
             where=constants.ENDPOINT,
@@ -67,7 +72,7 @@ def site(address: Address) -> Site:
     """Who answers requests for files of the repository: the token goes to the hub alone."""
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return Site(lambda response: _refusal(address, response), headers)
+    return Site(lambda response, said: _refusal(address, response), headers)
 
 
 def elsewhere(address: Address, commit: str, paths: list[str]) -> Path | None:
@@ -151,7 +156,7 @@ def _refusal(
     return UserError(
         f"the hub refuses {address} with status {response.status_code}"
         f" {response.headers.get('x-error-message', '')[:200]}".rstrip(),
-        where=str(response.request.url),
+        where=without_query(str(response.request.url)),
         expected="the file",
         remedy="try again later, or download it elsewhere and give its folder",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlencode
@@ -18,7 +19,7 @@ import httpx2
 from finesight.errors import UserError
 from finesight.remote.address import Address
 from finesight.remote.transfer import RemoteFile
-from finesight.remote.web import Site, Web
+from finesight.remote.web import Site, Web, without_query
 
 NEWEST = "master"
 PAGE = 200
@@ -58,9 +59,16 @@ def listing(address: Address) -> tuple[str, list[RemoteFile]]:
 def site(address: Address) -> Site:
     """Who answers requests for the repository: the token goes to the hub alone."""
     token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise UserError(
+            f"{len(token)} characters, some of which no token has",
+            where="MODELSCOPE_API_TOKEN",
+            expected="a token such as ms-..., of letters, digits and signs without accents",
+            remedy=f"copy it again from {endpoint()}/my/myaccesstoken, or unset the variable",
+        )
     # Older parts of the hub read the cookie, newer ones the other header.
     headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
-    return Site(lambda response: _refusal(address, response), headers if token else {})
+    return Site(lambda *answer: _refusal(address, *answer), headers if token else {})
 
 
 def _entries(address: Address, web: Web) -> Iterator[Mapping[str, Any]]:
@@ -95,9 +103,13 @@ def _page(
             raise
         return _page(address, web, url, params, patience - 1)
     data = answer.get("Data") if isinstance(answer, dict) else None
-    files = data.get("Files") if isinstance(data, dict) else None
-    if isinstance(answer, dict) and answer.get("Success") is not False and isinstance(files, list):
-        return files
+    found = data.get("Files") if isinstance(data, dict) else None
+    files = found if isinstance(found, list) else None
+    entries: list[Mapping[str, Any]] = (
+        [entry for entry in files if isinstance(entry, dict)] if files else []
+    )
+    if isinstance(answer, dict) and answer.get("Success") is not False and entries == files:
+        return entries
     told = answer.get("Message") if isinstance(answer, dict) else answer
     raise UserError(
         f"{address} cannot be listed: {str(told)[:200]}",
@@ -129,7 +141,7 @@ def _api(address: Address) -> str:
     return f"{endpoint()}/api/v1/{address.kind}s/{address.name}"
 
 
-def _refusal(address: Address, response: httpx2.Response) -> UserError:
+def _refusal(address: Address, response: httpx2.Response, said: str) -> UserError:
     page = f"{endpoint()}/{address.kind}s/{address.name}"
     status = response.status_code
     if status in (401, 403):
@@ -150,8 +162,8 @@ def _refusal(address: Address, response: httpx2.Response) -> UserError:
             " and the other way round",
         )
     return UserError(
-        f"the hub refuses {address} with status {status}: {response.text[:200]!r}",
-        where=str(response.request.url),
+        f"the hub refuses {address} with status {status}: {said[:200]!r}",
+        where=without_query(str(response.request.url)),
         expected="the file",
         remedy="try again later, or download it elsewhere and give its folder",
     )

@@ -1,18 +1,20 @@
 """A repository of a hub at one commit: its listing, and those of its files that are asked for.
 
 Files lie in the folder for assets of huggingface_hub's cache, which HF_HOME moves, by hub, name and
-commit. The listing is kept too, so that everything that was fetched is found again offline.
+commit; those of a mirror apart, as it says itself what a commit holds. The listing is kept too, so
+that everything that was fetched is found again offline.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from finesight.errors import UserError
@@ -22,6 +24,8 @@ from finesight.remote.inside import inside
 from finesight.remote.transfer import RemoteFile
 from finesight.remote.web import Site, Web, offline
 from finesight.storage import explained, make_folder
+
+USUAL_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are code as much as data: loading them runs what they say."""
@@ -90,10 +94,24 @@ def open_repository(address: Address) -> Repository:
     if offline():
         return _kept(address, kept)
     commit, files = _listing(address)
+    _refuse_files_in_files(files, str(address))
     text = json.dumps({"commit": commit, "files": [asdict(file) for file in files]})
     for place in {kept, kept.with_name(f"{commit}.json")}:
         _keep(place, text)
     return Repository(address, commit, tuple(files), _home(address) / commit)
+
+
+def _refuse_files_in_files(files: Sequence[RemoteFile], source: str) -> None:
+    paths = {file.path for file in files}
+    for path in sorted(paths):
+        both = next((str(p) for p in PurePosixPath(path).parents if str(p) in paths), None)
+        if both is not None:
+            raise UserError(
+                f"{both} is listed as a file, and as the folder of {path}",
+                where=source,
+                expected="a listing of files that can lie beside each other",
+                remedy="check the address of the hub (HF_ENDPOINT, MODELSCOPE_ENDPOINT)",
+            )
 
 
 def fetch_model(address: Address, wanted: Sequence[str]) -> Path:
@@ -137,6 +155,23 @@ def deliver(repository: Repository, paths: Sequence[str], to: Path) -> None:
     What came before an error waits in a hidden neighbour for the next attempt. Raises UserError
     when `to` exists.
     """
+    _refuse_existing(to)
+    partial = to.absolute().with_name(f".{to.absolute().name}.{repository.commit[:12]}.partial")
+    with explained(to):
+        if partial.is_symlink():  # somebody else's, who would be given the files
+            partial.unlink()
+        make_folder(partial)
+        try:
+            repository.bring(paths, partial)
+            partial.rename(to)
+        except OSError:
+            if to.exists():  # another process was quicker, and has renamed what both worked at
+                shutil.rmtree(partial, ignore_errors=True)
+            _refuse_existing(to)
+            raise
+
+
+def _refuse_existing(to: Path) -> None:
     if to.exists():
         raise UserError(
             f"{to.name} exists already and is never overwritten",
@@ -144,18 +179,21 @@ def deliver(repository: Repository, paths: Sequence[str], to: Path) -> None:
             expected="a folder that does not exist yet",
             remedy="choose another name",
         )
-    partial = to.absolute().with_name(f".{to.absolute().name}.{repository.commit[:12]}.partial")
-    make_folder(partial)
-    with explained(to):
-        repository.bring(paths, partial)
-        partial.rename(to)
 
 
 def _home(address: Address) -> Path:
     from huggingface_hub import constants
 
-    shelf = Path(constants.HF_ASSETS_CACHE) / "finesight"
-    return shelf / address.hub / f"{address.kind}s" / address.name
+    shelf = Path(constants.HF_ASSETS_CACHE) / "finesight" / address.hub
+    if address.hub == "hf":
+        endpoint = constants.ENDPOINT
+    else:
+        from finesight.remote.modelscope import endpoint as asked
+
+        endpoint = asked()
+    if endpoint.rstrip("/") != USUAL_ENDPOINTS[address.hub]:
+        shelf = shelf / quote(endpoint.rstrip("/"), safe="")
+    return shelf / f"{address.kind}s" / address.name
 
 
 def _listing(address: Address) -> tuple[str, list[RemoteFile]]:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import httpx2
 
 from finesight.errors import UserError
-from finesight.remote.web import TryAgain, Web
+from finesight.remote.web import TryAgain, Web, mark_of, offline, whole_number, without_query
 from finesight.storage import explained, make_folder, write_file
 
 PIECE = 2**20
@@ -39,7 +39,8 @@ class RemoteFile:
     """A file on a server, and what is known of it beforehand.
 
     `size` is in bytes. `sha256` and `git_sha1` are in hexadecimal; git's is over the file with
-    git's header before it. Without a size at most `limit` bytes are taken.
+    git's header before it. Without a size at most `limit` bytes are taken. What is `changing` may
+    be another file tomorrow: see `renew`.
     """
 
     path: str
@@ -48,6 +49,7 @@ class RemoteFile:
     sha256: str | None = None
     git_sha1: str | None = None
     limit: int | None = None
+    changing: bool = False
 
 
 class Stopped(Exception):
@@ -67,7 +69,7 @@ def bring(file: RemoteFile, target: Path, web: Web, advance: Advance, stop: Even
             return
         kept = stream.seek(0, os.SEEK_END)
         advance(kept)
-        mark = partial.with_name(f".{target.name}.etag")
+        mark = _mark_at(target)
         _receive(file, stream, mark, web, advance, stop)
         problem = _mismatch(file, stream)
         if problem and kept:
@@ -80,7 +82,30 @@ def bring(file: RemoteFile, target: Path, web: Web, advance: Advance, stop: Even
             raise _unlike(file, problem)
         os.fsync(stream.fileno())
         partial.rename(target)
-        mark.unlink(missing_ok=True)
+        if not file.changing:
+            mark.unlink(missing_ok=True)
+
+
+def renew(file: RemoteFile, target: Path, web: Web) -> None:
+    """Remove a changing file of an earlier fetch unless the server says that it is the same one.
+
+    Offline it stays. Raises UserError where the server does not answer.
+    """
+    if offline() or not target.exists():
+        return
+    mark = _mark_at(target)
+    said = _read(mark)
+    # Another process may have renewed it meanwhile.
+    if not (said and web.unchanged(file.url, said)) and _read(mark) == said:
+        target.unlink(missing_ok=True)
+
+
+def _mark_at(target: Path) -> Path:
+    return target.with_name(f".{target.name}.etag")
+
+
+def _read(mark: Path) -> str:
+    return mark.read_text(encoding="utf-8") if mark.exists() else ""
 
 
 @contextlib.contextmanager
@@ -156,9 +181,9 @@ def _continue(
 ) -> bool:
     """One request from byte `have` on; whether the file is whole as far as the server says."""
     headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and _is_unknown(file) and mark.exists():
+    if have and _is_unknown(file) and _read(mark):
         # Without a digest only the server can tell whether the file is still the one begun.
-        headers["If-Range"] = mark.read_text(encoding="utf-8")
+        headers["If-Range"] = _read(mark)
     with web.answer(file.url, headers) as response:
         if response.status_code == 416 or (
             response.status_code == 206 and _first_byte(response) != have
@@ -167,9 +192,11 @@ def _continue(
             return False
         if response.status_code == 200 and have:
             _empty(stream, advance)
-        if _is_unknown(file) and response.headers.get("etag"):
-            write_file(mark, response.headers["etag"].encode())
+        if _is_unknown(file):
+            write_file(mark, mark_of(response).encode())
         total = _announced(response)
+        if file.size is None and total is None and _is_unknown(file):
+            _refuse_endless(file, response)
         _refuse_size(file, total)
         try:
             for piece in response.iter_raw():
@@ -191,14 +218,26 @@ def _is_unknown(file: RemoteFile) -> bool:
 def _first_byte(response: httpx2.Response) -> int:
     """Where the answered range begins, `bytes 100-199/200`; -1 where it is not said."""
     first = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
-    return int(first) if first.isdigit() else -1
+    number = whole_number(first)
+    return -1 if number is None else number
 
 
 def _announced(response: httpx2.Response) -> int | None:
     """The bytes of the whole file as an answer, whole or ranged, says them."""
     after = response.headers.get("content-range", "").rpartition("/")[2]
     length = after if response.status_code == 206 else response.headers.get("content-length", "")
-    return int(length) if length.isdigit() else None
+    return whole_number(length)
+
+
+def _refuse_endless(file: RemoteFile, response: httpx2.Response) -> None:
+    """Refuse a file of which nobody could tell whether the end is missing."""
+    if "chunked" not in response.headers.get("transfer-encoding", "").lower():
+        raise UserError(
+            f"the server does not say how long {file.path} is",
+            where=without_query(file.url),
+            expected="a length, a digest, or an answer in chunks: else a cut file looks whole",
+            remedy="download it yourself, see that it is whole, and give its path",
+        )
 
 
 def _empty(stream: BinaryIO, advance: Advance) -> None:

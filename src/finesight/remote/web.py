@@ -7,10 +7,11 @@ import ipaddress
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 # Also what huggingface_hub sends its requests with.
@@ -27,6 +28,9 @@ REDIRECTS = 10
 LARGEST_JSON = 64 * 2**20
 """Bytes; a page of a listing has a few hundred kilobytes."""
 
+LARGEST_REFUSAL = 4096
+"""Bytes of what a server says with a refusal, as they come, whatever they would unpack to."""
+
 LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses by which a server says that the same request may be answered later."""
 
@@ -36,7 +40,14 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE = 60.0
 """Seconds; where a server asks for more, no further attempt is made."""
 
+INNER = frozenset({"localhost", "local", "lan", "internal", "intranet", "home", "corp", "arpa"})
+"""Last parts of names that are given within networks alone."""
+
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+
+
+Read = TypeVar("Read")
 
 
 class TryAgain(Exception):
@@ -60,10 +71,11 @@ class Site:
     of a request alone, never to where it redirects.
 
     `hosts` are all hosts that may answer. None, for a hub, are the first address's own host and,
-    by HTTPS, any public one: hubs keep large files elsewhere. `refusal` words a status from 400 on.
+    by HTTPS, any public one: hubs keep large files elsewhere. `refusal` words a status from 400 on
+    and the beginning of what the server says with it.
     """
 
-    refusal: Callable[[httpx2.Response], UserError]
+    refusal: Callable[[httpx2.Response, str], UserError]
     headers: Mapping[str, str] = field(default_factory=dict)
     hosts: frozenset[str] | None = None
 
@@ -111,13 +123,13 @@ class Web:
                     self._client.stream("GET", target, headers={**own, **(headers or {})})
                 )
                 if response.has_redirect_location:
-                    target = urljoin(target, response.headers["location"])
+                    target = _joined(target, response.headers["location"])
                     continue
                 if response.status_code in LATER:
                     raise TryAgain(f"status {response.status_code}", _asked_wait(response))
                 if response.status_code >= 400 and response.status_code != 416:
-                    response.read()
-                    raise self._site.refusal(response)
+                    said = next(response.iter_raw(), b"")[:LARGEST_REFUSAL]
+                    raise self._site.refusal(response, said.decode("utf-8", "replace"))
                 yield response
                 return
         raise UserError(
@@ -145,16 +157,25 @@ class Web:
                 " proxy",
             ) from error
 
+    def unchanged(self, url: str, mark: str) -> bool:
+        """Whether the file at an address still is the one of an answer that had the `mark`.
+
+        Raises UserError as `json` does.
+        """
+        asked = {"If-None-Match" if '"' in mark else "If-Modified-Since": mark}
+        return self._patiently(url, asked, lambda answer: _is_same(answer, mark))
+
     def _content(self, url: str) -> bytes:
+        return self._patiently(url, {}, _beginning)
+
+    def _patiently(
+        self, url: str, headers: Mapping[str, str], read: Callable[[httpx2.Response], Read]
+    ) -> Read:
+        """What `read` makes of the answer, asked again after failures that may pass."""
         for failures in itertools.count(1):
             try:
-                with self.answer(url) as response:
-                    content = b""
-                    for piece in response.iter_raw():
-                        content += piece
-                        if len(content) > LARGEST_JSON:
-                            break
-                    return content
+                with self.answer(url, headers) as response:
+                    return read(response)
             except TryAgain as failure:
                 seconds = failure.pause(failures)
                 if seconds is None:
@@ -171,13 +192,13 @@ class Web:
     def _check(self, first: str, target: str) -> None:
         try:
             allowed = _allowed(first, target, self._site.hosts)
-        except ValueError:  # a port or an address that is none
+        except ValueError:  # a port, an address or a name that is none
             allowed = False
         if not allowed:
             redirected = "" if first == target else f", to which {urlsplit(first).netloc} redirects"
             raise UserError(
-                f"{target[:200]} is not asked{redirected}",
-                where=first[:200],
+                f"{without_query(target)[:200]} is not asked{redirected}",
+                where=without_query(first)[:200],
                 expected=f"an answer by {', '.join(sorted(self._site.hosts))} over https"
                 if self._site.hosts is not None
                 else "an answer by the hub, or by a public host over https",
@@ -192,8 +213,8 @@ def _allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
     back to HTTP, never an address inside of a network that the user did not name."""
     start, end = urlsplit(first), urlsplit(target)
     host = (end.hostname or "").lower()
-    # Read to raise ValueError for a port that is none.
-    if not host or end.username is not None or end.port == 0:
+    # Read to raise ValueError for a port and for a name that is none.
+    if not host or end.username is not None or end.port == 0 or not host.encode("idna"):
         return False
     if hosts is not None:
         return end.scheme == "https" and host in hosts
@@ -204,13 +225,17 @@ def _allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
 
 
 def _is_public(host: str) -> bool:
-    if host == "localhost" or host.endswith((".localhost", ".local", ".internal")):
-        return False
     try:
-        return ipaddress.ip_address(host).is_global
+        address = ipaddress.ip_address(host)
     except ValueError:
         # 2130706433 and 0x7f.1 are addresses too; a name ends in letters.
-        return host.rsplit(".", 1)[-1].isalpha() or "xn--" in host
+        first, _, last = host.removesuffix(".").rpartition(".")
+        return bool(first) and last not in INNER and (last.isalpha() or last.startswith("xn--"))
+    if isinstance(address, ipaddress.IPv6Address):
+        # These lead on to addresses of version 4, whatever those are.
+        leads_on = address.sixtofour or address.teredo or address in _TRANSLATED
+        return address.is_global and not address.ipv4_mapped and not leads_on
+    return address.is_global
 
 
 def _refuse_offline(url: str) -> None:
@@ -238,5 +263,41 @@ def _passing(url: str) -> Iterator[None]:
 
 
 def _asked_wait(response: httpx2.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else None
+    seconds = whole_number(response.headers.get("retry-after", ""))
+    return None if seconds is None else float(seconds)
+
+
+def _beginning(response: httpx2.Response) -> bytes:
+    content = b""
+    for piece in response.iter_raw():
+        content += piece
+        if len(content) > LARGEST_JSON:
+            break
+    return content
+
+
+def _is_same(response: httpx2.Response, mark: str) -> bool:
+    return response.status_code == 304 or mark_of(response) == mark
+
+
+def mark_of(response: httpx2.Response) -> str:
+    """What the server tells a file's versions apart by, or when it says that it was changed."""
+    mark: str = response.headers.get("etag", "") or response.headers.get("last-modified", "")
+    return mark if mark.isascii() else ""
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a header gives in plain digits; None for all else, also other digits."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def without_query(url: str) -> str:
+    """An address that may be shown: what signs it, so that whoever has it may ask, is cut."""
+    return url.partition("?")[0]
+
+
+def _joined(base: str, location: str) -> str:
+    try:
+        return urljoin(base, location)
+    except ValueError:  # refused as it is, like any address that is none
+        return location

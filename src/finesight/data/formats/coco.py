@@ -172,7 +172,7 @@ def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
     names = [_file_name(image) for image in images[::step]]
     looked: list[Path] = []
     most, best = 0, list[Path]()
-    for places in _places(source.resolve()):
+    for places in _places(source.parent.resolve() / source.name):
         looked += places
         found = {place: sum(os.path.exists(place / name) for name in names) for place in places}
         if max(found.values(), default=0) > most:

@@ -22,7 +22,7 @@ from finesight.errors import UserError
 from finesight.hub import ModelFolder
 
 pytest.importorskip("tiktoken")
-ASSETS = Path("/work/shared/qwen_assets/Qwen-VL-Chat")
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
 STORED = json.loads((Path(__file__).parent / "qwen_vl_ids.json").read_text(encoding="utf-8"))
 TALKS = talks(100, 11)
 
@@ -30,7 +30,7 @@ TALKS = talks(100, 11)
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
     if not ASSETS.is_dir():
-        pytest.skip(f"no {ASSETS}")
+        pytest.skip("no folder with published files beside the repository")
     return Renderer(ModelFolder(ASSETS))
 
 
@@ -155,7 +155,7 @@ def test_a_language_model_alone_is_refused(tmp_path: Path) -> None:
 
 def test_ids_that_contradict_the_configuration_are_refused(tmp_path: Path) -> None:
     if not ASSETS.is_dir():
-        pytest.skip(f"no {ASSETS}")
+        pytest.skip("no folder with published files beside the repository")
     config = json.loads((ASSETS / "config.json").read_text(encoding="utf-8"))
     config["visual"]["image_start_id"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

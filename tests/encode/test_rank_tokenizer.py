@@ -20,7 +20,7 @@ from finesight.encode.rank_tokenizer import SPECIAL_TOKENS, RankTokenizer
 from finesight.errors import UserError
 
 pytest.importorskip("tiktoken")
-ASSETS = Path("/work/shared/qwen_assets/Qwen-VL-Chat")
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
 STORED = json.loads((Path(__file__).parent / "qwen_vl_ids.json").read_text(encoding="utf-8"))
 PICTURE_IDS = 256
 
@@ -28,7 +28,7 @@ PICTURE_IDS = 256
 @pytest.fixture(scope="module")
 def published() -> RankTokenizer:
     if not ASSETS.is_dir():
-        pytest.skip(f"no {ASSETS}")
+        pytest.skip("no folder with published files beside the repository")
     return RankTokenizer(ASSETS / "qwen.tiktoken")
 
 

@@ -21,7 +21,7 @@ from finesight.model.qwen_language import logn_scale, ntk_base, ntk_steps
 from finesight.model.qwen_vl import sine_positions
 from finesight.model.weights import HubTensor, hub_tensors, random_model
 
-ASSETS = Path("/work/shared/qwen_assets/Qwen-VL-Chat")
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
 ARCHITECTURE = FAMILIES["qwen"]
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def _refused(config: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def published() -> list[HubTensor]:
     if not ASSETS.is_dir():
-        pytest.skip(f"no {ASSETS}")
+        pytest.skip("no folder with published files beside the repository")
     config = Settings(json.loads((ASSETS / "config.json").read_text(encoding="utf-8")))
     with torch.device("meta"):
         visual = ARCHITECTURE.vision(config, read_pixels(Settings(PREPROCESSOR_DEFAULTS)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from finesight.config import PixelRange
 from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from finesight.infer.load import Parts
+    from finesight.model.merge import Merged
 
 
 def merge(
@@ -55,6 +59,11 @@ def merge(
         more = {"trained_in_nf4": parts.nf4, "published_in_int4": merged.thawed}
         typer.echo(json.dumps(result | {key: value for key, value in more.items() if value}))
         return
+    _tell(merged, parts)
+
+
+def _tell(merged: Merged, parts: Parts) -> None:
+    """What was written, and what a user of it has to know."""
     typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
     if merged.thawed:
         typer.echo(

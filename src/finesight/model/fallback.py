@@ -24,7 +24,7 @@ from finesight.storage import DIGESTS, verify_folder
 LIMITS = (
     "has no code of its own in finesight: transformers computes it. Samples run one at a time,"
     " without packing; pictures are processed again in every epoch, and once more to count tokens;"
-    " the arithmetic of a step is not counted; boxes, videos, train.nf4 and `finesight merge` are"
+    " the arithmetic of a step is not counted; boxes, videos, tune.nf4 and `finesight merge` are"
     " refused; experts of a mixture learn whole or not at all"
 )
 """What a user is told when a run starts."""

@@ -245,8 +245,16 @@ def rope_settings(text: Settings) -> Settings:
     return text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
 
 
-def read_vision(vision: Settings, *, width: str, mlp_width: int, out_width: str) -> VisionGeometry:
-    """A vision tower's sizes from `vision_config`; the families name some keys differently."""
+def read_vision(
+    vision: Settings,
+    *,
+    width: str = "hidden_size",
+    out_width: str = "out_hidden_size",
+    mlp_width: int | None = None,
+) -> VisionGeometry:
+    """A vision tower's sizes from `vision_config`; a family with other keys names them."""
+    if mlp_width is None:
+        mlp_width = vision.whole("intermediate_size")
     rope_theta = 10000.0
     if vision.has("rope_parameters"):
         rope_theta = vision.section("rope_parameters").number("rope_theta", rope_theta)

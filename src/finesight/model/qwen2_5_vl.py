@@ -73,12 +73,7 @@ def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     """From `vision_config`; window_size is in pixels."""
     vision = config.section("vision_config")
     vision.require("hidden_act", "silu", ("silu",))
-    geometry = read_vision(
-        vision,
-        width="hidden_size",
-        mlp_width=vision.whole("intermediate_size"),
-        out_width="out_hidden_size",
-    )
+    geometry = read_vision(vision)
     square = geometry.patch * geometry.merge
     window = vision.whole("window_size") // square
     if window < 1:

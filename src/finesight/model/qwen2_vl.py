@@ -34,7 +34,7 @@ def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     vision = config.section("vision_config")
     vision.require("hidden_act", "quick_gelu", ("quick_gelu",))
     mlp_width = int(vision.whole("embed_dim") * vision.number("mlp_ratio"))
-    geometry = read_vision(vision, width="embed_dim", mlp_width=mlp_width, out_width="hidden_size")
+    geometry = read_vision(vision, width="embed_dim", out_width="hidden_size", mlp_width=mlp_width)
 
     def block() -> VisionBlock:
         return VisionBlock(geometry, _norm, Mlp(geometry.width, mlp_width))

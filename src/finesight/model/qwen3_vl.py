@@ -134,12 +134,7 @@ def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     """From `vision_config`."""
     vision = config.section("vision_config")
     vision.require("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    geometry = read_vision(
-        vision,
-        width="hidden_size",
-        mlp_width=vision.whole("intermediate_size"),
-        out_width="out_hidden_size",
-    )
+    geometry = read_vision(vision)
     places = vision.whole("num_position_embeddings")
     side = round(places**0.5)
     if side**2 != places:

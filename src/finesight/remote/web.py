@@ -123,7 +123,7 @@ class Web:
                     self._client.stream("GET", target, headers={**own, **(headers or {})})
                 )
                 if response.has_redirect_location:
-                    target = _joined(target, response.headers["location"])
+                    target = joined(target, response.headers["location"])
                     continue
                 if response.status_code in LATER:
                     raise TryAgain(f"status {response.status_code}", _asked_wait(response))
@@ -191,10 +191,10 @@ class Web:
 
     def _check(self, first: str, target: str) -> None:
         try:
-            allowed = _allowed(first, target, self._site.hosts)
+            fits = allowed(first, target, self._site.hosts)
         except ValueError:  # a port, an address or a name that is none
-            allowed = False
-        if not allowed:
+            fits = False
+        if not fits:
             redirected = "" if first == target else f", to which {urlsplit(first).netloc} redirects"
             raise UserError(
                 f"{without_query(target)[:200]} is not asked{redirected}",
@@ -208,7 +208,7 @@ class Web:
             )
 
 
-def _allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
+def allowed(first: str, target: str, hosts: frozenset[str] | None) -> bool:
     """Whether `target` may be asked in place of `first`: never another protocol, never from HTTPS
     back to HTTP, never an address inside of a network that the user did not name."""
     start, end = urlsplit(first), urlsplit(target)
@@ -231,11 +231,17 @@ def _is_public(host: str) -> bool:
         # 2130706433 and 0x7f.1 are addresses too; a name ends in letters.
         first, _, last = host.removesuffix(".").rpartition(".")
         return bool(first) and last not in INNER and (last.isalpha() or last.startswith("xn--"))
+    return public_address(address)
+
+
+def public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one host of the public network."""
     if isinstance(address, ipaddress.IPv6Address):
         # These lead on to addresses of version 4, whatever those are.
         leads_on = address.sixtofour or address.teredo or address in _TRANSLATED
-        return address.is_global and not address.ipv4_mapped and not leads_on
-    return address.is_global
+        if address.ipv4_mapped or leads_on or address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _refuse_offline(url: str) -> None:
@@ -296,7 +302,8 @@ def without_query(url: str) -> str:
     return url.partition("?")[0]
 
 
-def _joined(base: str, location: str) -> str:
+def joined(base: str, location: str) -> str:
+    """Where a redirect leads."""
     try:
         return urljoin(base, location)
     except ValueError:  # refused as it is, like any address that is none

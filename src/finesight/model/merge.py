@@ -20,8 +20,13 @@ from finesight.model.adapter import install_adapter
 from finesight.model.frozen import FrozenWeight
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import adapters
-from finesight.model.weights import DTYPES, load_model, save_model, stored_precision
+from finesight.model.network import VisionLanguageModel
+from finesight.model.weights import DTYPES, hub_tensors, load_model, save_model, stored_precision
+from finesight.remote.address import model_address
 from finesight.storage import write_folder
+
+SHARD_BYTES = 5e9
+"""Of a file of weights, at most: what hubs and other programs cope with best."""
 
 
 @torch.no_grad()
@@ -58,6 +63,14 @@ def thaw(model: nn.Module) -> int:
     return layers
 
 
+@torch.no_grad()
+def round_to(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Give every number the value that it has in a file of that type."""
+    for tensor in hub_tensors(model):
+        assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is in few bits: thaw it before"
+        tensor.data.copy_(tensor.data.to(dtype))
+
+
 @dataclass(frozen=True)
 class Merged:
     """What `merge_folder` wrote: where, how many layers changed, how many were in four bits, and
@@ -67,6 +80,26 @@ class Merged:
     layers: int
     thawed: int
     precision: str
+
+
+def refuse_foreign(base: ModelFolder) -> None:
+    """Raise UserError for a family without code of its own here."""
+    if not is_native(base):
+        raise UserError(
+            f"a model of the family {base.family}, which has no code of its own here",
+            where="finesight merge",
+            expected="a native family",
+            remedy="merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()",
+        )
+
+
+def kept_precision(base: ModelFolder, asked: Precision) -> tuple[str, torch.dtype]:
+    """The type of the weights to write, by name, and the least that their sum is made in: auto
+    keeps the type of the base's weights, and is fp32 where they have several."""
+    stored = stored_precision(base)
+    kept = stored if asked == "auto" else asked
+    # In another type than the base's the sum would be rounded twice, unless kept in fp32.
+    return kept, DTYPES[stored] if kept == stored else torch.float32
 
 
 def merge_folder(
@@ -79,35 +112,48 @@ def merge_folder(
     """Write the model of `base` with the adapter merged to a new folder `out`, in the hub's layout.
     What was published in four bits is written in full, also where there is no adapter.
 
-    `precision` auto keeps the type of the base's weights, and is fp32 where they have several.
-    `manifest` is that of the adapter's run: it goes along, so that the folder is asked as the run
-    was trained. The weights of `base` are taken as published, also where the run had them in NF4.
-    Computed on the CPU. Raises UserError for an existing `out`, an adapter that does not fit
-    (another base's fingerprint included) and a full disk; then nothing is left at `out`.
+    `precision` is as in `kept_precision`, `manifest` as in `write_merged`. The weights of `base`
+    are taken as published, also where the run had them in NF4. Computed on the CPU. Raises
+    UserError for an existing `out`, an adapter that does not fit (another base's fingerprint
+    included) and a full disk; then nothing is left at `out`. Nothing is proved here:
+    `export.merging` does that.
     """
-    if not is_native(base):
-        raise UserError(
-            f"a model of the family {base.family}, which has no code of its own here",
-            where="finesight merge",
-            expected="a native family",
-            remedy="merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()",
-        )
+    refuse_foreign(base)
     with write_folder(out) as folder:
-        stored = stored_precision(base)
-        kept = stored if precision == "auto" else precision
-        # In another type than the base's the sum would be rounded twice, unless kept in fp32.
-        computed = DTYPES[stored] if kept == stored else torch.float32
+        kept, computed = kept_precision(base, precision)
         model = load_model(base, computed, torch.device("cpu"))
         thawed = thaw(model)
         if adapter is not None:
             install_adapter(model, adapter, base=base, dtype=torch.float32)
         layers = merge_into(model)
-        save_model(model, base, folder, DTYPES[kept])
-        if manifest is not None:
-            (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
-            if isinstance(manifest.picture, PixelRange):
-                _tell_servers(folder, manifest.picture)
+        write_merged(model, base, folder, DTYPES[kept], manifest)
     return Merged(out, layers, thawed, kept)
+
+
+def write_merged(
+    model: VisionLanguageModel,
+    base: ModelFolder,
+    folder: Path,
+    dtype: torch.dtype,
+    manifest: Manifest | None,
+    max_shard_bytes: float = SHARD_BYTES,
+) -> None:
+    """Write a merged model into the empty `folder`, beside the descriptions of its base.
+
+    `manifest` is that of the adapter's run: it goes along, so that the folder is asked as the run
+    was trained; where its base lay is nobody else's business.
+    """
+    save_model(model, base, folder, dtype, max_shard_bytes)
+    if manifest is not None:
+        named = manifest.model_copy(update={"base": public_name(manifest.base)})
+        (folder / MANIFEST).write_text(named.model_dump_json(indent=1) + "\n")
+        if isinstance(manifest.picture, PixelRange):
+            _tell_servers(folder, manifest.picture)
+
+
+def public_name(base: str) -> str:
+    """A base as others may read of it: a hub's name whole, of a path its last piece."""
+    return base if model_address(base) is not None else Path(base).name
 
 
 def _tell_servers(folder: Path, rule: PixelRange) -> None:

@@ -75,10 +75,13 @@ def test_a_run_is_merged_into_a_whole_model_folder(
     out = tmp_path / "merged"
     result = run_command(run, out)
     assert result.exit_code == 0, result.exception
-    assert result.output == f"14 layers merged into {out}, fp32\n"
+    first, compared, *_, last = result.output.splitlines()
+    assert first == f"14 layers merged into {out}, fp32"
+    assert compared.startswith("4 questions about drawn pictures")
+    assert last == "4 of 4 answers are equal, token by token"
     verify_folder(out)
     written = {path.name for path in out.iterdir()}
-    assert written == {path.name for path in base.path.iterdir()} | {"manifest.json"}
+    assert written == {path.name for path in base.path.iterdir()} | {"manifest.json", "README.md"}
     assert (out / "model.safetensors").read_bytes() != base.weight_files()[0].read_bytes()
 
 
@@ -121,7 +124,7 @@ def test_a_size_that_other_programs_cannot_be_told_is_said(run: Path, tmp_path: 
     manifest["picture"] = {"height": 112, "width": 504}
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
-    assert result.output.splitlines()[1].endswith("give them height 112, width 504")
+    assert result.output.splitlines()[-1].endswith("give them height 112, width 504")
 
 
 def test_what_is_made_of_a_merged_model_has_not_its_manifest(run: Path, tmp_path: Path) -> None:
@@ -137,11 +140,13 @@ def test_an_adapter_folder_is_merged_as_its_run_is(
 ) -> None:
     assert run_command(run, tmp_path / "a").exit_code == 0
     result = run_command(adapter, tmp_path / "b", "--json")
-    assert json.loads(result.output) == {
-        "folder": str(tmp_path / "b"),
-        "layers": 14,
-        "precision": "fp32",
-    }
+    told = json.loads(result.output)
+    parity = told.pop("parity")
+    assert told == {"folder": str(tmp_path / "b"), "layers": 14, "precision": "fp32"}
+    assert (parity["prompts"], parity["equal"], parity["partings"]) == (4, 4, [])
+    assert 0 <= parity["summed"] < 1e-4 < parity["adapter"]
+    assert parity["reloaded"] < 1e-6
+    assert (parity["rounded"], parity["as_trained"]) == (None, None)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
 
@@ -197,11 +202,15 @@ def test_a_run_in_four_bits_is_merged_into_the_published_weights_and_says_so(
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
     assert result.exit_code == 0, result.exception
-    assert "the run had the weights of language in NF4" in result.output.splitlines()[1]
+    assert "the run had the weights of language in NF4" in result.output.splitlines()[-1]
+    assert "against the base in NF4, as it was trained" in result.output.splitlines()[-2]
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "merged")]
     assert weights[0] == weights[1]
     told = json.loads(run_command(run, tmp_path / "again", "--json").output)
     assert told["trained_in_nf4"] == ["language"]
+    trained = told["parity"]["as_trained"]
+    assert 1e-3 < trained["logits"] < 10
+    assert 0 <= trained["equal_answers"] <= 1
 
 
 def test_a_damaged_base_is_refused(adapter: Path, base: ModelFolder, tmp_path: Path) -> None:
@@ -231,9 +240,9 @@ def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Pa
     out = tmp_path / "full"
     result = run_command(four.path, out)
     assert result.exit_code == 0, result.exception
-    first, second = result.output.splitlines()
-    assert first == f"0 layers merged into {out}, fp32"
-    assert second.startswith("14 layers were published in four bits and are written in fp32")
+    lines = result.output.splitlines()
+    assert lines[0] == f"0 layers merged into {out}, fp32"
+    assert lines[-1].startswith("14 layers were published in four bits and are written in fp32")
     models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
     told = json.loads(run_command(four.path, tmp_path / "again", "--json").output)

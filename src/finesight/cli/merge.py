@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from finesight.cli.options import Device
 from finesight.config import PixelRange
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
+    from finesight.export.merging import Proved
     from finesight.infer.load import Parts
-    from finesight.model.merge import Merged
 
 
 def merge(
@@ -32,17 +33,26 @@ def merge(
         Literal["auto", "bf16", "fp16", "fp32"],
         typer.Option(help="Type of the weights written; auto: as in the base, fp32 of several."),
     ] = "auto",
+    device: Device = "auto",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Questions with pictures that the result is compared on.")
+    ] = 4,
+    shard_gb: Annotated[
+        float, typer.Option(min=0.001, help="Largest file of weights, in 10^9 bytes.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
 ) -> None:
     """Merge an adapter into its base: a model folder that transformers, vLLM and llama.cpp load.
 
-    What was published in four bits (GPTQ) is written in full.
+    What was published in four bits (GPTQ) is written in full. The folder is loaded anew and
+    compared with the adapter on its base, on held-out samples of the run or on drawn pictures: what
+    differs by more than rounding is refused, and the figures are written into its model card.
 
     Example: finesight merge runs/latex models/latex
     """
+    from finesight.export.merging import merge as merge_and_prove
     from finesight.infer.load import find_parts
     from finesight.model.int4 import published_group
-    from finesight.model.merge import merge_folder
 
     parts = find_parts(source, base)
     if parts.adapter is None and published_group(parts.folder) is None:
@@ -53,18 +63,35 @@ def merge(
             " bits",
             remedy=f"nothing is left to merge: use {parts.folder.path} as it is",
         )
-    merged = merge_folder(parts.folder, parts.adapter, out, precision, parts.manifest)
+    merged = merge_and_prove(
+        source,
+        parts,
+        out,
+        precision=precision,
+        device=device,
+        samples=samples,
+        shard_bytes=shard_gb * 1e9,
+        say=lambda line: typer.echo(line, err=True),
+    )
     if as_json:
         result = {"folder": str(out), "layers": merged.layers, "precision": merged.precision}
-        more = {"trained_in_nf4": parts.nf4, "published_in_int4": merged.thawed}
-        typer.echo(json.dumps(result | {key: value for key, value in more.items() if value}))
+        more = {
+            "trained_in_nf4": parts.nf4,
+            "published_in_int4": merged.thawed,
+            "missing": merged.missing,
+            "left_out": merged.left_out,
+        }
+        result |= {key: value for key, value in more.items() if value}
+        typer.echo(json.dumps(result | {"parity": merged.parity.as_json()}))
         return
     _tell(merged, parts)
 
 
-def _tell(merged: Merged, parts: Parts) -> None:
+def _tell(merged: Proved, parts: Parts) -> None:
     """What was written, and what a user of it has to know."""
     typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
+    for line in merged.parity.as_lines():
+        typer.echo(line)
     if merged.thawed:
         typer.echo(
             f"{merged.thawed} layers were published in four bits and are written in"
@@ -74,8 +101,14 @@ def _tell(merged: Merged, parts: Parts) -> None:
     if parts.nf4:
         typer.echo(
             f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
-            f" them as published: answers differ a little, measure them (finesight eval)"
+            " them as published: measure it on more samples (finesight eval)"
         )
+    if merged.left_out:
+        typer.echo(
+            f"left out of generation_config.json, answers are greedy: {json.dumps(merged.left_out)}"
+        )
+    if merged.missing:
+        typer.echo(f"other programs miss {'; '.join(merged.missing)}: the base has none")
     picture = None if parts.manifest is None else parts.manifest.picture
     # The first Qwen-VL knows one size alone.
     known = picture is None or "image_size" in parts.folder.preprocessor

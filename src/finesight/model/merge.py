@@ -67,7 +67,7 @@ def thaw(model: nn.Module) -> int:
 def round_to(model: VisionLanguageModel, dtype: torch.dtype) -> None:
     """Give every number the value that it has in a file of that type."""
     for tensor in hub_tensors(model):
-        assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is in few bits: thaw it before"
+        assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is in few bits: not thawed"
         tensor.data.copy_(tensor.data.to(dtype))
 
 

@@ -1,0 +1,215 @@
+"""The model card of a merged folder: what it is, what was measured, how to serve it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finesight import __version__
+from finesight.export.files import ARCHITECTURES
+from finesight.export.parity import Parity
+from finesight.export.serving import lines as serving_lines
+from finesight.hub import TINY, TINY_FOLDER, ModelFolder
+from finesight.infer.load import Parts
+from finesight.manifest import MANIFEST
+from finesight.model.merge import public_name
+from finesight.remote.address import model_address
+from finesight.report.record import Record, read_record
+
+CARD = "README.md"
+
+_PRIVATE = ("output", "track")
+"""Groups of a recipe that say nothing of the model: folders, accounts, projects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a card is made of: `source` is the run, or what else was merged, `name` what the folder
+    will be called."""
+
+    source: Path
+    parts: Parts
+    name: str
+    precision: str
+    thawed: int
+    parity: Parity
+    missing: tuple[str, ...]
+    left_out: dict[str, Any]
+
+
+def write_card(folder: Path, told: Told) -> None:
+    """Write README.md into a merged folder that is else complete."""
+    run = told.source / MANIFEST
+    record = read_record(told.source) if run.is_file() else None
+    blocks = [
+        _front(told),
+        f"# {told.name}",
+        _what(told, record),
+        *_scores(record),
+        *_recipe(record),
+        _parity(told.parity),
+        _serving(ModelFolder(folder), told),
+        _licence(told.parts.folder, folder),
+    ]
+    (folder / CARD).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+
+
+def _base(parts: Parts) -> str:
+    if parts.folder.path.resolve() == TINY_FOLDER.resolve():
+        return TINY
+    return public_name(parts.manifest.base if parts.manifest else str(parts.folder.path))
+
+
+def _front(told: Told) -> str:
+    parts, base = told.parts, _base(told.parts)
+    facts: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["finesight", parts.folder.family],
+    }
+    licence = _front_matter(parts.folder.path).get("license")
+    if isinstance(licence, str):
+        facts["license"] = licence
+    if base != TINY and model_address(base) is not None:
+        facts["base_model"] = base
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what(told: Told, record: Record | None) -> str:
+    manifest, parity = told.parts.manifest, told.parity
+    said = [
+        f"{_base(told.parts)} (family {told.parts.folder.family}), tuned with finesight"
+        f" {__version__}; weights in {told.precision}."
+    ]
+    if manifest is not None:
+        parts = {name: how for name, how in manifest.tune if how in ("lora", "full")}
+        said.append("Trained: " + ", ".join(f"{name} ({how})" for name, how in parts.items()) + ".")
+        said.append(f"The base's fingerprint is {manifest.base_fingerprint}.")
+    if record is not None:
+        said += _counts(record)
+    if told.parts.nf4:
+        where = " and ".join(told.parts.nf4)
+        said.append(
+            f"The run had the weights of {where} in NF4; here they are as published."
+            + ("" if parity.as_trained else " By how much answers differ was not measured.")
+        )
+    if told.thawed:
+        said.append(
+            f"{told.thawed} layers were published in four bits and are written in full: what they"
+            " stand for is the same."
+        )
+    if told.left_out:
+        said.append(
+            "Answers are greedy, as they were measured; of the base's generation_config.json these"
+            f" are left out: {json.dumps(told.left_out)}."
+        )
+    return " ".join(said)
+
+
+def _counts(record: Record) -> list[str]:
+    said = []
+    data = (record.starts[-1].get("data") if record.starts else None) or {}
+    counts = {name: data[name].get("samples") for name in ("train", "eval") if data.get(name)}
+    if counts.get("train"):
+        held_out = f", {counts['eval']:,} held out" if counts.get("eval") else ""
+        said.append(f"Data: {counts['train']:,} samples to learn from{held_out}.")
+    result = record.result or {}
+    if result.get("steps"):
+        said.append(f"{result['steps']:,} steps.")
+    return said
+
+
+def _scores(record: Record | None) -> list[str]:
+    result = (record.result if record else None) or {}
+    before, after = result.get("before") or {}, result.get("after") or {}
+    scores = {"before": before.get("scores") or {}, "after": after.get("scores") or {}}
+    rows = [
+        f"| {name} | {_figure(scores['before'].get(name))} | {_figure(value)} |"
+        for name, value in scores["after"].items()
+    ]
+    losses = (before.get("held_out_loss"), after.get("held_out_loss"))
+    if losses[1] is not None:
+        rows.append(f"| loss a token | {_figure(losses[0])} | {_figure(losses[1])} |")
+    if not rows:
+        return []
+    head = "| held-out samples | before | after |\n| --- | --- | --- |"
+    return ["## What it can", "\n".join([head, *rows])]
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _recipe(record: Record | None) -> list[str]:
+    if record is None or not record.recipe:
+        return []
+    shown = {key: _without_places(v) for key, v in record.recipe.items() if key not in _PRIVATE}
+    text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()
+    return ["## Recipe", f"```yaml\n{text}\n```"]
+
+
+def _without_places(value: Any) -> Any:
+    """The value with only the last piece of every absolute path: where files lay is nobody's."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_places(one) for one in value]
+    if isinstance(value, str) and value.startswith(("/", "~", ".", "\\")):
+        return Path(value).name
+    return value
+
+
+def _parity(parity: Parity) -> str:
+    shown = "\n".join(parity.as_lines())
+    return (
+        "## Merged equals trained\n\nThe folder, loaded anew from the disk, against the adapter on"
+        f" its base:\n\n```\n{shown}\n```"
+    )
+
+
+def _serving(folder: ModelFolder, told: Told) -> str:
+    title = "## Serving"
+    own = f"```sh\nfinesight predict {told.name} PICTURE --prompt TEXT\n```"
+    if folder.family not in ARCHITECTURES:
+        return f"{title}\n\n{own}"
+    manifest = told.parts.manifest
+    system = manifest.system if manifest else None
+    serving = serving_lines(folder, told.name, manifest.picture if manifest else None, system)
+    notes = "\n".join(f"- {note}" for note in serving.notes)
+    engines = f"```sh\n{serving.vllm}\n\n{serving.sglang}\n```"
+    return f"{title}\n\n{own}\n\nvLLM and SGLang:\n\n{engines}\n\n{notes}"
+
+
+def _licence(base: ModelFolder, folder: Path) -> str:
+    files = sorted(p.name for p in folder.iterdir() if p.name.startswith(("LICENSE", "NOTICE")))
+    licence = _front_matter(base.path).get("license")
+    named = f" ({licence})" if isinstance(licence, str) else ""
+    if files:
+        said = f"The base's licence{named} holds for these weights: {', '.join(files)}."
+    elif named:
+        said = f"The base's licence{named} holds for these weights."
+    else:
+        said = (
+            "The base's licence holds for these weights; its folder does not say which: look where"
+            " it was published."
+        )
+    return f"## Licence\n\n{said}"
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """What the card of a folder says before its text."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head, end, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not end:
+        return {}
+    try:
+        content = yaml.safe_load(head)
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -27,7 +27,7 @@ def draw(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
     for prediction in predictions:
         for number, path in enumerate(prediction.images):
             boxes = [box for box in prediction.boxes if box.image == number]
-            target = _free_name(folder, path.stem)
+            target = free_name(folder, path.stem)
             buffer = io.BytesIO()
             draw_boxes(open_picture(path), boxes).save(buffer, format="PNG")
             write_file(target, buffer.getvalue())
@@ -68,7 +68,8 @@ def _write_label(
     pen.text((x, top), label, fill="white", font=font)
 
 
-def _free_name(folder: Path, stem: str) -> Path:
+def free_name(folder: Path, stem: str) -> Path:
+    """A name in `folder` for a PNG that no file has: `stem`, or that with a number."""
     target, number = folder / f"{stem}.png", 1
     while target.exists():
         number += 1

@@ -1,169 +1,381 @@
-"""Greedy generation in batches, through the same modules as training.
+"""Many answers at once: requests join and leave while others grow.
 
-Prompts are packed end to end and run once (prefill), filling a key/value cache; then every
-sequence grows by one token a step. On a GPU a step is recorded as a CUDA graph: a row of a few
-tokens takes longer to launch its kernels than to run them. Shapes: R rows (sequences), V
-vocabulary, W model width.
-
-There is no repetition penalty and no setting for one: it lowers the odds of every token that the
-prompt or the answer holds already, and so damages exactly what repeats rightly, digits of boxes
-and commands of formulas. Qwen2.5-VL's generation config asks for 1.05; it is not read.
+Each step reads some of the waiting prompts, in chunks, and lets every answer grow by a token. On a
+card the next step is launched before the host knows the tokens of the last one, so that the card
+never waits; an answer that has ended grows by one token that nobody reads.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from finesight.encode.encoded import Encoded, Outline
-from finesight.encode.pack import pack, plan_packs
+from finesight.encode.encoded import Encoded
 from finesight.errors import UserError
-from finesight.infer.cache import KeyValueCache, PrefillAttention, StepAttention
-from finesight.model.attention import Segments
+from finesight.infer.cache import token_bytes
+from finesight.infer.pages import Key, Pages, keys_of
+from finesight.infer.request import Event, Finish, Request, Token
+from finesight.infer.rows import Prompt, Rows
+from finesight.infer.sampler import Chooser, Chosen, choose
 from finesight.model.network import VisionLanguageModel
 
 PREFILL_TOKENS = 8192
 """Prompt tokens run at once: bounds the memory of activations, pictures included."""
 
+BESIDE_TOKENS = 2048
+"""The same while answers grow: they wait for no more."""
+
 CACHE_BYTES = 7 << 30
-"""Of the cache of one batch, padding included: 2^18 tokens of Qwen2-VL-2B in bf16, of others fewer
-or more."""
+"""Of the cache: 2^18 tokens of Qwen2-VL-2B in bf16, of others fewer or more."""
 
-EVEN = 256
-"""On a GPU a step reads so many places of the cache or a multiple: as many serve one recording."""
+PAGE = 64
+"""Tokens of a page on a card."""
 
-STRIDE = 8
-"""The same elsewhere."""
-
-
-Grow = Callable[[Tensor, int], Tensor]
-"""A step on the device: ids [R] and how many places to read, to logits [R, V]."""
+SMALL_PAGE = 16
+"""The same elsewhere, where the pages of a row are gathered at each step."""
 
 
-class Session:
-    """Sequences that grow together: a cache, and what the next step needs to know of each row."""
+@dataclass(slots=True)
+class _Answer:
+    """A request on its way: its prompt's pages are taken; `row` is its place among those that
+    grow, None before and after; `launched` tokens are made, of which the host knows `made`."""
+
+    ticket: int
+    request: Request
+    prompt: Prompt
+    keys: list[Key]
+    known: int
+    chooser: Chooser
+    row: int | None = None
+    launched: int = 0
+    made: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """Tokens that were made: whose, and what the host will know of them once `ready`."""
+
+    answers: list[_Answer]
+    ids_R: Tensor
+    finite_R: Tensor | None
+    told: dict[int, tuple[Chosen, int]]
+    ready: torch.cuda.Event | None
+
+
+class Engine:
+    """A model that answers up to `rows` requests at once, from a cache of `tokens`.
+
+    Not for several threads: `infer.service` has one for it.
+    """
 
     def __init__(
         self,
         model: VisionLanguageModel,
-        prompts: Sequence[Encoded],
-        max_new_tokens: int,
-        prefill_tokens: int = PREFILL_TOKENS,
+        end_ids: Sequence[int],
+        *,
+        rows: int,
+        tokens: int,
+        record: bool = True,
     ) -> None:
-        self._model = model
-        self._prefill_tokens = prefill_tokens
-        weight = model.model.embed_tokens.weight
-        language = model.geometry.language
-        # M-RoPE goes on from the largest position of any row, in all three rows alike.
-        ends = [_last_position(prompt.outline, language.positions) for prompt in prompts]
-        self._device = weight.device
-        self._cache = KeyValueCache(
-            layers=language.depth,
-            rows=len(prompts),
-            # The last token is never fed back, so its keys need no room.
-            room=max(prompt.outline.tokens for prompt in prompts) + max_new_tokens - 1,
-            heads=language.kv_heads,
-            width=language.head_width,
-            dtype=weight.dtype,
-            device=self._device,
+        self.model = model
+        self._end_ids = frozenset(end_ids)
+        on_card = model.model.embed_tokens.weight.is_cuda
+        self.page = PAGE if on_card else SMALL_PAGE
+        pages = -(-tokens // self.page) + 1
+        self.pages = Pages(pages)
+        self._rows = Rows(model, rows=rows, pages=pages, page=self.page, record=record)
+        self._late = 1 if on_card else 0
+        """Launched steps whose tokens the host has not asked for."""
+        self._tickets = itertools.count()
+        self._waiting: deque[_Answer] = deque()
+        self._reading: list[_Answer] = []
+        self._growing: list[_Answer] = []
+        self._leaving: list[_Answer] = []
+        self._launched: deque[_Launched] = deque()
+        self._events: list[Event] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._reading or self._growing or self._launched)
+
+    @property
+    def running(self) -> int:
+        """Answers that have their pages."""
+        return len(self._reading) + len(self._growing)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._waiting)
+
+    def room_for(self, prompt: Encoded) -> int:
+        """The longest answer that there is room for. Raises UserError where there is none."""
+        last = _last_position(prompt, self.model.geometry.language.positions)
+        tokens = prompt.outline.tokens
+        most = (self.pages.number - 1) * self.page
+        room = most - tokens
+        if room < 1:
+            raise UserError(
+                f"the prompt has {tokens} tokens",
+                where=f"sample {prompt.outline.id:.80}",
+                expected=f"fewer than {most}, the room of the cache",
+                remedy="ask with less text, or with fewer or smaller pictures",
+            )
+        return max(1, min(room, self.model.geometry.language.positions - 1 - last))
+
+    def add(self, request: Request) -> int:
+        """Take a request; its ticket, by which events tell of it. Raises UserError where it can
+        never be answered."""
+        asked, room = request.max_new_tokens, self.room_for(request.prompt)
+        assert asked >= 1, f"max_new_tokens is {asked}, less than 1"
+        outline = request.prompt.outline
+        needed = outline.tokens + asked
+        if needed > (self.pages.number - 1) * self.page:
+            raise UserError(
+                f"the prompt's {outline.tokens} tokens and an answer of up to {asked}",
+                where=f"sample {outline.id:.80}",
+                expected=f"an answer of up to {room} tokens: so much room has the cache",
+                remedy="ask for a shorter answer, or with less text or smaller pictures",
+            )
+        reader = f"{request.adapter} {self.model.geometry.language.reading(outline.tokens)}"
+        answer = _Answer(
+            ticket=next(self._tickets),
+            request=request,
+            prompt=Prompt(request.prompt, [], request.adapter),
+            keys=keys_of(request.prompt, self.page, reader),
+            known=0,
+            chooser=Chooser(request.sampling, request.logprobs, request.constraint, outline.ids_T),
         )
-        self._position_R = torch.tensor(ends, device=self._device)
-        self._recorded = Recorded() if model.recordable else None
-        self._prompts = prompts
+        self._waiting.append(answer)
+        return answer.ticket
 
-    def prefill(self) -> Tensor:
-        """Run all prompts; logits [R, V] of the token after each."""
-        lengths = [prompt.outline.tokens for prompt in self._prompts]
-        order: list[int] = []
-        logits: list[Tensor] = []
-        for rows in plan_packs(lengths, self._prefill_tokens):
-            batch = pack([self._prompts[row] for row in rows]).to(self._device)
-            segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-            attention = PrefillAttention(self._cache, rows, segments)
-            h_SW = self._model.read(batch, attention, batch.bounds_S1[1:].long() - 1)
-            logits.append(self._model.logits(self._model.normed(h_SW)))
-            order += rows
-        in_order = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(logits)[torch.tensor(in_order, device=self._device)]
+    def cancel(self, ticket: int) -> None:
+        """End a request now, if it has not ended; its pages are free at once."""
+        for answer in [*self._waiting, *self._reading, *self._growing]:
+            if answer.ticket == ticket and not answer.ended:
+                self._end(answer, "cancelled")
+                return
 
-    def step(self, ids_R: Tensor) -> Tensor:
-        """Append one token to every row; logits [R, V] of the one after it, until the next step."""
-        if self._recorded is None:
-            return self._grow(ids_R, self._cache.grown(STRIDE))
-        return self._recorded.run(self._grow, ids_R, self._cache.grown(EVEN))
+    def step(self) -> list[Event]:
+        """Read prompts, let answers grow, and tell of tokens that are known by now."""
+        with torch.inference_mode():
+            self._leave()
+            chunks = self._share_out(BESIDE_TOKENS if self._growing else PREFILL_TOKENS)
+            if chunks:
+                self._read(chunks)
+            if self._growing:
+                self._grow()
+            late = self._late if self._growing else 0
+            while len(self._launched) > late:
+                self._collect()
+        events, self._events = self._events, []
+        return events
 
-    def keep(self, rows: Sequence[int]) -> list[int]:
-        """Go on with these rows only; returns which old row each new one is."""
-        order = self._cache.keep(rows)
-        self._position_R = self._position_R[torch.tensor(order, device=self._device)]
-        if self._recorded is not None:
-            self._recorded = Recorded()
-        return order
+    def _share_out(self, budget: int) -> list[tuple[_Answer, int]]:
+        """Which prompts are read on, up to where: those of one adapter, first come first served."""
+        while self._waiting and self._admit(self._waiting[0], budget):
+            self._reading.append(self._waiting.popleft())
+        chunks: list[tuple[_Answer, int]] = []
+        for answer in self._reading:
+            same = not chunks or answer.request.adapter == chunks[0][0].request.adapter
+            if budget > 0 and same:
+                stop = min(answer.prompt.tokens, answer.prompt.read + budget)
+                budget -= stop - answer.prompt.read
+                chunks.append((answer, stop))
+        return chunks
 
-    def _grow(self, ids_R: Tensor, seen: int) -> Tensor:
-        """What a step does on the device, in place but for the logits."""
-        self._position_R += 1
-        positions_3R = self._position_R.expand(3, -1)
-        h_RW = self._model.step(ids_R, positions_3R, StepAttention(self._cache, seen))
-        return self._model.logits(self._model.normed(h_RW))
+    def _admit(self, answer: _Answer, budget: int) -> bool:
+        """Give a request its pages, if there are any, and rows and time for it."""
+        unread = sum(other.prompt.tokens - other.prompt.read for other in self._reading)
+        if self.running >= self._rows.rows or unread >= budget:
+            return False
+        tokens = answer.prompt.tokens + answer.request.max_new_tokens
+        needed = -(-tokens // self.page)
+        # The last token of a prompt is read in any case: what it predicts is not kept.
+        usable = answer.keys[: (answer.prompt.tokens - 1) // self.page]
+        pages = self.pages.known(usable)
+        if needed - len(pages) > self.pages.free:
+            self.pages.give_back(pages)
+            return False
+        answer.known = answer.prompt.read = len(pages) * self.page
+        answer.prompt.pages = pages + self.pages.take(needed - len(pages))
+        return True
+
+    def _read(self, chunks: list[tuple[_Answer, int]]) -> None:
+        prompts = [answer.prompt for answer, _ in chunks]
+        logits_RV = self._rows.read(prompts, [stop for _, stop in chunks])
+        done = [answer for answer, stop in chunks if stop == answer.prompt.tokens]
+        for answer in done:
+            self.pages.know(answer.keys, answer.prompt.pages[: len(answer.keys)])
+        if logits_RV is None:
+            return
+        self._reading = [answer for answer in self._reading if answer not in done]
+        ids_R = logits_RV.argmax(-1)
+        told = self._choose(logits_RV, done, ids_R)
+        finite_R = logits_RV.isfinite().all(-1)
+        for number, answer in enumerate(done):
+            answer.row = len(self._growing)
+            self._growing.append(answer)
+            self._rows.start(answer.row, answer.prompt, ids_R[number : number + 1])
+        self._launch(done, ids_R, told, finite_R)
+
+    def _grow(self) -> None:
+        answers = list(self._growing)
+        longest = max(answer.prompt.tokens + answer.launched for answer in answers)
+        logits_RV = self._rows.step(len(answers), longest)
+        if any(answer.chooser.constraint is not None for answer in answers):
+            # What may come next depends on what has come. The card is at work meanwhile.
+            while self._launched:
+                self._collect()
+        ids_R = self._rows.ids_R[: len(answers)]
+        told = self._choose(logits_RV, answers, ids_R)
+        self._launch(answers, ids_R, told, None)
+
+    def _choose(
+        self, logits_RV: Tensor, answers: Sequence[_Answer], ids_R: Tensor
+    ) -> dict[int, tuple[Chosen, int]]:
+        """Put the tokens of the rows that want others than the most probable ones into `ids_R`;
+        what was chosen, by row, with its place there."""
+        rows = [n for n, a in enumerate(answers) if not (a.chooser.plain or a.ended)]
+        if not rows:
+            return {}
+        at = torch.tensor(rows, device=logits_RV.device)
+        chosen = choose(logits_RV.index_select(0, at), [answers[n].chooser for n in rows])
+        ids_R.index_copy_(0, at, chosen.ids_S)
+        return {row: (chosen, place) for place, row in enumerate(rows)}
+
+    def _launch(
+        self,
+        answers: list[_Answer],
+        ids_R: Tensor,
+        told: dict[int, tuple[Chosen, int]],
+        finite_R: Tensor | None,
+    ) -> None:
+        """Have the host told of these tokens, once they are there. An answer that is at its longest
+        grows no more."""
+        tensors = {"ids": ids_R, "finite": finite_R}
+        told = {row: (_on_host(chosen), place) for row, (chosen, place) in told.items()}
+        ready = None
+        if ids_R.is_cuda:
+            tensors = {n: None if x is None else _copied(x) for n, x in tensors.items()}
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        else:
+            tensors["ids"] = ids_R.clone()
+        ids, finite = tensors["ids"], tensors["finite"]
+        assert ids is not None, "no ids"
+        self._launched.append(_Launched(answers, ids, finite, told, ready))
+        for answer in answers:
+            answer.launched += 1
+            if answer.launched == answer.request.max_new_tokens:
+                self._leaving.append(answer)
+
+    def _collect(self) -> None:
+        """Wait for the oldest tokens, and tell of them."""
+        launched = self._launched.popleft()
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        finite = None if launched.finite_R is None else launched.finite_R.tolist()
+        for row, (answer, id_) in enumerate(
+            zip(launched.answers, launched.ids_R.tolist(), strict=True)
+        ):
+            if answer.ended:
+                continue
+            if finite is not None and not finite[row]:
+                self._end(answer, None, _overflow(self.model))
+                continue
+            answer.made.append(id_)
+            if answer.request.constraint is not None:
+                answer.request.constraint.take(id_)
+            finish: Finish | None = None
+            if id_ in self._end_ids:
+                finish = "stop"
+            elif len(answer.made) == answer.request.max_new_tokens:
+                finish = "length"
+            token = _token(id_, launched.told.get(row), answer.request.logprobs)
+            self._end(answer, finish, token=token)
+
+    def _end(
+        self,
+        answer: _Answer,
+        finish: Finish | None,
+        error: UserError | None = None,
+        token: Token | None = None,
+    ) -> None:
+        """Tell of a token, an end, or both; with an end, give up all that the answer has."""
+        self._events.append(Event(answer.ticket, token, finish, error, answer.known))
+        if finish is None and error is None:
+            return
+        answer.ended = True
+        if answer in self._waiting:
+            self._waiting.remove(answer)
+        if answer in self._reading:
+            self._reading.remove(answer)
+        self._leaving.append(answer)
+        self.pages.give_back(answer.prompt.pages)
+        answer.prompt.pages = []
+
+    def _leave(self) -> None:
+        """Let rows that are done grow no more; the last rows take their places. Not while tokens
+        are chosen: rows are known by their places then."""
+        for answer in self._leaving:
+            if answer.row is None:
+                continue
+            last = self._growing.pop()
+            self._rows.stop(answer.row, len(self._growing))
+            if last is not answer:
+                self._growing[answer.row] = last
+                last.row = answer.row
+            answer.row = None
+        self._leaving.clear()
 
 
-class Recorded:
-    """A step as CUDA graphs, one for each number of places that it reads of the cache.
-
-    The first step is launched as it is: what it needs has to be set up before it can be recorded.
-    The step is handed over with each call and not kept: a session would keep itself alive, and its
-    cache with it.
-    """
-
-    def __init__(self) -> None:
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._ids_R: Tensor | None = None
-
-    def run(self, grow: Grow, ids_R: Tensor, seen: int) -> Tensor:
-        """The logits, which the next step overwrites."""
-        if self._ids_R is None:
-            self._ids_R = ids_R.clone()
-            return grow(ids_R, seen)
-        self._ids_R.copy_(ids_R)
-        if seen not in self._graphs:
-            self._graphs[seen] = self._record(grow, self._ids_R, seen)
-        graph, logits_RV = self._graphs[seen]
-        graph.replay()
-        return logits_RV
-
-    def _record(self, grow: Grow, ids_R: Tensor, seen: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # Not by torch.cuda.graph: it gives all cached memory back first, which costs more than the
-        # recording.
-        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(ids_R.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                logits_RV = grow(ids_R, seen)
-            except BaseException:
-                # While a recording is open, the device refuses everything else. One that the error
-                # has spoiled is closed with an error of its own, which says nothing more.
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        return graph, logits_RV
+def _copied(x: Tensor) -> Tensor:
+    """A copy on the host, which is there once the device has come so far."""
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)
 
 
-@lru_cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _on_host(chosen: Chosen) -> Chosen:
+    if chosen.logprobs_S is None or not chosen.ids_S.is_cuda:
+        return chosen
+    tops = (chosen.top_ids_SN, chosen.top_logprobs_SN)
+    return Chosen(
+        chosen.ids_S, _copied(chosen.logprobs_S), *(None if x is None else _copied(x) for x in tops)
+    )
 
 
-def _last_position(outline: Outline, limit: int) -> int:
+def _token(id_: int, told: tuple[Chosen, int] | None, wanted: int | None) -> Token:
+    if told is None or wanted is None:
+        return Token(id_)
+    chosen, place = told
+    assert chosen.logprobs_S is not None, "nothing is told"
+    assert chosen.top_ids_SN is not None, "nothing is told"
+    assert chosen.top_logprobs_SN is not None, "nothing is told"
+    ids = chosen.top_ids_SN[place, :wanted].tolist()
+    logprobs = chosen.top_logprobs_SN[place, :wanted].tolist()
+    return Token(id_, float(chosen.logprobs_S[place]), tuple(zip(ids, logprobs, strict=True)))
+
+
+def _overflow(model: VisionLanguageModel) -> UserError:
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return UserError(
+        f"the model's numbers overflow in {dtype}",
+        where="precision",
+        expected="finite logits; fp16 ends at 65504, and some models go beyond it",
+        remedy="use --precision fp32, or bf16 on a card that computes in it",
+    )
+
+
+def _last_position(prompt: Encoded, limit: int) -> int:
+    outline = prompt.outline
     last = int(outline.positions_3T.max())
     if last >= limit:
         raise UserError(
@@ -175,31 +387,11 @@ def _last_position(outline: Outline, limit: int) -> int:
     return last
 
 
-def cache_tokens(model: VisionLanguageModel) -> int:
-    """How many tokens of this model the cache of one batch may hold."""
-    language = model.geometry.language
-    numbers = 2 * language.depth * language.kv_heads * language.head_width
-    return CACHE_BYTES // (numbers * model.model.embed_tokens.weight.itemsize)
+def cache_tokens(model: VisionLanguageModel, most_bytes: int = CACHE_BYTES) -> int:
+    """How many tokens of this model a cache of so many bytes holds."""
+    return most_bytes // token_bytes(model.geometry.language, model.model.embed_tokens.weight.dtype)
 
 
-def plan_batches(
-    lengths: Sequence[int], batch: int, max_new_tokens: int, most: int
-) -> list[list[int]]:
-    """Indices of the prompts that run together, at most `batch` of them with a cache of at most
-    `most` tokens, longest first: a machine that is too small fails at once and not at the end."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches:
-            room = lengths[batches[-1][0]] + max_new_tokens
-            fits = (len(batches[-1]) + 1) * room <= most
-            if fits and len(batches[-1]) < batch:
-                batches[-1].append(i)
-                continue
-        batches.append([i])
-    return batches
-
-
-@torch.no_grad()
 def generate(
     model: VisionLanguageModel,
     prompts: Sequence[Encoded],
@@ -211,42 +403,28 @@ def generate(
     """The most probable next token, again and again: the token ids of each answer.
 
     An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
-    1). All prompts run at once; the answers do not depend on which ran together (but for
-    rounding). `ended` is told after each token how many answers ended with it, often 0: what it
-    raises stops the generation. Raises UserError for a prompt beyond the model's positions and
-    for numbers that overflow.
+    1). The answers do not depend on which are made together (but for rounding). `ended` is told
+    after each step how many answers ended with it, often 0: what it raises stops the generation.
+    Raises UserError for a prompt beyond the model's positions and for numbers that overflow.
     """
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
-    session = Session(model, prompts, max_new_tokens)
+    needed = [prompt.outline.tokens + max_new_tokens for prompt in prompts]
+    # The longest one has room in any case, and with it what fills its pages.
+    tokens = max(min(sum(needed) + PAGE * len(needed), cache_tokens(model)), max(needed) + PAGE)
+    engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
+    tickets = {
+        engine.add(Request(prompt=prompt, max_new_tokens=max_new_tokens)): number
+        for number, prompt in enumerate(prompts)
+    }
     answers: list[list[int]] = [[] for _ in prompts]
-    owner = list(range(len(prompts)))
-    running = set(owner)
-    logits_RV = session.prefill()
-    if not logits_RV.isfinite().all():
-        dtype = str(logits_RV.dtype).removeprefix("torch.")
-        raise UserError(
-            f"the model's numbers overflow in {dtype}",
-            where="precision",
-            expected="finite logits; fp16 ends at 65504, and some models go beyond it",
-            remedy="use --precision fp32, or bf16 on a card that computes in it",
-        )
-    while True:
-        next_R = logits_RV.argmax(dim=-1)
-        # The one wait for the device in a step. A row whose sequence has ended grows on unread
-        # until enough have ended to make moving the others together worthwhile.
-        before = len(running)
-        for row, token in enumerate(next_R.tolist()):
-            if owner[row] in running:
-                answer = answers[owner[row]]
-                answer.append(token)
-                if token in end_ids or len(answer) == max_new_tokens:
-                    running.remove(owner[row])
+    while engine.busy:
+        done = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                answers[tickets[event.ticket]].append(event.token.id)
+            done += event.finish is not None
         if ended is not None:
-            ended(before - len(running))
-        if not running:
-            return answers
-        if 4 * len(running) <= 3 * len(owner):
-            order = session.keep([row for row, who in enumerate(owner) if who in running])
-            owner = [owner[row] for row in order]
-            next_R = next_R[torch.tensor(order, device=next_R.device)]
-        logits_RV = session.step(next_R)
+            ended(done)
+    return answers

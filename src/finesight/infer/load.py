@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,16 +20,20 @@ from finesight.manifest import MANIFEST, Manifest
 from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
 from finesight.model.adapter import install_adapter
 from finesight.model.any_family import AnyModel, load_any
+from finesight.model.bank import Bank
+from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import Part
 from finesight.model.weights import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """A model in evaluation mode, and the renderer that it was trained with."""
+    """A model in evaluation mode, and the renderer that it was trained with. `adapters` are those
+    that a question may choose between, by name; None stands for the model without any."""
 
     model: AnyModel
     renderer: Rendering
+    adapters: Mapping[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,14 @@ def load_answerer(
     the base that the run started from.
     """
     parts = find_parts(run_or_model)
+    model, renderer = _load_base(parts, device, precision)
+    if parts.adapter is not None:
+        install_adapter(model, parts.adapter, base=parts.folder)
+    model.eval()
+    return Answerer(model, renderer, {_name(run_or_model): None})
+
+
+def _load_base(parts: Parts, device: Device, precision: Precision) -> tuple[AnyModel, Rendering]:
     where = resolve_device(device)
     manifest = parts.manifest
     # The renderer first: it reads small files, and refuses a wrong family before any weights.
@@ -63,10 +76,77 @@ def load_answerer(
         manifest.system if manifest else None,
     )
     model = load_any(parts.folder, resolve_precision(precision, where), where, parts.nf4)
-    if parts.adapter is not None:
-        install_adapter(model, parts.adapter, base=parts.folder)
+    return model, renderer
+
+
+BASE = "base"
+"""What questions call the model without an adapter."""
+
+
+def load_choice(
+    run_or_model: str,
+    more: Sequence[str] = (),
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Answerer:
+    """As `load_answerer`, for questions that choose: the tuned model by its folder's name, then
+    `more` runs or adapters of the same base by theirs, then `base`.
+
+    Raises UserError also for `more` that has another base, or a name that is there already.
+    """
+    parts = find_parts(run_or_model)
+    if parts.adapter is None and not more:
+        return load_answerer(run_or_model, device, precision)
+    model, renderer = _load_base(parts, device, precision)
+    bank, adapters = Bank(model), 0
+    names: dict[str, int | None] = {}
+    for source in (run_or_model, *more):
+        own = find_parts(source)
+        _check_beside(source, own, parts, names)
+        if own.adapter is None:
+            names[_name(source)] = None
+            continue
+        install_adapter(model, own.adapter, base=parts.folder)
+        bank.take()
+        names[_name(source)] = adapters
+        adapters += 1
+    assert isinstance(model, VisionLanguageModel), f"adapters on a {type(model).__name__}"
+    model.readers = bank.install()
     model.eval()
-    return Answerer(model, renderer)
+    return Answerer(model, renderer, names if parts.adapter is None else names | {BASE: None})
+
+
+def _check_beside(source: str, own: Parts, first: Parts, names: Mapping[str, int | None]) -> None:
+    """Whether it can be answered from beside the first."""
+    if own.folder.path.resolve() != first.folder.path.resolve():
+        raise UserError(
+            f"{source} is of the model {own.folder.path}",
+            where="adapters",
+            expected=f"adapters of {first.folder.path}, the first one's base",
+            remedy="start another server for it",
+        )
+    if _name(source) in names or (own.adapter is None and names):
+        raise UserError(
+            f"{source} would be called {_name(source)}, as another one is",
+            where="adapters",
+            expected="each once, by a name of its own",
+            remedy="rename its folder",
+        )
+    if own.manifest is not None and first.manifest is not None:
+        for key in ("picture", "system"):
+            mine, other = (str(m.model_dump()[key]) for m in (own.manifest, first.manifest))
+            if mine != other:
+                raise UserError(
+                    f"{source} was trained with {key} {mine}",
+                    where="adapters",
+                    expected=f"{other}, as the first one was: questions are read one way for all",
+                    remedy="start another server for it",
+                )
+
+
+def _name(run_or_model: str) -> str:
+    """What questions call it: its folder's name, without the hub's owner."""
+    return Path(run_or_model).name or Path(run_or_model).resolve().name
 
 
 def cpu_precision() -> Literal["bf16", "fp32"]:

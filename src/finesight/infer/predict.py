@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finesight.data.headers import DamagedPicture, picture_size
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
-from finesight.encode.encoded import Encoded
+from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.rendering import Rendering
 from finesight.infer import fallback
-from finesight.infer.engine import cache_tokens, generate, plan_batches
+from finesight.infer.engine import PAGE, Engine, cache_tokens
+from finesight.infer.request import Request
 from finesight.model.any_family import AnyModel
+from finesight.model.fallback import FallbackModel
 from finesight.model.network import VisionLanguageModel
 
 T = TypeVar("T")
@@ -113,37 +116,82 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    predictions: dict[int, Prediction] = {}
     reader = _Reader(renderer, samples, damaged)
+    predictions: dict[int, Prediction] = {}
     try:
-        # Transformers answers one question at a time.
-        most = cache_tokens(model) if isinstance(model, VisionLanguageModel) else sys.maxsize
-        for prompts in reader.batches(batch, max_new_tokens, most):
-            answers = _answers(model, list(prompts.values()), max_new_tokens, renderer, advance)
-            for (i, prompt), ids in zip(prompts.items(), answers, strict=True):
-                predictions[i] = _read(renderer, samples[i], prompt, ids)
+        with reader:
+            if isinstance(model, VisionLanguageModel):
+                found = _by_engine(model, renderer, reader, max_new_tokens, batch, advance)
+            else:
+                found = _one_by_one(model, renderer, reader, max_new_tokens, advance)
+            for i, prompt, ids in found:
+                predictions[i] = read_prediction(renderer, samples[i], prompt, ids)
     finally:
         model.train(was_training)
     return [predictions[i] for i in sorted(predictions)]
 
 
-def _answers(
-    model: AnyModel,
-    prompts: Sequence[Encoded],
-    max_new_tokens: int,
+Answered = Iterator[tuple[int, Outline, list[int]]]
+"""Indices of samples, their prompts without patches, and the ids of the answers."""
+
+
+def _by_engine(
+    model: VisionLanguageModel,
     renderer: Rendering,
+    reader: _Reader,
+    max_new_tokens: int,
+    batch: int,
     advance: Callable[[int], None] | None,
-) -> list[list[int]]:
-    ends = renderer.end_ids
-    if isinstance(model, VisionLanguageModel):
-        return generate(model, prompts, max_new_tokens=max_new_tokens, end_ids=ends, ended=advance)
-    return fallback.generate(
-        model, prompts, max_new_tokens=max_new_tokens, end_ids=ends, ended=advance
-    )
+) -> Answered:
+    """As many at once as `batch` and the cache allow: where one ends, the next one begins."""
+    # Longest first: a machine that is too small fails at once and not at the end.
+    lengths = sorted((outline.tokens for outline in reader.outlines.values()), reverse=True)
+    if not lengths:
+        return
+    tokens = sum(length + max_new_tokens + PAGE for length in lengths[:batch])
+    tokens = max(min(tokens, cache_tokens(model)), lengths[0] + max_new_tokens + PAGE)
+    engine = Engine(model, renderer.end_ids, rows=min(batch, len(lengths)), tokens=tokens)
+    prompts = reader.prompts(batch)
+    asked: dict[int, tuple[int, Outline, list[int]]] = {}
+    more = True
+    while more or engine.busy:
+        while more and engine.waiting == 0:
+            following = next(prompts, None)
+            more = following is not None
+            if following is not None:
+                i, prompt = following
+                request = Request(prompt=prompt, max_new_tokens=max_new_tokens)
+                asked[engine.add(request)] = (i, prompt.outline, [])
+        done = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                asked[event.ticket][2].append(event.token.id)
+            if event.finish is not None:
+                done += 1
+                yield asked.pop(event.ticket)
+        if advance is not None:
+            advance(done)
+
+
+def _one_by_one(
+    model: FallbackModel,
+    renderer: Rendering,
+    reader: _Reader,
+    max_new_tokens: int,
+    advance: Callable[[int], None] | None,
+) -> Answered:
+    for i, prompt in reader.prompts(READERS):
+        (ids,) = fallback.generate(
+            model, [prompt], max_new_tokens=max_new_tokens, end_ids=renderer.end_ids, ended=advance
+        )
+        yield i, prompt.outline, ids
 
 
 class _Reader:
-    """Prompts in batches of similar length, the next one being read while one is answered."""
+    """Prompts, the longest first, some of them being read while others are answered; damaged ones
+    are left out."""
 
     def __init__(
         self,
@@ -151,32 +199,31 @@ class _Reader:
         samples: Sequence[Located],
         damaged: Callable[[int, DamagedPicture], None] | None,
     ) -> None:
-        self._renderer, self._samples, self._damaged = renderer, samples, damaged
-
-    def batches(self, batch: int, max_new_tokens: int, most: int) -> Iterator[dict[int, Encoded]]:
-        """Prompts by the index of their sample, as `plan_batches` shares them out; damaged ones are
-        left out."""
+        self._renderer, self._damaged = renderer, damaged
         outlines = self._collected(
-            (i, partial(self._renderer.prompt_outline, sample))
-            for i, sample in enumerate(self._samples)
+            (i, partial(renderer.prompt_outline, sample)) for i, sample in enumerate(samples)
         )
-        which = list(outlines)
-        lengths = [outline.tokens for outline in outlines.values()]
-        groups = plan_batches(lengths, batch, max_new_tokens, most)
-        plan = [[which[i] for i in group] for group in groups]
-        pool = ThreadPoolExecutor(READERS)
-        try:
-            ahead: list[tuple[int, Future[Encoded]]] = []
-            for members in [*plan, []]:
-                now = ahead
-                ahead = [
-                    (i, pool.submit(self._renderer.with_patches, outlines[i])) for i in members
-                ]
-                prompts = self._collected((i, future.result) for i, future in now)
-                if prompts:
-                    yield prompts
-        finally:
-            pool.shutdown(cancel_futures=True)
+        order = sorted(outlines, key=lambda i: (-outlines[i].tokens, i))
+        self.outlines = {i: outlines[i] for i in order}
+        self._pool = ThreadPoolExecutor(READERS)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def prompts(self, ahead: int) -> Iterator[tuple[int, Encoded]]:
+        """Each by the index of its sample, with `ahead` more being read."""
+        left = iter(self.outlines.items())
+        reading: deque[tuple[int, Future[Encoded]]] = deque()
+        while True:
+            for i, outline in islice(left, ahead + 1 - len(reading)):
+                reading.append((i, self._pool.submit(self._renderer.with_patches, outline)))
+            if not reading:
+                return
+            i, future = reading.popleft()
+            yield from self._collected([(i, future.result)]).items()
 
     def _collected(self, made: Iterable[tuple[int, Callable[[], T]]]) -> dict[int, T]:
         """What each call gives, by index, those with a damaged picture told and left out."""
@@ -191,7 +238,10 @@ class _Reader:
         return results
 
 
-def _read(renderer: Rendering, located: Located, prompt: Encoded, ids: list[int]) -> Prediction:
+def read_prediction(
+    renderer: Rendering, located: Located, prompt: Outline, ids: Sequence[int]
+) -> Prediction:
+    """What the ids of an answer say, to the sample whose prompt was answered."""
     answer = renderer.answer(ids)
     sample = located.sample
     picture = _picture_meant(sample)
@@ -203,10 +253,10 @@ def _read(renderer: Rendering, located: Located, prompt: Encoded, ids: list[int]
         raw=answer.raw,
         boxes=tuple(
             BoxPart(image=picture, label=box.label, xyxy=box.xyxy)
-            for box in renderer.boxes(answer.raw, prompt.outline.spans, picture)
+            for box in renderer.boxes(answer.raw, prompt.spans, picture)
         ),
         tokens=len(ids),
-        stopped=ids[-1] in renderer.end_ids,
+        stopped=bool(ids) and ids[-1] in renderer.end_ids,
         thought=answer.thought,
     )
 

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.encode.encoded import Encoded
 from finesight.errors import UserError
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -116,3 +117,28 @@ class Delta:
 
     text: str
     tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A question to the engine: `adapter` is the number of one that the model carries, None for the
+    model without any."""
+
+    prompt: Encoded
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+    adapter: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What became of a request: a token, its end, or both; `error` in place of both. `known` tokens
+    of its prompt had been read before it came."""
+
+    ticket: int
+    token: Token | None = None
+    finish: Finish | None = None
+    error: UserError | None = None
+    known: int = 0

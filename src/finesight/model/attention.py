@@ -88,17 +88,37 @@ class PackedAttention:
 
 
 def attend(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, *, causal: bool
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    keys: Segments | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it."""
+    """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it.
+
+    `keys` are the segments of the keys where these are more: the queries are then the last ones of
+    their segments. Only for what `has_varlen`.
+    """
+    if keys is not None:
+        assert has_varlen(q_THD), f"no kernel for {q_THD.dtype} on {q_THD.device}"
+        return _attend_varlen(q_THD, k_TKD, v_TKD, segments, keys, causal)
     if q_THD.device.type == "cpu" and q_THD.dtype == torch.bfloat16 and segments.longest <= LONGEST:
         runs = segments.padded if causal else segments.runs
         return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
     if not has_varlen(q_THD):
         return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
-    bounds_S1, longest = segments.bounds_S1, segments.longest
+    return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
+
+
+def _attend_varlen(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, queries: Segments, keys: Segments, causal: bool
+) -> Tensor:
+    # The window is counted from the ends of the segments, where queries are fewer than keys.
     window = (-1, 0) if causal else (-1, -1)
-    inputs = (q_THD, k_TKD, v_TKD, bounds_S1, bounds_S1, longest, longest)
+    bounds = queries.bounds_S1, keys.bounds_S1, queries.longest, keys.longest
+    inputs = (q_THD, k_TKD, v_TKD, *bounds)
     if _TORCH >= (2, 12):
         o_THD = varlen_attn(*inputs, window_size=window, enable_gqa=True)
     else:

@@ -129,6 +129,11 @@ class LanguageGeometry:
     tied: bool
     experts: ExpertGeometry | None = None
 
+    def reading(self, tokens: int) -> str:
+        """How a prompt of so many tokens is read: keys and values of a beginning are the same in
+        two prompts that are read alike."""
+        return ""
+
 
 @dataclass(frozen=True)
 class VisionGeometry:

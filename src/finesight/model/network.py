@@ -19,6 +19,7 @@ from finesight.errors import UserError
 from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
+from finesight.model.bank import Readers
 from finesight.model.experts import waits
 from finesight.model.frozen import FrozenWeight
 from finesight.model.geometry import Geometry, Settings, read_pixels
@@ -49,6 +50,7 @@ class VisionLanguageModel(nn.Module):
         self.architecture = architecture
         self.geometry = geometry
         self.recompute = False
+        self.readers: Readers | None = None
         self.visual = visual
         self.model = architecture.decoder(geometry.language)
         language = geometry.language

@@ -34,6 +34,10 @@ class QwenGeometry(LanguageGeometry):
     ntk: bool
     logn: bool
 
+    def reading(self, tokens: int) -> str:
+        """By the rotary base of the prompt's length."""
+        return f"ntk {ntk_steps(torch.tensor(tokens), self.trained)}" if self.ntk else ""
+
 
 @dataclass(frozen=True)
 class Rotations:

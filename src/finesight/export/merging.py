@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,7 @@ def _loaded(
 ) -> VisionLanguageModel:
     model = load_model(folder, machine.dtype, machine.device, nf4)
     if adapter is not None:
-        install_adapter(model, adapter, base=folder, dtype=torch.float32)
+        install_adapter(model, adapter, base=folder)
     return model.eval()
 
 
@@ -205,9 +204,12 @@ def _write(
     prompts = asked.prompts
     answers = compare.answered(model, prompts, asked.renderer.end_ids)
     inside = Said(answers, compare.weighed(model, prompts, answers))
-    with _without_adapters(model):
-        plain = compare.weighed(model, prompts, answers)
+    _take_off(model)
+    plain = compare.weighed(model, prompts, answers)
     thawed = thaw(model)
+    if parts.adapter is not None:
+        # For the sum in fp32, whatever was computed in.
+        install_adapter(model, parts.adapter, base=parts.folder, dtype=torch.float32)
     layers = merge_into(model)
     summed = compare.weighed(model, prompts, answers)
     rounded = None
@@ -218,16 +220,9 @@ def _write(
     return _Written(layers, thawed, inside, plain, summed, rounded)
 
 
-@contextmanager
-def _without_adapters(model: VisionLanguageModel) -> Iterator[None]:
-    groups = [(group, adapter) for _, group, adapter in adapters(model)]
-    for group, _ in groups:
+def _take_off(model: VisionLanguageModel) -> None:
+    for _, group, _ in list(adapters(model)):
         group.adapter = None
-    try:
-        yield
-    finally:
-        for group, adapter in groups:
-            group.adapter = adapter
 
 
 def _compare(

@@ -65,9 +65,19 @@ def thaw(model: nn.Module) -> int:
 
 @torch.no_grad()
 def round_to(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Give every number the value that it has in a file of that type."""
+    """Give every number the value that it has in a file of that type. Raises UserError for one
+    beyond it."""
+    most = torch.finfo(dtype).max
     for tensor in hub_tensors(model):
         assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is in few bits: not thawed"
+        largest = float(tensor.data.abs().max())
+        if largest > most:
+            raise UserError(
+                f"{tensor.name} reaches {largest:.3g}",
+                where="precision",
+                expected=f"numbers up to {most:.3g}, the largest of {dtype}",
+                remedy="merge with --precision bf16 or fp32",
+            )
         tensor.data.copy_(tensor.data.to(dtype))
 
 

@@ -1,0 +1,133 @@
+"""Who talks on the page: each visitor's talk, and the files that belong to it."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finesight.data.jsonl import write_samples
+from finesight.errors import UserError
+from finesight.infer.service import Service
+from finesight.infer.talk import Talk
+from finesight.vision.picture import open_picture
+from finesight.web.limits import (
+    QUESTION_CHARACTERS,
+    QUESTION_PICTURES,
+    TALK_PICTURES,
+    VISITORS,
+)
+from finesight.web.words import ENGLISH, Words
+
+SHOWN_SIDE = 1600
+"""Pixels of the longer side of a picture as the page shows it, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture on the page: its size in pixels of the original, and its copy for browsers, upright
+    and without what else its file held."""
+
+    name: str
+    number: int
+    width: int
+    height: int
+    copy: Path
+
+
+@dataclass(slots=True)
+class Visitor:
+    """A talk with its private folder; `token` is in the addresses of its pictures, and secret."""
+
+    talk: Talk
+    folder: Path
+    words: Words = ENGLISH
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    pictures: dict[Path, Shown] = field(default_factory=dict)
+
+    def take(self, text: str, uploads: Sequence[Path]) -> list[Path]:
+        """Copies of uploaded pictures, to ask about: their headers are read, then their pixels.
+
+        Raises UserError for what is no picture, too large, too long or too many.
+        """
+        held = len(self.pictures) + len(uploads)
+        if len(uploads) > QUESTION_PICTURES or held > TALK_PICTURES:
+            told = self.words.too_many.format(len(uploads), QUESTION_PICTURES, TALK_PICTURES)
+            raise UserError(told)
+        if len(text) > QUESTION_CHARACTERS:
+            raise UserError(self.words.too_long.format(len(text), QUESTION_CHARACTERS))
+        return [self._keep(upload) for upload in uploads]
+
+    def forget(self, pictures: Sequence[Path]) -> None:
+        """Remove pictures that no turn shows any more."""
+        in_use = {path for turn in self.talk.turns for path in turn.pictures}
+        for path in set(pictures) - in_use:
+            self.pictures.pop(path).copy.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def export(self) -> Path:
+        """The talk and its pictures in a new archive, as `finesight train` and `predict --data`
+        read them once unpacked. Raises UserError where nothing has been said."""
+        names = {
+            path: f"pictures/{shown.number}-{path.name.partition('-')[2]}"
+            for path, shown in self.pictures.items()
+        }
+        samples = self.talk.samples(lambda path: names[path])
+        if not samples:
+            raise UserError(f"{len(self.talk.turns)} turns, none with an answer: nothing to export")
+        lines = self.folder / "talk.jsonl"
+        write_samples(lines, samples)
+        archive = self.folder / f"{secrets.token_hex(8)}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(lines, "talk/talk.jsonl")
+            for path, name in names.items():
+                file.write(path, f"talk/{name}")
+        return archive
+
+    def _keep(self, upload: Path) -> Path:
+        number = 1 + max((shown.number for shown in self.pictures.values()), default=0)
+        picture = open_picture(upload)
+        width, height = picture.size
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        copy = self.folder / f"shown-{number}.webp"
+        picture.save(copy, format="WEBP", quality=90)
+        kept = self.folder / f"{number}-{upload.name[-80:]}"
+        shutil.copyfile(upload, kept)
+        self.pictures[kept] = Shown(upload.name, number, width, height, copy)
+        return kept
+
+
+class Visitors:
+    """All of them, by the name that the page gives its session; the quietest goes for a new one."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self._service, self._folder = service, folder
+        self._known: dict[str, Visitor] = {}
+
+    def of(self, session: str) -> Visitor:
+        """The visitor of that session, a new one at first."""
+        visitor = self._known.pop(session, None)
+        if visitor is None:
+            while len(self._known) >= VISITORS:
+                self.leave(next(iter(self._known)))
+            folder = self._folder / secrets.token_hex(16)
+            folder.mkdir()
+            visitor = Visitor(Talk(self._service), folder)
+        self._known[session] = visitor
+        return visitor
+
+    def leave(self, session: str) -> None:
+        """End the session: its answers stop, its files are removed."""
+        visitor = self._known.pop(session, None)
+        if visitor is not None:
+            while visitor.talk.undo():
+                pass
+            shutil.rmtree(visitor.folder, ignore_errors=True)
+
+    def with_token(self, token: str) -> Visitor | None:
+        """The one whose secret token that is."""
+        known = [*self._known.values()]
+        return next((v for v in known if secrets.compare_digest(v.token, token)), None)

@@ -26,6 +26,7 @@ from finesight.cli.merge import merge
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
 from finesight.cli.report import report
+from finesight.cli.serve import serve
 from finesight.cli.train import train
 from finesight.errors import Interrupted, UserError
 
@@ -80,6 +81,7 @@ app.command(short_help="Tune a model as a recipe says.")(train)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
 app.command(short_help="Make the page of a run again.")(report)
 app.command(short_help="Answer questions about pictures.")(predict)
+app.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")(serve)
 app.command(short_help="Add an adapter into its base model.")(merge)
 
 

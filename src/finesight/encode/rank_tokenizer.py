@@ -41,7 +41,7 @@ class RankTokenizer:
         self._special_ids = {t: len(ranks) + n for n, t in enumerate(SPECIAL_TOKENS)}
         self._special_names = {number: token for token, number in self._special_ids.items()}
         self._words = {number: word for word, number in ranks.items()}
-        self._encoding = _encoding(ranks, self._special_ids, path)
+        self.encoding = _encoding(ranks, self._special_ids, path)
         self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
 
     def __reduce__(self) -> tuple[type[RankTokenizer], tuple[Path]]:
@@ -80,8 +80,13 @@ class RankTokenizer:
         word = self._words.get(token_id)
         return self._special_names.get(token_id, "") if word is None else repr(word)[2:-1]
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for: a special one for its name, one beyond for nothing."""
+        word = self._words.get(token_id)
+        return self._special_names.get(token_id, "").encode() if word is None else word
+
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self._encoding.encode_ordinary(unicodedata.normalize("NFC", text)))
+        return tuple(self.encoding.encode_ordinary(unicodedata.normalize("NFC", text)))
 
 
 def tokenizer_of(folder: ModelFolder) -> TextTokenizer:

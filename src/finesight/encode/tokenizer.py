@@ -15,6 +15,18 @@ REMEMBERED = 8192
 """Texts whose ids are kept: prompts return in sample after sample."""
 
 
+def _byte_letters() -> dict[str, int]:
+    """The letters in which byte-level vocabularies spell bytes (Radford et al. 2019, GPT-2): a
+    byte that prints stands for itself, the others follow from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    return letters | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_letters()
+
+
 class TextTokenizer(Protocol):
     """Text to ids and back: what a family's tokenizer can do, whatever file it reads."""
 
@@ -37,6 +49,9 @@ class TextTokenizer(Protocol):
     def name_of(self, token_id: int) -> str:
         """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for: a special one for its name, one beyond for nothing."""
+
 
 class Tokenizer:
     """A `tokenizer.json` that reads the special tokens in a text as the characters they are.
@@ -58,6 +73,7 @@ class Tokenizer:
                 remedy="download the model's tokenizer.json again",
             ) from error
         self._tokenizer.encode_special_tokens = True
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
@@ -93,6 +109,13 @@ class Tokenizer:
     def name_of(self, token_id: int) -> str:
         """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
         return self._tokenizer.id_to_token(token_id) or ""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for: a special one for its name, one beyond for nothing."""
+        name = self.name_of(token_id)
+        if token_id in self._added or not set(name) <= set(_BYTES):
+            return name.encode()
+        return bytes(_BYTES[letter] for letter in name)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,87 @@
+"""`finesight serve`: the model behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from finesight.infer.service import Service
+
+
+def serve(
+    run_or_model: RunOrModel,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; beyond this machine a key is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with a key on each line; else FINESIGHT_KEY, if it is set."),
+    ] = None,
+    allow_media_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="A host that pictures may be fetched from over https. Repeatable."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that grow together.")] = 64,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Questions that may wait; the next one is refused.")
+    ] = 256,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Longest time for one request; then it is given up.")
+    ] = 300.0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Serve a model over HTTP as OpenAI's clients speak it, until Ctrl-C; see docs/serving.md.
+
+    Example: finesight serve runs/latex
+    """
+    try:
+        from finesight.serve.keys import read_keys
+        from finesight.serve.limits import Limits
+        from finesight.serve.run import listen
+        from finesight.serve.run import serve as serve_until_stopped
+    except ImportError as error:
+        raise UserError(
+            f"the package {error.name} cannot be imported: {error}",
+            where="finesight serve",
+            expected="fastapi, uvicorn, prometheus-client, python-multipart and llguidance",
+            remedy="pip install 'finesight[serve]'",
+        ) from error
+    from finesight.infer.load import load_answerer
+
+    keys = read_keys(key_file)
+    place = listen(host, port, keys)
+    limits = Limits(rows=rows, waiting=waiting, seconds=seconds)
+    answerer = load_answerer(run_or_model, device, precision)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{place.getsockname()[1]}/v1"
+
+    def ready(service: Service) -> None:
+        bearer = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if keys else ""
+        question = (
+            f'{{"model": "{service.names[0]}",'
+            ' "messages": [{"role": "user", "content": "Hello"}]}'
+        )
+        typer.echo(f"serving {', '.join(service.names)} at {address}")
+        typer.echo(
+            f"  curl {address}/chat/completions{bearer} -H 'Content-Type: application/json'"
+            f" -d '{question}'"
+        )
+
+    serve_until_stopped(
+        answerer,
+        place,
+        keys=keys,
+        limits=limits,
+        hosts=allow_media_host or (),
+        ready=ready,
+    )

@@ -1,0 +1,1 @@
+"""The model behind HTTP, as OpenAI's clients speak it."""

@@ -1,0 +1,149 @@
+"""The routes of the server, and everything that stands before and behind them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from finesight.data.headers import picture_size
+from finesight.errors import UserError
+from finesight.infer.constrain import Grammars
+from finesight.infer.service import Service
+from finesight.serve.chat import Desk
+from finesight.serve.errors import Refused, broken, refused
+from finesight.serve.fetch import Fetcher
+from finesight.serve.guard import Guard
+from finesight.serve.keys import Keys
+from finesight.serve.limits import Limits
+from finesight.serve.metrics import Metrics
+from finesight.serve.pool import Pool
+from finesight.serve.store import PURPOSE, Store
+
+
+def make_app(
+    service: Service,
+    grammars: Grammars,
+    folder: Path,
+    *,
+    keys: Sequence[str] = (),
+    limits: Limits | None = None,
+    fetcher: Fetcher | None = None,
+) -> Guard:
+    """The server as an ASGI application; it keeps what it is sent in `folder`, which is private.
+
+    Without a `fetcher`, no picture is taken from the web.
+    """
+    limits = limits or Limits()
+    store = Store(folder / "files", limits)
+    requests = folder / "requests"
+    requests.mkdir(mode=0o700)
+    metrics = Metrics(lambda: _state(service))
+    none = Fetcher((), seconds=limits.fetch_seconds, most=limits.picture_bytes)
+    pool = Pool(limits.readers)
+    desk = Desk(
+        service, grammars, limits, metrics, pool, fetcher or none, store, requests, open=set()
+    )
+    # No pages of FastAPI's own: they are for who may not have a key.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.post("/v1/chat/completions")(desk.complete)
+    _add_facts(app, service, metrics)
+    _add_files(app, store, pool, limits)
+    _add_errors(app)
+    return Guard(app, Keys(keys), limits, metrics)
+
+
+def _state(service: Service) -> dict[str, float]:
+    facts = service.facts()
+    return {
+        "running": facts.running,
+        "waiting": facts.waiting,
+        "cache_pages_free": facts.pages_free,
+        "cache_pages": facts.pages,
+    }
+
+
+def _add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    made = int(time.time())
+
+    def as_json(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": made, "owned_by": "finesight"}
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        names = [as_json(name) for name in service.names]
+        return JSONResponse({"object": "list", "data": names})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in service.names:
+            raise Refused(404, f"no model {name[:80]!r}", "model", "model_not_found")
+        return JSONResponse(as_json(name))
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def figures(request: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_files(app: FastAPI, store: Store, pool: Pool, limits: Limits) -> None:
+    def owner(request: Request) -> str:
+        return str(request.scope["state"]["owner"])
+
+    @app.post("/v1/files")
+    async def upload(request: Request) -> Response:
+        async with request.form(max_files=1, max_fields=8) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise Refused(400, f"{len(form)} fields and no file", "file")
+            if purpose != PURPOSE:
+                raise Refused(400, f"purpose {purpose!r:.40}: expected {PURPOSE}", "purpose")
+            kept = await pool.run(store.add, owner(request), file.filename or "", file.file)
+        try:
+            await pool.run(picture_size, kept.path, limits.picture_pixels)
+        except UserError as error:
+            store.delete(kept.owner, kept.id)
+            raise refused(error, "file", hidden=str(kept.path)) from error
+        return JSONResponse(kept.as_json())
+
+    @app.get("/v1/files")
+    async def list_files(request: Request) -> Response:
+        files = [kept.as_json() for kept in store.listed(owner(request))]
+        return JSONResponse({"object": "list", "data": files, "has_more": False})
+
+    @app.get("/v1/files/{name}")
+    async def get_file(request: Request) -> Response:
+        return JSONResponse(store.get(owner(request), request.path_params["name"]).as_json())
+
+    @app.delete("/v1/files/{name}")
+    async def delete_file(request: Request) -> Response:
+        name = request.path_params["name"]
+        store.delete(owner(request), name)
+        return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def on_refused(request: Request, refusal: Refused) -> Response:
+        return JSONResponse(refusal.body, refusal.status, refusal.extra_headers)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        words = {404: "no such path", 405: "no such method here"}
+        refusal = Refused(error.status_code, words.get(error.status_code, str(error.detail)[:200]))
+        return JSONResponse(refusal.body, refusal.status, error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_fault(request: Request, error: Exception) -> Response:
+        return JSONResponse(broken().body, broken().status)

@@ -1,0 +1,296 @@
+"""POST /v1/chat/completions: from a request to its answers, whole or as they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from finesight.data.jsonl import Located
+from finesight.errors import UserError
+from finesight.infer.constrain import Grammars
+from finesight.infer.request import Constraint, Options, Sampling
+from finesight.infer.service import Service
+from finesight.serve.answers import Choice, Frame, used
+from finesight.serve.asked import Asked
+from finesight.serve.conversation import conversation
+from finesight.serve.errors import Refused, refused
+from finesight.serve.fetch import Fetcher
+from finesight.serve.guard import Receive, Scope, Send, Stalled, logged
+from finesight.serve.limits import Limits
+from finesight.serve.media import Media
+from finesight.serve.metrics import Metrics
+from finesight.serve.pool import Pool
+from finesight.serve.schema import NamedTool, Question, check_limits, parsed
+from finesight.serve.store import Store
+from finesight.serve.tools import Splitter
+
+STREAM = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    # Proxies that gather what they pass on would make one piece of it.
+    "x-accel-buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What questions are answered with; `folder` holds a folder for each while it is answered."""
+
+    service: Service
+    grammars: Grammars
+    limits: Limits
+    metrics: Metrics
+    pool: Pool
+    fetcher: Fetcher
+    store: Store
+    folder: Path
+    open: set[Asked]
+
+    async def complete(self, request: Request) -> Response:
+        """Answer a request. Raises Refused where it cannot be."""
+        started = asyncio.get_running_loop().time()
+        question = await self.pool.run(parsed, Question, await request.body())
+        check_limits(question, self.limits)
+        if question.model not in self.service.names:
+            raise Refused(
+                404,
+                f"no model {question.model[:80]!r}: expected {' or '.join(self.service.names)}",
+                "model",
+                "model_not_found",
+            )
+        with ExitStack() as stack:
+            asked = self._admitted(stack)
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            owner: str = request.scope["state"]["owner"]
+            media = Media(folder, owner, self.limits, self.fetcher, self.store, self.pool)
+            reply = Reply(self, question, asked, started, request.receive)
+            await reply.begin(media)
+            if not question.stream:
+                return await reply.whole()
+            return Streamed(reply, stack.pop_all())
+        raise AssertionError("an exit stack held an error back")
+
+    def _admitted(self, stack: ExitStack) -> Asked:
+        """A place for a request, given up when the stack is closed."""
+        if len(self.open) >= self.limits.requests:
+            raise Refused(
+                429,
+                f"{len(self.open)} questions are answered or wait already",
+                code="rate_limit_exceeded",
+                wait=2,
+            )
+        asked = Asked(self.service)
+        self.open.add(asked)
+        stack.callback(self.open.discard, asked)
+        stack.callback(asked.let_go)
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One request that is being answered."""
+
+    desk: Desk
+    question: Question
+    asked: Asked
+    started: float
+    receive: Receive
+
+    @property
+    def deadline(self) -> float:
+        """On the clock of the event loop."""
+        return self.started + self.desk.limits.seconds
+
+    async def begin(self, media: Media) -> None:
+        """Open the media and ask the model. Raises Refused."""
+        pool, system = self.desk.pool, self.desk.service.renderer.system
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                located = await conversation(self.question, media, system)
+                await pool.run(self._ask, located)
+        except TimeoutError as error:
+            raise self._late() from error
+        except UserError as error:
+            raise refused(error, "messages", hidden=f"{media.folder}/") from error
+
+    async def whole(self) -> Response:
+        """All of it in one piece. Raises Refused where it takes too long."""
+        choices = self._choices()
+        watch = asyncio.create_task(self._watch())
+        try:
+            async with asyncio.timeout_at(self.deadline), aclosing(self._grown(choices)) as grown:
+                async for _ in grown:
+                    pass
+        except TimeoutError as error:
+            raise self._late() from error
+        finally:
+            watch.cancel()
+        if any(choice.finish == "cancelled" for choice in choices):
+            raise Refused(408, f"the client of {len(choices)} answers has gone")
+        return JSONResponse(self._frame().whole(choices, used(self.asked.usages)))
+
+    async def stream(self, send: Send) -> None:
+        """Send it as server-sent events while it grows; what goes wrong is the last of them."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            try:
+                async with asyncio.timeout_at(self.deadline), aclosing(self._chunks()) as chunks:
+                    async for chunk in chunks:
+                        await send(_event(chunk))
+            except TimeoutError:
+                await send(_event(self._late().body))
+            except Refused as refusal:
+                await send(_event(refusal.body))
+            except Stalled:
+                raise
+            except Exception as error:
+                await send(_event(logged(error).body))
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        finally:
+            watch.cancel()
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any]]:
+        frame, choices = self._frame(), self._choices()
+        for choice in choices:
+            yield frame.chunk([choice.opening()])
+        async with aclosing(self._grown(choices)) as grown:
+            async for chunk in grown:
+                yield frame.chunk([chunk])
+        options = self.question.stream_options
+        if options is not None and options.include_usage:
+            yield frame.chunk([], used(self.asked.usages))
+
+    async def _grown(self, choices: list[Choice]) -> AsyncGenerator[dict[str, Any]]:
+        """Chunks of the choices, which grow by them."""
+        first = True
+        async with aclosing(self.asked.deltas()) as deltas:
+            async for number, delta in deltas:
+                choice, answering = choices[number], self.asked.answers[number]
+                if first:
+                    seconds = asyncio.get_running_loop().time() - self.started
+                    self.desk.metrics.first_token(seconds)
+                    first = False
+                if delta is not None:
+                    chunk = choice.take(delta)
+                    if chunk is not None:
+                        yield chunk
+                    continue
+                assert answering.finish is not None, f"answer {number} goes on after its end"
+                self.desk.metrics.answered(answering.finish, answering.usage)
+                for chunk in choice.end(answering.finish, answering.prediction()):
+                    yield chunk
+
+    def _ask(self, located: Located) -> None:
+        """In a thread of the pool."""
+        self.asked.ask(located, [self._options(n) for n in range(self.question.n or 1)])
+
+    def _options(self, number: int) -> Options:
+        """How the `number`-th answer is chosen. Raises Refused."""
+        question = self.question
+        given = {
+            "temperature": question.temperature,
+            "top_p": question.top_p,
+            "top_k": question.top_k,
+            "repetition_penalty": question.repetition_penalty,
+            "seed": None if question.seed is None else question.seed + number,
+        }
+        try:
+            sampling = Sampling(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        except UserError as error:
+            raise refused(error) from error
+        return Options(
+            max_new_tokens=question.longest,
+            sampling=sampling,
+            stop=question.stops,
+            logprobs=(question.top_logprobs or 0) if question.logprobs else None,
+            constraint=self._constraint(),
+            model=question.model,
+        )
+
+    def _constraint(self) -> Constraint | None:
+        """What the answer is held to. Raises Refused."""
+        shape, choice, grammars = (
+            self.question.response_format,
+            self.question.tool_choice,
+            self.desk.grammars,
+        )
+        tools = {tool.function.name: tool.function.parameters for tool in self.question.tools or []}
+        if choice not in (None, "none") and not tools:
+            raise Refused(400, f"tool_choice {choice!r:.80} without tools", "tool_choice")
+        called = isinstance(choice, NamedTool) or choice == "required"
+        if isinstance(choice, NamedTool):
+            if choice.function.name not in tools:
+                raise Refused(400, f"no tool {choice.function.name[:80]!r}", "tool_choice")
+            tools = {choice.function.name: tools[choice.function.name]}
+        shaped = shape is not None and shape.type != "text"
+        if called and shaped:
+            raise Refused(400, f"tool_choice {choice!r:.80} with a response_format", "tool_choice")
+        try:
+            if called:
+                return grammars.calls(list(tools.items()))
+            if shape is None or shape.type == "text":
+                return None
+            if shape.type == "boxes":
+                return grammars.boxes()
+            if shape.type == "json_object":
+                return grammars.json_object()
+            if shape.json_schema is None:
+                raise Refused(400, f"{shape.type} without json_schema", "response_format")
+            return grammars.json_schema(shape.json_schema.schema_)
+        except UserError as error:
+            raise refused(error, "tools" if called else "response_format") from error
+
+    def _choices(self) -> list[Choice]:
+        tokenizer = self.desk.service.renderer.tokenizer
+        with_tools = bool(self.question.tools) and self.question.tool_choice != "none"
+        return [
+            Choice(n, tokenizer, bool(self.question.logprobs), Splitter() if with_tools else None)
+            for n in range(len(self.asked.answers))
+        ]
+
+    def _frame(self) -> Frame:
+        return Frame(self.asked.id, self.question.model)
+
+    async def _watch(self) -> None:
+        """Let the answers go when the client has."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        self.asked.let_go()
+
+    def _late(self) -> Refused:
+        return Refused(
+            504, f"no answer within {self.desk.limits.seconds:g} seconds", code="timeout"
+        )
+
+
+class Streamed(Response):
+    """An answer that is sent while it grows; `stack` is closed at its end."""
+
+    def __init__(self, reply: Reply, stack: ExitStack) -> None:
+        super().__init__()
+        self._reply, self._stack = reply, stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, as ASGI has it."""
+        headers = [(name.encode(), value.encode()) for name, value in STREAM.items()]
+        with self._stack:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._reply.stream(send)
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """A server-sent event as ASGI passes it on."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    body = f"data: {text}\n\n".encode("utf-8", "replace")
+    return {"type": "http.response.body", "body": body, "more_body": True}

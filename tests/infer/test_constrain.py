@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.hub import ModelFolder
+from finesight.infer.constrain import Grammars, Matched
+from finesight.model.tiny import make_tiny
+
+FAMILIES = ["qwen", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+VOCABULARY = 3000
+"""More than any of the small tokenizers has, as published models have more rows than tokens."""
+
+TICKET = {
+    "type": "object",
+    "properties": {
+        "seat": {"type": "string", "maxLength": 5},
+        "row": {"type": "integer", "minimum": 1, "maximum": 99},
+        "class": {"enum": ["first", "second"]},
+    },
+    "required": ["seat", "row", "class"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def renderers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Renderer]:
+    folder = tmp_path_factory.mktemp("models")
+    made = [make_tiny(folder / family, family=family) for family in FAMILIES]
+    return {path.name: Renderer(ModelFolder(path)) for path in made}
+
+
+def allowed(constraint: Matched) -> list[int]:
+    bits = constraint.allow().view(np.uint8)
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+
+
+def walk(renderer: Renderer, constraint: Matched, seed: int, hurry: int = 40) -> str:
+    """A random answer that the constraint allows, ended as soon as it may after `hurry` tokens."""
+    rng, ids = random.Random(seed), []
+    for _ in range(2000):
+        choices = allowed(constraint)
+        assert choices, "no token may come"
+        assert max(choices) < VOCABULARY
+        ends = [token for token in choices if token in renderer.end_ids]
+        token = rng.choice(ends if ends and len(ids) >= hurry else choices)
+        constraint.take(token)
+        ids.append(token)
+        if token in renderer.end_ids:
+            return renderer.tokenizer.decode(ids[:-1], skip_special=False)
+    raise AssertionError(f"no end after {len(ids)} tokens")
+
+
+def spoken(renderer: Renderer, text: str) -> list[int]:
+    """The ids of a text whose special tokens are meant."""
+    special = {name: renderer.tokenizer.id_of(name) for name in renderer.tokenizer.specials()}
+    ids: list[int] = []
+    while text:
+        at, name = min(((text.find(name), name) for name in special if name in text), default=(-1, ""))
+        plain, text = (text, "") if at < 0 else (text[:at], text[at + len(name) :])
+        ids += renderer.tokenizer.encode(plain)
+        ids += [special[name]] if name else []
+    return ids
+
+
+def follows(renderer: Renderer, constraint: Matched, text: str) -> bool:
+    """Whether the text may come, token by token as the renderer writes it, and then the end."""
+    for token in spoken(renderer, text):
+        if token not in allowed(constraint):
+            return False
+        constraint.take(token)
+    return renderer.end_ids[0] in allowed(constraint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_is_what_the_schema_says(renderers, family):
+    grammars = Grammars(renderers[family], VOCABULARY)
+    for seed in range(3):
+        value = json.loads(walk(renderers[family], grammars.json_schema(TICKET), seed))
+        assert set(value) == {"seat", "row", "class"}
+        assert 1 <= value["row"] <= 99
+        assert value["class"] in ("first", "second")
+    assert isinstance(json.loads(_object(renderers[family], grammars)), dict)
+
+
+def _object(renderer: Renderer, grammars: Grammars) -> str:
+    constraint = grammars.json_object()
+    text = '{"a": [1, "b\\n", null], "c": {}}'
+    assert follows(renderer, constraint, text)
+    return text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boxes_as_the_family_writes_them(renderers, family):
+    renderer = renderers[family]
+    grammars = Grammars(renderer, VOCABULARY)
+    texts = {
+        "qwen": "<ref>dog</ref><box>(0,10),(500,999)</box><box>(1,1),(22,22)</box>",
+        "qwen2_vl": "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(0,10),(500,1000)"
+        "<|box_end|><|box_start|>(1,1),(22,22)<|box_end|>",
+        "qwen2_5_vl": '[{"bbox_2d": [0, 10, 5000, 999], "label": "dog"}, {"bbox_2d": [1, 1, 2, 2]}]',
+        "qwen3_vl": '[{"bbox_2d": [0, 10, 500, 1000], "label": "dog"}, {"bbox_2d": [1, 1, 2, 2]}]',
+    }
+    assert follows(renderer, grammars.boxes(), texts[family])
+    wrong = "A dog at " + texts[family]
+    assert not follows(renderer, grammars.boxes(), wrong)
+    beyond = {"qwen": "999", "qwen2_vl": "1000", "qwen2_5_vl": "5000", "qwen3_vl": "1000"}
+    too_far = texts[family].replace(beyond[family], "123456")
+    assert not follows(renderer, grammars.boxes(), too_far)
+    for seed in range(3):
+        text = walk(renderer, grammars.boxes(), seed)
+        boxes = renderer.family.read_boxes(text, (100, 100), (100, 100))
+        marks = text.count("bbox_2d") + text.count("<box>") + text.count("<|box_start|>")
+        assert len(boxes) == marks
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_a_call_of_one_of_the_functions(renderers, family):
+    renderer = renderers[family]
+    grammars = Grammars(renderer, VOCABULARY)
+    functions = [("book", TICKET), ("stop", None)]
+    called = '<tool_call>\n{"name": "book", "arguments": {"seat": "1A", "row": 7, "class": "first"}}'
+    assert follows(renderer, grammars.calls(functions), called + "\n</tool_call>")
+    other = called.replace("book", "steal")
+    assert not follows(renderer, grammars.calls(functions), other + "\n</tool_call>")
+
+
+def test_schemas_that_cannot_be_followed(renderers):
+    grammars = Grammars(renderers["qwen2_vl"], VOCABULARY)
+    for schema in (
+        {"type": "strange"},
+        {"$ref": "https://example.com/schema.json"},
+        {"$ref": "file:///etc/passwd"},
+        {"type": "string", "pattern": "(a{1000}){1000}{1000}"},
+    ):
+        with pytest.raises(UserError, match="cannot be followed") as raised:
+            grammars.json_schema(schema)
+        assert all((raised.value.where, raised.value.expected, raised.value.remedy))
+
+
+def test_spaces_do_not_go_on_for_ever(renderers):
+    renderer = renderers["qwen2_vl"]
+    constraint = Grammars(renderer, VOCABULARY).json_object()
+    assert not follows(renderer, constraint, "{" + " " * 100 + "}")
+
+
+def test_published_tokenizers(shared: Path):
+    for name, word in (("Qwen2.5-VL-7B-Instruct", "<tool_call>"), ("Qwen-VL-Chat", "<box>")):
+        renderer = Renderer(ModelFolder(shared / "qwen_assets" / name))
+        grammars = Grammars(renderer, 151936)
+        assert len(grammars.json_object().allow()) == 151936 // 32
+        constraint = grammars.json_object()
+        for token in (*renderer.tokenizer.encode('{"größe": "12 ½"}'), renderer.end_ids[0]):
+            assert token in allowed(constraint)
+            constraint.take(token)
+        assert renderer.tokenizer.encode(word)
+    called = '<tool_call>\n{"name": "book", "arguments": {}}\n</tool_call>'
+    newer = Renderer(ModelFolder(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct"))
+    # One token of its own here, several with older families.
+    assert len(newer.tokenizer.encode("<tool_call>")) == 1
+    assert follows(newer, Grammars(newer, 151936).calls([("book", None)]), called)
+
+
+def test_a_thought_is_free_and_the_answer_after_it_is_not(renderers, tmp_path):
+    folder = make_tiny(tmp_path / "thinks", family="qwen3_vl")
+    template = folder / "chat_template.json"
+    content = json.loads(template.read_text())
+    content["chat_template"] += "{# opens a thought: <think> #}"
+    template.write_text(json.dumps(content))
+    renderer = Renderer(ModelFolder(folder))
+    assert renderer.thinks
+    grammars = Grammars(renderer, VOCABULARY)
+    assert follows(renderer, grammars.json_object(), 'so {a\nor }</think>\n\n{"a": 1}')
+    assert not follows(renderer, grammars.json_object(), '{"a": 1}')
+    assert not follows(renderer, grammars.json_object(), "so</think>\n\nand more")

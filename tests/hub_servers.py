@@ -326,9 +326,9 @@ def _ms_entry(path: str, data: bytes) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(kind: type[Answering]) -> Iterator[Serving]:
+def serving(kind: type[Answering], behind: type[Answering] = Storage) -> Iterator[Serving]:
     """A hub of that kind, and the storage behind it, for as long as the block lasts."""
-    storage = Serving(Storage)
+    storage = Serving(behind)
     hub = Serving(kind, storage)
     storage.faults = hub.faults
     threads = [

@@ -28,7 +28,7 @@ COMMANDS = (
         "data export",
         "data migrate",
     ),
-    *("train", "report", "eval", "predict", "serve", "merge"),
+    *("train", "report", "eval", "predict", "serve", "merge", "export"),
 )
 
 FOLDERS = {

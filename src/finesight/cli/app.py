@@ -22,6 +22,7 @@ from finesight.cli.data_migrate import migrate
 from finesight.cli.data_show import show
 from finesight.cli.download import download
 from finesight.cli.evaluate import evaluate
+from finesight.cli.export import export
 from finesight.cli.merge import merge
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
@@ -83,6 +84,7 @@ app.command(short_help="Make the page of a run again.")(report)
 app.command(short_help="Answer questions about pictures.")(predict)
 app.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")(serve)
 app.command(short_help="Add an adapter into its base model.")(merge)
+app.command(short_help="Upload a model, convert it, or print how to serve it.")(export)
 
 
 def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:

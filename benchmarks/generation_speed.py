@@ -24,7 +24,8 @@ import torch
 from finesight.encode.encoded import Encoded, Outline, Span
 from finesight.encode.positions import rope_positions
 from finesight.hub import ModelFolder
-from finesight.infer.engine import Session
+from finesight.infer.engine import PAGE, Engine
+from finesight.infer.request import Request
 from finesight.model.network import VisionLanguageModel
 from finesight.model.weights import random_model
 
@@ -32,10 +33,10 @@ SIDE = 16
 """Tokens of the picture along each side."""
 
 
-def prompt_of(model: VisionLanguageModel, words: int = 2) -> Encoded:
+def prompt_of(model: VisionLanguageModel, words: int = 2, seed: int = 0) -> Encoded:
     """A picture of SIDE x SIDE tokens between two tokens of text."""
     vision = model.geometry.vision
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     grid = (1, SIDE * vision.merge, SIDE * vision.merge)
     tokens = SIDE**2 + words
     size = (grid[1] * vision.patch, grid[2] * vision.patch)
@@ -47,29 +48,30 @@ def prompt_of(model: VisionLanguageModel, words: int = 2) -> Encoded:
     return Encoded(outline, patches)
 
 
-@torch.no_grad()
 def measure(
     model: VisionLanguageModel, answers: int, tokens: int, recorded: bool
 ) -> dict[str, float]:
     """One generation of `tokens` tokens a row, whatever they say."""
     torch.cuda.reset_peak_memory_stats()
+    prompts = [prompt_of(model, seed=number) for number in range(answers)]
+    room = answers * (prompts[0].outline.tokens + tokens + PAGE)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    session = Session(model, [prompt_of(model)] * answers, tokens)
-    if not recorded:
-        session._recorded = None
-    logits_RV = session.prefill()
+    engine = Engine(model, (), rows=answers, tokens=room, record=recorded)
+    for prompt in prompts:
+        engine.add(Request(prompt=prompt, max_new_tokens=tokens))
+    begun: set[int] = set()
+    while len(begun) < answers:
+        begun |= {event.ticket for event in engine.step() if event.token is not None}
     torch.cuda.synchronize()
-    filled = time.perf_counter()
-    for _ in range(tokens - 1):
-        next_R = logits_RV.argmax(dim=-1)
-        next_R.tolist()
-        logits_RV = session.step(next_R)
+    filled, left = time.perf_counter(), 0
+    while engine.busy:
+        left += sum(event.token is not None for event in engine.step())
     torch.cuda.synchronize()
     seconds = time.perf_counter() - filled
     return {
-        "tokens_per_second": round(answers * (tokens - 1) / seconds, 1),
-        "ms_per_step": round(1e3 * seconds / (tokens - 1), 2),
+        "tokens_per_second": round(left / seconds, 1),
+        "ms_per_step": round(1e3 * seconds * answers / left, 2),
         "prompt_ms": round(1e3 * (filled - start), 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }

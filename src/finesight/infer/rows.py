@@ -18,6 +18,7 @@ from finesight.encode.encoded import Encoded, Span
 from finesight.encode.pack import PackedBatch
 from finesight.infer.cache import Chunk, PagedCache, PromptAttention, StepAttention, has_kernels
 from finesight.infer.pages import picture_digests
+from finesight.infer.quick import is_quick, quick_step
 from finesight.infer.recorded import Recorded
 from finesight.model.network import VisionLanguageModel
 from finesight.model.runs import upload
@@ -73,6 +74,7 @@ class Rows:
         self._positions_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
         recordable = record and model.recordable and has_kernels(self.cache)
         self._recorded = Recorded(self.device) if recordable else None
+        self._is_quick = is_quick(model)
         self._pictures = _Pictures()
         readers = model.readers
         if readers is not None:
@@ -144,8 +146,12 @@ class Rows:
         if self.model.readers is not None:
             self.model.readers.mask_TN = self._masks_RN[:rows]
         attention = StepAttention(self.cache, rows, longest)
-        h_RW = self.model.step(self.ids_R[:rows], positions_R.expand(3, -1), attention)
-        logits_RV = self.model.logits(self.model.normed(h_RW))
+        ids_R, positions_3R = self.ids_R[:rows], positions_R.expand(3, -1)
+        if self._is_quick:
+            logits_RV = quick_step(self.model, ids_R, positions_3R, attention)
+        else:
+            h_RW = self.model.step(ids_R, positions_3R, attention)
+            logits_RV = self.model.logits(self.model.normed(h_RW))
         self.ids_R[:rows].copy_(logits_RV.argmax(-1))
         return logits_RV
 

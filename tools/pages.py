@@ -28,7 +28,7 @@ COMMANDS = (
         "data export",
         "data migrate",
     ),
-    *("train", "report", "eval", "predict", "serve", "merge", "export"),
+    *("train", "report", "eval", "predict", "chat", "web", "serve", "merge", "export"),
 )
 
 FOLDERS = {

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from finesight import __version__
+from finesight.cli.chat import chat
 from finesight.cli.data_check import check
 from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
@@ -29,6 +30,7 @@ from finesight.cli.quickstart import quickstart
 from finesight.cli.report import report
 from finesight.cli.serve import serve
 from finesight.cli.train import train
+from finesight.cli.web import web
 from finesight.errors import Interrupted, UserError
 
 BAD_INPUT = 2
@@ -82,6 +84,8 @@ app.command(short_help="Tune a model as a recipe says.")(train)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
 app.command(short_help="Make the page of a run again.")(report)
 app.command(short_help="Answer questions about pictures.")(predict)
+app.command(short_help="Talk with a model in the terminal.")(chat)
+app.command(short_help="Talk with a model in a browser.")(web)
 app.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")(serve)
 app.command(short_help="Add an adapter into its base model.")(merge)
 app.command(short_help="Upload a model, convert it, or print how to serve it.")(export)

@@ -43,9 +43,8 @@ WRONG_PASSWORD_SECONDS = 1.0
 
 _POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-eval'{nonce}; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; media-src 'self' blob:;"
-    " worker-src 'self' blob:; manifest-src 'self'; form-action 'self'; base-uri 'self';"
-    " frame-ancestors 'none'"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self';"
+    " worker-src 'self' blob:; form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
 )
 _FILE_POLICY = "default-src 'none'; sandbox"
 
@@ -180,7 +179,9 @@ class Guard:
 
         await self.app({**scope, "headers": plain}, receive, kept)
         nonce = secrets.token_urlsafe(16)
-        page = re.sub(rb"<script(?=[\s>])", b'<script nonce="%s"' % nonce.encode(), b"".join(parts))
+        # Gradio offers itself for installation as an app, which this page is not.
+        page = re.sub(rb'<link rel="manifest"[^>]*>', b"", b"".join(parts))
+        page = re.sub(rb"<script(?=[\s>])", b'<script nonce="%s"' % nonce.encode(), page)
         kind = Headers(raw=begun[0]["headers"]).get("content-type")
         response = Response(page, begun[0]["status"], media_type=kind)
         await response(

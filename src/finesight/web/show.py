@@ -12,6 +12,9 @@ from finesight.infer.draw import COLOURS
 from finesight.infer.talk import Reply, Turn
 from finesight.web.visitors import Shown, Visitor
 
+BOXED = (320, 640)
+"""Least and most pixels of the width of a picture with boxes; its height has the same most."""
+
 
 def turns_html(visitor: Visitor, turns: Sequence[Turn], first: int = 0) -> str:
     """Turns one below the other; `first` is the number of the first, from 0."""
@@ -91,8 +94,10 @@ def _facts(visitor: Visitor, reply: Reply) -> Markup:
 
 def _boxed(visitor: Visitor, shown: Shown, boxes: Sequence[BoxPart]) -> Markup:
     drawn = Markup("").join(_box(shown, box, number) for number, box in enumerate(boxes))
-    return Markup('<figure class="boxed" style="aspect-ratio:{}/{}">{}{}</figure>').format(
-        shown.width, shown.height, _picture(visitor, shown, ""), drawn
+    # Small pictures are enlarged, large ones made to fit, so that boxes can be seen.
+    wide = min(max(shown.width, BOXED[0]), BOXED[1], BOXED[1] * shown.width // shown.height)
+    return Markup('<figure class="boxed" style="width:{}px">{}{}</figure>').format(
+        max(wide, 1), _picture(visitor, shown, ""), drawn
     )
 
 

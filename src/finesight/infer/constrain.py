@@ -35,7 +35,7 @@ WIDEST = 99_999
 """The largest pixel that a box of Qwen2.5-VL may name."""
 
 # A model that may write spaces for ever will, where it does not know how to go on.
-_SPACED = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,24}"}}
+_SPACED = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
 _ANY_OBJECT: Schema = {"type": "object"}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded
 from finesight.errors import UserError
 from finesight.infer.cache import token_bytes
-from finesight.infer.pages import Key, Pages, keys_of
+from finesight.infer.pages import Key, Pages, grown, keys_of, picture_digests
 from finesight.infer.request import Event, Finish, Request, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.infer.sampler import Chooser, Chosen, choose
@@ -48,6 +48,7 @@ class _Answer:
     ticket: int
     request: Request
     prompt: Prompt
+    reader: str
     keys: list[Key]
     known: int
     chooser: Chooser
@@ -144,12 +145,16 @@ class Engine:
                 expected=f"an answer of up to {room} tokens: so much room has the cache",
                 remedy="ask for a shorter answer, or with less text or smaller pictures",
             )
+        pictures = request.pictures
+        if pictures is None:
+            pictures = picture_digests(request.prompt)
         reader = f"{request.adapter} {self.model.geometry.language.reading(outline.tokens)}"
         answer = _Answer(
             ticket=next(self._tickets),
             request=request,
-            prompt=Prompt(request.prompt, [], request.adapter),
-            keys=keys_of(request.prompt, self.page, reader),
+            prompt=Prompt(request.prompt, [], request.adapter, pictures),
+            reader=reader,
+            keys=keys_of(outline, pictures, self.page, reader),
             known=0,
             chooser=Chooser(request.sampling, request.logprobs, request.constraint, outline.ids_T),
         )
@@ -319,8 +324,17 @@ class Engine:
         if answer in self._reading:
             self._reading.remove(answer)
         self._leaving.append(answer)
+        self._know_whole(answer)
         self.pages.give_back(answer.prompt.pages)
         answer.prompt.pages = []
+
+    def _know_whole(self, answer: _Answer) -> None:
+        """What was asked and said may be what the next question of the talk begins with. Keys and
+        values of the last token are not there."""
+        if answer.made:
+            outline = grown(answer.request.prompt.outline, answer.made[:-1])
+            keys = keys_of(outline, answer.prompt.pictures, self.page, answer.reader)
+            self.pages.know(keys, answer.prompt.pages[: len(keys)])
 
     def _leave(self) -> None:
         """Let rows that are done grow no more; the last rows take their places. Not while tokens

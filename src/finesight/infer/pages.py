@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from finesight.encode.encoded import Encoded
+from finesight.encode.encoded import Encoded, Outline
 
 Key = bytes
 """A digest of a prompt up to the end of a page."""
@@ -84,10 +85,9 @@ class Pages:
                     self._free.append(page)
 
 
-def keys_of(prompt: Encoded, page: int, reader: str) -> list[Key]:
-    """Of each page of `page` tokens that the prompt fills."""
-    outline = prompt.outline
-    pictures = picture_digests(prompt)
+def keys_of(outline: Outline, pictures: Sequence[bytes], page: int, reader: str) -> list[Key]:
+    """Of each page of `page` tokens that a sequence fills; `pictures` are the digests of its spans,
+    `reader` says who reads it."""
     keys: list[Key] = []
     before = hashlib.sha256(reader.encode()).digest()
     for end in range(page, outline.tokens + 1, page):
@@ -103,7 +103,19 @@ def keys_of(prompt: Encoded, page: int, reader: str) -> list[Key]:
     return keys
 
 
-def picture_digests(prompt: Encoded) -> list[bytes]:
+def grown(outline: Outline, ids: Sequence[int]) -> Outline:
+    """A prompt with tokens of its answer after it: text, whose positions go on from the largest."""
+    first = outline.positions_3T.max() + 1
+    following = np.arange(first, first + len(ids), dtype=outline.positions_3T.dtype)
+    return replace(
+        outline,
+        ids_T=np.concatenate([outline.ids_T, np.array(ids, dtype=outline.ids_T.dtype)]),
+        learned_T=np.concatenate([outline.learned_T, np.zeros(len(ids), dtype=np.bool_)]),
+        positions_3T=np.concatenate([outline.positions_3T, np.tile(following, (3, 1))], axis=1),
+    )
+
+
+def picture_digests(prompt: Encoded) -> tuple[bytes, ...]:
     """Of the pixels of each picture or video, as the model sees them."""
     digests = []
     start = 0
@@ -113,4 +125,4 @@ def picture_digests(prompt: Encoded) -> list[bytes]:
         digest.update(np.ascontiguousarray(prompt.patches_ND[start : start + patches]).data)
         digests.append(digest.digest())
         start += patches
-    return digests
+    return tuple(digests)

@@ -1,6 +1,6 @@
 """Triton kernels of a step that fuse what lies between two readings of weights: a product of one
-row with the norm before it or the gate or sum after it (of more rows, torch's are as quick), and the
-turn of new heads on their way into the cache.
+row with the norm before it or the gate or sum after it (of more rows, torch's are as quick), and
+the turn of new heads on their way into the cache.
 
 Sums are fp32; what the eager layers round to 16 bits on the way to a product is rounded once less
 here. Shapes: R rows, I inputs, O outputs, H query heads, K key heads, D head width. Imported only

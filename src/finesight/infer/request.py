@@ -122,7 +122,7 @@ class Delta:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A question to the engine: `adapter` is the number of one that the model carries, None for the
-    model without any."""
+    model without any; `pictures` are digests of what the prompt shows."""
 
     prompt: Encoded
     max_new_tokens: int
@@ -130,6 +130,7 @@ class Request:
     logprobs: int | None = None
     constraint: Constraint | None = None
     adapter: int | None = None
+    pictures: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded, Span
 from finesight.encode.pack import PackedBatch
 from finesight.infer.cache import Chunk, PagedCache, PromptAttention, StepAttention, has_kernels
-from finesight.infer.pages import picture_digests
 from finesight.infer.quick import is_quick, quick_step
 from finesight.infer.recorded import Recorded
 from finesight.model.network import VisionLanguageModel
@@ -30,12 +29,13 @@ of the 7B models, more of smaller ones."""
 
 @dataclass(slots=True)
 class Prompt:
-    """A prompt in its pages, read up to `read`; `features` are those of its pictures that are still
-    to be read, by span."""
+    """A prompt in its pages, read up to `read`; `pictures` are the digests of what it shows,
+    `features` those of it that are still to be read, by span."""
 
     encoded: Encoded
     pages: list[int]
     adapter: int | None
+    pictures: tuple[bytes, ...]
     read: int = 0
     features: list[Tensor | None] = field(default_factory=list)
 
@@ -196,8 +196,7 @@ def see(model: VisionLanguageModel, prompts: Sequence[Prompt], known: _Pictures)
             continue
         spans = prompt.encoded.outline.spans
         prompt.features = [None] * len(spans)
-        digests = picture_digests(prompt.encoded)
-        for number, (span, digest) in enumerate(zip(spans, digests, strict=True)):
+        for number, (span, digest) in enumerate(zip(spans, prompt.pictures, strict=True)):
             if span.stop > prompt.read:
                 prompt.features[number] = known.get(prompt.adapter, digest)
                 if prompt.features[number] is None:

@@ -16,6 +16,7 @@ from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.infer.engine import Engine, cache_tokens
 from finesight.infer.load import Answerer
+from finesight.infer.pages import picture_digests
 from finesight.infer.predict import Prediction, read_prediction
 from finesight.infer.request import Delta, Event, Finish, Options, Request, Token, Usage
 from finesight.infer.spoken import Spoken
@@ -234,6 +235,7 @@ class Service:
             logprobs=options.logprobs,
             constraint=options.constraint,
             adapter=adapter,
+            pictures=picture_digests(prompt),
         )
         with self._lock:
             self._check_waiting()

@@ -10,6 +10,9 @@ from finesight.encode.tokenizer import TextTokenizer
 _BROKEN = "�"
 """What a decoder writes for bytes that are no whole character yet."""
 
+_FEW, _MANY = 8, 64
+"""Of broken tokens so many are decoded again and again, at least and at most."""
+
 _END_OF_THOUGHT = CLOSED.strip("\n")
 
 
@@ -28,7 +31,7 @@ class Spoken:
         self._tokenizer, self._end_ids, self._stop = tokenizer, end_ids, tuple(stop)
         self._thinks = thinks
         self._ids: list[int] = []
-        self._sure, self._before = 0, 0
+        self._sure, self._before, self._known = 0, 0, 0
         self._pending = ""
         self.text = ""
         """All that was said."""
@@ -40,19 +43,35 @@ class Spoken:
         if token in self._end_ids or self.stopped:
             return ""
         self._ids.append(token)
-        known = self._decode(self._ids[self._before : self._sure])
-        grown = self._decode(self._ids[self._before :])
-        if grown.endswith(_BROKEN) and len(self._ids) - self._sure < 4:
-            return ""
-        self._before, self._sure = self._sure, len(self._ids)
-        return self._say(grown[len(known) :], last=False)
+        return self._say(self._new(last=False), last=False)
 
     def finish(self) -> str:
         """What was kept back, when no more tokens come."""
-        known = self._decode(self._ids[self._before : self._sure])
+        return self._say(self._new(last=True), last=True)
+
+    def _new(self, *, last: bool) -> str:
+        """What is decoded by now and was not before. Only the last character can be incomplete, and
+        then one replacement character stands for it, whatever comes after."""
         grown = self._decode(self._ids[self._before :])
-        self._sure = self._before = len(self._ids)
-        return self._say(grown[len(known) :], last=True)
+        whole = grown if last else grown.removesuffix(_BROKEN)
+        new = whole[self._known :]
+        if whole == grown:
+            self._before, self._sure = self._sure, len(self._ids)
+            self._known = len(self._decode(self._ids[self._before :]))
+        else:
+            self._known = len(whole)
+            self._shorten(grown)
+        return new
+
+    def _shorten(self, grown: str) -> None:
+        """Let tokens go where too many are broken: all but a few, if nothing lies across."""
+        at = len(self._ids) - _FEW
+        if at - self._before < _MANY:
+            return
+        head, tail = self._decode(self._ids[self._before : at]), self._decode(self._ids[at:])
+        if head + tail == grown:
+            self._known -= len(head)
+            self._before = self._sure = at
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special=True) if ids else ""

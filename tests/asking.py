@@ -1,19 +1,25 @@
-"""Pictures and questions made on the spot, and generation the slow way to compare with."""
+"""Pictures and questions made on the spot, answers token by token, and the slow way to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import pack
+from finesight.errors import UserError
+from finesight.infer.engine import SMALL_PAGE, Engine
+from finesight.infer.request import Event, Finish, Token
+from finesight.infer.rows import Prompt, Rows
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.network import VisionLanguageModel
 
@@ -53,20 +59,125 @@ def mixed_questions(folder: Path) -> list[Located]:
     ]
 
 
+class Forced:
+    """A constraint that allows one token after another, whatever the model would say."""
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
+        self._left, self._numbers = list(tokens), -(-vocabulary // 32)
+        self.taken: list[int] = []
+
+    def allow(self) -> NDArray[np.int32]:
+        bits = np.zeros(self._numbers, dtype=np.uint32)
+        # A card asks once more after the last token, before it knows that it was the last one.
+        token = self._left[min(len(self.taken), len(self._left) - 1)]
+        bits[token // 32] = 1 << token % 32
+        return bits.view(np.int32)
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+
+@dataclass
+class Told:
+    """What an engine has told of a request."""
+
+    tokens: list[Token] = field(default_factory=list)
+    finish: Finish | None = None
+    error: UserError | None = None
+    known: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    def hear(self, event: Event) -> None:
+        """Nothing may come after the end."""
+        assert self.finish is None, f"{event} after the end"
+        assert self.error is None, f"{event} after an error"
+        if event.token is not None:
+            self.tokens.append(event.token)
+        self.finish, self.error, self.known = event.finish, event.error, event.known
+
+
+def listen(engine: Engine, told: dict[int, Told]) -> None:
+    """Step until the engine has nothing to do, and note what it tells, by ticket."""
+    while engine.busy:
+        for event in engine.step():
+            told.setdefault(event.ticket, Told()).hear(event)
+
+
+@dataclass
+class Grown:
+    """An answer's tokens and the logits [V] behind each."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def grow(
+    model: VisionLanguageModel,
+    prompts: Sequence[Encoded],
+    steps: int,
+    *,
+    chunk: int | None = None,
+    drop_after: int | None = None,
+    spoken: Sequence[Sequence[int]] | None = None,
+) -> list[Grown]:
+    """Answers by the cache, all at once: prompts are read `chunk` tokens at a time; after
+    `drop_after` steps every second row leaves; `spoken` tokens are said in place of the most
+    probable ones."""
+    needed = [-(-(prompt.outline.tokens + steps) // SMALL_PAGE) for prompt in prompts]
+    rows = Rows(model, rows=len(prompts), pages=sum(needed) + 1, page=SMALL_PAGE)
+    # In no order: what belongs together lies anywhere.
+    free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
+    asked = [
+        Prompt(prompt, [free.pop() for _ in range(number)], None)
+        for prompt, number in zip(prompts, needed, strict=True)
+    ]
+    found = [Grown() for _ in prompts]
+
+    def say(who: int, logits_V: Tensor) -> Tensor:
+        answer = found[who]
+        token = int(logits_V.argmax()) if spoken is None else spoken[who][len(answer.tokens)]
+        answer.tokens.append(token)
+        answer.logits.append(logits_V.clone())
+        return torch.tensor([token], device=logits_V.device)
+
+    owner: list[int] = []
+    while unread := [n for n, prompt in enumerate(asked) if prompt.read < prompt.tokens]:
+        together = [asked[n] for n in unread]
+        stops = [min(p.tokens, p.read + (chunk or p.tokens)) for p in together]
+        logits_RV = rows.read(together, stops)
+        done = [n for n in unread if asked[n].read == asked[n].tokens]
+        for who, logits_V in zip(done, () if logits_RV is None else logits_RV, strict=True):
+            rows.start(len(owner), asked[who], say(who, logits_V))
+            owner.append(who)
+    for step in range(1, steps):
+        if step - 1 == drop_after:
+            for row in reversed(range(0, len(owner), 2)):
+                last = owner.pop()
+                rows.stop(row, len(owner))
+                if row < len(owner):
+                    owner[row] = last
+        longest = max(asked[who].tokens for who in owner) + step
+        logits_RV = rows.step(len(owner), longest)
+        for row, who in enumerate(owner):
+            rows.ids_R[row : row + 1] = say(who, logits_RV[row])
+    return found
+
+
 @torch.no_grad()
-def generate_uncached(
-    model: VisionLanguageModel, prompt: Encoded, steps: int
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Greedy tokens and the logits [V] behind each, the whole sequence run anew for each token."""
-    tokens: list[int] = []
-    logits: list[torch.Tensor] = []
+def generate_uncached(model: VisionLanguageModel, prompt: Encoded, steps: int) -> Grown:
+    """The most probable tokens, the whole sequence run anew for each."""
+    grown = Grown()
     for _ in range(steps):
-        batch = pack([_continued(prompt, tokens)]).to(model.head_weight.device)
+        batch = pack([_continued(prompt, grown.tokens)]).to(model.head_weight.device)
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         h_TD = model.read(batch, PackedAttention(segments))
-        logits.append(model.logits(model.normed(h_TD[-1:]))[0])
-        tokens.append(int(logits[-1].argmax()))
-    return tokens, logits
+        grown.logits.append(model.logits(model.normed(h_TD[-1:]))[0])
+        grown.tokens.append(int(grown.logits[-1].argmax()))
+    return grown
 
 
 def _continued(prompt: Encoded, tokens: Sequence[int]) -> Encoded:

@@ -1,35 +1,54 @@
-"""Cached generation = uncached; batched generation = single (principle 6)."""
+"""Cached generation = uncached; batched = single; streamed = at once (principle 6)."""
 
 from __future__ import annotations
 
 import copy
 import gc
-from itertools import chain
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from asking import generate_uncached, mixed_questions
+from asking import (
+    Forced,
+    Grown,
+    Told,
+    generate_uncached,
+    grow,
+    listen,
+    mixed_questions,
+)
 
+from finesight.data.jsonl import Located
 from finesight.encode.encoded import Encoded
-from finesight.encode.pack import plan_packs
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
-from finesight.infer import engine
-from finesight.infer.engine import PREFILL_TOKENS, Session, generate
+from finesight.infer import engine as engine_area
+from finesight.infer.engine import Engine, generate
+from finesight.infer.load import Answerer
+from finesight.infer.request import Options, Request, Sampling
+from finesight.infer.service import Service
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 
 STEPS = 9
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(
-    scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
-)
-def asked(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[VisionLanguageModel, list[Encoded]]:
+class Asked(NamedTuple):
+    model: VisionLanguageModel
+    renderer: Renderer
+    questions: list[Located]
+    prompts: list[Encoded]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     """A random model and prompts for it, with weights large enough that attention matters."""
+    if request.param == "qwen":
+        pytest.importorskip("tiktoken")
     folder = tmp_path_factory.mktemp(request.param)
     # Of the others' seed an answer is one token again and again, by chance.
     seed = 2 if request.param == "qwen3_vl_moe" else 0
@@ -40,161 +59,221 @@ def asked(
             if parameter.ndim > 1 and name.startswith("model.layers"):
                 parameter.mul_(2)
     renderer = Renderer(tiny)
-    return model, [renderer.prompt(question) for question in mixed_questions(folder)]
+    questions = mixed_questions(folder)
+    return Asked(model, renderer, questions, [renderer.prompt(one) for one in questions])
 
 
 @pytest.fixture(scope="module")
-def uncached(
-    asked: tuple[VisionLanguageModel, list[Encoded]],
-) -> list[tuple[list[int], list[torch.Tensor]]]:
-    model, prompts = asked
-    return [generate_uncached(model, prompt, STEPS) for prompt in prompts]
+def uncached(asked: Asked) -> list[Grown]:
+    return [generate_uncached(asked.model, prompt, STEPS) for prompt in asked.prompts]
 
 
-@torch.no_grad()
-def _grown(
-    model: VisionLanguageModel,
-    prompts: list[Encoded],
-    drop_after: int | None = None,
-    prefill_tokens: int = PREFILL_TOKENS,
-    spoken: list[list[int]] | None = None,
-) -> list[tuple[list[int], list[torch.Tensor]]]:
-    """Tokens and logits of each prompt by the cache; after `drop_after` steps every second row
-    leaves the batch; `spoken` tokens are said in place of the most probable ones."""
-    session = Session(model, prompts, STEPS, prefill_tokens)
-    owner = list(range(len(prompts)))
-    grown: list[tuple[list[int], list[torch.Tensor]]] = [([], []) for _ in prompts]
-    logits_RV = session.prefill()
-    for step in range(STEPS):
-        next_R = logits_RV.argmax(-1)
-        if spoken is not None:
-            next_R = torch.tensor([spoken[who][step] for who in owner], device=next_R.device)
-        for row, who in enumerate(owner):
-            grown[who][0].append(int(next_R[row]))
-            grown[who][1].append(logits_RV[row].clone())
-        if step == drop_after:
-            order = session.keep(range(1, len(owner), 2))
-            owner, next_R = [owner[row] for row in order], next_R[order]
-        if step + 1 < STEPS:
-            logits_RV = session.step(next_R)
-    return grown
-
-
-def _assert_equal(
-    found: tuple[list[int], list[torch.Tensor]], wanted: tuple[list[int], list[torch.Tensor]]
-) -> None:
-    assert found[0] == wanted[0]
-    for found_V, wanted_V in zip(found[1], wanted[1], strict=True):
+def _assert_equal(found: Grown, wanted: Grown) -> None:
+    assert found.tokens == wanted.tokens
+    for found_V, wanted_V in zip(found.logits, wanted.logits, strict=True):
         assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
 
 
-def test_answers_differ_between_questions_and_steps(asked, uncached):
+def test_answers_differ_between_questions_and_steps(uncached):
     # Otherwise the equalities below would hold for a model that ignores what it is asked.
-    answers = [tuple(tokens) for tokens, _ in uncached]
+    answers = [tuple(grown.tokens) for grown in uncached]
     assert len(set(answers)) == len(answers)
     assert all(len(set(answer)) > 2 for answer in answers)
 
 
 def test_cached_equals_uncached(asked, uncached):
-    model, prompts = asked
-    for prompt, wanted in zip(prompts, uncached, strict=True):
-        _assert_equal(_grown(model, [prompt])[0], wanted)
+    for prompt, wanted in zip(asked.prompts, uncached, strict=True):
+        _assert_equal(grow(asked.model, [prompt], STEPS)[0], wanted)
 
 
 def test_batched_equals_single(asked, uncached):
-    model, prompts = asked
-    for found, wanted in zip(_grown(model, prompts), uncached, strict=True):
+    for found, wanted in zip(grow(asked.model, asked.prompts, STEPS), uncached, strict=True):
         _assert_equal(found, wanted)
 
 
 def test_rows_that_leave_the_batch_do_not_change_the_others(asked, uncached):
-    model, prompts = asked
-    grown = _grown(model, prompts, drop_after=3)
+    grown = grow(asked.model, asked.prompts, STEPS, drop_after=3)
     for found, wanted in zip(grown[1::2], uncached[1::2], strict=True):
         _assert_equal(found, wanted)
     for found, wanted in zip(grown[::2], uncached[::2], strict=True):
-        _assert_equal(found, (wanted[0][:4], wanted[1][:4]))
+        _assert_equal(found, Grown(wanted.tokens[:4], wanted.logits[:4]))
 
 
-def test_prefill_in_pieces_equals_prefill_at_once(asked, uncached):
-    model, prompts = asked
-    lengths = [prompt.outline.tokens for prompt in prompts]
-    # A budget at which a later prompt joins an earlier pack, so rows are not filled in order.
-    budget = next(
-        tokens
-        for tokens in range(max(lengths), sum(lengths))
-        if sorted(flat := list(chain(*plan_packs(lengths, tokens)))) != flat
-    )
-    grown = _grown(model, prompts, prefill_tokens=budget)
-    for found, wanted in zip(grown, uncached, strict=True):
+@pytest.mark.parametrize("chunk", [1, 3, 16, 17, 40])
+def test_prompts_read_in_chunks_equal_prompts_read_at_once(asked, uncached, chunk):
+    for found, wanted in zip(
+        grow(asked.model, asked.prompts, STEPS, chunk=chunk), uncached, strict=True
+    ):
         _assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("budgets", [(1, 1), (7, 3), (40, 16), (64, 5), (200, 200)])
+def test_every_budget_of_prompts_gives_the_same_answers(asked, uncached, budgets, monkeypatch):
+    monkeypatch.setattr(engine_area, "PREFILL_TOKENS", budgets[0])
+    monkeypatch.setattr(engine_area, "BESIDE_TOKENS", budgets[1])
+    found = generate(asked.model, asked.prompts, max_new_tokens=STEPS, end_ids=())
+    assert found == [grown.tokens for grown in uncached]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 6])
 def test_generate_gives_answers_in_order_whatever_the_batch(asked, uncached, batch):
-    model, prompts = asked
     answers = [
         answer
-        for start in range(0, len(prompts), batch)
+        for start in range(0, len(asked.prompts), batch)
         for answer in generate(
-            model, prompts[start : start + batch], max_new_tokens=STEPS, end_ids=()
+            asked.model, asked.prompts[start : start + batch], max_new_tokens=STEPS, end_ids=()
         )
     ]
-    assert answers == [tokens for tokens, _ in uncached]
+    assert answers == [grown.tokens for grown in uncached]
 
 
 def test_one_token_is_enough(asked, uncached):
-    model, prompts = asked
-    found = generate(model, prompts, max_new_tokens=1, end_ids=())
-    assert found == [tokens[:1] for tokens, _ in uncached]
+    found = generate(asked.model, asked.prompts, max_new_tokens=1, end_ids=())
+    assert found == [grown.tokens[:1] for grown in uncached]
 
 
 def test_answers_end_with_the_first_end_token(asked, uncached):
-    model, prompts = asked
     # Tokens that really come, at different steps of different answers.
-    end_ids = {uncached[0][0][0], uncached[1][0][2], uncached[2][0][4], uncached[3][0][6]}
+    end_ids = {uncached[n].tokens[step] for n, step in ((0, 0), (1, 2), (2, 4), (3, 6))}
     wanted = []
-    for tokens, _ in uncached:
+    for grown in uncached:
+        tokens = grown.tokens
         stop = next((i for i, token in enumerate(tokens) if token in end_ids), STEPS - 1)
         wanted.append(tokens[: stop + 1])
     assert len({len(answer) for answer in wanted}) > 2, wanted
-    found = generate(model, prompts, max_new_tokens=STEPS, end_ids=tuple(end_ids))
+    found = generate(asked.model, asked.prompts, max_new_tokens=STEPS, end_ids=tuple(end_ids))
     assert found == wanted
 
 
 def test_generation_in_bfloat16_runs_through_the_same_path(asked):
-    model, prompts = asked
-    narrow = copy.deepcopy(model).to(torch.bfloat16)
-    answers = generate(narrow, prompts, max_new_tokens=3, end_ids=())
-    assert [len(answer) for answer in answers] == [3] * len(prompts)
+    narrow = copy.deepcopy(asked.model).to(torch.bfloat16)
+    answers = generate(narrow, asked.prompts, max_new_tokens=3, end_ids=())
+    assert [len(answer) for answer in answers] == [3] * len(asked.prompts)
+
+
+def _requests(asked: Asked) -> list[Callable[[], Request]]:
+    """Requests of every kind, made anew each time: a constraint is for one answer."""
+    vocabulary = asked.model.geometry.language.vocabulary
+    said = [5 * step % 300 + 40 for step in range(STEPS)]
+    kinds: list[Callable[[], dict[str, Any]]] = [
+        dict,
+        lambda: {"sampling": Sampling(temperature=1.5, seed=3)},
+        lambda: {"sampling": Sampling(temperature=2.0, top_k=9, top_p=0.8, seed=4)},
+        lambda: {"sampling": Sampling(repetition_penalty=1.3), "logprobs": 3},
+        lambda: {"constraint": Forced(said, vocabulary), "logprobs": 0},
+        lambda: {
+            "sampling": Sampling(temperature=1.0, repetition_penalty=1.2, seed=-1),
+            "constraint": Forced(said[::-1], vocabulary),
+        },
+    ]
+    return [
+        lambda prompt=prompt, kind=kind, tokens=tokens: Request(
+            prompt=prompt, max_new_tokens=tokens, **kind()
+        )
+        for n, prompt in enumerate(asked.prompts)
+        for kind, tokens in ((kinds[n], STEPS), (kinds[(n + 1) % len(kinds)], 1 + n))
+    ]
+
+
+def _alone(model: VisionLanguageModel, request: Request) -> Told:
+    engine = Engine(model, (), rows=1, tokens=1024)
+    told: dict[int, Told] = {}
+    ticket = engine.add(request)
+    listen(engine, told)
+    return told[ticket]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "late"), [(12, 4096, 0), (5, 512, 0), (12, 4096, 1)])
+def test_answers_are_the_same_alone_as_among_mixed_requests(asked, rows, tokens, late):
+    """Requests come one by one, while earlier ones grow, end, and are cancelled."""
+    wanted = [_alone(asked.model, request()) for request in _requests(asked)]
+    assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) == 6
+    engine = Engine(asked.model, (), rows=rows, tokens=tokens)
+    engine._late = late
+    told: dict[int, Told] = {}
+    tickets = []
+    for number, request in enumerate(_requests(asked)):
+        gone = engine.add(_requests(asked)[(number + 4) % len(wanted)]())
+        tickets.append(engine.add(request()))
+        for _ in range(number % 3):
+            for event in engine.step():
+                told.setdefault(event.ticket, Told()).hear(event)
+        engine.cancel(gone)
+    listen(engine, told)
+    for ticket, alone in zip(tickets, wanted, strict=True):
+        found = told[ticket]
+        assert (found.ids, found.finish) == (alone.ids, "length")
+        for token, other in zip(found.tokens, alone.tokens, strict=True):
+            assert (token.logprob is None) == (other.logprob is None)
+            if token.logprob is not None:
+                assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+                assert [id_ for id_, _ in token.top] == [id_ for id_, _ in other.top]
+    assert engine.pages.free == engine.pages.number - 1
+
+
+def test_answers_are_the_same_streamed_as_at_once(asked):
+    """By the service, in text and tokens, all together, against one alone at once."""
+    answerer = Answerer(asked.model, asked.renderer, {"tiny": None})
+    service = Service(answerer, rows=4, cache_bytes=1 << 22)
+    try:
+        options = Options(max_new_tokens=STEPS)
+        answering = [service.ask(question, options) for question in asked.questions]
+        deltas = [list(answer) for answer in answering]
+    finally:
+        service.close()
+    for prompt, answer, came in zip(asked.prompts, answering, deltas, strict=True):
+        end_ids = asked.renderer.end_ids
+        (ids,) = generate(asked.model, [prompt], max_new_tokens=STEPS, end_ids=end_ids)
+        assert [token.id for delta in came for token in delta.tokens] == ids == answer.ids
+        assert "".join(delta.text for delta in came) == asked.renderer.answer(ids).text
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@on_card
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
 )
+@pytest.mark.parametrize("chunk", [None, 17])
 def test_batched_and_cached_on_a_card_equals_single_and_uncached(
-    tmp_path, family, dtype, tolerance, monkeypatch
+    tmp_path, family, dtype, tolerance, chunk
 ):
-    # Several recordings, and recordings for fewer rows after some have left.
-    monkeypatch.setattr(engine, "EVEN", 4)
     # The tokens of one are given to the other: in 16 bits near ties would lead them apart.
+    # Recordings of several numbers of rows: half of them leave.
     tiny = ModelFolder(make_tiny(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
     prompts = [Renderer(tiny).prompt(question) for question in mixed_questions(tmp_path)]
     single = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
-    spoken = [tokens for tokens, _ in single]
-    for found, wanted in zip(_grown(model, prompts, 3, spoken=spoken), single, strict=True):
-        assert len(found[1]) in (4, STEPS)
-        for found_V, wanted_V in zip(found[1], wanted[1], strict=False):
+    spoken = [grown.tokens for grown in single]
+    batched = grow(model, prompts, STEPS, chunk=chunk, drop_after=3, spoken=spoken)
+    for found, wanted in zip(batched, single, strict=True):
+        assert len(found.logits) in (4, STEPS)
+        for found_V, wanted_V in zip(found.logits, wanted.logits, strict=False):
             difference = (found_V.float() - wanted_V.float()).abs().max()
             assert difference <= tolerance * wanted_V.abs().max()
 
 
+def _on_card(asked: Asked, record: bool) -> list[Told]:
+    """All requests at once, by an engine whose host is a step behind."""
+    model = copy.deepcopy(asked.model).cuda()
+    engine = Engine(model, (), rows=12, tokens=8192, record=record)
+    tickets = [engine.add(request()) for request in _requests(asked)]
+    told: dict[int, Told] = {}
+    listen(engine, told)
+    return [told[ticket] for ticket in tickets]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_card
+@pytest.mark.parametrize("record", [False, True])
+def test_mixed_requests_on_a_card_are_those_of_the_cpu(asked, record):
+    """fp32, with and without CUDA graphs."""
+    wanted = [_alone(asked.model, request()) for request in _requests(asked)]
+    assert [told.ids for told in _on_card(asked, record)] == [told.ids for told in wanted]
+
+
+@pytest.mark.gpu
+@on_card
 def test_a_generation_leaves_no_memory_behind(tmp_path):
     tiny = ModelFolder(make_tiny(tmp_path / "tiny"))
     model = load_model(tiny, torch.bfloat16, torch.device("cuda")).eval()

@@ -116,6 +116,16 @@ class Engine:
         """Requests that have none yet."""
         return len(self._waiting)
 
+    @property
+    def pages_free(self) -> int:
+        """Pages of the cache that may be taken."""
+        return self.pages.free
+
+    @property
+    def pages_in_all(self) -> int:
+        """Pages of the cache."""
+        return self.pages.number - 1
+
     def room_for(self, prompt: Encoded) -> int:
         """The longest answer that there is room for. Raises UserError where there is none."""
         last = _last_position(prompt, self.model.geometry.language.positions)

@@ -1,7 +1,9 @@
-"""Greedy generation by transformers, for families without native code."""
+"""Greedy generation by transformers, one answer at a time, for families without native code."""
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 from finesight.encode.borrowed import transformers
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import pack
+from finesight.errors import UserError
+from finesight.infer.request import Event, Request, Token
 from finesight.model.fallback import FallbackModel
 
 
@@ -55,3 +59,78 @@ def generate(
 
 def _nobody(count: int) -> None:
     """Nobody is told."""
+
+
+class OneByOne:
+    """As `infer.engine.Engine`, where transformers computes: the answers are greedy, and each is
+    made in one step, whole."""
+
+    pages_free = pages_in_all = page = 0
+
+    def __init__(self, model: FallbackModel, end_ids: Sequence[int]) -> None:
+        self.model = model
+        self._end_ids = end_ids
+        self._tickets = itertools.count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._events: list[Event] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._events)
+
+    @property
+    def running(self) -> int:
+        """Between two steps none is."""
+        return 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._waiting)
+
+    def room_for(self, prompt: Encoded) -> int:
+        """The longest answer: transformers knows no bound but the model's own."""
+        return max(1, self.model.positions - prompt.outline.tokens)
+
+    def add(self, request: Request) -> int:
+        """Take a request; its ticket. Raises UserError for what only native code does."""
+        wants = {
+            "temperature": not request.sampling.greedy,
+            "repetition_penalty": request.sampling.repetition_penalty != 1.0,
+            "logprobs": request.logprobs is not None,
+            "a grammar": request.constraint is not None,
+        }
+        asked = [name for name, wanted in wants.items() if wanted]
+        if asked:
+            raise UserError(
+                f"{' and '.join(asked)}, of a model that transformers computes",
+                where="sampling",
+                expected="greedy answers, for a family without native code",
+                remedy="leave it out",
+            )
+        ticket = next(self._tickets)
+        self._waiting.append((ticket, request))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End a request that waits."""
+        if any(ticket == other for other, _ in self._waiting):
+            self._waiting = deque(item for item in self._waiting if item[0] != ticket)
+            self._events.append(Event(ticket, finish="cancelled"))
+
+    def step(self) -> list[Event]:
+        """Make the next answer."""
+        if self._waiting and not self._events:
+            ticket, request = self._waiting.popleft()
+            (ids,) = generate(
+                self.model,
+                [request.prompt],
+                max_new_tokens=request.max_new_tokens,
+                end_ids=self._end_ids,
+            )
+            self._events += [Event(ticket, Token(id_)) for id_ in ids]
+            stopped = bool(ids) and ids[-1] in self._end_ids
+            self._events.append(Event(ticket, finish="stop" if stopped else "length"))
+        events, self._events = self._events, []
+        return events

@@ -15,11 +15,13 @@ from finesight.encode.encoded import Outline
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.infer.engine import Engine, cache_tokens
+from finesight.infer.fallback import OneByOne
 from finesight.infer.load import Answerer
 from finesight.infer.pages import picture_digests
 from finesight.infer.predict import Prediction, read_prediction
 from finesight.infer.request import Delta, Event, Finish, Options, Request, Token, Usage
 from finesight.infer.spoken import Spoken
+from finesight.model.fallback import FallbackModel
 from finesight.model.network import VisionLanguageModel
 
 ROWS = 64
@@ -175,19 +177,13 @@ class Service:
         cache_bytes: int | None = None,
     ) -> None:
         model = answerer.model
-        if not isinstance(model, VisionLanguageModel):
-            raise UserError(
-                "a model of a family that transformers computes",
-                where="model",
-                expected="a family with native code",
-                remedy="ask it with finesight predict",
-            )
         self.renderer: Rendering = answerer.renderer
         self._model, self._adapters = model, answerer.adapters
         self._most_waiting, self._rows = waiting, rows
-        language = model.geometry.language
-        most = _cache_bytes(model) if cache_bytes is None else cache_bytes
-        self._tokens = min(cache_tokens(model, most), rows * language.positions)
+        self._tokens = 0
+        if isinstance(model, VisionLanguageModel):
+            most = _cache_bytes(model) if cache_bytes is None else cache_bytes
+            self._tokens = min(cache_tokens(model, most), rows * model.geometry.language.positions)
         self._engine = self._new_engine()
         self._lock = threading.Condition()
         self._new: list[tuple[Answering, Request]] = []
@@ -206,6 +202,8 @@ class Service:
     @property
     def longest(self) -> int:
         """Tokens of a prompt and its answer together, at most."""
+        if isinstance(self._model, FallbackModel):
+            return self._model.positions
         return min(self._tokens, self._model.geometry.language.positions)
 
     def ask(self, located: Located, options: Options) -> Answering:
@@ -245,12 +243,12 @@ class Service:
 
     def facts(self) -> Facts:
         """How it is doing now."""
-        pages, counts = self._engine.pages, self._counts
+        counts = self._counts
         return Facts(
             running=self._engine.running,
             waiting=self._engine.waiting + len(self._new),
-            pages_free=pages.free,
-            pages=pages.number - 1,
+            pages_free=self._engine.pages_free,
+            pages=self._engine.pages_in_all,
             page_tokens=self._engine.page,
             prompt_tokens=counts["prompt"],
             known_tokens=counts["known"],
@@ -300,7 +298,9 @@ class Service:
             self._gone.append(answering)
             self._lock.notify_all()
 
-    def _new_engine(self) -> Engine:
+    def _new_engine(self) -> Engine | OneByOne:
+        if isinstance(self._model, FallbackModel):
+            return OneByOne(self._model, self.renderer.end_ids)
         return Engine(self._model, self.renderer.end_ids, rows=self._rows, tokens=self._tokens)
 
     def _run(self) -> None:
@@ -322,7 +322,10 @@ class Service:
 
     def _take_in(self, new: list[tuple[Answering, Request]], gone: list[Answering]) -> None:
         for answering, request in new:
-            self._open[self._engine.add(request)] = answering
+            try:
+                self._open[self._engine.add(request)] = answering
+            except UserError as error:
+                answering._change(None, None, error)
         for answering in gone:
             for ticket, other in self._open.items():
                 if other is answering:

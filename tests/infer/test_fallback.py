@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from finesight.cli.app import run
-from finesight.errors import Interrupted
+from finesight.errors import Interrupted, UserError
 from finesight.infer.load import Answerer, load_answerer
 from finesight.infer.predict import predict
+from finesight.infer.request import Options, Sampling
+from finesight.infer.service import Service
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,29 @@ def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(
     assert "code that comes with a model is never run" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_service_answers_one_after_the_other_as_predict_does(
+    answerer: Answerer, tmp_path: Path
+) -> None:
+    samples = [
+        borrowed.sample(tmp_path, ("Which colour?", ""), name="a"),
+        borrowed.sample(tmp_path, ("Hello", ""), pictures=0, name="b"),
+    ]
+    wanted = predict(answerer.model, answerer.renderer, samples, max_new_tokens=9, batch=1)
+    service = Service(answerer)
+    try:
+        asked = [service.ask(sample, Options(max_new_tokens=9)) for sample in samples]
+        texts = ["".join(delta.text for delta in answering) for answering in asked]
+        assert [answering.prediction() for answering in asked] == wanted
+        assert texts == [one.answer for one in wanted]
+        assert service.longest == 512
+        drawn = service.ask(
+            samples[1], Options(max_new_tokens=9, sampling=Sampling(temperature=0.5))
+        )
+        with pytest.raises(UserError, match="temperature, of a model that transformers computes"):
+            list(drawn)
+        again = service.ask(samples[1], Options(max_new_tokens=9))
+        assert "".join(delta.text for delta in again) == texts[1]
+    finally:
+        service.close()

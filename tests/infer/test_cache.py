@@ -1,94 +1,196 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from finesight.infer.cache import KeyValueCache, PrefillAttention, StepAttention
+from finesight.infer.cache import Chunk, PagedCache, PromptAttention, StepAttention, token_bytes
 from finesight.model.attention import PackedAttention, Segments
+from finesight.model.tiny_sizes import SIZES
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
+CPU = torch.device("cpu")
+SIZE = SimpleNamespace(depth=LAYERS, heads=HEADS, kv_heads=KEY_HEADS, head_width=WIDTH)
 
 
-def _cache(rows: int, room: int) -> KeyValueCache:
-    return KeyValueCache(
-        layers=LAYERS,
-        rows=rows,
-        room=room,
-        heads=KEY_HEADS,
-        width=WIDTH,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+def _cache(rows: int, pages: int, page: int, device: torch.device = CPU, **kind) -> PagedCache:
+    kind = {"dtype": torch.float32} | kind
+    return PagedCache(SIZE, pages=pages, page=page, rows=rows, device=device, **kind)
 
 
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
 
 
-def _filled(lengths: tuple[int, ...], room: int) -> KeyValueCache:
-    cache = _cache(len(lengths), room)
-    segments = Segments.of(lengths, torch.device("cpu"))
-    attention = PrefillAttention(cache, range(len(lengths)), segments)
-    tokens = sum(lengths)
-    for layer in range(LAYERS):
-        k_TKD = _random(tokens, KEY_HEADS, WIDTH) + layer
-        attention(layer, _random(tokens, HEADS, WIDTH), k_TKD, 2 * k_TKD)
-    return cache
+def _spread(lengths: tuple[int, ...], page: int, more: int = 0) -> tuple[list[list[int]], int]:
+    """Pages for rows of these lengths, in no order, and how many there are with page 0."""
+    needed = [-(-(length + more) // page) for length in lengths]
+    free = (np.random.default_rng(1).permutation(sum(needed)) + 1).tolist()
+    return [[free.pop() for _ in range(number)] for number in needed], sum(needed) + 1
 
 
-def test_prefill_writes_each_prompt_into_its_row():
-    cache = _filled((3, 5), room=7)
-    k_TKD = _random(8, KEY_HEADS, WIDTH) + 1
-    assert torch.equal(cache.keys_LRMKD[1, 0, :3], k_TKD[:3])
-    assert torch.equal(cache.keys_LRMKD[1, 1, :5], k_TKD[3:])
-    assert torch.equal(cache.values_LRMKD[1, 1, :5], 2 * k_TKD[3:])
-    assert not cache.keys_LRMKD[:, 0, 3:].any()
-    assert cache.lengths == cache.lengths_R.tolist() == [3, 5]
+def _start(cache: PagedCache, pages: list[list[int]], lengths: tuple[int, ...]) -> None:
+    for row, (own, length) in enumerate(zip(pages, lengths, strict=True)):
+        cache.table_RB[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        cache.lengths_R[row] = cache.prompts_R[row] = length
+        cache.grows_R[row] = 1
 
 
-def test_a_step_attends_to_its_own_row_only():
-    cache = _filled((3, 5), room=9)
-    q, k, v = _random(2, HEADS, WIDTH), _random(2, KEY_HEADS, WIDTH), -_random(2, KEY_HEADS, WIDTH)
-    seen = cache.grown(4)
-    assert seen == 8
-    found = StepAttention(cache, seen)(0, q, k, v)
-    assert cache.lengths == cache.lengths_R.tolist() == [4, 6]
-    for row, length in enumerate((4, 6)):
-        for head in range(HEADS):
-            keys = cache.keys_LRMKD[0, row, :length, head // 2]
-            weights = (keys @ q[row, head] / WIDTH**0.5).softmax(0)
-            wanted = weights @ cache.values_LRMKD[0, row, :length, head // 2]
-            torch.testing.assert_close(found[row, head], wanted)
-    assert torch.equal(cache.keys_LRMKD[0, 0, 3], k[0])
+def _plain(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, head by head, in fp64."""
+    group = len(q_HD) // k_MKD.shape[1]
+    found = []
+    for head, q_D in enumerate(q_HD.double()):
+        weights = (k_MKD[:, head // group].double() @ q_D / q_D.shape[0] ** 0.5).softmax(0)
+        found.append(weights @ v_MKD[:, head // group].double())
+    return torch.stack(found)
 
 
-@pytest.mark.parametrize("kept", [[1, 3], [0, 1], [3], [0, 2, 3], [0, 1, 2, 3]])
-def test_keep_moves_whole_rows(kept):
-    cache = _filled((2, 4, 6, 3), room=8)
-    before, lengths = cache.keys_LRMKD.clone(), list(cache.lengths)
-    order = cache.keep(kept)
-    assert sorted(order) == kept
-    assert cache.rows == len(kept)
-    for row, old in enumerate(order):
-        used = lengths[old]
-        assert cache.lengths[row] == int(cache.lengths_R[row]) == used
-        assert torch.equal(cache.keys_LRMKD[:, row, :used], before[:, old, :used])
+def test_a_chunk_lies_where_its_pages_say():
+    chunk = Chunk(pages=[5, 2, 7], start=3, stop=10, tokens=11)
+    assert chunk.places(4, chunk.start).tolist() == [23, 8, 9, 10, 11, 28, 29]
+    assert chunk.places(4, 0)[:4].tolist() == [20, 21, 22, 23]
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(AssertionError, match="prompt of 5 tokens for a room of 4"):
-        _filled((5,), room=4)
-    full = _filled((4,), room=4)
-    with pytest.raises(AssertionError, match="5 tokens for a room of 4"):
-        full.grown(8)
-    with pytest.raises(AssertionError, match="row 0 holds 4 tokens"):
-        PrefillAttention(full, [0], Segments.of((2,), torch.device("cpu")))
+def _read(lengths: tuple[int, ...], page: int, chunk: int) -> tuple[PagedCache, list[Tensor]]:
+    """What prompts read `chunk` tokens at a time see, each prompt's own, and the cache after."""
+    pages, number = _spread(lengths, page)
+    cache = _cache(len(lengths), number, page)
+    # What was there before does not matter.
+    cache.keys_LPSKD.fill_(3.0)
+    cache.values_LPSKD.fill_(3.0)
+    q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
+    seen: list[list[Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        here = [n for n, length in enumerate(lengths) if length > start]
+        chunks = [Chunk(pages[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here]
+        attention = PromptAttention(cache, chunks)
+        contexts = [lengths[n] for n, c in zip(here, chunks, strict=True) for _ in _tokens(c)]
+        assert attention.contexts_T.tolist() == contexts
+        inputs = [
+            torch.cat([x[n][c.start : c.stop] for n, c in zip(here, chunks, strict=True)])
+            for x in (q, k, v)
+        ]
+        found = torch.split(attention(1, *inputs), [c.stop - c.start for c in chunks])
+        for n, piece in zip(here, found, strict=True):
+            seen[n].append(piece)
+    return cache, [torch.cat(pieces) for pieces in seen]
 
 
-def test_contexts_are_the_prompts_whatever_rows_are_kept():
-    cache = _filled((3, 5, 4), room=9)
-    assert StepAttention(cache, cache.grown(8)).contexts_T.tolist() == [3, 5, 4]
-    assert cache.keep([0, 2]) == [0, 2]
-    assert StepAttention(cache, cache.grown(8)).contexts_T.tolist() == [3, 4]
-    packed = PackedAttention(Segments.of((2, 3), torch.device("cpu")))
+_HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
+
+
+def _tokens(chunk: Chunk) -> range:
+    return range(chunk.start, chunk.stop)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 13])
+def test_prompts_in_chunks_see_what_whole_ones_see(chunk):
+    lengths = (3, 13, 8, 1)
+    _, found = _read(lengths, 4, chunk)
+    for n, length in enumerate(lengths):
+        q, k, v = (_random(length, heads, WIDTH, seed=s) for s, heads in _HEADS)
+        for at in range(length):
+            wanted = _plain(q[at], k[: at + 1], v[: at + 1])
+            torch.testing.assert_close(found[n][at].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_written_into_their_pages_and_nowhere_else():
+    lengths = (3, 13)
+    cache, _ = _read(lengths, 4, 5)
+    pages, _ = _spread(lengths, 4)
+    untouched = torch.ones(cache.keys_LPSKD.shape[1] * 4, dtype=torch.bool)
+    for own, length in zip(pages, lengths, strict=True):
+        at = torch.from_numpy(Chunk(own, 0, length, length).places(4, 0))
+        assert torch.equal(cache.flat_keys(1)[at], _random(length, KEY_HEADS, WIDTH, seed=1))
+        assert torch.equal(cache.flat_values(1)[at], _random(length, KEY_HEADS, WIDTH, seed=2))
+        untouched[at] = False
+    for store in (cache.flat_keys(1)[untouched], cache.flat_values(1)[untouched]):
+        assert bool((store == 3.0).all())
+    assert bool((cache.flat_keys(0) == 3.0).all())
+
+
+@pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
+def test_a_step_sees_its_own_row_only(stale):
+    """Whatever an earlier answer has left in its pages, even numbers that overflowed."""
+    lengths, page = (3, 5, 8), 4
+    pages, number = _spread(lengths, page, more=2)
+    cache = _cache(4, number, page)
+    cache.keys_LPSKD.fill_(stale)
+    cache.values_LPSKD.fill_(stale)
+    _start(cache, pages, lengths)
+    k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
+    for own, length, k_TKD, v_TKD in zip(pages, lengths, k, v, strict=True):
+        at = torch.from_numpy(Chunk(own, 0, length, length).places(page, 0))
+        cache.write(0, at, k_TKD[:length], v_TKD[:length])
+    for grown in (1, 2):
+        attention = StepAttention(cache, len(lengths), max(lengths) + grown)
+        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=grown)
+        at = [length + grown - 1 for length in lengths]
+        now = [torch.stack([x[n] for x, n in zip(xs, at, strict=True)]) for xs in (k, v)]
+        found = attention(0, q_RHD, *now)
+        assert cache.lengths_R.tolist() == [n + grown for n in lengths] + [0]
+        assert attention.contexts_T.tolist() == list(lengths)
+        for row, length in enumerate(lengths):
+            wanted = _plain(q_RHD[row], k[row][: length + grown], v[row][: length + grown])
+            torch.testing.assert_close(found[row].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_no_answer_does_not_grow_and_writes_to_page_0():
+    cache = _cache(2, 4, 4)
+    _start(cache, [[2]], (3,))
+    StepAttention(cache, 2, 4)(1, *(_random(2, heads, WIDTH) for _, heads in _HEADS))
+    assert cache.lengths_R.tolist() == [4, 0]
+    written = cache.flat_keys(1).flatten(1).any(1).nonzero().flatten()
+    assert written.tolist() == [0, 11]
+
+
+def test_contexts_of_a_pack_are_its_sequences():
+    packed = PackedAttention(Segments.of((2, 3), CPU))
     assert packed.contexts_T.tolist() == [2, 2, 3, 3, 3]
+
+
+def test_what_a_token_takes():
+    assert SIZES["test"].layers == LAYERS
+    cache = _cache(1, 3, 4, dtype=torch.bfloat16)
+    taken = cache.keys_LPSKD.nbytes + cache.values_LPSKD.nbytes
+    assert token_bytes(SIZE, torch.bfloat16) * 12 == taken
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stale", [0.0, float("nan")])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(12, 2, 128), (4, 4, 64), (5, 1, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_the_kernel_sees_what_the_definition_says(
+    stale, page, heads, key_heads, width, dtype, bound
+):
+    """Lengths around the borders of pages, of one row and of many, so that rows are cut into many
+    shares, few and none."""
+    from finesight.infer.kernels import attend_pages
+
+    card = torch.device("cuda")
+    for lengths in ((1,), (page,), (page + 1,), (40 * page + 3,), (1, 7, page, 3 * page - 1) * 64):
+        pages, number = _spread(lengths, page)
+        shape = number, page, key_heads, width
+        keys, values = (torch.full(shape, stale, dtype=dtype, device=card) for _ in range(2))
+        table = torch.zeros(len(lengths), number, dtype=torch.int32)
+        own = [_random(2, n, key_heads, width, seed=r) for r, n in enumerate(lengths)]
+        for row, (mine, length) in enumerate(zip(pages, lengths, strict=True)):
+            table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            at = torch.from_numpy(Chunk(mine, 0, length, length).places(page, 0)).to(card)
+            for store, x in zip((keys, values), own[row], strict=True):
+                store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))
+        q_RHD = _random(len(lengths), heads, width).to(card, dtype)
+        lengths_R = torch.tensor(lengths, device=card)
+        found = attend_pages(q_RHD, keys, values, table.to(card), lengths_R).double().cpu()
+        for row in {0, len(lengths) // 2, len(lengths) - 1}:
+            k, v = (x.to(dtype) for x in own[row])
+            wanted = _plain(q_RHD[row].cpu(), k, v)
+            assert (found[row] - wanted).abs().max() <= bound * max(1.0, wanted.abs().max())

@@ -194,7 +194,9 @@ class StepAttention:
 
     def _gathered(self, x_PSKD: Tensor) -> Tensor:
         x_XSKD = x_PSKD.index_select(0, self._pages_X)
-        return x_XSKD.view(self.rows, -1, *x_PSKD.shape[2:]).transpose(1, 2)
+        x_RKMD = x_XSKD.view(self.rows, -1, *x_PSKD.shape[2:]).transpose(1, 2)
+        # What overflowed in an earlier answer may lie beyond this one's last token.
+        return x_RKMD.masked_fill_(~self._mask_R11M.transpose(2, 3), 0.0)
 
 
 def has_kernels(cache: PagedCache) -> bool:

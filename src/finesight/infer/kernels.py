@@ -40,9 +40,12 @@ def _look(q, keys, values, table, lengths, part, scale_out, scale, q_stride, tab
         here = tl.load(table + row.to(tl.int64) * table_stride + block).to(tl.int64)
         at_SD = ((here * page + s[:, None]) * key_heads + head) * width + d[None, :]
         k_SD = tl.load(keys + at_SD, mask=inside_SD, other=0.0)
-        v_SD = tl.load(values + at_SD, mask=inside_SD, other=0.0)
+        # What overflowed in an earlier answer may lie beyond this one's last token, and 0 times NaN
+        # is NaN.
+        there_S = block * page + s < length
+        v_SD = tl.load(values + at_SD, mask=inside_SD & there_S[:, None], other=0.0)
         scores_GS = tl.dot(q_GD, tl.trans(k_SD), input_precision="ieee") * scale
-        scores_GS = tl.where((block * page + s)[None, :] < length, scores_GS, -float("inf"))
+        scores_GS = tl.where(there_S[None, :], scores_GS, -float("inf"))
         new_G = tl.maximum(most_G, tl.max(scores_GS, 1))
         weights_GS = tl.exp(scores_GS - new_G[:, None])
         kept_G = tl.exp(most_G - new_G)

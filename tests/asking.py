@@ -18,6 +18,7 @@ from finesight.encode.encoded import Encoded
 from finesight.encode.pack import pack
 from finesight.errors import UserError
 from finesight.infer.engine import SMALL_PAGE, Engine
+from finesight.infer.pages import picture_digests
 from finesight.infer.request import Event, Finish, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.model.attention import PackedAttention, Segments
@@ -132,7 +133,7 @@ def grow(
     # In no order: what belongs together lies anywhere.
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
     asked = [
-        Prompt(prompt, [free.pop() for _ in range(number)], None)
+        Prompt(prompt, [free.pop() for _ in range(number)], None, picture_digests(prompt))
         for prompt, number in zip(prompts, needed, strict=True)
     ]
     found = [Grown() for _ in prompts]

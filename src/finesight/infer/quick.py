@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finesight.infer.cache import StepAttention
+from finesight.model.bank import AdapterBank
 from finesight.model.experts import SparseMlp
 from finesight.model.frozen import FrozenWeight
 from finesight.model.language import DecoderLayer, SelfAttention
@@ -53,10 +54,11 @@ def quick_step(
             x_RD = x_RD + mlp(norm(x_RD))
         else:
             x_RD = _add(mlp.down_proj, _gated(norm, mlp, x_RD), x_RD)
-    head = decoder.embed_tokens.weight if model.lm_head is None else _plain(model.lm_head)
-    if head is None:
+    if model.lm_head is None:
+        return _product(x_RD, decoder.embed_tokens.weight, decoder.norm)
+    if not _is_plain(model.lm_head):
         return model.logits(model.normed(x_RD))
-    return _product(x_RD, head, decoder.norm)
+    return _read(model.lm_head, x_RD, decoder.norm)
 
 
 def _attend(
@@ -64,11 +66,8 @@ def _attend(
 ) -> Tensor:
     shape = (len(x_RD), -1, own.head_width)
     group = own.qkv_proj
-    weight = _plain(group)
-    if weight is not None:
-        joint = torch.split(
-            _product(x_RD, weight, norm, group.bias), list(group.outputs.values()), dim=1
-        )
+    if _is_plain(group):
+        joint = torch.split(_read(group, x_RD, norm), list(group.outputs.values()), dim=1)
         q_RHD, k_RKD, v_RKD = (torch.unflatten(y, 1, shape[1:]) for y in joint)
     else:
         q_RHD, k_RKD, v_RKD = (y.view(shape) for y in group(norm(x_RD)))
@@ -86,42 +85,66 @@ def _attend(
 
 def _gated(norm: RmsNorm, mlp: GatedMlp, x_RD: Tensor) -> Tensor:
     group = mlp.gate_up_proj
-    weight = _plain(group)
-    if weight is None:
+    if not _is_plain(group):
         gate_RI, up_RI = group(norm(x_RD))
         return F.silu(gate_RI).mul_(up_RI)
-    assert group.bias is None, "a decoder's MLP with a bias"
-    if len(x_RD) > 1:
-        y_RI: Tensor = quick_kernels.gate(F.linear(norm(x_RD), weight))
-    else:
-        y_RI = quick_kernels.product(
-            x_RD, weight, norm_I=norm.weight, eps=norm.eps or 0.0, gated=True
-        )
+    if len(x_RD) == 1 and group.adapter is None and group.bias is None:
+        return _product(x_RD, _dense(group), norm, gated=True)
+    y_RI: Tensor = quick_kernels.gate(_read(group, x_RD, norm))
     return y_RI
 
 
-def _product(x_RD: Tensor, weight: Tensor, norm: RmsNorm, bias: Tensor | None = None) -> Tensor:
-    """norm(x) W^T + bias."""
-    if len(x_RD) > 1:
-        return F.linear(norm(x_RD), weight, bias)
-    y_RO: Tensor = quick_kernels.product(
-        x_RD, weight, norm_I=norm.weight, eps=norm.eps or 0.0, bias_O=bias
-    )
-    return y_RO
+def _read(group: GroupedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
+    """The group's outputs of norm(x), side by side."""
+    y_RO = _product(x_RD, _dense(group), norm, group.bias)
+    bank = group.adapter
+    if not isinstance(bank, AdapterBank):
+        return y_RO
+    return _sum(_product(x_RD, bank.a_SI, norm) * bank.shares_TS, bank.b_OS, y_RO)
 
 
 def _add(group: GroupedLinear, x_RI: Tensor, to_RD: Tensor) -> Tensor:
     """to + x W^T."""
-    weight = _plain(group)
-    if weight is None or group.bias is not None:
+    if not _is_plain(group) or group.bias is not None:
         return to_RD + only(group(x_RI))
+    y_RD, bank = _sum(x_RI, _dense(group), to_RD), group.adapter
+    if not isinstance(bank, AdapterBank):
+        return y_RD
+    return _sum(F.linear(x_RI, bank.a_SI) * bank.shares_TS, bank.b_OS, y_RD)
+
+
+def _product(
+    x_RI: Tensor,
+    weight_OI: Tensor,
+    norm: RmsNorm,
+    bias_O: Tensor | None = None,
+    *,
+    gated: bool = False,
+) -> Tensor:
+    """norm(x) W^T + bias."""
+    assert norm.eps is not None, "a norm without eps"
     if len(x_RI) > 1:
-        return torch.addmm(to_RD, x_RI, weight.T)
-    y_RD: Tensor = quick_kernels.product(x_RI, weight, added_1O=to_RD)
-    return y_RD
+        return F.linear(norm(x_RI), weight_OI, bias_O)
+    y_RO: Tensor = quick_kernels.product(
+        x_RI, weight_OI, norm_I=norm.weight, eps=norm.eps, bias_O=bias_O, gated=gated
+    )
+    return y_RO
 
 
-def _plain(group: GroupedLinear) -> Tensor | None:
-    """The weight, where the product with it is all there is: no adapter, no weight in few bits."""
-    weight = group.weight
-    return None if group.adapter is not None or isinstance(weight, FrozenWeight) else weight
+def _sum(x_RI: Tensor, weight_OI: Tensor, to_RO: Tensor) -> Tensor:
+    """to + x W^T."""
+    if len(x_RI) > 1:
+        return torch.addmm(to_RO, x_RI, weight_OI.T)
+    y_RO: Tensor = quick_kernels.product(x_RI, weight_OI, added_1O=to_RO)
+    return y_RO
+
+
+def _is_plain(group: GroupedLinear) -> bool:
+    """Whether it is products with matrices: no weight in few bits, nor an adapter as one trains."""
+    is_dense = not isinstance(group.weight, FrozenWeight)
+    return is_dense and (group.adapter is None or isinstance(group.adapter, AdapterBank))
+
+
+def _dense(group: GroupedLinear) -> Tensor:
+    assert isinstance(group.weight, Tensor), f"a weight is a {type(group.weight).__name__}"
+    return group.weight

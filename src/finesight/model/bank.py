@@ -40,11 +40,13 @@ class Readers:
 class AdapterBank(nn.Module):
     """Adapters of a `GroupedLinear`, in place of the one that is trained; for answering only.
 
-    `a_SI` stacks the down-projections of all, those of a layer next to each other; `bs_OS` are the
-    up-projections of a layer side by side; `scales_NS` is each rank's scale in its adapter's row.
+    `a_SI` stacks the down-projections of all, those of a layer next to each other; `b_OS` has the
+    up-projections of a layer in its outputs' rows and its ranks' columns, and zeros elsewhere;
+    `scales_NS` is each rank's scale in its adapter's row.
     """
 
     a_SI: Tensor
+    b_OS: Tensor
     scales_NS: Tensor
 
     def __init__(
@@ -53,26 +55,36 @@ class AdapterBank(nn.Module):
         super().__init__()
         self._readers = readers
         self._widths = tuple(group.outputs.values())
-        present = [(number, m) for number, m in enumerate(members) if m is not None]
-        rows: list[Tensor] = []
-        owners: list[tuple[int, float]] = []
-        self._slices: list[tuple[int, slice]] = []
-        for output, name in enumerate(group.outputs):
-            ups, start = [], len(owners)
-            for number, member in present:
-                if name in member.layers:
-                    a_RI, b_OR = member.factors()[name]
-                    rows.append(a_RI)
-                    ups.append(b_OR)
-                    owners += [(number, member.layers[name].scale)] * len(a_RI)
-            if ups:
-                self.register_buffer(f"b{len(self._slices)}", torch.cat(ups, 1), persistent=False)
-                self._slices.append((output, slice(start, len(owners))))
-        self.register_buffer("a_SI", torch.cat(rows).detach(), persistent=False)
-        scales_NS = torch.zeros(len(members), len(owners), dtype=self.a_SI.dtype)
-        for rank, (number, scale) in enumerate(owners):
-            scales_NS[number, rank] = scale
-        self.register_buffer("scales_NS", scales_NS.to(self.a_SI.device), persistent=False)
+        like = next(member.a for member in members if member is not None)
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        scales: list[Tensor] = []
+        self._ranks: list[slice | None] = []
+        """Those of each layer."""
+        for name, width in group.outputs.items():
+            layers = [(n, m) for n, m in enumerate(members) if m is not None and name in m.layers]
+            start = sum(len(a_RI) for a_RI in downs)
+            factors = [(n, m.layers[name].scale, m.factors()[name]) for n, m in layers]
+            own = [b_OR for _, _, (_, b_OR) in factors]
+            for number, scale, (a_RI, _) in factors:
+                downs.append(a_RI)
+                scale_NR = a_RI.new_zeros(len(members), len(a_RI))
+                scale_NR[number] = scale
+                scales.append(scale_NR)
+            stop = sum(len(a_RI) for a_RI in downs)
+            self._ranks.append(slice(start, stop) if own else None)
+            ups.append(torch.cat(own, 1) if own else like.new_zeros(width, 0))
+        for key, value in (
+            ("a_SI", torch.cat(downs)),
+            ("b_OS", torch.block_diag(*ups)),  # type: ignore[no-untyped-call]
+            ("scales_NS", torch.cat(scales, 1)),
+        ):
+            self.register_buffer(key, value.detach(), persistent=False)
+
+    @property
+    def shares_TS(self) -> Tensor:
+        """What each rank's number is multiplied by, for each row of the next pass."""
+        return self._readers.mask_TN @ self.scales_NS
 
     def forward(
         self, x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None
@@ -80,9 +92,12 @@ class AdapterBank(nn.Module):
         """[..., I] to one [..., O] for each layer of the group, the base product included."""
         x_TI = x.reshape(-1, x.shape[-1])
         ys_TO = products(x_TI, weight, bias, self._widths)
-        low_TS = F.linear(x_TI, self.a_SI) * (self._readers.mask_TN @ self.scales_NS)
-        for number, (output, ranks) in enumerate(self._slices):
-            ys_TO[output].addmm_(low_TS[:, ranks], self.get_buffer(f"b{number}").T)
+        low_TS = F.linear(x_TI, self.a_SI) * self.shares_TS
+        for y_TO, b_OS, ranks in zip(
+            ys_TO, torch.split(self.b_OS, list(self._widths)), self._ranks, strict=True
+        ):
+            if ranks is not None:
+                y_TO.addmm_(low_TS[:, ranks], b_OS[:, ranks].T)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys_TO)
 
 

@@ -1,11 +1,12 @@
 """How quickly a model answers: alone and many at once, with the time to the first token and memory.
 
-    python benchmarks/answering_speed.py FOLDER... [--together 64] [--tokens 512] [--peer] [--out F]
+    python benchmarks/answering_speed.py FOLDER... [--together 64] [--tokens 512] [--rank 64] [--peer] [--out F]
 
 FOLDER holds a model's configuration and tokenizer; the weights are drawn at random, which takes the
 same time, and nothing ends an answer. A question is a generated photograph of 1,000 tokens, read
 from its file, and a line of text. Alone: time to the first token from the file on, then tokens a
 second. Together: tokens a second of all rows while they grow, and of the whole, files included.
+`--rank` measures alone once more with an adapter of that rank on every layer, not merged.
 `--peer` measures transformers beside it, in the same process: `generate` with a static cache, which
 it compiles, from encoded pictures. Prints a line of JSON for each model.
 """
@@ -33,6 +34,9 @@ from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.infer.engine import Engine
 from finesight.infer.request import Request
+from finesight.model.bank import Bank
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.network import VisionLanguageModel
 from finesight.model.weights import random_model
 
@@ -59,6 +63,22 @@ class Bench:
     def __init__(self, folder: ModelFolder, model: VisionLanguageModel, scratch: Path) -> None:
         self.model, self.renderer, self._scratch = model, Renderer(folder), scratch
         self._number = 0
+        self.adapter: int | None = None
+
+    def adapt(self, rank: int) -> None:
+        """Give every linear layer of the decoder an adapter, and ask with it from now on."""
+        bank = Bank(self.model)
+        self.model.requires_grad_(False)
+        for path, group in list(self.model.named_modules()):
+            if isinstance(group, GroupedLinear) and path.startswith("model.layers"):
+                layers = {name: LowRank(rank, rank / 4) for name in group.outputs}
+                group.adapter = LoraGroup(group, layers, 0.0)
+                for parameter in group.adapter.parameters():
+                    parameter.data.normal_(0, 0.01)
+        bank.take()
+        self.model.readers = bank.install()
+        self.model.eval()
+        self.adapter = 0
 
     def files(self, number: int) -> list[Path]:
         """So many new photographs."""
@@ -81,7 +101,8 @@ class Bench:
         (file,) = self.files(1)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        engine.add(Request(prompt=self.read(file), max_new_tokens=tokens))
+        prompt = self.read(file)
+        engine.add(Request(prompt=prompt, max_new_tokens=tokens, adapter=self.adapter))
         found, first = 0, 0.0
         while engine.busy:
             found += sum(event.token is not None for event in engine.step())
@@ -126,7 +147,7 @@ class Bench:
         return rows * steps / seconds
 
 
-def measure(folder: Path, together: int, tokens: int, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, together: int, tokens: int, repeats: int, rank: int) -> dict[str, Any]:
     """All figures of one model."""
     files, device = ModelFolder(folder), torch.device("cuda")
     model = random_model(files.config, 0, torch.bfloat16, device, files.preprocessor).eval()
@@ -159,6 +180,13 @@ def measure(folder: Path, together: int, tokens: int, repeats: int) -> dict[str,
             result["whole_tokens_per_second"] = round(bench.together(engine, together, tokens), 1)
             result["together_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             del engine
+        if rank:
+            bench.adapt(rank)
+            engine = bench.engine(1, tokens)
+            bench.alone(engine, 16)
+            runs = [bench.alone(engine, tokens) for _ in range(repeats)]
+            rate = statistics.median(rate for _, rate in runs)
+            result["adapter_rank"], result["adapter_tokens_per_second"] = rank, round(rate, 1)
     return result
 
 
@@ -221,11 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--together", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     for folder in options.folders:
-        found = measure(folder, options.together, options.tokens, options.repeats)
+        found = measure(folder, options.together, options.tokens, options.repeats, options.rank)
         gc.collect()
         torch.cuda.empty_cache()
         if options.peer:

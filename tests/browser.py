@@ -88,13 +88,19 @@ class Browser:
 
     def open(self, page: Path, width: int = DESK, height: int = 900, *, dark: bool = False) -> None:
         """Open a file at that width, on a screen that asks for a light or a dark page."""
+        self.visit(page.as_uri(), width, height, dark=dark)
+
+    def visit(
+        self, address: str, width: int = DESK, height: int = 900, *, dark: bool = False
+    ) -> None:
+        """Open an address, as `open` does a file."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._tell("Emulation.setDeviceMetricsOverride", screen)
         self._tell("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get("about:blank")
         self.messages(), self.requests()
-        self.driver.get(page.as_uri())
+        self.driver.get(address)
         self.run(PAINTED)  # keys that come before a page is painted are dropped
 
     def settle(self) -> None:

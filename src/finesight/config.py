@@ -103,6 +103,8 @@ Tuning = Literal["frozen", "lora", "full"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Weights = Literal["auto", "nf4", "fp8", "int8", "int4"]
+"""`auto`: as they are stored, or as a run trained with them; the others are made while loading."""
 
 
 class Lora(Section):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import mixed_questions
+from asking import grow, mixed_questions
 from gptq import Way, packed, publish, with_a_head
 from oracle import CPU, distance
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
-from finesight.infer import engine
-from finesight.infer.engine import Session, generate
+from finesight.infer.engine import generate
 from finesight.infer.load import load_answerer
-from finesight.model.int4 import FEW, Int4Matrix
+from finesight.model.frozen import ROWS, TILE_ROWS
+from finesight.model.int4 import Int4Matrix
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import TinyFamily, make_tiny
 from finesight.model.weights import load_model
@@ -51,31 +51,25 @@ def test_the_answers_are_those_of_the_dense_numbers(family: TinyFamily, tmp_path
     assert found == expected
 
 
-@torch.no_grad()
 def spoken(
     model: VisionLanguageModel, prompts: Sequence[Encoded], tokens: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """The logits of each step, the tokens being given."""
-    session = Session(model, prompts, len(tokens) + 1)
-    logits = [session.prefill().clone()]
-    for ids in tokens:
-        logits.append(session.step(torch.tensor(ids, device="cuda")).clone())
-    return logits
+    """The logits of each answer and step, the tokens being given."""
+    grown = grow(model, prompts, len(tokens[0]), spoken=tokens)
+    return [logits_V for answer in grown for logits_V in answer.logits]
 
 
 @pytest.mark.gpu
 @on_card
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, FEW])
+@pytest.mark.parametrize("rows", [1, ROWS, TILE_ROWS])
 @pytest.mark.parametrize("way", [Way(), Way(64, act_order=True, symmetric=False)], ids=str)
 def test_recorded_steps_on_a_card_are_those_of_the_dense_numbers(
-    family: TinyFamily, rows: int, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: TinyFamily, rows: int, way: Way, tmp_path: Path
 ) -> None:
-    # Several recordings.
-    monkeypatch.setattr(engine, "EVEN", 4)
     four, dense = twins(tmp_path, family, way)
     prompts = [prompts_of(four, tmp_path)[0]] * rows
-    tokens = [[(7 * step + row) % 200 for row in range(rows)] for step in range(STEPS)]
+    tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(rows)]
     card = torch.device("cuda")
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
         found, expected = (
@@ -126,13 +120,10 @@ def test_answers_with_the_head_in_four_bits(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @on_card
-def test_recorded_steps_with_the_head_in_four_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "EVEN", 4)
+def test_recorded_steps_with_the_head_in_four_bits(tmp_path: Path) -> None:
     folder = with_a_head(twins(tmp_path, "qwen2_vl", Way())[1])
     prompts = prompts_of(folder, tmp_path)[:1]
-    tokens = [[7 * step % 200] for step in range(STEPS)]
+    tokens = [[7 * step % 200 for step in range(STEPS)]]
     four, dense = with_frozen_head(folder, torch.device("cuda"))
     pairs = zip(spoken(four, prompts, tokens), spoken(dense, prompts, tokens), strict=True)
     assert max(distance(ours, theirs) for ours, theirs in pairs) < 0.02

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.cli.options import Device, Precision, RunOrModel, Weights
 
 
 def evaluate(
@@ -36,6 +36,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="The scores as one JSON object.")] = False,
 ) -> None:
     """Answer held-out samples and score the answers.
@@ -60,7 +61,7 @@ def evaluate(
     )
     if split(settings.metric) is not None:
         typer.echo(f"scored by the program {settings.metric}", err=True)
-    answerer = load_answerer(run_or_model, device, precision)
+    answerer = load_answerer(run_or_model, device, precision, weights)
     total = min(len(samples), settings.limit or len(samples))
     with Screen(Console(stderr=True)).stage("answers", total) as advance:
         result = measure(answerer.model, answerer.renderer, samples, settings, out, advance)

@@ -24,6 +24,14 @@ Precision = Annotated[
     typer.Option(help="auto: bf16 on recent cards, fp16 on older ones, fp32 on a CPU."),
 ]
 
+Weights = Annotated[
+    Literal["auto", "nf4", "fp8", "int8", "int4"],
+    typer.Option(
+        help="How the decoder's weights and a head of its own are kept: auto: as stored, or as the "
+        "run trained with them; the others are made while loading. Pictures are seen in 16 bits."
+    ),
+]
+
 SourceFormat = Annotated[
     str | None,
     typer.Option(

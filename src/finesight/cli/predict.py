@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.cli.options import Device, Precision, RunOrModel, Weights
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def predict(
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
     as_json: Annotated[
         bool,
         typer.Option("--json", help="One JSON object a line: image, prompt, answer, raw, boxes."),
@@ -56,7 +57,7 @@ def predict(
     from finesight.train.progress import Screen
 
     asked = _asked(pictures or [], prompt, data)
-    answerer = load_answerer(run_or_model, device, precision)
+    answerer = load_answerer(run_or_model, device, precision, weights)
     with Screen(Console(stderr=True)).stage("answers", len(asked)) as advance:
         predictions = answer(
             answerer.model,

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
-from finesight.config import Device, Precision
+from finesight.config import Device, Precision, Weights
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, locate, named
@@ -48,25 +48,31 @@ class Parts:
 
 
 def load_answerer(
-    run_or_model: str, device: Device = "auto", precision: Precision = "auto"
+    run_or_model: str,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    weights: Weights = "auto",
 ) -> Answerer:
     """Load what `finesight predict` and `finesight eval` speak to.
 
     `run_or_model` is a run folder (its manifest fixes picture sizes, system prompt and base), a
     model folder in the hub's layout (a merged one has its run's manifest), a folder with a PEFT
     adapter that names its base, or a hub name. `precision` auto is bf16 on cards that compute in
-    it, fp16 on older ones, fp32 on CPU. Raises UserError for what is missing, half-written, or not
-    the base that the run started from.
+    it, fp16 on older ones, fp32 on CPU. `weights` auto is as they are stored, or for a run as it
+    was trained; another kind is made while they are loaded. Raises UserError for what is missing,
+    half-written, or not the base that the run started from.
     """
     parts = find_parts(run_or_model)
-    model, renderer = _load_base(parts, device, precision)
+    model, renderer = _load_base(parts, device, precision, weights)
     if parts.adapter is not None:
         install_adapter(model, parts.adapter, base=parts.folder)
     model.eval()
     return Answerer(model, renderer, {_name(run_or_model): None})
 
 
-def _load_base(parts: Parts, device: Device, precision: Precision) -> tuple[AnyModel, Rendering]:
+def _load_base(
+    parts: Parts, device: Device, precision: Precision, weights: Weights
+) -> tuple[AnyModel, Rendering]:
     where = resolve_device(device)
     manifest = parts.manifest
     # The renderer first: it reads small files, and refuses a wrong family before any weights.
@@ -75,7 +81,8 @@ def _load_base(parts: Parts, device: Device, precision: Precision) -> tuple[AnyM
         manifest.picture if manifest else None,
         manifest.system if manifest else None,
     )
-    model = load_any(parts.folder, resolve_precision(precision, where), where, parts.nf4)
+    dtype = resolve_precision(precision, where)
+    model = load_any(parts.folder, dtype, where, parts.nf4, weights)
     return model, renderer
 
 
@@ -88,6 +95,7 @@ def load_choice(
     more: Sequence[str] = (),
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
 ) -> Answerer:
     """As `load_answerer`, for questions that choose: the tuned model by its folder's name, then
     `more` runs or adapters of the same base by theirs, then `base`.
@@ -96,8 +104,8 @@ def load_choice(
     """
     parts = find_parts(run_or_model)
     if parts.adapter is None and not more:
-        return load_answerer(run_or_model, device, precision)
-    model, renderer = _load_base(parts, device, precision)
+        return load_answerer(run_or_model, device, precision, weights)
+    model, renderer = _load_base(parts, device, precision, weights)
     bank, adapters = Bank(model), 0
     names: dict[str, int | None] = {}
     for source in (run_or_model, *more):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from finesight.config import Weights
 from finesight.encode.borrowed import is_native
 from finesight.hub import ModelFolder
 from finesight.model.fallback import FallbackModel, load_fallback, save_fallback
@@ -18,11 +19,15 @@ AnyModel = VisionLanguageModel | FallbackModel
 
 
 def load_any(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, nf4: Collection[Part] = ()
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4: Collection[Part] = (),
+    kind: Weights = "auto",
 ) -> AnyModel:
     """The model of a folder; UserError as `load_model` and `load_fallback`."""
     load = load_model if is_native(folder) else load_fallback
-    return load(folder, dtype, device, nf4)
+    return load(folder, dtype, device, nf4, kind)
 
 
 def save_any(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:

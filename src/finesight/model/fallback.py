@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finesight.config import Weights
 from finesight.encode.borrowed import LOCAL, configuration, transformers
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
@@ -84,6 +85,11 @@ class FallbackModel(nn.Module):
         return weight
 
     @property
+    def positions(self) -> int:
+        """As many as the model was made for."""
+        return int(self.inner.config.get_text_config().max_position_embeddings)
+
+    @property
     def recompute(self) -> bool:
         """Whether activations are computed twice to keep fewer."""
         return self._recompute
@@ -154,7 +160,11 @@ class FallbackModel(nn.Module):
 
 
 def load_fallback(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, nf4: Collection[str] = ()
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4: Collection[str] = (),
+    kind: Weights = "auto",
 ) -> FallbackModel:
     """The model of a folder by its class of transformers, every tensor of it read.
 
@@ -162,12 +172,14 @@ def load_fallback(
     or of another shape, for a folder that has changed since finesight wrote it, and for parts in
     four bits.
     """
-    if nf4:
+    if nf4 or kind != "auto":
+        where = "tune.nf4" if kind == "auto" else "--weights"
+        chosen = f"{' and '.join(nf4)} in NF4" if kind == "auto" else f"weights in {kind}"
         raise UserError(
-            f"{' and '.join(nf4)} in NF4 of a model of the family {folder.family}",
-            where="tune.nf4",
+            f"{chosen} of a model of the family {folder.family}",
+            where=where,
             expected="a native family: transformers computes with weights as published",
-            remedy="leave tune.nf4 out",
+            remedy=f"leave {where} out",
         )
     config = configuration(folder)
     # Where weights were published as pickles, they lie in a folder of their own as safetensors.

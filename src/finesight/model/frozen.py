@@ -1,4 +1,5 @@
-"""Matrices that never learn, kept in fewer bits: what the kinds of them (`nf4`, `int4`) share.
+"""Matrices that never learn, kept in fewer bits: what the kinds of them (`nf4`, `int4`, `rowwise`)
+share.
 
 Shapes: O outputs, I inputs of one layer.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +20,16 @@ from torch.autograd.function import once_differentiable
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The types of dense numbers by their name in the header of a safetensors file, and what a user
 calls them."""
+
+KERNELS = find_spec("triton") is not None
+"""Whether there is what kernels are written in."""
+
+ROWS, TILE_ROWS = 8, 64
+"""Most rows that are multiplied one by one, and most that are multiplied by tensor cores, without
+making the matrix."""
+
+AT_ONCE = 1 << 22
+"""Numbers that are held at once in fp32 while a matrix is quantised, or made without a kernel."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,26 @@ class FrozenMatrix(nn.Module, ABC):
         """The matrix [O, I], made anew in bf16, fp16 or fp32."""
 
     @abstractmethod
+    def fits(self) -> bool:
+        """Whether there are kernels for a matrix of this size on this device."""
+
+    @abstractmethod
+    def rows(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias [R, O] by a kernel that takes a row at a time."""
+
+    @abstractmethod
+    def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias [R, O] by a kernel that takes all rows at once, of 16 bits each number."""
+
     def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x W^T + bias without making the matrix, or None where that is not quicker."""
+        """x W^T + bias without making the matrix, or None where there are too many rows for it."""
+        number = x.numel() // self.inputs
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        if not 0 < number <= (TILE_ROWS if narrow else ROWS) or not (x.is_cuda and self.fits()):
+            return None
+        x_RI = x.reshape(number, self.inputs).contiguous()
+        y_RO = self.tiles(x_RI, bias) if narrow and number > 1 else self.rows(x_RI, bias)
+        return y_RO.view(*x.shape[:-1], self.outputs)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, [..., I] to [..., O]; what goes back to `x` needs no matrix kept."""
@@ -69,6 +99,44 @@ class FrozenMatrix(nn.Module, ABC):
         """As `forward`, without a way back."""
         y = self.few(x, bias)
         return F.linear(x, self.dense(x.dtype), bias) if y is None else y
+
+
+class DenseSource(FrozenMatrix):
+    """A matrix that is quantised here, from the dense one that files hold, some outputs at a time.
+
+    Each takes its numbers from its own inputs alone.
+    """
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The dense matrix."""
+        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
+
+    @torch.no_grad()
+    def fill(self, values_OI: Tensor) -> None:
+        """Quantise a matrix, on the device where the bits will lie."""
+        found = tuple(values_OI.shape)
+        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        for some in self._slices():
+            self.take(some, values_OI[some].to(self.device).float())
+
+    @abstractmethod
+    def take(self, some: slice, values_RI: Tensor) -> None:
+        """Quantise these outputs, [R, I] in fp32."""
+
+    @abstractmethod
+    def values(self, some: slice) -> Tensor:
+        """What the codes of these outputs stand for, [R, I] in fp32."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [O, I], made anew, each number rounded once."""
+        w_OI = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.device)
+        for some in self._slices():
+            w_OI[some] = self.values(some).to(dtype)
+        return w_OI
+
+    def _slices(self) -> Iterator[slice]:
+        step = max(1, AT_ONCE // self.inputs)
+        return (slice(at, at + step) for at in range(0, self.outputs, step))
 
 
 class _FrozenProduct(torch.autograd.Function):

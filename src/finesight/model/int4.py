@@ -1,5 +1,5 @@
-"""Frozen weights that were published in four bits, by GPTQ (Frantar et al. 2022, arXiv:2210.17323)
-in the layout of AutoGPTQ.
+"""Frozen weights in whole numbers of four bits: published so, by GPTQ (Frantar et al. 2022,
+arXiv:2210.17323) in the layout of AutoGPTQ, or rounded to them while they are loaded.
 
 Shapes: O outputs, I inputs of one layer, G groups of inputs that share a scale and a zero.
 """
@@ -7,25 +7,23 @@ Shapes: O outputs, I inputs of one layer, G groups of inputs that share a scale 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
-from importlib.util import find_spec
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.model.frozen import FrozenMatrix, FrozenWeight, Piece
+from finesight.model.frozen import KERNELS, STORED, FrozenMatrix, FrozenWeight, Piece
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
 
-_TRITON = find_spec("triton") is not None
+if KERNELS:
+    from finesight.model import int4_kernels, row_kernels, tile_kernels
 
-if _TRITON:
-    from finesight.model import int4_kernels
-
-FEW = 8
-"""Most rows that are multiplied without making the matrix: each reads all of it."""
+ROUNDED_GROUP = 64
+"""Inputs that share a scale and a zero where they are rounded here."""
 
 FAST_GROUPS = (32, 64, 128)
 
@@ -123,20 +121,68 @@ class Int4Matrix(FrozenMatrix):
         """What groups share, for each of their inputs."""
         return values.repeat_interleave(self.group, dim=1)[:, : self.inputs]
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x W^T + bias by a kernel that reads the four bits once for a row."""
+    def fits(self) -> bool:
+        """Whether each half of a row is whole groups, of a power of two inputs."""
         whole = self.group in FAST_GROUPS and self.inputs % (2 * self.group) == 0
-        if not (self._has_kernels() and whole) or x.numel() > FEW * self.inputs:
-            return None
-        x_RI = x.reshape(-1, self.inputs)
-        if not self._in_order:
-            x_RI = x_RI.index_select(1, self.order_I)
+        return self._has_kernels() and whole
+
+    def rows(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, row by row."""
+        parts = self.codes, self.scales_OG, self.zeros_OG, _whole_numbers(self.device)
+        plan = row_kernels.plan(self.outputs, self.inputs // 2)
+        return row_kernels.int4_rows(self._sorted(x_RI), *parts, bias, self.group, plan)
+
+    def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias by tensor cores."""
         parts = self.codes, self.scales_OG, self.zeros_OG
-        y_RO = int4_kernels.product(x_RI, *parts, bias, self.group)
-        return y_RO.view(*x.shape[:-1], self.outputs)
+        plan = tile_kernels.plan(self.outputs)
+        return tile_kernels.int4_tiles(self._sorted(x_RI), *parts, bias, self.group, plan)
+
+    def _sorted(self, x_RI: Tensor) -> Tensor:
+        return x_RI if self._in_order else x_RI.index_select(1, self.order_I)
 
     def _has_kernels(self) -> bool:
-        return _TRITON and self.codes.is_cuda
+        return KERNELS and self.codes.is_cuda
+
+
+class RoundedInt4Matrix(Int4Matrix):
+    """A frozen matrix [O, I] whose numbers are rounded to four bits here, in about 4.38 bits each.
+
+    The 16 codes of a group reach from its smallest number to its largest, zero among them: no
+    number is off by more than half a scale, but for what a scale in fp16 is off by.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__(outputs, inputs, group=ROUNDED_GROUP, where="--weights")
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The dense matrix."""
+        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
+
+    @torch.no_grad()
+    def fill(self, values_OI: Tensor) -> None:
+        """Quantise a matrix, on the device where the bits will lie."""
+        found = tuple(values_OI.shape)
+        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        self.order_I.copy_(torch.arange(self.inputs))
+        rows = max(1, AT_ONCE // self.inputs)
+        for some in (slice(at, at + rows) for at in range(0, self.outputs, rows)):
+            w_RI = values_OI[some].to(self.device).float()
+            w_RGE = F.pad(w_RI, (0, -self.inputs % self.group)).view(len(w_RI), -1, self.group)
+            least, largest = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
+            # At least the smallest number of fp16: nothing is divided by zero.
+            scales = ((largest - least) / 15).half().clamp(min=2**-24)
+            zeros = (-least / scales.float()).round().clamp(0, 15)
+            codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
+            low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.inputs].chunk(2, 1)
+            self.codes[some] = low | (high << 4)
+            self.scales_OG[some], self.zeros_OG[some] = scales, zeros.byte()
+
+
+@lru_cache
+def _whole_numbers(device: torch.device) -> Tensor:
+    """0 to 15 in fp32."""
+    return torch.arange(16, dtype=torch.float32, device=device)
 
 
 def _codes(packed: Tensor) -> Tensor:
@@ -185,10 +231,11 @@ def keep_in_int4(model: nn.Module, layers: Collection[str], group: int, where: s
             continue
         if isinstance(module.weight, FrozenWeight):
             raise UserError(
-                f"{quantised[0]} is to be in NF4, and is in four bits by GPTQ already",
-                where="tune.nf4",
-                expected="parts that are not quantised",
-                remedy="leave that part out of nf4, or take the model without quantisation",
+                f"{quantised[0]} is to be quantised, and is in four bits by GPTQ already",
+                where="tune.nf4 or --weights",
+                expected="layers that are not quantised",
+                remedy="leave that part out of nf4 or --weights out, or take the model without"
+                " quantisation",
             )
         sizes = (module.inputs, *module.outputs.values())
         if quantised != names or any(size % PLACES for size in sizes):

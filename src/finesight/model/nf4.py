@@ -1,5 +1,5 @@
 """Frozen weights in four bits: NF4 with double quantisation (Dettmers et al. 2023,
-arXiv:2305.14314), by bitsandbytes.
+arXiv:2305.14314), quantised and made in full by bitsandbytes.
 
 Shapes: O outputs, I inputs of one layer; B = ceil(O I / 64) blocks of a matrix.
 """
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.frozen import STORED, FrozenMatrix, Piece
+from finesight.model.frozen import KERNELS, STORED, FrozenMatrix, Piece
+
+if KERNELS:
+    from finesight.model import row_kernels, tile_kernels
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Numbers of a matrix that share a scale, and scales that share theirs."""
@@ -61,6 +64,13 @@ def _levels(device: torch.device) -> Tensor:
     return levels
 
 
+@lru_cache
+def _values(device: torch.device) -> Tensor:
+    """The 16 values that a code stands for, in blocks whose largest magnitude is 1."""
+    values: Tensor = _imported().functional.get_4bit_type("nf4", device=device)
+    return values
+
+
 class Nf4Matrix(FrozenMatrix):
     """A frozen matrix [O, I] in about 4.13 bits a number.
 
@@ -93,10 +103,10 @@ class Nf4Matrix(FrozenMatrix):
         found = tuple(values_OI.shape)
         assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
         functional = _imported().functional
-        flat = values_OI.to(self.codes.device).flatten()
+        flat = values_OI.flatten()
         scales = []
         for start in range(0, self.numbers, AT_ONCE):
-            some = flat[start : start + AT_ONCE]
+            some = flat[start : start + AT_ONCE].to(self.codes.device)
             codes, state = functional.quantize_4bit(some, blocksize=BLOCK, quant_type="nf4")
             self.codes[start // 2 : start // 2 + len(codes)].copy_(codes)
             scales.append(state.absmax)
@@ -133,10 +143,19 @@ class Nf4Matrix(FrozenMatrix):
         flat: Tensor = _imported().functional.dequantize_4bit(self.codes, state)
         return flat.reshape(self.outputs, self.inputs)
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x W^T + bias by bitsandbytes, which itself knows when making the matrix is quicker."""
-        if not x.is_cuda or self.inputs % BLOCK:
-            return None
-        state = self._state((self.outputs, self.inputs), x.dtype)
-        y: Tensor = _imported().matmul_4bit(x, self.codes, state, bias=bias)
-        return y
+    def fits(self) -> bool:
+        """Whether its rows are whole blocks."""
+        return KERNELS and self.codes.is_cuda and self.inputs % BLOCK == 0
+
+    def rows(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, row by row."""
+        plan = row_kernels.plan(self.outputs, self.inputs // 2)
+        return row_kernels.nf4_rows(x_RI, *self._parts(), bias, plan)
+
+    def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias by tensor cores."""
+        return tile_kernels.nf4_tiles(x_RI, *self._parts(), bias, tile_kernels.plan(self.outputs))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        levels = _levels(self.codes.device), _values(self.codes.device)
+        return self.codes, self.scales_B, self.coarse, self.mean, levels

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finesight.config import Weights
 from finesight.errors import UserError
 from finesight.hub import PICKLED_INDEX, PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.manifest import MANIFEST
+from finesight.model.few_bits import keep_in_few_bits
 from finesight.model.frozen import STORED, FrozenMatrix, FrozenWeight, Piece, frozen_weights
 from finesight.model.geometry import Settings
 from finesight.model.headers import Stored, header, misfit, opened
@@ -24,8 +26,7 @@ from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
 from finesight.model.network import VisionLanguageModel, build, fitting
-from finesight.model.nf4 import Nf4Matrix, bitsandbytes
-from finesight.model.parts import Part, part_of
+from finesight.model.parts import Part
 from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
 
@@ -122,13 +123,18 @@ def _group_tensors(path: str, group: GroupedLinear) -> Iterator[HubTensor]:
 
 
 def load_model(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, nf4: Collection[Part] = ()
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4: Collection[Part] = (),
+    kind: Weights = "auto",
 ) -> VisionLanguageModel:
     """The model of a hub folder, every tensor read exactly once.
 
     The linear layers of the parts `nf4` are quantised one by one as they are read, from the type
     that they are stored in, so that the bits are the same whatever is computed in; of the
-    embeddings that is the head.
+    embeddings that is the head. `kind` other than auto is that of the decoder and of a head
+    of its own, whatever `nf4` says (`model.few_bits`).
 
     Layers that were published in four bits (`model.int4`) stay so.
 
@@ -138,8 +144,6 @@ def load_model(
     needs a package that is missing.
     """
     group = published_group(folder)
-    if nf4:
-        bitsandbytes("tune.nf4")
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     files = folder.weight_files()
@@ -148,13 +152,9 @@ def load_model(
         if (made / DIGESTS).is_file():
             verify_folder(made)
     model = build(config, preprocessor, dtype, torch.device("meta"))
-    if "embeddings" in nf4 and model.lm_head is None:
-        raise _tied(folder)
-    if "language" in nf4 and model.geometry.language.experts is not None:
-        raise _has_experts(folder)
+    keep_in_few_bits(model, nf4, kind, folder.path)
     named = model.architecture.native_name
     stored = [tensor for file in files for tensor in header(file, named)]
-    _keep_in_nf4(model, nf4)
     if group is not None:
         layers = {t.layer for t in stored if t.native.endswith(_PACKED)}
         keep_in_int4(model, layers, group, str(folder.path))
@@ -200,34 +200,6 @@ def _without_idle_biases(stored: Sequence[Stored], wanted: Mapping[str, HubTenso
             if weights.get_tensor(tensor.name).any():
                 raise misfit([tensor.name], "of layers without a bias", "zeros", tensor.file)
     return [tensor for tensor in stored if tensor not in idle]
-
-
-def _tied(folder: ModelFolder) -> UserError:
-    return UserError(
-        "embeddings are in nf4, and this model's head is the table of its embeddings, which is"
-        " looked up: it would be kept twice",
-        where="tune.nf4",
-        expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
-        remedy=f"leave embeddings out of nf4 for {folder.path.name}",
-    )
-
-
-def _has_experts(folder: ModelFolder) -> UserError:
-    return UserError(
-        "language is in nf4, and this model has experts, which stay in 16 bits: they are nearly all"
-        " of its numbers",
-        where="tune.nf4",
-        expected="language only for a model without experts",
-        remedy=f"leave language out of nf4 for {folder.path.name}",
-    )
-
-
-def _keep_in_nf4(model: VisionLanguageModel, parts: Collection[Part]) -> None:
-    """Make room for four bits in these parts of a model without numbers."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts:
-            with torch.device("meta"):
-                module.freeze_as(Nf4Matrix)
 
 
 def stored_precision(folder: ModelFolder) -> str:

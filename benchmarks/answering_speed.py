@@ -1,6 +1,6 @@
 """How quickly a model answers: alone and many at once, with the time to the first token and memory.
 
-    python benchmarks/answering_speed.py FOLDER... [--together 64] [--tokens 512] [--rank 64] [--peer] [--out F]
+    python benchmarks/answering_speed.py FOLDER... [--together 64] [--rank 64] [--peer] [--out FILE]
 
 FOLDER holds a model's configuration and tokenizer; the weights are drawn at random, which takes the
 same time, and nothing ends an answer. A question is a generated photograph of 1,000 tokens, read

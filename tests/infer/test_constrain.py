@@ -98,8 +98,8 @@ def test_boxes_as_the_family_writes_them(renderers, family):
         "qwen": "<ref>dog</ref><box>(0,10),(500,999)</box><box>(1,1),(22,22)</box>",
         "qwen2_vl": "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(0,10),(500,1000)"
         "<|box_end|><|box_start|>(1,1),(22,22)<|box_end|>",
-        "qwen2_5_vl": '[{"bbox_2d": [0, 10, 5000, 999], "label": "dog"}, {"bbox_2d": [1, 1, 2, 2]}]',
-        "qwen3_vl": '[{"bbox_2d": [0, 10, 500, 1000], "label": "dog"}, {"bbox_2d": [1, 1, 2, 2]}]',
+        "qwen2_5_vl": '[{"bbox_2d": [0, 10, 5000, 999], "label": "a"}, {"bbox_2d": [1, 1, 2, 2]}]',
+        "qwen3_vl": '[{"bbox_2d": [0, 10, 500, 1000], "label": "a"}, {"bbox_2d": [1, 1, 2, 2]}]',
     }
     assert follows(renderer, grammars.boxes(), texts[family])
     wrong = "A dog at " + texts[family]
@@ -119,7 +119,9 @@ def test_a_call_of_one_of_the_functions(renderers, family):
     renderer = renderers[family]
     grammars = Grammars(renderer, VOCABULARY)
     functions = [("book", TICKET), ("stop", None)]
-    called = '<tool_call>\n{"name": "book", "arguments": {"seat": "1A", "row": 7, "class": "first"}}'
+    called = (
+        '<tool_call>\n{"name": "book", "arguments": {"seat": "1A", "row": 7, "class": "first"}}'
+    )
     assert follows(renderer, grammars.calls(functions), called + "\n</tool_call>")
     other = called.replace("book", "steal")
     assert not follows(renderer, grammars.calls(functions), other + "\n</tool_call>")

@@ -36,6 +36,14 @@ WIDEST = 99_999
 
 # A model that may write spaces for ever will, where it does not know how to go on.
 _SPACED = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
+# As chat templates write calls.
+_AS_DUMPED = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
 _ANY_OBJECT: Schema = {"type": "object"}
 
 
@@ -76,7 +84,7 @@ class Grammars:
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            rules.append(f"call_{number}: %json {json.dumps({**schema, **_SPACED})}")
+            rules.append(f"call_{number}: %json {json.dumps({**schema, **_AS_DUMPED})}")
         return self._made("\n".join(rules) + "\n")
 
     def _in_tokens(self, names: Mapping[str, str]) -> str:

@@ -1,0 +1,137 @@
+"""A server on this machine, with the model that comes in the package behind it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openai import OpenAI
+from PIL import Image
+
+from finesight.encode.render import Renderer
+from finesight.infer.constrain import Grammars
+from finesight.infer.load import Answerer
+from finesight.infer.service import Facts, Service
+from finesight.model.network import VisionLanguageModel
+from finesight.serve.app import make_app
+from finesight.serve.fetch import Fetcher
+from finesight.serve.guard import Guard
+from finesight.serve.limits import Limits
+from finesight.serve.run import Server, listen
+
+LIMITS = Limits(rows=8, waiting=64)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers on loopback."""
+
+    port: int
+    service: Service
+    app: Guard
+    server: Server
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "none needed", **given: Any) -> OpenAI:
+        """The official client; it asks once."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **given)
+
+
+def service_of(answerer: Answerer, limits: Limits = LIMITS) -> Service:
+    """A service with a small cache."""
+    return Service(answerer, rows=limits.rows, waiting=limits.waiting, cache_bytes=1 << 26)
+
+
+def grammars_of(answerer: Answerer) -> Grammars:
+    """What answers are constrained by."""
+    renderer, model = answerer.renderer, answerer.model
+    assert isinstance(renderer, Renderer)
+    assert isinstance(model, VisionLanguageModel)
+    return Grammars(renderer, model.geometry.language.vocabulary)
+
+
+@contextlib.contextmanager
+def running(
+    answerer: Answerer,
+    folder: Path,
+    *,
+    keys: Sequence[str] = (),
+    limits: Limits = LIMITS,
+    fetcher: Fetcher | None = None,
+) -> Iterator[Running]:
+    """A real server in a thread of its own, stopped at the end."""
+    service = service_of(answerer, limits)
+    grammars = grammars_of(answerer)
+    app = make_app(service, grammars, folder, keys=keys, limits=limits, fetcher=fetcher)
+    place = listen("127.0.0.1", 0, keys)
+    ready = threading.Event()
+    server = Server(app, replace(limits, closing_seconds=10.0), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    thread.start()
+    assert ready.wait(30), "the server has not begun to listen"
+    try:
+        yield Running(place.getsockname()[1], service, app, server, folder)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        service.close(finish=False)
+
+
+def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
+    """A small picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def image(url: str) -> dict[str, Any]:
+    """A picture as a part of a message."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def asked(*parts: str | dict[str, Any]) -> list[Any]:
+    """Messages of one turn of the user: texts and parts."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+QUESTION = "What is in the picture?"
+ENDLESS: dict[str, Any] = {
+    "max_tokens": 2000,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "numbers",
+            "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 9999},
+        },
+    },
+}
+"""A question whose answer does not end by itself."""
+
+
+def idle(server: Running, seconds: float = 20.0) -> Facts:
+    """Wait until nothing is answered; how the service is doing then."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        facts = server.service.facts()
+        if not facts.running and not facts.waiting:
+            return facts
+        time.sleep(0.02)
+    raise AssertionError(f"still busy after {seconds} seconds: {server.service.facts()}")

@@ -155,7 +155,7 @@ def _by_engine(
     asked: dict[int, tuple[int, Outline, list[int]]] = {}
     more = True
     while more or engine.busy:
-        while more and engine.waiting == 0:
+        while more and engine.waiting + engine.running < batch:
             following = next(prompts, None)
             more = following is not None
             if following is not None:

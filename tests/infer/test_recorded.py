@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from finesight.infer import recorded as area
+from finesight.infer.recorded import Recorded
+from finesight.infer.rows import evened
+
+CARD = torch.device("cuda")
+
+
+def test_rows_are_evened_to_few_recordings():
+    assert [evened(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
+        1,
+        2,
+        4,
+        4,
+        8,
+        8,
+        16,
+        16,
+        24,
+    ]
+    assert len({evened(rows) for rows in range(1, 65)}) == 11
+
+
+class Graph:
+    """A recording that no card is needed for; its end may fail too."""
+
+    def __init__(self, spoiled: bool) -> None:
+        self.open, self._spoiled = False, spoiled
+
+    def capture_begin(self, **_: object) -> None:
+        self.open = True
+
+    def capture_end(self) -> None:
+        self.open = False
+        if self._spoiled:
+            raise RuntimeError("the recording is invalid")
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_an_error_while_recording_closes_it_and_is_the_one_told(monkeypatch, spoiled):
+    graph, stream = Graph(spoiled), SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(area, "_recording_stream", lambda device: stream)
+    ids_R = torch.zeros(2, dtype=torch.int64)
+
+    def grow() -> torch.Tensor:
+        if graph.open:
+            raise torch.OutOfMemoryError("the first error")
+        return ids_R
+
+    recorded = Recorded(CARD)
+    assert recorded.run(2, grow) is ids_R
+    with pytest.raises(torch.OutOfMemoryError, match="the first error"):
+        recorded.run(2, grow)
+    assert not graph.open
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recordings_go_on_where_the_last_one_ended():
+    """By number, in any order, each call once: launched, recorded, played."""
+    total = torch.zeros(8, device=CARD)
+
+    def add(number: int) -> torch.Tensor:
+        total[:number] += number
+        return total[:number] * 2
+
+    recorded, wanted = Recorded(CARD), torch.zeros(8)
+    for number in (1, 4, 1, 1, 4, 8, 4, 1, 8, 8):
+        wanted[:number] += number
+        found = recorded.run(number, lambda number=number: add(number))
+        assert torch.equal(found.cpu(), 2 * wanted[:number])
+    assert torch.equal(total.cpu(), wanted)

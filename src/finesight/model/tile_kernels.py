@@ -1,9 +1,11 @@
 """Triton kernels that multiply up to 64 rows with a matrix in few bits by tensor cores, each bit
 read once, and one that makes a matrix of bytes in full.
 
-Numbers are rounded to the type of the rows, as in the matrix in full, or are exact in it. Shapes:
-R rows, O outputs, G groups of inputs, B bytes of a group in a row, K inputs of a step. Imported
-only where Triton is.
+Each warp of a program takes a slice of the inputs of its own: outputs alone are too few to keep a
+card busy. Numbers are rounded to the type of the rows, as in the matrix in full, or exact in it.
+
+Shapes: R rows, O outputs, S slices, P rows and Q outputs of all slices end to end, G groups of inputs, B
+bytes of a group, K inputs of a slice in a step. Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -18,12 +20,28 @@ from finesight.model.row_kernels import Plan, level, own_level
 
 def plan(outputs: int) -> Plan:
     """For a matrix of so many outputs."""
-    return Plan(outputs=16 if outputs <= 6144 else 32, pieces=2, warps=4)
+    return Plan(outputs=16 if outputs <= 6144 else 32, pieces=1, warps=4)
 
 
 @triton.jit
-def _store(total_RO, bias, y, o, rows, outputs, biased: tl.constexpr, block_r: tl.constexpr):
-    r = tl.arange(0, block_r)
+def _places(slices: tl.constexpr, block: tl.constexpr, step: tl.constexpr):
+    """Of slices end to end: which row each line is of, and where its slice begins in a step."""
+    line = tl.arange(0, slices * block)
+    return line % block, line // block * step
+
+
+@triton.jit
+def _added(total_SRO, x_PK, w_QK, slices: tl.constexpr, block_r: tl.constexpr,
+           block_o: tl.constexpr):  # fmt: skip
+    x_SRK = tl.reshape(x_PK, (slices, block_r, x_PK.shape[1]))
+    w_SOK = tl.reshape(w_QK.to(x_PK.dtype), (slices, block_o, x_PK.shape[1]))
+    return tl.dot(x_SRK, tl.trans(w_SOK, (0, 2, 1)), total_SRO)
+
+
+@triton.jit
+def _store(total_RO, bias, y, rows, outputs, biased: tl.constexpr, block_r: tl.constexpr,
+           block_o: tl.constexpr):  # fmt: skip
+    r, o = tl.arange(0, block_r), tl.program_id(0) * block_o + tl.arange(0, block_o)
     if biased:
         total_RO += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
     inside_RO = (r < rows)[:, None] & (o < outputs)[None, :]
@@ -32,79 +50,92 @@ def _store(total_RO, bias, y, o, rows, outputs, biased: tl.constexpr, block_r: t
 
 @triton.jit(do_not_specialize=["rows"])
 def _nf4(x, codes, scales, coarse, mean, scale_levels, values, bias, y, rows, outputs, inputs,
-         biased: tl.constexpr, shuffled: tl.constexpr, block_r: tl.constexpr,
-         block_o: tl.constexpr, block_g: tl.constexpr):  # fmt: skip
+         biased: tl.constexpr, shuffled: tl.constexpr, slices: tl.constexpr,
+         block_r: tl.constexpr, block_o: tl.constexpr, block_g: tl.constexpr):  # fmt: skip
     # A byte holds two neighbours, the first in its high bits.
-    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
-    r, k, b = tl.arange(0, block_r), tl.arange(0, 32 * block_g), tl.arange(0, 32)
-    groups, narrow = inputs // 64, x.dtype.element_ty
+    o, g_of_o = _places(slices, block_o, block_g)
+    r, g_of_r = _places(slices, block_r, block_g)
+    o += tl.program_id(0) * block_o
+    i, b = tl.arange(0, 64 * block_g), tl.arange(0, 32)
+    groups = inputs // 64
     offset = tl.load(mean)
     value = own_level(values, shuffled)
-    total_RO = tl.zeros((block_r, block_o), tl.float32)
-    for start in range(0, groups, block_g):
-        g = start + tl.arange(0, block_g)
-        inside_OG = (o < outputs)[:, None] & (g < groups)[None, :]
-        place_OG = (o * groups)[:, None] + g[None, :]
-        pairs_at = place_OG.to(tl.int64)[:, :, None] * 32 + b[None, None, :]
-        pairs = tl.load(codes + pairs_at, mask=inside_OG[:, :, None], other=0).to(tl.int32)
-        scale = tl.load(scales + place_OG, mask=inside_OG, other=0).to(tl.int32)
-        share = tl.load(coarse + place_OG // 256, mask=inside_OG, other=0.0)
-        scale_OG1 = (tl.load(scale_levels + scale) * share + offset)[:, :, None]
-        at_RK = r[:, None] * inputs + (start * 64 + 2 * k)[None, :]
-        inside_RK = (r < rows)[:, None] & (start * 32 + k < inputs // 2)[None, :]
-        for second in tl.static_range(2):
-            w_OGB = (level(pairs, value, values, 4 - 4 * second, shuffled) * scale_OG1).to(narrow)
-            x_RK = tl.load(x + at_RK + second, mask=inside_RK, other=0.0)
-            w_KO = tl.trans(tl.reshape(w_OGB, (block_o, 32 * block_g)))
-            total_RO = tl.dot(x_RK, w_KO, total_RO)
-    _store(total_RO, bias, y, o, rows, outputs, biased, block_r)
+    total_SRO = tl.zeros((slices, block_r, block_o), tl.float32)
+    for start in range(0, groups, slices * block_g):
+        g_QG = (start + g_of_o)[:, None] + tl.arange(0, block_g)[None, :]
+        inside_QG = (o < outputs)[:, None] & (g_QG < groups)
+        place_QG = (o * groups)[:, None] + g_QG
+        pairs_at = place_QG.to(tl.int64)[:, :, None] * 32 + b[None, None, :]
+        pairs = tl.load(codes + pairs_at, mask=inside_QG[:, :, None], other=0).to(tl.int32)
+        scale = tl.load(scales + place_QG, mask=inside_QG, other=0).to(tl.int32)
+        share = tl.load(coarse + place_QG // 256, mask=inside_QG, other=0.0)
+        scale_QG1 = (tl.load(scale_levels + scale) * share + offset)[:, :, None]
+        high_QGB = level(pairs, value, values, 4, shuffled) * scale_QG1
+        w_QGB2 = tl.join(high_QGB, level(pairs, value, values, 0, shuffled) * scale_QG1)
+        k_PK = ((start + g_of_r) * 64)[:, None] + i[None, :]
+        inside_PK = (r < rows)[:, None] & (k_PK < inputs)
+        x_PK = tl.load(x + (r * inputs)[:, None] + k_PK, mask=inside_PK, other=0.0)
+        w_QK = tl.reshape(w_QGB2, (slices * block_o, 64 * block_g))
+        total_SRO = _added(total_SRO, x_PK, w_QK, slices, block_r, block_o)
+    _store(tl.sum(total_SRO, axis=0), bias, y, rows, outputs, biased, block_r, block_o)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _int4(x, codes, scales, zeros, bias, y, rows, outputs, inputs, group: tl.constexpr,
-          biased: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr,
-          block_g: tl.constexpr):  # fmt: skip
+          biased: tl.constexpr, slices: tl.constexpr, block_r: tl.constexpr,
+          block_o: tl.constexpr, block_g: tl.constexpr):  # fmt: skip
     # A byte holds an input of the first half in its low bits, that of the second in its high ones.
-    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
-    r, k, b = tl.arange(0, block_r), tl.arange(0, group * block_g), tl.arange(0, group)
-    groups, half, narrow = inputs // 2 // group, inputs // 2, x.dtype.element_ty
-    total_RO = tl.zeros((block_r, block_o), tl.float32)
-    for start in range(0, groups, block_g):
-        g = start + tl.arange(0, block_g)
-        inside_OG = (o < outputs)[:, None] & (g < groups)[None, :]
-        pairs_at = (o.to(tl.int64)[:, None] * groups + g[None, :])[:, :, None] * group
-        pairs_at += b[None, None, :]
-        pairs = tl.load(codes + pairs_at, mask=inside_OG[:, :, None], other=0).to(tl.int32)
-        at_RK = r[:, None] * inputs + (start * group + k)[None, :]
-        inside_RK = (r < rows)[:, None] & (start * group + k < half)[None, :]
+    o, g_of_o = _places(slices, block_o, block_g)
+    r, g_of_r = _places(slices, block_r, block_g)
+    o += tl.program_id(0) * block_o
+    i, b = tl.arange(0, group * block_g), tl.arange(0, group)
+    half = inputs // 2
+    groups = half // group
+    total_SRO = tl.zeros((slices, block_r, block_o), tl.float32)
+    for start in range(0, groups, slices * block_g):
+        g_QG = (start + g_of_o)[:, None] + tl.arange(0, block_g)[None, :]
+        inside_QG = (o < outputs)[:, None] & (g_QG < groups)
+        pairs_at = (o.to(tl.int64) * groups)[:, None] + g_QG
+        pairs_at = pairs_at[:, :, None] * group + b[None, None, :]
+        pairs = tl.load(codes + pairs_at, mask=inside_QG[:, :, None], other=0).to(tl.int32)
+        k_PK = ((start + g_of_r) * group)[:, None] + i[None, :]
+        inside_PK = (r < rows)[:, None] & (k_PK < half)
         for second in tl.static_range(2):
-            place_OG = (o * 2 * groups)[:, None] + (second * groups + g)[None, :]
-            scale = tl.load(scales + place_OG, mask=inside_OG, other=0.0).to(tl.float32)
-            zero = tl.load(zeros + place_OG, mask=inside_OG, other=0).to(tl.float32)
+            place_QG = (o * 2 * groups)[:, None] + second * groups + g_QG
+            scale = tl.load(scales + place_QG, mask=inside_QG, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + place_QG, mask=inside_QG, other=0).to(tl.float32)
+            # The bits of 2^23 + code: a float without a conversion; the difference is exact.
             code = (((pairs >> (4 * second)) & 15) | 0x4B000000).to(tl.float32, bitcast=True)
-            w_OGB = (code - (zero + 8388608.0)[:, :, None]) * scale[:, :, None]
-            x_RK = tl.load(x + at_RK + second * half, mask=inside_RK, other=0.0)
-            w_KO = tl.trans(tl.reshape(w_OGB.to(narrow), (block_o, group * block_g)))
-            total_RO = tl.dot(x_RK, w_KO, total_RO)
-    _store(total_RO, bias, y, o, rows, outputs, biased, block_r)
+            w_QGB = (code - (zero + 8388608.0)[:, :, None]) * scale[:, :, None]
+            x_at = (r * inputs + second * half)[:, None] + k_PK
+            x_PK = tl.load(x + x_at, mask=inside_PK, other=0.0)
+            w_QK = tl.reshape(w_QGB, (slices * block_o, group * block_g))
+            total_SRO = _added(total_SRO, x_PK, w_QK, slices, block_r, block_o)
+    _store(tl.sum(total_SRO, axis=0), bias, y, rows, outputs, biased, block_r, block_o)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _bytes(x, codes, scales, bias, y, rows, outputs, inputs, biased: tl.constexpr,
-           block_r: tl.constexpr, block_o: tl.constexpr, block_k: tl.constexpr):  # fmt: skip
-    o = tl.program_id(0) * block_o + tl.arange(0, block_o)
-    r, i = tl.arange(0, block_r), tl.arange(0, block_k)
-    codes += o.to(tl.int64)[:, None] * inputs
-    total_RO = tl.zeros((block_r, block_o), tl.float32)
-    for start in range(0, inputs, block_k):
-        k = start + i
-        inside_OK = (o < outputs)[:, None] & (k < inputs)[None, :]
-        w_OK = tl.load(codes + k[None, :], mask=inside_OK, other=0.0).to(tl.float32)
-        inside_RK = (r < rows)[:, None] & (k < inputs)[None, :]
-        x_RK = tl.load(x + r[:, None] * inputs + k[None, :], mask=inside_RK, other=0.0)
-        total_RO = tl.dot(x_RK, tl.trans(w_OK.to(x.dtype.element_ty)), total_RO)
-    scale_O = tl.load(scales + o, mask=o < outputs, other=0.0)
-    _store(total_RO * scale_O[None, :], bias, y, o, rows, outputs, biased, block_r)
+           slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr,
+           block_k: tl.constexpr):  # fmt: skip
+    o, k_of_o = _places(slices, block_o, block_k)
+    r, k_of_r = _places(slices, block_r, block_k)
+    o += tl.program_id(0) * block_o
+    i = tl.arange(0, block_k)
+    total_SRO = tl.zeros((slices, block_r, block_o), tl.float32)
+    for start in range(0, inputs, slices * block_k):
+        k_QK = (start + k_of_o)[:, None] + i[None, :]
+        inside_QK = (o < outputs)[:, None] & (k_QK < inputs)
+        w_at = (o.to(tl.int64) * inputs)[:, None] + k_QK
+        w_QK = tl.load(codes + w_at, mask=inside_QK, other=0.0).to(tl.float32)
+        k_PK = (start + k_of_r)[:, None] + i[None, :]
+        inside_PK = (r < rows)[:, None] & (k_PK < inputs)
+        x_PK = tl.load(x + (r * inputs)[:, None] + k_PK, mask=inside_PK, other=0.0)
+        total_SRO = _added(total_SRO, x_PK, w_QK, slices, block_r, block_o)
+    own = tl.program_id(0) * block_o + tl.arange(0, block_o)
+    scale_O = tl.load(scales + own, mask=own < outputs, other=0.0)
+    total_RO = tl.sum(total_SRO, axis=0) * scale_O[None, :]
+    _store(total_RO, bias, y, rows, outputs, biased, block_r, block_o)
 
 
 def nf4_tiles(
@@ -118,7 +149,8 @@ def nf4_tiles(
     _nf4[(triton.cdiv(outputs, plan.outputs),)](
         x_RI, codes, scales_B, coarse, mean, *levels, x_RI if bias is None else bias, y_RO,
         rows, outputs, inputs, biased=bias is not None, shuffled=x_RI.is_cuda,
-        block_r=_padded(rows), block_o=plan.outputs, block_g=plan.pieces, num_warps=plan.warps,
+        slices=plan.warps, block_r=_padded(rows), block_o=plan.outputs, block_g=plan.pieces,
+        num_warps=plan.warps,
     )  # fmt: skip
     return y_RO
 
@@ -133,8 +165,9 @@ def int4_tiles(
     y_RO = x_RI.new_empty(rows, outputs)
     _int4[(triton.cdiv(outputs, plan.outputs),)](
         x_RI, codes, scales_OG, zeros_OG, x_RI if bias is None else bias, y_RO, rows, outputs,
-        inputs, group=group, biased=bias is not None, block_r=_padded(rows), block_o=plan.outputs,
-        block_g=max(1, 64 * plan.pieces // group), num_warps=plan.warps,
+        inputs, group=group, biased=bias is not None, slices=plan.warps,
+        block_r=_padded(rows), block_o=plan.outputs, block_g=max(1, 64 * plan.pieces // group),
+        num_warps=plan.warps,
     )  # fmt: skip
     return y_RO
 
@@ -147,7 +180,7 @@ def byte_tiles(
     y_RO = x_RI.new_empty(rows, outputs)
     _bytes[(triton.cdiv(outputs, plan.outputs),)](
         x_RI, codes_OI, scales_O, x_RI if bias is None else bias, y_RO, rows, outputs, inputs,
-        biased=bias is not None, block_r=_padded(rows), block_o=plan.outputs,
+        biased=bias is not None, slices=plan.warps, block_r=_padded(rows), block_o=plan.outputs,
         block_k=64 * plan.pieces, num_warps=plan.warps,
     )  # fmt: skip
     return y_RO

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -112,6 +114,7 @@ def asked(*parts: str | dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": content}]
 
 
+KEY = "first-key-0123456789"
 QUESTION = "What is in the picture?"
 ENDLESS: dict[str, Any] = {
     "max_tokens": 2000,
@@ -135,3 +138,32 @@ def idle(server: Running, seconds: float = 20.0) -> Facts:
             return facts
         time.sleep(0.02)
     raise AssertionError(f"still busy after {seconds} seconds: {server.service.facts()}")
+
+
+def send(
+    server: Running,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    chunked: bool = False,
+) -> tuple[int, dict[str, Any], http.client.HTTPResponse]:
+    """Status, JSON and the answer itself of a request as it is, without a client's help."""
+    there = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(there):
+        given = {"Content-Type": "application/json", **(headers or {})}
+        there.request(method, path, body, given, encode_chunked=chunked)
+        answer = there.getresponse()
+        content = answer.read()
+    kind = answer.headers.get("content-type", "")
+    return answer.status, json.loads(content) if "json" in kind else {}, answer
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def question(server: Running, *parts: Any, **given: Any) -> str:
+    """The body of a question."""
+    body = {"model": server.service.names[0], "messages": asked(*parts), "max_tokens": 4, **given}
+    return json.dumps(body)

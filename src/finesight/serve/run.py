@@ -26,7 +26,7 @@ from finesight.serve.guard import Guard
 from finesight.serve.keys import check_reach
 from finesight.serve.limits import Limits
 
-QUIET = ("httpx2", "httpcore2", "uvicorn", "python_multipart")
+QUIET = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
 """What may log addresses and pieces of what clients send; only its warnings are wanted."""
 
 
@@ -34,6 +34,8 @@ class Server(uvicorn.Server):
     """uvicorn, within the limits; told to stop, it ends as a program that is done."""
 
     def __init__(self, app: Guard, limits: Limits, ready: Callable[[], None]) -> None:
+        for name in QUIET:
+            logging.getLogger(name).setLevel(logging.WARNING)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -101,8 +103,6 @@ def serve(
 
     `hosts` are those that pictures may be fetched from. `ready` is called once it listens.
     """
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
     service = Service(answerer, rows=limits.rows, waiting=limits.waiting)
     renderer, model = answerer.renderer, answerer.model
     assert isinstance(model, VisionLanguageModel), f"a model of the type {type(model)}"

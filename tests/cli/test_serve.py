@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+from click.testing import Result
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from finesight.cli.serve import serve
+from finesight.errors import UserError
+
+KEY = "a-key-of-this-test-0123456789"
+ENDLESS = {
+    "name": "numbers",
+    "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 9999},
+}
+
+
+def _run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(serve)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _started(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """The server as a program, and where it says that it is."""
+    command = [sys.executable, "-m", "finesight", "serve", "finesight-tiny", "--port", "0"]
+    program = subprocess.Popen(
+        [*command, "--device", "cpu", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+    assert program.stdout is not None
+    first, second = program.stdout.readline(), program.stdout.readline()
+    assert first.startswith("serving finesight-tiny at http://127.0.0.1:"), first
+    address = first.split()[-1]
+    assert second.strip().startswith(f"curl {address}/chat/completions"), second
+    return program, address
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_finishes_running_answers_and_exits_with_0(number):
+    program, address = _started(FINESIGHT_KEY=KEY)
+    try:
+        client = OpenAI(base_url=address, api_key=KEY, max_retries=0)
+        stream = client.chat.completions.create(
+            model="finesight-tiny",
+            messages=[{"role": "user", "content": "Count."}],
+            max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": ENDLESS},
+            stream=True,
+        )
+        chunks = iter(stream)
+        next(chunks)
+        program.send_signal(number)
+        rest = list(chunks)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert program.wait(30) == 0
+    finally:
+        program.kill()
+    printed = program.communicate()
+    assert KEY not in "".join(printed)
+    assert printed[1] == ""
+
+
+def test_without_a_key_on_this_machine(tmp_path):
+    program, address = _started(FINESIGHT_KEY="", TMPDIR=str(tmp_path))
+    try:
+        client = OpenAI(base_url=address, api_key="none", max_retries=0)
+        said = client.chat.completions.create(
+            model="finesight-tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=5
+        )
+        assert said.choices
+        (folder,) = tmp_path.glob("finesight-serve-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 0
+    # What was kept of requests is gone with the server.
+    assert not list(tmp_path.glob("finesight-serve-*"))
+
+
+def test_beyond_this_machine_without_a_key(monkeypatch):
+    monkeypatch.delenv("FINESIGHT_KEY", raising=False)
+    result = _run("finesight-tiny", "--host", "0.0.0.0", "--port", 0)
+    assert isinstance(result.exception, UserError)
+    assert "there is no key" in str(result.exception)
+
+
+def test_a_key_file_that_is_not_there(tmp_path):
+    result = _run("finesight-tiny", "--key-file", tmp_path / "missing")
+    assert isinstance(result.exception, UserError)
+    assert "cannot be read" in str(result.exception)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("finesight.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = _run("finesight-tiny")
+    assert isinstance(result.exception, UserError)
+    assert "finesight[serve]" in str(result.exception)

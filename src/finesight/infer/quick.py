@@ -9,6 +9,7 @@ Shapes: R rows, D width, I the MLP's inner width, V vocabulary.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +56,18 @@ def quick_step(
         else:
             x_RD = _add(mlp.down_proj, _gated(norm, mlp, x_RD), x_RD)
     if model.lm_head is None:
-        return _product(x_RD, decoder.embed_tokens.weight, decoder.norm)
+        return _tied_head(model, x_RD)
     if not _is_plain(model.lm_head):
         return model.logits(model.normed(x_RD))
     return _read(model.lm_head, x_RD, decoder.norm)
+
+
+def _tied_head(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
+    norm, weight = model.model.norm, model.model.embed_tokens.weight
+    if len(x_RD) > 1:
+        return F.linear(norm(x_RD), weight)
+    logits_1V: Tensor = quick_kernels.product(x_RD, weight, norm_I=norm.weight, eps=norm.eps or 0.0)
+    return logits_1V
 
 
 def _attend(
@@ -88,55 +97,58 @@ def _gated(norm: RmsNorm, mlp: GatedMlp, x_RD: Tensor) -> Tensor:
     if not _is_plain(group):
         gate_RI, up_RI = group(norm(x_RD))
         return F.silu(gate_RI).mul_(up_RI)
-    if len(x_RD) == 1 and group.adapter is None and group.bias is None:
-        return _product(x_RD, _dense(group), norm, gated=True)
+    if len(x_RD) == 1:
+        return _one(group, x_RD, norm=norm, gated=True)
     y_RI: Tensor = quick_kernels.gate(_read(group, x_RD, norm))
     return y_RI
 
 
 def _read(group: GroupedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
     """The group's outputs of norm(x), side by side."""
-    y_RO = _product(x_RD, _dense(group), norm, group.bias)
-    bank = group.adapter
-    if not isinstance(bank, AdapterBank):
-        return y_RO
-    return _sum(_product(x_RD, bank.a_SI, norm) * bank.shares_TS, bank.b_OS, y_RO)
+    if len(x_RD) == 1:
+        return _one(group, x_RD, norm=norm)
+    normed_RD = norm(x_RD)
+    y_RO = F.linear(normed_RD, _dense(group), group.bias)
+    return _updated(group, normed_RD, y_RO)
 
 
 def _add(group: GroupedLinear, x_RI: Tensor, to_RD: Tensor) -> Tensor:
     """to + x W^T."""
     if not _is_plain(group) or group.bias is not None:
         return to_RD + only(group(x_RI))
-    y_RD, bank = _sum(x_RI, _dense(group), to_RD), group.adapter
+    if len(x_RI) == 1:
+        return _one(group, x_RI, to=to_RD)
+    return _updated(group, x_RI, torch.addmm(to_RD, x_RI, _dense(group).T))
+
+
+def _updated(group: GroupedLinear, x_RI: Tensor, y_RO: Tensor) -> Tensor:
+    bank = group.adapter
     if not isinstance(bank, AdapterBank):
-        return y_RD
-    return _sum(F.linear(x_RI, bank.a_SI) * bank.shares_TS, bank.b_OS, y_RD)
+        return y_RO
+    return y_RO.addmm_(F.linear(x_RI, bank.a_SI) * bank.shares_TS, bank.b_OS.T)
 
 
-def _product(
-    x_RI: Tensor,
-    weight_OI: Tensor,
-    norm: RmsNorm,
-    bias_O: Tensor | None = None,
+def _one(
+    group: GroupedLinear,
+    x_1I: Tensor,
     *,
+    norm: RmsNorm | None = None,
+    to: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """norm(x) W^T + bias."""
-    assert norm.eps is not None, "a norm without eps"
-    if len(x_RI) > 1:
-        return F.linear(norm(x_RI), weight_OI, bias_O)
-    y_RO: Tensor = quick_kernels.product(
-        x_RI, weight_OI, norm_I=norm.weight, eps=norm.eps, bias_O=bias_O, gated=gated
+    """All of a group for one row, in a kernel, and one more where it carries adapters."""
+    normed: dict[str, Any] = {}
+    if norm is not None:
+        assert norm.eps is not None, "a norm without eps"
+        normed = {"norm_I": norm.weight, "eps": norm.eps}
+    update, bank = None, group.adapter
+    if isinstance(bank, AdapterBank):
+        low_1S = quick_kernels.product(x_1I, bank.a_SI, times_1O=bank.shares_TS, **normed)
+        update = quick_kernels.Update(low_1S, bank.b_OS)
+    y_1O: Tensor = quick_kernels.product(
+        x_1I, _dense(group), bias_O=group.bias, update=update, added_1O=to, gated=gated, **normed
     )
-    return y_RO
-
-
-def _sum(x_RI: Tensor, weight_OI: Tensor, to_RO: Tensor) -> Tensor:
-    """to + x W^T."""
-    if len(x_RI) > 1:
-        return torch.addmm(to_RO, x_RI, weight_OI.T)
-    y_RO: Tensor = quick_kernels.product(x_RI, weight_OI, added_1O=to_RO)
-    return y_RO
+    return y_1O
 
 
 def _is_plain(group: GroupedLinear) -> bool:

@@ -3,13 +3,14 @@ row with the norm before it or the gate or sum after it (of more rows, torch's a
 the turn of new heads on their way into the cache.
 
 Sums are fp32; what the eager layers round to 16 bits on the way to a product is rounded once less
-here. Shapes: R rows, I inputs, O outputs, H query heads, K key heads, D head width. Imported only
-where Triton is.
+here. Shapes: R rows, I inputs, O outputs, S ranks of an adapter, H query heads, K key heads, D head
+width. Imported only where Triton is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,9 +19,10 @@ from torch import Tensor
 
 
 @triton.jit
-def _product(x, norm, w, bias, added, y, inputs, outputs, eps, is_normed: tl.constexpr,
-             is_biased: tl.constexpr, is_gated: tl.constexpr, is_added: tl.constexpr,
-             block_o: tl.constexpr, block_i: tl.constexpr):  # fmt: skip
+def _product(x, norm, w, bias, low, ups, times, added, y, inputs, outputs, ranks, eps,
+             is_normed: tl.constexpr, is_biased: tl.constexpr, is_adapted: tl.constexpr,
+             is_gated: tl.constexpr, is_timed: tl.constexpr, is_added: tl.constexpr,
+             block_o: tl.constexpr, block_i: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     places = tl.arange(0, block_i)
     inside_O = o < outputs
@@ -49,6 +51,17 @@ def _product(x, norm, w, bias, added, y, inputs, outputs, eps, is_normed: tl.con
         up_O *= scale
     if is_biased:
         y_O += tl.load(bias + o, mask=inside_O, other=0.0).to(tl.float32)
+    if is_adapted:
+        s = tl.arange(0, block_s)
+        inside = inside_O[:, None] & (s < ranks)[None, :]
+        at = ups + o.to(tl.int64)[:, None] * ranks + s[None, :]
+        low_S = tl.load(low + s, mask=s < ranks, other=0.0).to(tl.float32)
+        y_O += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * low_S[None, :], 1)
+        if is_gated:
+            at += outputs.to(tl.int64) * ranks
+            up_O += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * low_S[None, :], 1)
+    if is_timed:
+        y_O *= tl.load(times + o, mask=inside_O, other=0.0).to(tl.float32)
     if is_gated:
         y_O = y_O * tl.sigmoid(y_O) * up_O
     if is_added:
@@ -74,22 +87,36 @@ def blocks_of(outputs: int, *, gated: bool, added: bool) -> Blocks:
     return Blocks(16, 256, 4) if outputs >= 65536 else Blocks(8, 512, 4)
 
 
+class Update(NamedTuple):
+    """What an adapter adds to a product: `low_1S` of its input by `ups_OS` of its outputs."""
+
+    low_1S: Tensor
+    ups_OS: Tensor
+
+
 def product(
     x_1I: Tensor, w_OI: Tensor, *, norm_I: Tensor | None = None, eps: float = 0.0,
-    bias_O: Tensor | None = None, gated: bool = False, added_1O: Tensor | None = None,
+    bias_O: Tensor | None = None, update: Update | None = None, times_1O: Tensor | None = None,
+    added_1O: Tensor | None = None, gated: bool = False,
 ) -> Tensor:  # fmt: skip
-    """norm(x) W^T + bias of one row: [1, O]. `gated`: the first half of the outputs is the gate of
-    the second, and half as many come back. `added_1O` is added at the end."""
+    """norm(x) W^T + bias + update of one row, times `times_1O`: [1, O]. `gated`: the first half of
+    the outputs is the gate of the second, and half as many come back. `added_1O` is added last."""
     assert len(x_1I) == 1, f"{len(x_1I)} rows"
     outputs = len(w_OI) // 2 if gated else len(w_OI)
     blocks = blocks_of(outputs, gated=gated, added=added_1O is not None)
     y_1O = torch.empty(1, outputs, dtype=x_1I.dtype, device=x_1I.device)
+    low_1S, ups_OS = (None, None) if update is None else update
+    ranks = 1 if low_1S is None else low_1S.shape[1]
     # What is not there is not read: any pointer does.
-    norm, bias, added = (x_1I if x is None else x for x in (norm_I, bias_O, added_1O))
+    norm, bias, low, ups, times, added = (
+        x_1I if x is None else x for x in (norm_I, bias_O, low_1S, ups_OS, times_1O, added_1O)
+    )
     _product[(triton.cdiv(outputs, blocks.outputs),)](
-        x_1I.contiguous(), norm, w_OI, bias, added, y_1O, x_1I.shape[1], outputs, eps,
-        is_normed=norm_I is not None, is_biased=bias_O is not None, is_gated=gated,
-        is_added=added_1O is not None, block_o=blocks.outputs, block_i=blocks.inputs,
+        x_1I.contiguous(), norm, w_OI, bias, low, ups, times, added, y_1O,
+        x_1I.shape[1], outputs, ranks, eps,
+        is_normed=norm_I is not None, is_biased=bias_O is not None, is_adapted=update is not None,
+        is_gated=gated, is_timed=times_1O is not None, is_added=added_1O is not None,
+        block_o=blocks.outputs, block_i=blocks.inputs, block_s=triton.next_power_of_2(ranks),
         num_warps=blocks.warps, num_stages=2,
     )  # fmt: skip
     return y_1O

@@ -78,14 +78,13 @@ class Rows:
         self._pictures = _Pictures()
         readers = model.readers
         if readers is not None:
-            shape = rows, readers.number
-            self._masks_RN = readers.mask_TN.new_zeros(shape)
+            self._masks_RN = torch.zeros_like(readers.mask(None)).repeat(rows, 1)
 
     def read(self, prompts: Sequence[Prompt], stops: Sequence[int]) -> Tensor | None:
         """Read each prompt on to its stop; logits [n, V] of the token after each of the n that are
         at their end then. All of one adapter."""
         if self.model.readers is not None:
-            self.model.readers.mask_TN = self.model.readers.mask(prompts[0].adapter)
+            self.model.readers.choose(self.model.readers.mask(prompts[0].adapter))
         see(self.model, prompts, self._pictures)
         chunks = [
             Chunk(prompt.pages, prompt.read, stop, prompt.tokens)
@@ -144,7 +143,7 @@ class Rows:
         positions_R = self._positions_R[:rows]
         positions_R += self.cache.grows_R[:rows]
         if self.model.readers is not None:
-            self.model.readers.mask_TN = self._masks_RN[:rows]
+            self.model.readers.choose(self._masks_RN[:rows])
         attention = StepAttention(self.cache, rows, longest)
         ids_R, positions_3R = self.ids_R[:rows], positions_R.expand(3, -1)
         if self._is_quick:

@@ -22,32 +22,46 @@ from finesight.model.lora import LoraGroup, adapters
 
 
 class Readers:
-    """Which adapter each row of the next pass is read with: `mask_TN` has a 1 there, and nothing
-    else where it is read without any. One row stands for all."""
+    """Which adapter each row of the next pass is read with.
+
+    `shares_TX` has the scale of each rank of each bank in the rows that are read with its adapter,
+    and zeros elsewhere; one row may stand for all. X counts the ranks of all banks end to end.
+    """
 
     def __init__(self, number: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.number = number
-        self.mask_TN = torch.zeros(1, number, dtype=dtype, device=device)
+        self.number, self._dtype, self._device = number, dtype, device
+        self._scales: list[Tensor] = []
+        self._scales_NX = torch.empty(number, 0, dtype=dtype, device=device)
+        self.shares_TX = self._scales_NX[:1]
+
+    def join(self, scales_NS: Tensor) -> slice:
+        """Where the ranks of one more bank lie; each has its scale in its adapter's row."""
+        start = sum(scales.shape[1] for scales in self._scales)
+        self._scales.append(scales_NS)
+        self._scales_NX = torch.cat(self._scales, 1)
+        return slice(start, start + scales_NS.shape[1])
 
     def mask(self, adapter: int | None) -> Tensor:
-        """[1, N] of one adapter."""
-        mask_1N = torch.zeros(1, self.number, dtype=self.mask_TN.dtype)
+        """[1, N], a 1 for the adapter."""
+        mask_1N = torch.zeros(1, self.number, dtype=self._dtype)
         if adapter is not None:
             mask_1N[0, adapter] = 1
-        return mask_1N.to(self.mask_TN.device)
+        return mask_1N.to(self._device)
+
+    def choose(self, mask_TN: Tensor) -> None:
+        """Read the rows of the next pass by these masks."""
+        self.shares_TX = mask_TN @ self._scales_NX
 
 
 class AdapterBank(nn.Module):
     """Adapters of a `GroupedLinear`, in place of the one that is trained; for answering only.
 
     `a_SI` stacks the down-projections of all, those of a layer next to each other; `b_OS` has the
-    up-projections of a layer in its outputs' rows and its ranks' columns, and zeros elsewhere;
-    `scales_NS` is each rank's scale in its adapter's row.
+    up-projections of a layer in its outputs' rows and its ranks' columns, and zeros elsewhere.
     """
 
     a_SI: Tensor
     b_OS: Tensor
-    scales_NS: Tensor
 
     def __init__(
         self, group: GroupedLinear, members: Sequence[LoraGroup | None], readers: Readers
@@ -74,17 +88,15 @@ class AdapterBank(nn.Module):
             stop = sum(len(a_RI) for a_RI in downs)
             self._ranks.append(slice(start, stop) if own else None)
             ups.append(torch.cat(own, 1) if own else like.new_zeros(width, 0))
-        for key, value in (
-            ("a_SI", torch.cat(downs)),
-            ("b_OS", torch.block_diag(*ups)),  # type: ignore[no-untyped-call]
-            ("scales_NS", torch.cat(scales, 1)),
-        ):
-            self.register_buffer(key, value.detach(), persistent=False)
+        b_OS: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+        self.register_buffer("a_SI", torch.cat(downs).detach(), persistent=False)
+        self.register_buffer("b_OS", b_OS.detach(), persistent=False)
+        self._columns = readers.join(torch.cat(scales, 1))
 
     @property
     def shares_TS(self) -> Tensor:
         """What each rank's number is multiplied by, for each row of the next pass."""
-        return self._readers.mask_TN @ self.scales_NS
+        return self._readers.shares_TX[:, self._columns]
 
     def forward(
         self, x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None

@@ -17,12 +17,15 @@ import pages  # noqa: E402 (found by the line above)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+PAGES = ["README.md", "docs/data.md", "docs/files.md", "docs/commands.md", "docs/serving.md"]
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[Path, str]:
     return pages.pages()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/files.md", "docs/commands.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_pages_are_as_the_code_says(made: dict[Path, str], name: str) -> None:
     pinned = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None, "constraints.txt does not pin typer"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from finesight.check.findings import FAULTS
 from finesight.data.formats import FORMATS
+from finesight.serve.limits import Limits, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,11 +143,13 @@ def renewed(page: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
     readme, data = ROOT / "README.md", ROOT / "docs" / "data.md"
+    serving = ROOT / "docs" / "serving.md"
     short = f"```\n{tree(whole=False)}\n```"
     tables = renewed(data.read_text(encoding="utf-8"), "formats", formats())
     return {
         readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
         data: renewed(tables, "faults", faults()),
+        serving: renewed(serving.read_text(encoding="utf-8"), "limits", table(Limits())),
         ROOT / "docs" / "files.md": files(),
         ROOT / "docs" / "commands.md": commands(),
     }

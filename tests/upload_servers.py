@@ -70,7 +70,7 @@ class TakingHuggingFace(_Taking, HuggingFace):
             self.send_json({"error": "no"}, 401, {"X-Error-Message": "no right to write"})
             return
         statuses = self.server.faults.statuses.get(path)
-        name = (re.search(r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git)?/", path) or [""])[-1]
+        found = re.match(r"/api/models/([^/]+/[^/]+)/commit/", path)
         if statuses:
             self.send_json({"error": "later"}, statuses.pop(0))
         elif path == "/api/repos/create":
@@ -89,8 +89,8 @@ class TakingHuggingFace(_Taking, HuggingFace):
             objects = json.loads(body)["objects"]
             placed = [{**one, **self.place(one["oid"])} for one in objects]
             self._reply({"transfer": "basic", "objects": placed})
-        elif "/commit/" in path:
-            self._commit(f"models/{name}", [json.loads(line) for line in body.splitlines()])
+        elif found:
+            self._commit(f"models/{found[1]}", [json.loads(line) for line in body.splitlines()])
         else:
             self.send(404)
 
@@ -126,7 +126,8 @@ class TakingHuggingFace(_Taking, HuggingFace):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.stored(value["oid"])
-        self._reply({"commitUrl": f"{self.server.url}/commit/{COMMIT}", "commitOid": COMMIT})
+        page = f"{self.server.url}/{name.removeprefix('models/')}"
+        self._reply({"commitUrl": f"{page}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
 class TakingModelScope(_Taking, ModelScope):

@@ -81,12 +81,11 @@ def complete(folder: Path, family: str, end_ids: Sequence[int]) -> None:
 def dropped_sampling(base: ModelFolder) -> dict[str, Any]:
     """The settings of the base's generation_config.json that changed its answers and were not taken
     along."""
-    idle = {"do_sample": [True, False], "max_length": [20]}
-    idle |= {key: [0, 1, None] for key in _SAMPLING.difference(idle)}
     return {
         key: value
         for key, value in base.generation.items()
-        if key in _SAMPLING and value not in [*idle[key], GREEDY.get(key)]
+        # None, 0 and 1, which is also true, are how each says that it does nothing.
+        if key in _SAMPLING and value not in (None, 0, 1, GREEDY.get(key))
     }
 
 

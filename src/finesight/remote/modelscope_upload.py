@@ -7,6 +7,7 @@ where its answer says; all in one commit, small files within it as base64.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from finesight import __version__
 from finesight.errors import UserError
 from finesight.remote.address import Address
 from finesight.remote.modelscope import NEWEST, endpoint, site
-from finesight.remote.web import CONNECT_SECONDS, LATER, PAUSES, READ_SECONDS, without_query
+from finesight.remote.web import CONNECT_SECONDS, LATER, READ_SECONDS, TryAgain, without_query
 from finesight.storage import digest
 
 PRIVATE, PUBLIC = 1, 5
@@ -144,7 +145,7 @@ class _Hub:
         """The answer, asked again after failures that may pass; None for a 404 that is `missing`.
         What makes a repository or a commit is asked once."""
         once = method == "POST" and not url.endswith("/batch")
-        for pause in (*(() if once else PAUSES), None):
+        for failures in itertools.count(1):
             try:
                 sent = _pieces(content) if isinstance(content, Path) else content
                 response = self._client.request(method, url, headers=headers, content=sent)
@@ -153,6 +154,7 @@ class _Hub:
                 status, said = 0, f"{type(error).__name__}: {error}"
             if status not in (0, *LATER):
                 break
+            pause = None if once else TryAgain(said).pause(failures)
             if pause is None:
                 raise self._refused(url, status, said)
             time.sleep(pause)

@@ -1,0 +1,96 @@
+"""Names of tensors against what the engines load: a table of their maps, of our own making.
+
+vLLM (vllm/model_executor/models: qwen2_vl.py, qwen2_5_vl.py, qwen3_vl.py, `hf_to_vllm_mapper`)
+takes Qwen2-VL's and Qwen2.5-VL's tensors under `model.`, `visual.` and `lm_head.`, as first
+published, or under transformers 5's names; Qwen3-VL's under `model.language_model.`, `model.visual.` and
+`lm_head.`. SGLang (python/sglang/srt/models) has parameters of these very names, and for Qwen3-VL
+takes `language_model.` and the `model.` before `visual.` away. Both stack q, k and v, and gate and
+up, themselves: they must come apart. In the tower q, k and v come as one, `attn.qkv`; Qwen2.5-VL's
+gate and up of the tower come apart there, too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from oracle import config, native, reference
+from safetensors import safe_open
+
+from finesight.hub import ModelFolder
+from finesight.model.weights import save_model
+
+LAYER = (
+    r"(self_attn\.(q|k|v)_proj\.(weight|bias)|self_attn\.o_proj\.weight|{mlp}"
+    r"|input_layernorm\.weight|post_attention_layernorm\.weight{norms})"
+)
+DENSE = r"mlp\.(gate|up|down)_proj\.weight"
+EXPERTS = r"mlp\.gate\.weight|mlp\.experts\.(gate_up|down)_proj"
+NORMS = r"|self_attn\.(q|k)_norm\.weight"
+TOWER = r"(patch_embed\.proj\.(weight|bias)|blocks\.\d+\.(norm[12]|attn\.(qkv|proj))\.(weight|bias)"
+
+
+def language(prefix: str, mlp: str, norms: str = "") -> str:
+    """The names of a language model under a prefix."""
+    layer = LAYER.format(mlp=mlp, norms=norms)
+    return rf"{prefix}(embed_tokens\.weight|norm\.weight|layers\.\d+\.{layer})"
+
+
+TABLE = {
+    "qwen2_vl": (
+        language(r"model\.", DENSE),
+        rf"visual\.{TOWER}|blocks\.\d+\.mlp\.fc[12]\.(weight|bias)"
+        r"|merger\.(ln_q|mlp\.[02])\.(weight|bias))",
+    ),
+    "qwen2_5_vl": (
+        language(r"model\.", DENSE),
+        rf"visual\.{TOWER}|blocks\.\d+\.mlp\.(gate|up|down)_proj\.(weight|bias)"
+        r"|merger\.(ln_q|mlp\.[02])\.(weight|bias))",
+    ),
+    "qwen3_vl": (
+        language(r"model\.language_model\.", DENSE, NORMS),
+        rf"model\.visual\.{TOWER}|blocks\.\d+\.mlp\.linear_fc[12]\.(weight|bias)"
+        r"|pos_embed\.weight"
+        r"|(merger|deepstack_merger_list\.\d+)\.(norm|linear_fc[12])\.(weight|bias))",
+    ),
+}
+TABLE["qwen3_vl_moe"] = (
+    language(r"model\.language_model\.", EXPERTS, NORMS),
+    TABLE["qwen3_vl"][1],
+)
+
+
+def names(folder: Path) -> set[str]:
+    """Of every tensor of the folder."""
+    found: set[str] = set()
+    for file in ModelFolder(folder).weight_files():
+        with safe_open(file, "pt") as weights:
+            found |= set(weights.keys())
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TABLE)
+def test_every_tensor_has_a_name_that_the_engines_load(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    settings = config(family, tie_word_embeddings=tied)
+    model = native(settings, reference(settings))
+    (tmp_path / "config.json").write_text("{}")
+    source = ModelFolder(tmp_path)
+    source.__dict__["config"] = settings
+    out = tmp_path / "out"
+    out.mkdir()
+    save_model(model, source, out, next(model.parameters()).dtype, max_shard_bytes=1e5)
+    assert len(ModelFolder(out).weight_files()) > 1, "one file proves nothing about shards"
+    found = names(out)
+    allowed = "|".join(TABLE[family]) + ("" if tied else r"|lm_head\.weight")
+    strange = {name for name in found if not re.fullmatch(allowed, name)}
+    assert not strange
+    # A tied head has no tensor of its own: SGLang passes one over, vLLM would load it twice.
+    assert ("lm_head.weight" in found) is not tied
+    for pattern in TABLE[family]:
+        assert any(re.fullmatch(pattern, name) for name in found), pattern
+    stacked = [name for name in found if re.search(r"qkv_proj|layers.*mlp\.gate_up_proj", name)]
+    assert stacked == []

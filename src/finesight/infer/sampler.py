@@ -16,6 +16,9 @@ from torch import Tensor
 from finesight.infer.request import Constraint, Sampling
 from finesight.model.runs import upload
 
+_COLDEST = 1e-30
+"""The lowest temperature that fp32 divides by."""
+
 
 class Chooser:
     """What one answer's tokens are chosen by, and what that remembers from token to token."""
@@ -124,7 +127,10 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _probabilities(logits_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-    return (logits_SV / _column([c.sampling.temperature for c in choosers], logits_SV)).softmax(-1)
+    # The largest logit is made 0, which no temperature makes infinite.
+    below_SV = logits_SV - logits_SV.amax(-1, keepdim=True)
+    temperatures = [max(c.sampling.temperature, _COLDEST) for c in choosers]
+    return (below_SV / _column(temperatures, logits_SV)).softmax(-1)
 
 
 def _pick(shares_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
@@ -145,12 +151,13 @@ def _draw_cut(logits_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     shares_SV, ids_SV = _probabilities(logits_SV, choosers).sort(
         stable=True, dim=-1, descending=True
     )
-    before_SV = shares_SV.double().cumsum(-1) - shares_SV
     ranks_V = torch.arange(shares_SV.shape[1], device=shares_SV.device)
     ks_S1 = _column([c.sampling.top_k or shares_SV.shape[1] for c in choosers], shares_SV)
     ps_S1 = _column([c.sampling.top_p for c in choosers], shares_SV)
-    kept_SV = (ranks_V < ks_S1) & ((before_SV < ps_S1) | (ranks_V == 0))
-    places_S = _pick(shares_SV * kept_SV, choosers)
+    shares_SV = shares_SV * (ranks_V < ks_S1)
+    ends_SV = shares_SV.double().cumsum(-1)
+    is_nucleus_SV = ends_SV - shares_SV < ps_S1 * ends_SV[:, -1:]
+    places_S = _pick(shares_SV * (is_nucleus_SV | (ranks_V == 0)), choosers)
     ids_S: Tensor = ids_SV.gather(1, places_S.unsqueeze(1)).squeeze(1)
     return ids_S
 
@@ -161,5 +168,5 @@ def _told(raw_SV: Tensor, ids_S: Tensor, choosers: Sequence[Chooser]) -> Chosen:
         return Chosen(ids_S, None, None, None)
     logprobs_SV = raw_SV.log_softmax(-1)
     own_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
-    top = logprobs_SV.topk(max(wanted), dim=-1)
+    top = logprobs_SV.topk(min(max(wanted), logprobs_SV.shape[1]), dim=-1)
     return Chosen(ids_S, own_S, top.indices, top.values)

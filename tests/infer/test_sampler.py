@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from finesight.errors import UserError
+from finesight.infer.request import Constraint, Sampling
+from finesight.infer.sampler import Chooser, choose
+
+VOCABULARY = 8
+DRAWS = 4000
+
+
+def _chooser(
+    sampling: Sampling,
+    *,
+    logprobs: int | None = None,
+    constraint: Constraint | None = None,
+    prompt: Sequence[int] = (),
+) -> Chooser:
+    return Chooser(sampling, logprobs, constraint, prompt)
+
+
+def _logits(rows: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(rows, vocabulary, generator=generator)
+
+
+def _reference(logits_V: Tensor, sampling: Sampling) -> np.ndarray:
+    """Probabilities by the definition, token by token."""
+    scaled = logits_V.double().numpy() / sampling.temperature
+    shares = np.exp(scaled - scaled.max())
+    order = sorted(range(len(shares)), key=lambda token: -shares[token])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    whole, so_far, kept = sum(shares[token] for token in order), 0.0, []
+    for token in order:
+        kept.append(token)
+        so_far += shares[token] / whole
+        if so_far >= sampling.top_p:
+            break
+    found = np.zeros(len(shares))
+    found[kept] = shares[kept]
+    return found / found.sum()
+
+
+SAMPLINGS = [
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=0.5, seed=2),
+    Sampling(temperature=3.0, seed=3),
+    Sampling(temperature=1.0, top_k=1, seed=4),
+    Sampling(temperature=2.0, top_k=3, seed=5),
+    Sampling(temperature=1.0, top_p=0.6, seed=6),
+    Sampling(temperature=2.0, top_p=0.95, seed=7),
+    Sampling(temperature=1.0, top_p=1e-9, seed=8),
+    Sampling(temperature=4.0, top_k=5, top_p=0.7, seed=9),
+    Sampling(temperature=4.0, top_k=4, top_p=0.9, seed=10),
+    Sampling(temperature=1.0, top_k=100, seed=11),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
+def test_tokens_come_as_often_as_their_probability_says(sampling):
+    """Pearson's chi-square; a token of probability 0 never comes."""
+    logits_1V = _logits()
+    chooser = _chooser(sampling)
+    counts = Counter(int(choose(logits_1V, [chooser]).ids_S) for _ in range(DRAWS))
+    wanted = _reference(logits_1V[0], sampling)
+    assert set(counts) <= set(np.flatnonzero(wanted).tolist())
+    likely = np.flatnonzero(wanted)
+    expected = wanted[likely] * DRAWS
+    seen = np.array([counts[token] for token in likely.tolist()])
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    freedom = len(likely) - 1
+    if freedom:
+        # Above it lies 1e-4 of the distribution, by Wilson and Hilferty's approximation.
+        bound = freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
+        assert statistic < bound
+    else:
+        assert seen.tolist() == [DRAWS]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 8, 50])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+def test_what_may_be_drawn_is_what_the_definition_keeps(top_k, top_p):
+    """Over many rows at once, each with logits of its own; every kept token comes in the end."""
+    sampling = Sampling(temperature=5.0, top_k=top_k, top_p=top_p, seed=0)
+    logits_SV = _logits(4, seed=7)
+    choosers = [_chooser(sampling) for _ in logits_SV]
+    seen: list[set[int]] = [set() for _ in logits_SV]
+    for _ in range(400):
+        for row, token in enumerate(choose(logits_SV, choosers).ids_S.tolist()):
+            seen[row].add(token)
+    for row, logits_V in enumerate(logits_SV):
+        wanted = _reference(logits_V, sampling)
+        assert seen[row] <= set(np.flatnonzero(wanted).tolist())
+        assert seen[row] >= set(np.flatnonzero(wanted > 0.03).tolist())
+
+
+def test_of_equal_tokens_as_many_are_kept_as_asked():
+    sampling = Sampling(temperature=1.0, top_k=2, seed=0)
+    chooser = _chooser(sampling)
+    seen = {int(choose(torch.zeros(1, 6), [chooser]).ids_S) for _ in range(200)}
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_next_to_no_temperature_is_the_most_probable_token(temperature, top_k):
+    logits_SV = 30 * _logits(5)
+    choosers = [_chooser(Sampling(temperature=temperature, top_k=top_k, seed=0))] * 5
+    assert choose(logits_SV, choosers).ids_S.tolist() == logits_SV.argmax(-1).tolist()
+
+
+def _kinds() -> list[Chooser]:
+    return [
+        _chooser(Sampling(), logprobs=2),
+        _chooser(Sampling(temperature=1.0, seed=5)),
+        _chooser(Sampling(temperature=1.0, top_k=4, seed=6)),
+        _chooser(Sampling(temperature=2.0, top_p=0.7, seed=7), constraint=Bits({1, 3, 4, 6}, 8)),
+        _chooser(Sampling(temperature=1.0, seed=8, repetition_penalty=1.5), prompt=[2]),
+        _chooser(Sampling(repetition_penalty=1.5), logprobs=0),
+        _chooser(Sampling(), constraint=Bits({0, 7}, 8)),
+        _chooser(Sampling(temperature=1.0, seed=-3)),
+    ]
+
+
+def test_a_seed_draws_the_same_alone_and_in_any_company():
+    steps = [_logits(8, seed=step) for step in range(30)]
+    alone = []
+    for row, chooser in enumerate(_kinds()):
+        alone.append([int(choose(step[row : row + 1], [chooser]).ids_S) for step in steps])
+    choosers = _kinds()
+    together = [choose(step, choosers).ids_S.tolist() for step in steps]
+    assert [list(ids) for ids in zip(*together, strict=True)] == alone
+    # Others beside it, in another order, from step to step.
+    choosers = _kinds()
+    found: list[list[int]] = [[] for _ in choosers]
+    for number, step in enumerate(steps):
+        order = np.random.default_rng(number).permutation(8).tolist()
+        for rows in (order[: number % 9], order[number % 9 :]):
+            if rows:
+                chosen = choose(step[rows], [choosers[row] for row in rows])
+                for row, token in zip(rows, chosen.ids_S.tolist(), strict=True):
+                    found[row].append(token)
+    assert found == alone
+
+
+def test_equal_seeds_draw_equal_answers_and_others_do_not():
+    logits_1V = torch.zeros(1, 1000)
+    drawn = {}
+    for seed in (0, 1, -1, 2**64 - 1, None):
+        for again in (False, True):
+            chooser = _chooser(Sampling(temperature=1.0, seed=seed))
+            ids = tuple(int(choose(logits_1V, [chooser]).ids_S) for _ in range(10))
+            drawn[seed, again] = ids
+    assert drawn[0, False] == drawn[0, True] != drawn[1, False] == drawn[1, True]
+    # The same 64 bits.
+    assert drawn[-1, False] == drawn[2**64 - 1, False]
+    assert drawn[None, False] != drawn[None, True]
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.2, 4.0])
+def test_repetition_penalty_is_that_of_the_paper(penalty):
+    """Logits of tokens that the prompt or the answer holds, by their sign (Keskar et al. 2019),
+    once however often a token came."""
+    chooser = _chooser(Sampling(repetition_penalty=penalty), logprobs=8, prompt=[1, 1, 5])
+    seen = {1, 5}
+    for step in range(40):
+        logits_V = _logits(seed=step)[0]
+        lowered = [
+            (value / penalty if value > 0 else value * penalty) if token in seen else value
+            for token, value in enumerate(logits_V.tolist())
+        ]
+        chosen = choose(logits_V.unsqueeze(0), [chooser])
+        assert int(chosen.ids_S) == int(np.argmax(lowered))
+        seen.add(int(chosen.ids_S))
+        # What is told is what the model said.
+        assert chosen.logprobs_S is not None
+        told = float(chosen.logprobs_S[0])
+        assert told == pytest.approx(float(logits_V.log_softmax(-1)[int(chosen.ids_S)]))
+
+
+def test_logprobs_are_those_of_the_model():
+    """Before temperature, penalty, and what is cut; the chosen token may not be among the most
+    probable ones."""
+    logits_SV = _logits(3)
+    choosers = [
+        _chooser(Sampling(temperature=9.0, seed=0), logprobs=2),
+        _chooser(Sampling(), logprobs=5),
+        _chooser(Sampling()),
+    ]
+    chosen = choose(logits_SV, choosers)
+    wanted_SV = logits_SV.log_softmax(-1)
+    assert chosen.logprobs_S is not None
+    own_S = wanted_SV.gather(1, chosen.ids_S.unsqueeze(1)).squeeze(1)
+    assert torch.equal(chosen.logprobs_S, own_S)
+    assert chosen.top_ids_SN is not None
+    assert chosen.top_logprobs_SN is not None
+    order_SV = wanted_SV.sort(descending=True)
+    assert torch.equal(chosen.top_ids_SN, order_SV.indices[:, :5])
+    assert torch.equal(chosen.top_logprobs_SN, order_SV.values[:, :5])
+
+
+def test_more_logprobs_than_tokens_are_all_there_are():
+    chosen = choose(_logits(), [_chooser(Sampling(), logprobs=20)])
+    assert chosen.top_ids_SN is not None
+    assert sorted(chosen.top_ids_SN[0].tolist()) == list(range(VOCABULARY))
+
+
+def test_nothing_is_told_that_nobody_asked_for():
+    chosen = choose(_logits(), [_chooser(Sampling(temperature=1.0))])
+    assert chosen.logprobs_S is chosen.top_ids_SN is chosen.top_logprobs_SN is None
+
+
+class Bits:
+    """A constraint that allows the same tokens always, of a tokenizer of so many."""
+
+    def __init__(self, allowed: set[int], tokens: int) -> None:
+        bits = np.zeros(-(-tokens // 32), dtype=np.uint32)
+        for token in allowed:
+            bits[token // 32] |= np.uint32(1 << token % 32)
+        self._bits = bits.view(np.int32)
+
+    def allow(self) -> np.ndarray:
+        return self._bits
+
+    def take(self, token: int) -> None:
+        """Nothing changes."""
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 63, 64, 65, 300])
+@pytest.mark.parametrize("wider", [0, 1, 40])
+def test_only_what_a_constraint_allows_is_chosen(vocabulary, wider):
+    """Each token has its own bit, the 32nd of a number too; a head may have rows for no token."""
+    logits_1V = _logits(1, vocabulary + wider)
+    logits_1V[0, vocabulary:] = 1e4
+    for token in range(vocabulary):
+        chosen = choose(logits_1V, [_chooser(Sampling(), constraint=Bits({token}, vocabulary))])
+        assert chosen.ids_S.tolist() == [token]
+    allowed = set(range(0, vocabulary, 3))
+    for sampling in (
+        Sampling(temperature=50.0, seed=0),
+        Sampling(temperature=50.0, top_k=500, seed=0),
+    ):
+        chooser = _chooser(sampling, constraint=Bits(allowed, vocabulary))
+        seen = {int(choose(logits_1V, [chooser]).ids_S) for _ in range(30)}
+        assert seen <= allowed
+
+
+def test_rows_without_a_constraint_are_not_held_by_anothers():
+    logits_SV = _logits(3)
+    best = logits_SV.argmax(-1).tolist()
+    other = {token for token in range(VOCABULARY) if token != best[1]}
+    constrained = _chooser(Sampling(), constraint=Bits(other, VOCABULARY))
+    found = choose(logits_SV, [_chooser(Sampling()), constrained, _chooser(Sampling())]).ids_S
+    assert found.tolist() == [best[0], int(logits_SV[1].topk(2).indices[1]), best[2]]
+
+
+def test_what_a_constraint_forbids_takes_no_share_of_top_p():
+    """Of what is allowed, and not of all, the most probable ones are kept."""
+    logits_1V = torch.tensor([[9.0, 1.0, 1.0, 1.0]])
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=0)
+    chooser = _chooser(sampling, constraint=Bits({1, 2, 3}, 4))
+    assert {int(choose(logits_1V, [chooser]).ids_S) for _ in range(100)} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_chosen_from_in_fp32(dtype):
+    logits_SV = _logits(8).to(dtype)
+    wide, narrow = (choose(x, _kinds()) for x in (logits_SV.float(), logits_SV))
+    assert torch.equal(wide.ids_S, narrow.ids_S)
+    assert wide.logprobs_S is not None
+    assert narrow.logprobs_S is not None
+    assert torch.equal(wide.logprobs_S, narrow.logprobs_S)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 101.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("seed", 2**64),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_draws_what_the_cpu_draws():
+    on_cpu, on_card = _kinds(), _kinds()
+    for step in range(30):
+        logits_SV = _logits(8, seed=step)
+        found = choose(logits_SV.cuda(), on_card)
+        assert found.ids_S.tolist() == choose(logits_SV, on_cpu).ids_S.tolist()

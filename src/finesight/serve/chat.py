@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from finesight.data.jsonl import Located
 from finesight.errors import UserError
 from finesight.infer.constrain import Grammars
-from finesight.infer.request import Constraint, Options, Sampling
+from finesight.infer.request import GREEDY, Constraint, Options
 from finesight.infer.service import Service
 from finesight.serve.answers import Choice, Frame, used
 from finesight.serve.asked import Asked
@@ -206,7 +206,7 @@ class Reply:
             "seed": None if question.seed is None else question.seed + number,
         }
         try:
-            sampling = Sampling(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+            sampling = replace(GREEDY, **{k: v for k, v in given.items() if v is not None})
         except UserError as error:
             raise refused(error) from error
         return Options(

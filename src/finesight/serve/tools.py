@@ -69,11 +69,11 @@ class Splitter:
     """Parts an answer, as it grows, into text and calls; what may become a call is held back."""
 
     held: str = ""
-    found: int = 0
+    after_call: bool = False
 
     def take(self, text: str) -> tuple[str, list[Call]]:
         """What is certain by now: text to show, and calls that are whole."""
-        self.held += text
+        self._hold(self.held + text)
         shown, calls = "", list[Call]()
         while OPEN in self.held:
             before, _, rest = self.held.partition(OPEN)
@@ -85,8 +85,8 @@ class Splitter:
             # Not JSON, or no call: the answer is shown as it is.
             shown += before.rstrip("\n") if call else f"{before}{OPEN}{inside}{CLOSE}"
             calls += [call] if call else []
-            self.found += 1 if call else 0
-            self.held = after.lstrip("\n") if call else after
+            self.after_call = call is not None
+            self._hold(after)
         keep = _unsure(self.held)
         shown, self.held = (
             shown + self.held[: len(self.held) - keep],
@@ -98,8 +98,12 @@ class Splitter:
         """What is left when the answer has ended: a last call may lack its closing mark."""
         rest, self.held = self.held, ""
         call = read_call(rest.removeprefix(OPEN)) if rest.startswith(OPEN) else None
-        self.found += 1 if call else 0
         return ("", [call]) if call else (rest, [])
+
+    def _hold(self, text: str) -> None:
+        """Newlines after a call belong to it."""
+        self.held = text.lstrip("\n") if self.after_call else text
+        self.after_call = self.after_call and not self.held
 
 
 def read_call(text: str) -> Call | None:

@@ -4,7 +4,7 @@ read once, and one that makes a matrix of bytes in full.
 Each warp of a program takes a slice of the inputs of its own: outputs alone are too few to keep a
 card busy. Numbers are rounded to the type of the rows, as in the matrix in full, or exact in it.
 
-Shapes: R rows, O outputs, S slices, P rows and Q outputs of all slices end to end, G groups of inputs, B
+Shapes: R rows, O outputs, S slices, P rows and Q outputs of all slices end to end, G groups, B
 bytes of a group, K inputs of a slice in a step. Imported only where Triton is.
 """
 

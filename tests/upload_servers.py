@@ -36,6 +36,12 @@ class Bucket(Storage):
             self.server.blobs[path.strip("/")] = ("", data)
             self.send(200)
 
+    def send(self, status: int, body: bytes = b"", headers: Any = None) -> None:
+        """Also the body of an answer to a PUT."""
+        super().send(status, body, headers)
+        if self.command == "PUT":
+            self.wfile.write(body)
+
 
 class _Taking:
     """What both have in common; `private` repositories are in `gated`."""

@@ -204,4 +204,5 @@ def _is_of(url: str, hub: str) -> bool:
     """Whether an address is the hub's own or within its domain: the token goes nowhere else."""
     asked, own = urlsplit(url), urlsplit(hub)
     host, domain = asked.hostname or "", (own.hostname or "").removeprefix("www.")
-    return asked.scheme == own.scheme and (host == own.hostname or host.endswith(f".{domain}"))
+    within = not domain.replace(".", "").isdigit() and host.endswith(f".{domain}")
+    return asked.scheme == own.scheme and (asked.netloc == own.netloc or within)

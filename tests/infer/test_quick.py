@@ -62,6 +62,18 @@ def test_a_product_of_one_row_with_all_that_may_be_fused(
     gate, up = F.linear(normed, wide).chunk(2, dim=-1)
     found = quick_kernels.product(x_1I, w_OI, norm_I=norm_I, eps=1e-6, gated=True)
     assert near(found, F.silu(gate) * up, 4e-3)
+    ups_OS, share_1S = drawn(outputs, 12, dtype=dtype), drawn(1, 12, dtype=dtype)
+    low = quick_kernels.product(
+        x_1I, w_OI[:12].contiguous(), norm_I=norm_I, eps=1e-6, times_1O=share_1S
+    )
+    assert near(low, F.linear(normed, wide[:12]) * share_1S, 4e-3)
+    update = quick_kernels.Update(low, ups_OS)
+    more = F.linear(low.double(), ups_OS.double())
+    found = quick_kernels.product(x_1I, w_OI, update=update, added_1O=added_1O)
+    assert near(found, F.linear(x_1I.double(), wide) + more + added_1O.double(), 4e-3)
+    gate, up = (F.linear(normed, wide) + more).chunk(2, dim=-1)
+    found = quick_kernels.product(x_1I, w_OI, norm_I=norm_I, eps=1e-6, update=update, gated=True)
+    assert near(found, F.silu(gate) * up, 4e-3)
 
 
 @NARROW
@@ -163,7 +175,8 @@ def test_answers_are_those_of_the_whole_model_run_anew_for_each_token(
     prompts = [Renderer(tiny).prompt(question) for question in mixed_questions(tmp_path)]
     wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
     for rows, record in ((6, True), (6, False), (1, True), (3, True)):
-        for found, (ids, logits) in zip(said(model, prompts, rows, record), wanted, strict=True):
+        for found, grown in zip(said(model, prompts, rows, record), wanted, strict=True):
+            ids, logits = grown.tokens, grown.logits
             if dtype == torch.float32:
                 assert found == ids
                 continue

@@ -16,6 +16,7 @@ from finesight.export.publish import uploads
 from finesight.hub import locate
 from finesight.infer.load import find_parts
 from finesight.model.tiny import make_tiny
+from finesight.remote import modelscope_upload
 from finesight.remote.address import any_address
 from finesight.remote.publishing import publish
 
@@ -168,3 +169,19 @@ def test_a_folder_that_has_changed_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text() + "\n")
     with pytest.raises(UserError, match="has changed since it was written"):
         uploads(find_parts(str(folder)), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://www.modelscope.cn/api/v1/models", True),
+        ("https://lfs.modelscope.cn/object", True),
+        ("http://www.modelscope.cn/api/v1/models", False),
+        ("https://modelscope.cn.example.org/object", False),
+        ("https://notmodelscope.cn/object", False),
+        ("https://bucket.oss.aliyuncs.com/object?Signature=x", False),
+    ],
+)
+def test_whom_the_token_of_modelscope_is_shown(url: str, shown: bool) -> None:
+    assert modelscope_upload.is_of(url, "https://www.modelscope.cn") is shown
+    assert not modelscope_upload.is_of("https://a.127.0.0.1/x", "https://127.0.0.1")

@@ -113,7 +113,7 @@ class _Hub:
 
     def _put(self, url: str, path: Path) -> None:
         headers = {"Content-Length": str(path.stat().st_size)}
-        if _is_of(url, endpoint()):
+        if is_of(url, endpoint()):
             headers |= self._headers
         self._answer("PUT", url, headers, path)
 
@@ -200,7 +200,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _is_of(url: str, hub: str) -> bool:
+def is_of(url: str, hub: str) -> bool:
     """Whether an address is the hub's own or within its domain: the token goes nowhere else."""
     asked, own = urlsplit(url), urlsplit(hub)
     host, domain = asked.hostname or "", (own.hostname or "").removeprefix("www.")

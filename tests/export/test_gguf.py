@@ -1,0 +1,137 @@
+"""GGUF by llama.cpp's converter: how it is called, what it may see, and what happens if it fails.
+
+Most tests call a program of a few lines in its place, which takes the same options; the last one
+the converter itself, where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.export.gguf import MODEL, PROGRAM, PROJECTOR, find_converter, write_gguf
+from finesight.hub import ModelFolder
+from finesight.infer.load import Parts
+from finesight.model.tiny import make_tiny
+
+STAND_IN = """
+import argparse, json, os, pathlib, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("model", type=pathlib.Path)
+parser.add_argument("--outfile", type=pathlib.Path)
+parser.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "auto"])
+parser.add_argument("--mmproj", action="store_true")
+args = parser.parse_args()
+assert (args.model / "config.json").is_file()
+out = args.outfile.with_name("mmproj-" + args.outfile.name) if args.mmproj else args.outfile
+out.write_bytes(b"GGUF" + json.dumps([args.outtype, dict(os.environ)]).encode())
+"""
+"""Takes the converter's options, puts a prefix before a projector's name as it does, and writes
+what it saw."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    return Parts(ModelFolder(make_tiny(tmp_path_factory.mktemp("model") / "tiny")), None, None)
+
+
+def converter(folder: Path, text: str = STAND_IN) -> Path:
+    path = folder / PROGRAM
+    path.write_text(text)
+    return path
+
+
+def test_model_and_projector_are_made(model: Parts, tmp_path: Path) -> None:
+    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path))
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
+        MODEL,
+        PROJECTOR,
+        "sha256.json",
+    }
+    assert made.model.read_bytes()[:4] == made.projector.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tower"), [("auto", "auto"), ("q8_0", "f16"), ("bf16", "bf16"), ("f32", "f32")]
+)
+def test_the_tower_keeps_16_bits(model: Parts, tmp_path: Path, kind: str, tower: str) -> None:
+    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind)  # type: ignore[arg-type]
+    kinds = [json.loads(path.read_bytes()[4:])[0] for path in (made.model, made.projector)]
+    assert kinds == [kind, tower]
+
+
+def test_the_converter_sees_no_secrets(
+    model: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH"):
+        monkeypatch.setenv(name, "secret")
+    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path))
+    seen = json.loads(made.model.read_bytes()[4:])[1]
+    assert "secret" not in seen.values()
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert seen["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("print('no such model'); raise SystemExit(3)", "ended with 3: no such model"),
+        ("import package_that_is_not_there", "No module named 'package_that_is_not_there'"),
+        ("print('nothing to do')", "the converter left nothing"),
+        (STAND_IN.replace('b"GGUF"', 'b"PK"'), "gguf begins with b'PK["),
+        (STAND_IN.replace("if args.mmproj", "if not args.mmproj"), "the converter left mmproj-"),
+    ],
+)
+def test_a_converter_that_fails_leaves_nothing(
+    model: Parts, tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        write_gguf(model, tmp_path / "gguf", converter(tmp_path, text))
+    assert said in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [PROGRAM]
+
+
+def test_what_cannot_be_converted_is_refused(model: Parts, tmp_path: Path) -> None:
+    program = converter(tmp_path)
+    adapted = Parts(model.folder, tmp_path, None)
+    with pytest.raises(UserError, match="with an adapter on it"):
+        write_gguf(adapted, tmp_path / "gguf", program)
+    with pytest.raises(UserError, match="exists already"):
+        write_gguf(model, tmp_path, program)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.json").write_text('{"model_type": "qwen"}')
+    first = Parts(ModelFolder(tmp_path / "first"), None, None)
+    with pytest.raises(UserError, match="of the family qwen\n"):
+        write_gguf(first, tmp_path / "gguf", program)
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_too_little_room(model: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="and 1,000 are free"):
+        write_gguf(model, tmp_path / "gguf", converter(tmp_path))
+
+
+def test_where_the_converter_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"no {PROGRAM} on PATH") as caught:
+        find_converter(None)
+    assert "git clone https://github.com/ggml-org/llama.cpp" in str(caught.value)
+    with pytest.raises(UserError, match="no file"):
+        find_converter(tmp_path / "elsewhere.py")
+    program = converter(tmp_path, f"#!{sys.executable}\n")
+    program.chmod(0o755)
+    assert find_converter(None) == find_converter(program) == program.resolve()
+
+
+@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="llama.cpp's converter is not on PATH")
+def test_the_converter_itself(model: Parts, tmp_path: Path) -> None:
+    made = write_gguf(model, tmp_path / "gguf", find_converter(None), "f16")
+    assert made.model.stat().st_size > 100_000
+    assert made.projector.stat().st_size > 10_000

@@ -198,7 +198,7 @@ class Reply:
     def _options(self, number: int) -> Options:
         """How the `number`-th answer is chosen. Raises Refused."""
         question = self.question
-        given = {
+        given: dict[str, Any] = {
             "temperature": question.temperature,
             "top_p": question.top_p,
             "top_k": question.top_k,

@@ -1,12 +1,13 @@
 """How quickly a model answers: alone and many at once, with the time to the first token and memory.
 
-    python benchmarks/answering_speed.py FOLDER... [--together 64] [--rank 64] [--peer] [--out FILE]
+    python benchmarks/answering_speed.py FOLDER... [--together 64] [--rank 64] [--peer] [--out F]
 
 FOLDER holds a model's configuration and tokenizer; the weights are drawn at random, which takes the
 same time, and nothing ends an answer. A question is a generated photograph of 1,000 tokens, read
 from its file, and a line of text. Alone: time to the first token from the file on, then tokens a
 second. Together: tokens a second of all rows while they grow, and of the whole, files included.
-`--rank` measures alone once more with an adapter of that rank on every layer, not merged.
+`--rank` measures alone once more with an adapter of that rank on every layer, not merged;
+`--weights` in each of these kinds, as bf16,nf4,int4.
 `--peer` measures transformers beside it, in the same process: `generate` with a static cache, which
 it compiles, from encoded pictures. Prints a line of JSON for each model.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import itertools
 import json
 import statistics
 import tempfile
@@ -35,6 +37,7 @@ from finesight.hub import ModelFolder
 from finesight.infer.engine import Engine
 from finesight.infer.request import Request
 from finesight.model.bank import Bank
+from finesight.model.few_bits import KINDS
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.network import VisionLanguageModel
@@ -147,12 +150,34 @@ class Bench:
         return rows * steps / seconds
 
 
-def measure(folder: Path, together: int, tokens: int, repeats: int, rank: int) -> dict[str, Any]:
+@torch.no_grad()
+def in_few_bits(model: VisionLanguageModel, kind: str) -> None:
+    """Quantise what `--weights` of the commands does."""
+    for path, group in list(model.named_modules()):
+        if isinstance(group, GroupedLinear) and path.startswith(("model.layers", "lm_head")):
+            dense = torch.split(group.weight.detach(), list(group.outputs.values()))
+            with torch.device("cuda"):
+                group.freeze_as(KINDS[kind])
+            for matrix, values_OI in zip(group.weight.matrices, dense, strict=True):
+                matrix.fill(values_OI)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(
+    folder: Path, together: int, tokens: int, repeats: int, rank: int, kind: str
+) -> dict[str, Any]:
     """All figures of one model."""
     files, device = ModelFolder(folder), torch.device("cuda")
     model = random_model(files.config, 0, torch.bfloat16, device, files.preprocessor).eval()
+    if kind != "bf16":
+        in_few_bits(model, kind)
     weights = torch.cuda.memory_allocated()
-    result: dict[str, Any] = {"model": folder.name, "weights_gb": round(weights / 1e9, 2)}
+    result: dict[str, Any] = {
+        "model": folder.name,
+        "weights": kind,
+        "weights_gb": round(weights / 1e9, 2),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(files, model, Path(scratch))
         engine = bench.engine(1, tokens)
@@ -250,14 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--weights", default="bf16")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    for folder in options.folders:
-        found = measure(folder, options.together, options.tokens, options.repeats, options.rank)
+    for folder, kind in itertools.product(options.folders, options.weights.split(",")):
+        found = measure(
+            folder, options.together, options.tokens, options.repeats, options.rank, kind
+        )
         gc.collect()
         torch.cuda.empty_cache()
-        if options.peer:
+        if options.peer and kind == "bf16":
             rows = [1, options.together] if options.together else [1]
             found["peers"] = [peer(folder, number, options.tokens) for number in rows]
             gc.collect()

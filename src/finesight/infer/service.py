@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -94,9 +96,11 @@ class Answering:
             self._wake = lambda: _tell(loop, changed)
         while True:
             changed.clear()
+            # Asked first: an end that comes after the last delta is not overlooked.
+            is_over = self._over
             while (delta := self._next()) is not None:
                 yield delta
-            if self._over and not self._deltas:
+            if is_over:
                 return
             await changed.wait()
 
@@ -157,7 +161,8 @@ class Answering:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-    if not loop.is_closed():
+    # A loop that is closed has nobody who waits.
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(changed.set)
 
 
@@ -184,12 +189,12 @@ class Service:
         if isinstance(model, VisionLanguageModel):
             most = _cache_bytes(model) if cache_bytes is None else cache_bytes
             self._tokens = min(cache_tokens(model, most), rows * model.geometry.language.positions)
-        self._engine = self._new_engine()
+        self._engine = self._new_engine(rows, self._tokens)
         self._lock = threading.Condition()
         self._new: list[tuple[Answering, Request]] = []
         self._gone: list[Answering] = []
         self._open: dict[int, Answering] = {}
-        self._closing = False
+        self._closing, self._dropping = False, False
         self._counts = {"prompt": 0, "known": 0, "answer": 0, "answers": 0}
         self._thread = threading.Thread(target=self._run, name="finesight-answers", daemon=True)
         self._thread.start()
@@ -216,7 +221,8 @@ class Service:
         adapter = self._adapter(options.model)
         self._check_waiting()
         prompt = self.renderer.with_patches(self.renderer.prompt_outline(located))
-        room = self._engine.room_for(prompt)
+        with self._lock:
+            room = self._engine.room_for(prompt)
         longest = min(LONGEST, room) if options.max_new_tokens is None else options.max_new_tokens
         if not 1 <= longest <= room:
             raise UserError(
@@ -243,26 +249,26 @@ class Service:
 
     def facts(self) -> Facts:
         """How it is doing now."""
-        counts = self._counts
-        return Facts(
-            running=self._engine.running,
-            waiting=self._engine.waiting + len(self._new),
-            pages_free=self._engine.pages_free,
-            pages=self._engine.pages_in_all,
-            page_tokens=self._engine.page,
-            prompt_tokens=counts["prompt"],
-            known_tokens=counts["known"],
-            answer_tokens=counts["answer"],
-            answers=counts["answers"],
-        )
+        with self._lock:
+            engine, counts = self._engine, self._counts
+            return Facts(
+                running=engine.running,
+                waiting=engine.waiting + len(self._new),
+                pages_free=engine.pages_free,
+                pages=engine.pages_in_all,
+                page_tokens=engine.page,
+                prompt_tokens=counts["prompt"],
+                known_tokens=counts["known"],
+                answer_tokens=counts["answer"],
+                answers=counts["answers"],
+            )
 
     def close(self, finish: bool = False) -> None:
         """Take no more questions, and return when all running answers have ended: at their own end
         with `finish`, else now."""
         with self._lock:
             self._closing = True
-            if not finish:
-                self._gone += [*self._open.values(), *(answering for answering, _ in self._new)]
+            self._dropping = self._dropping or not finish
             self._lock.notify_all()
         self._thread.join()
 
@@ -277,7 +283,8 @@ class Service:
         return self._adapters[self.names[0] if name is None else name]
 
     def _check_waiting(self) -> None:
-        waiting = self._engine.waiting + len(self._new)
+        with self._lock:
+            waiting = self._engine.waiting + len(self._new)
         if self._closing or not self._thread.is_alive():
             raise Busy(
                 "the model takes no more questions",
@@ -298,10 +305,10 @@ class Service:
             self._gone.append(answering)
             self._lock.notify_all()
 
-    def _new_engine(self) -> Engine | OneByOne:
+    def _new_engine(self, rows: int, tokens: int) -> Engine | OneByOne:
         if isinstance(self._model, FallbackModel):
             return OneByOne(self._model, self.renderer.end_ids)
-        return Engine(self._model, self.renderer.end_ids, rows=self._rows, tokens=self._tokens)
+        return Engine(self._model, self.renderer.end_ids, rows=rows, tokens=tokens)
 
     def _run(self) -> None:
         while True:
@@ -324,8 +331,10 @@ class Service:
         for answering, request in new:
             try:
                 self._open[self._engine.add(request)] = answering
-            except UserError as error:
-                answering._change(None, None, error)
+            except Exception as error:
+                answering._change(None, None, _told(error))
+        if self._dropping:
+            gone = [*self._open.values()]
         for answering in gone:
             for ticket, other in self._open.items():
                 if other is answering:
@@ -349,9 +358,17 @@ class Service:
         for answering in self._open.values():
             answering._change(None, None, _told(error))
         self._open.clear()
-        # The old cache first: there may be no room for both.
-        del self._engine
-        self._engine = self._new_engine()
+        # The old cache first, which the error's frames hold: there may be no room for both.
+        traceback.clear_frames(error.__traceback__)
+        with self._lock:
+            self._engine = self._new_engine(1, 1)
+            try:
+                self._engine = self._new_engine(self._rows, self._tokens)
+            except Exception as again:
+                self._closing = True
+                for answering, _ in self._new:
+                    answering._change(None, None, _told(again))
+                self._new = []
 
 
 def _told(error: Exception) -> Exception:

@@ -1,50 +1,57 @@
 from __future__ import annotations
 
-import contextlib
+import random
+from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from asking import ask
+from asking import Told, ask, listen, mixed_questions, noise
 
+from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.infer import engine
-from finesight.infer.engine import cache_tokens, generate, plan_batches
+from finesight.infer import engine as area
+from finesight.infer import rows as rows_area
+from finesight.infer.engine import SMALL_PAGE, Engine, cache_tokens, generate
+from finesight.infer.pages import grown
+from finesight.infer.request import Request, Sampling
+from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 
-MOST = 1 << 18
+CPU = torch.device("cpu")
+STEPS = 9
+Loaded = tuple[VisionLanguageModel, Renderer]
 
 
-def test_prompts_of_similar_length_run_together_the_longest_first():
-    assert plan_batches([5, 90, 7, 88, 6], 2, 10, MOST) == [[1, 3], [2, 4], [0]]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder(make_tiny(tmp_path_factory.mktemp("model") / "tiny"))
 
 
-def test_no_prompts_no_batches():
-    assert plan_batches([], 4, 10, MOST) == []
+@pytest.fixture
+def loaded(tiny: ModelFolder) -> Loaded:
+    return load_model(tiny, torch.float32, CPU).eval(), Renderer(tiny)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_batches_hold_each_prompt_once_within_their_limits(batch):
-    lengths = [100 + 97 * i % 3000 for i in range(500)]
-    batches = plan_batches(lengths, batch, 512, MOST)
-    assert sorted(i for members in batches for i in members) == list(range(500))
-    for members in batches:
-        assert len(members) <= batch
-        room = max(lengths[i] for i in members) + 512
-        assert len(members) * room <= MOST or len(members) == 1
+def _request(prompt: Encoded, tokens: int = STEPS) -> Request:
+    return Request(prompt=prompt, max_new_tokens=tokens)
 
 
-def test_a_prompt_beyond_the_caches_limit_runs_alone():
-    assert plan_batches([10, MOST, 10], 8, 1, MOST) == [[1], [0, 2]]
+def _told(engine: Engine, *prompts: Encoded, tokens: int = STEPS) -> list[Told]:
+    """What the engine tells of these prompts, asked all at once."""
+    tickets = [engine.add(_request(prompt, tokens)) for prompt in prompts]
+    told: dict[int, Told] = {}
+    listen(engine, told)
+    return [told[ticket] for ticket in tickets]
 
 
 def test_the_cache_is_bound_in_bytes(tiny):
     """As many tokens of the published 2B model as ever, and of the first Qwen-VL far fewer."""
-    model = load_model(tiny, torch.bfloat16, torch.device("cpu"))
+    model = load_model(tiny, torch.bfloat16, CPU)
     language = model.geometry.language
     for depth, kv_heads, tokens in ((28, 2, 1 << 18), (32, 32, 14336)):
         sizes = replace(language, depth=depth, kv_heads=kv_heads, head_width=128)
@@ -53,13 +60,8 @@ def test_the_cache_is_bound_in_bytes(tiny):
     assert cache_tokens(model.float()) == 14336 // 2
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return ModelFolder(make_tiny(tmp_path_factory.mktemp("model") / "tiny"))
-
-
-def test_a_prompt_beyond_the_models_positions_is_refused(tiny, tmp_path):
-    model, renderer = load_model(tiny, torch.float32, torch.device("cpu")), Renderer(tiny)
+def test_a_prompt_beyond_the_models_positions_is_refused(loaded, tmp_path):
+    model, renderer = loaded
     prompts = [renderer.prompt(ask(name, tmp_path, text)) for name, text in (("s", "Why?"),) * 2]
     last = prompts[0].outline.tokens - 1
     model.geometry = replace(
@@ -71,8 +73,42 @@ def test_a_prompt_beyond_the_models_positions_is_refused(tiny, tmp_path):
         generate(model, longer, max_new_tokens=1, end_ids=())
 
 
+def test_what_the_cache_has_no_room_for_is_refused(loaded, tmp_path):
+    model, renderer = loaded
+    prompt = renderer.prompt(ask("s", tmp_path, "Why?"))
+    tokens = prompt.outline.tokens
+    engine = Engine(model, (), rows=1, tokens=64)
+    assert engine.room_for(prompt) == 64 - tokens
+    with pytest.raises(UserError, match=f"an answer of up to {64 - tokens} tokens"):
+        engine.add(_request(prompt, 65 - tokens))
+    (told,) = _told(engine, prompt, tokens=64 - tokens)
+    assert len(told.ids) == 64 - tokens
+    long = renderer.prompt(ask("long", tmp_path, "Why? " * 40))
+    with pytest.raises(UserError, match="fewer than 64, the room of the cache"):
+        engine.room_for(long)
+    language = replace(model.geometry.language, positions=tokens + 5)
+    model.geometry = replace(model.geometry, language=language)
+    assert engine.room_for(prompt) == 5
+
+
+def test_less_than_one_new_token_is_refused(loaded, tmp_path):
+    with pytest.raises(AssertionError, match="max_new_tokens is 0"):
+        generate(None, [], max_new_tokens=0, end_ids=())
+    engine = Engine(loaded[0], (), rows=1, tokens=64)
+    with pytest.raises(AssertionError, match="max_new_tokens is 0"):
+        engine.add(_request(loaded[1].prompt(ask("s", tmp_path, "Why?")), 0))
+
+
+def test_being_told_how_many_have_ended(loaded, tmp_path):
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    told: list[int] = []
+    generate(model, prompts, max_new_tokens=4, end_ids=(), ended=told.append)
+    assert sum(told) == len(prompts)
+
+
 def test_numbers_that_overflow_are_told(tiny, tmp_path):
-    model = load_model(tiny, torch.float16, torch.device("cpu"))
+    model = load_model(tiny, torch.float16, CPU)
     prompts = [Renderer(tiny).prompt(ask("s", tmp_path, "Why?"))]
     assert generate(model, prompts, max_new_tokens=1, end_ids=())
     with torch.no_grad():
@@ -81,42 +117,276 @@ def test_numbers_that_overflow_are_told(tiny, tmp_path):
         generate(model, prompts, max_new_tokens=1, end_ids=())
 
 
-class Graph:
-    """A recording that no card is needed for; its end may fail too."""
-
-    def __init__(self, spoiled: bool) -> None:
-        self.open, self._spoiled = False, spoiled
-
-    def capture_begin(self, **_: object) -> None:
-        self.open = True
-
-    def capture_end(self) -> None:
-        self.open = False
-        if self._spoiled:
-            raise RuntimeError("the recording is invalid")
-
-
-@pytest.mark.parametrize("spoiled", [False, True])
-def test_an_error_while_recording_closes_it_and_is_the_one_told(monkeypatch, spoiled):
-    graph, stream = Graph(spoiled), SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(engine, "_recording_stream", lambda device: stream)
-
-    def grow(ids_R, seen):
-        if graph.open:
-            raise torch.OutOfMemoryError("the first error")
-        return ids_R
-
-    recorded, ids_R = engine.Recorded(), torch.zeros(2, dtype=torch.int64)
-    recorded.run(grow, ids_R, 256)
-    with pytest.raises(torch.OutOfMemoryError, match="the first error"):
-        recorded.run(grow, ids_R, 256)
-    assert not graph.open
+def test_an_answer_that_overflows_harms_no_other(loaded, tmp_path, monkeypatch):
+    """Neither beside it nor after it, in the pages that it leaves."""
+    model, renderer = loaded
+    questions = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    wanted = [told.ids for told in _told(Engine(model, (), rows=8, tokens=1024), *questions)]
+    too_much = renderer.tokenizer.encode("§")[0]
+    assert all(too_much not in prompt.outline.ids_T for prompt in questions)
+    embed = model.model.embed
+    monkeypatch.setattr(
+        model.model,
+        "embed",
+        lambda ids_T: embed(ids_T).masked_fill((ids_T == too_much)[:, None], float("inf")),
+    )
+    bad = renderer.prompt(ask("bad", tmp_path, "§" * 30))
+    engine = Engine(model, (), rows=8, tokens=512)
+    (failed, *others) = _told(engine, bad, *questions)
+    assert failed.error is not None
+    assert "overflow" in str(failed.error)
+    assert [told.ids for told in others] == wanted
+    for _ in range(3):
+        assert [told.ids for told in _told(engine, *questions)] == wanted
+        (again,) = _told(engine, bad)
+        assert again.error is not None
 
 
-def test_less_than_one_new_token_is_refused():
-    with pytest.raises(AssertionError, match="max_new_tokens is 0"):
-        generate(None, [], max_new_tokens=0, end_ids=())
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_comes_and_goes_no_page_is_lost(loaded, tmp_path, seed, late, monkeypatch):
+    """Random requests, cancelled at random, in a cache that is too small for all of them; what is
+    not cancelled is answered as alone."""
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    rng = random.Random(seed)
+    monkeypatch.setattr(area, "PREFILL_TOKENS", rng.choice([8, 50, 8192]))
+    monkeypatch.setattr(area, "BESIDE_TOKENS", rng.choice([1, 20, 2048]))
+    end_ids = {token for token in range(400) if rng.random() < 0.1}
+    alone = [
+        _told(Engine(model, tuple(end_ids), rows=1, tokens=512), prompt)[0] for prompt in prompts
+    ]
+    engine = Engine(model, tuple(end_ids), rows=rng.choice([1, 2, 4]), tokens=176)
+    engine._late = late
+    told: dict[int, Told] = {}
+    asked: dict[int, tuple[int, int]] = {}
+    gone: set[int] = set()
+    for _ in range(120):
+        if rng.random() < 0.3:
+            which, tokens = rng.randrange(len(prompts)), rng.randrange(1, STEPS + 1)
+            asked[engine.add(_request(prompts[which], tokens))] = which, tokens
+        if asked and rng.random() < 0.15:
+            ticket = rng.choice(list(asked))
+            engine.cancel(ticket)
+            gone.add(ticket)
+        for event in engine.step():
+            told.setdefault(event.ticket, Told()).hear(event)
+        held = {page for a in [*engine._reading, *engine._growing] for page in a.prompt.pages}
+        assert engine.pages_free == engine.pages_in_all - len(held)
+    listen(engine, told)
+    assert engine.pages_free == engine.pages_in_all
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert set(told) == set(asked)
+    assert not engine._rows.cache.lengths_R.any()
+    assert not engine._rows.cache.table_RB.any()
+    for ticket, (which, tokens) in asked.items():
+        whole, found = alone[which].ids[:tokens], told[ticket]
+        if found.finish == "cancelled":
+            assert ticket in gone
+            assert found.ids == whole[: len(found.ids)]
+        else:
+            assert found.ids == whole
+            assert found.finish == ("stop" if whole[-1] in end_ids else "length")
+
+
+def test_a_question_asked_again_is_not_read_again(loaded, tmp_path):
+    """Every full page but that of its last token."""
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    engine = Engine(model, (), rows=4, tokens=1024)
+    for prompt in prompts:
+        first, again = _told(engine, prompt)[0], _told(engine, prompt)[0]
+        assert first.ids == again.ids
+        known = (prompt.outline.tokens - 1) // SMALL_PAGE * SMALL_PAGE
+        assert again.known == known >= first.known
+
+
+def test_two_that_come_together_are_read_apart_and_share_later(loaded, tmp_path):
+    model, renderer = loaded
+    prompt = renderer.prompt(mixed_questions(tmp_path)[0])
+    engine = Engine(model, (), rows=4, tokens=1024)
+    one, other = _told(engine, prompt, prompt)
+    assert one.ids == other.ids
+    assert (one.known, other.known) == (0, 0)
+    three = _told(engine, prompt, prompt, prompt)
+    assert [told.ids for told in three] == [one.ids] * 3
+    assert all(told.known > 0 for told in three)
+    assert engine.pages_free == engine.pages_in_all
+
+
+def test_what_was_said_is_known_to_the_next_turn(loaded, tmp_path):
+    """The answer's tokens as well, and with the same answer as if they were not."""
+    model, renderer = loaded
+    prompt = renderer.prompt(mixed_questions(tmp_path)[0])
+    engine = Engine(model, (), rows=4, tokens=1024)
+    (told,) = _told(engine, prompt, tokens=40)
+    more = grown(prompt.outline, [*told.ids, 5, 6, 7])
+    following = replace(prompt, outline=more)
+    (found,) = _told(engine, following)
+    assert found.known > prompt.outline.tokens
+    assert found.known == (prompt.outline.tokens + 39) // SMALL_PAGE * SMALL_PAGE
+    (fresh,) = _told(Engine(model, (), rows=1, tokens=1024), following)
+    assert (fresh.ids, fresh.known) == (found.ids, 0)
+
+
+def test_a_cancelled_question_that_was_read_halfway_is_not_known(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(area, "PREFILL_TOKENS", 20)
+    model, renderer = loaded
+    prompt = renderer.prompt(mixed_questions(tmp_path)[4])
+    engine = Engine(model, (), rows=1, tokens=512)
+    ticket = engine.add(_request(prompt))
+    assert engine.step() == []
+    engine.cancel(ticket)
+    told = _told(engine, prompt)[0]
+    assert (told.known, told.ids) == (0, _told(engine, prompt)[0].ids)
+
+
+def _seen(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures the model looks at, call by call."""
+    seen: list[int] = []
+    see = model.see
+
+    def count(patches, grids):
+        seen.append(len(grids))
+        return see(patches, grids)
+
+    monkeypatch.setattr(model, "see", count)
+    return seen
+
+
+def test_a_picture_is_looked_at_once(loaded, tmp_path, monkeypatch):
+    """Beside others, in one prompt and in many, before another text; not where all of it is known
+    from the cache."""
+    model, renderer = loaded
+    mixed_questions(tmp_path)
+    texts = [("What?", "a.png"), ("a.png", "Where?"), ("a.png", "b.png", "Why?", "b.png")]
+    prompts = [renderer.prompt(ask(f"{n}", tmp_path, *text)) for n, text in enumerate(texts)]
+    wanted = [_told(Engine(model, (), rows=1, tokens=1024), prompt)[0].ids for prompt in prompts]
+    seen = _seen(model, monkeypatch)
+    engine = Engine(model, (), rows=4, tokens=1024)
+    assert [told.ids for told in _told(engine, *prompts)] == wanted
+    assert seen == [2]
+    assert [told.ids for told in _told(engine, *reversed(prompts))] == wanted[::-1]
+    assert seen == [2]
+
+
+def test_features_of_pictures_do_not_pile_up(loaded, tmp_path, monkeypatch):
+    """The longest unused go; a picture of which they are gone is looked at again."""
+    model, renderer = loaded
+    prompts = []
+    for seed in range(4):
+        noise(tmp_path / f"{seed}.png", 56, 56, seed)
+        prompts.append(renderer.prompt(ask("s", tmp_path, f"x{seed}", f"{seed}.png")))
+    (span,) = prompts[0].outline.spans
+    picture = (span.stop - span.start) * model.geometry.language.width * 4
+    monkeypatch.setattr(rows_area, "PICTURE_BYTES", 2 * picture)
+    seen = _seen(model, monkeypatch)
+    # Pages for one question only: what is known by them is soon forgotten.
+    engine = Engine(model, (), rows=1, tokens=80)
+    looked = []
+    for number in (0, 1, 0, 2, 0, 1):
+        before = len(seen)
+        _told(engine, prompts[number], tokens=80 - prompts[number].outline.tokens)
+        assert engine._rows._pictures._bytes <= 2 * picture
+        looked.append(len(seen) > before)
+    assert looked == [True, True, False, True, False, True]
+
+
+@pytest.mark.parametrize("change", ["pixels", "system", "text"])
+def test_another_question_shares_no_more_than_is_alike(loaded, tiny, tmp_path, change):
+    """And is answered as without the cache."""
+    model, renderer = loaded
+    noise(tmp_path / "a.png", 84, 56, 0)
+    texts = ("a.png", "What is in the picture? " * 3)
+    engine = Engine(model, (), rows=2, tokens=1024)
+    first = renderer.prompt(ask("one", tmp_path, *texts))
+    (told,) = _told(engine, first)
+    if change == "pixels":
+        noise(tmp_path / "a.png", 84, 56, 1)
+    elif change == "system":
+        renderer = Renderer(tiny, system="Answer briefly and in English, please.")
+    else:
+        texts = (texts[0], "And what " + texts[1])
+    other = renderer.prompt(ask("one", tmp_path, *texts))
+    (found,) = _told(engine, other)
+    alike = first.outline.spans[0].start
+    if change != "pixels":
+        pairs = zip(first.outline.ids_T, other.outline.ids_T, strict=False)
+        alike = next(n for n, (mine, yours) in enumerate(pairs) if mine != yours)
+    assert found.known == alike // SMALL_PAGE * SMALL_PAGE
+    assert found.ids == _told(Engine(model, (), rows=1, tokens=1024), other)[0].ids
+    assert told.ids == _told(engine, first)[0].ids
+
+
+def test_the_first_family_shares_nothing_across_its_trained_length(tmp_path):
+    """A longer prompt is read with another rotary base from its first token on."""
+    pytest.importorskip("tiktoken")
+    folder = ModelFolder(make_tiny(tmp_path / "tiny", "qwen"))
+    model, renderer = load_model(folder, torch.float32, CPU).eval(), Renderer(folder)
+    text = "Read it. " * 30
+    prompts = [renderer.prompt(ask("s", tmp_path, text + "Why? " * n)) for n in (0, 8, 16)]
+    lengths = [prompt.outline.tokens for prompt in prompts]
+    language = replace(model.geometry.language, trained=lengths[0] + 1)
+    model.geometry = replace(model.geometry, language=language)
+    model.model.geometry = language
+    assert lengths[0] < language.trained < lengths[1]
+    engine = Engine(model, (), rows=2, tokens=4096)
+    told = [_told(engine, prompt)[0] for prompt in prompts]
+    assert told[0].known == told[1].known == 0
+    # Of one base again.
+    assert told[2].known >= lengths[0] // SMALL_PAGE * SMALL_PAGE
+    for prompt, found in zip(prompts, told, strict=True):
+        assert found.ids == _told(Engine(model, (), rows=1, tokens=4096), prompt)[0].ids
+
+
+def _cancelled_after(engine: Engine, requests: Sequence[Request], steps: int) -> dict[int, Told]:
+    """The second request cancelled after so many steps."""
+    told: dict[int, Told] = {}
+    tickets = [engine.add(request) for request in requests]
+    for _ in range(steps):
+        for event in engine.step():
+            told.setdefault(event.ticket, Told()).hear(event)
+    engine.cancel(tickets[1])
+    engine.cancel(10**6)
+    listen(engine, told)
+    return told
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("steps", range(12))
+def test_an_answer_cancelled_at_any_step_ends_there(loaded, tmp_path, steps, late, monkeypatch):
+    """While it waits, is read in chunks, grows, and after its end."""
+    monkeypatch.setattr(area, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(area, "BESIDE_TOKENS", 30)
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)[:3]]
+    wanted = [_told(Engine(model, (), rows=1, tokens=512), p, tokens=5)[0] for p in prompts]
+    engine = Engine(model, (), rows=3, tokens=512)
+    engine._late = late
+    requests = [_request(prompt, 5) for prompt in prompts]
+    found = _cancelled_after(engine, requests, steps)
+    for ticket in (0, 2):
+        assert (found[ticket].ids, found[ticket].finish) == (wanted[ticket].ids, "length")
+    assert found[1].ids == wanted[1].ids[: len(found[1].ids)]
+    assert (found[1].finish == "length") == (len(found[1].ids) == 5)
+    assert engine.pages_free == engine.pages_in_all
+
+
+def test_sampled_answers_do_not_hold_plain_ones_up(loaded, tmp_path):
+    """Rows of every kind in one step: each is told a token with every step."""
+    model, renderer = loaded
+    prompt: Encoded = renderer.prompt(ask("s", tmp_path, "Why?"))
+    engine = Engine(model, (), rows=3, tokens=512)
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=0), Sampling()):
+        engine.add(Request(prompt=prompt, max_new_tokens=6, sampling=sampling))
+    engine.step()
+    for _ in range(4):
+        assert sorted(event.ticket for event in engine.step()) == [0, 1, 2]
+
+
+def test_random_weights_of_the_path_are_there(tmp_path: Path, loaded):
+    """The tests above hold for a model whose answers depend on what is asked."""
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    answers = generate(model, prompts, max_new_tokens=STEPS, end_ids=())
+    assert len({tuple(answer) for answer in answers}) == len(prompts)

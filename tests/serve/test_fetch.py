@@ -316,6 +316,21 @@ def test_a_server_opens_nothing_else(open_server, webs, url):
     assert list((open_server.folder / "requests").iterdir()) == []
 
 
+def test_a_question_about_a_picture_on_the_web(answerer, webs, tmp_path):
+    outside, inside = webs
+    url = f"https://localhost:{outside.server_address[1]}/a.png"
+    with running(answerer, tmp_path, fetcher=fetcher(Names([OUTSIDE]))) as server:
+        found = [
+            send(server, "POST", "/v1/chat/completions", question(server, image(at), "What?"))
+            for at in (url, data_url(PICTURE))
+        ]
+    assert [status for status, _, _ in found] == [200, 200]
+    contents = [said["choices"][0]["message"]["content"] for _, said, _ in found]
+    assert contents[0] == contents[1]
+    assert len(outside.asked) == 1
+    assert not inside.asked
+
+
 def test_pictures_are_kept_as_long_as_their_request(server):
     body = question(server, image(data_url(PICTURE)), image(data_url(png(seed=1))), "Which?")
     status, _, _ = send(server, "POST", "/v1/chat/completions", body)

@@ -25,7 +25,7 @@ TYPES: Mapping[int, str] = {
 """The `type` of an error by its status."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Refused(Exception):
     """A request is not answered; `param` is the part of it that is wrong, `wait` the seconds after
     which it may be asked again."""

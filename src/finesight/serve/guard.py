@@ -33,6 +33,10 @@ DRAINED_SECONDS = 10.0
 """For a client that is refused to send the rest, without which it would not read the answer."""
 
 
+FRAMES = 20
+"""Of a fault, the innermost ones: one that many answers share has been raised in each of them."""
+
+
 class Stalled(Exception):
     """A client takes nothing of its answer."""
 
@@ -198,6 +202,6 @@ def _headers(scope: Scope) -> dict[str, str]:
 def logged(error: Exception) -> Refused:
     """Our own fault, for the client; where it is stands in the log. Its message may quote what a
     client sent, so it is left out."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
+    frames = "".join(traceback.format_tb(error.__traceback__, limit=-FRAMES))
     LOG.error("%s, whose message is not logged\n%s", type(error).__name__, frames)
     return broken()

@@ -39,6 +39,7 @@ class Readers:
         start = sum(scales.shape[1] for scales in self._scales)
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
+        self.shares_TX = torch.zeros_like(self._scales_NX[:1])
         return slice(start, start + scales_NS.shape[1])
 
     def mask(self, adapter: int | None) -> Tensor:

@@ -9,7 +9,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from fastapi.telemetry import TelemetryConfig
 from serving import KEY, bearer, data_url, image, png, question, running, send
+
+from finesight.serve.app import SILENT
 
 PACKAGE = Path(__file__).parents[2] / "src" / "finesight"
 
@@ -76,6 +79,22 @@ def test_payloads_are_not_logged(answerer, tmp_path, caplog, capfd, monkeypatch)
     hidden += [answer] if len(answer) > 8 else []
     for text in (logged, printed):
         assert not [secret for secret in hidden if secret in text]
+
+
+def test_nothing_is_sent_to_whom_the_environment_names(answerer, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    with running(answerer, tmp_path) as server:
+        inner = server.app._app
+        # The names are FastAPI's own: were they others, what is switched off would be on.
+        known = set(TelemetryConfig.__annotations__)
+        assert set(SILENT) == known - {
+            "tracer_provider",
+            "meter_provider",
+            "logger_provider",
+            "exclude",
+        }
+        assert not any(inner._telemetry[name] for name in SILENT)
 
 
 def _modules() -> list[tuple[str, ast.Module]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,6 +27,15 @@ from finesight.serve.limits import Limits
 from finesight.serve.metrics import Metrics
 from finesight.serve.pool import Pool
 from finesight.serve.store import PURPOSE, Store
+
+SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""Else FastAPI sends paths and messages of errors wherever the environment's OpenTelemetry says."""
 
 
 def make_app(
@@ -52,7 +62,13 @@ def make_app(
         service, grammars, limits, metrics, pool, fetcher or none, store, requests, open=set()
     )
     # No pages of FastAPI's own: they are for who may not have a key.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=SILENT,
+    )
     app.post("/v1/chat/completions")(desk.complete)
     _add_facts(app, service, metrics)
     _add_files(app, store, pool, limits)

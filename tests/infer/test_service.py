@@ -85,13 +85,8 @@ def assert_idle(service: Service) -> None:
 
 
 def test_an_answer_comes_in_pieces_and_ends_as_predict_says(service, asked):
-    predictions = predict(
-        asked.answerer.model,
-        asked.answerer.renderer,
-        asked.questions,
-        max_new_tokens=TOKENS,
-        batch=1,
-    )
+    model, renderer = asked.answerer.model, asked.answerer.renderer
+    predictions = predict(model, renderer, asked.questions, max_new_tokens=TOKENS, batch=1)
     for question, prediction, ids in zip(asked.questions, predictions, asked.answers, strict=True):
         answering = service.ask(question, OPTIONS)
         deltas = list(answering)
@@ -301,17 +296,22 @@ def test_closing_ends_all_at_once_otherwise(asked, wait):
 class Broken:
     """A constraint that allows all until it fails."""
 
-    def __init__(self, after: int, vocabulary: int) -> None:
-        self._left, self._numbers = after, -(-vocabulary // 32)
+    def __init__(self, after: int, error: Exception) -> None:
+        self._left, self._error = after, error
 
     def allow(self) -> NDArray[np.int32]:
         self._left -= 1
         if self._left < 0:
-            raise ZeroDivisionError("a step fails")
-        return np.full(self._numbers, -1, dtype=np.int32)
+            raise self._error
+        return np.full(64, -1, dtype=np.int32)
 
     def take(self, token: int) -> None:
         """Nothing changes."""
+
+
+def failing(after: int, error: type[Exception] = ZeroDivisionError) -> Options:
+    """Options with which a step fails."""
+    return replace(OPTIONS, constraint=Broken(after, error("a step fails")))
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
@@ -320,16 +320,14 @@ def test_an_error_in_a_step_reaches_all_that_run_and_the_next_is_answered(asked,
     running = [service.ask(question, LONG) for question in asked.questions[:2]]
     for one in running:
         next(iter(one))
-    vocabulary = asked.answerer.model.geometry.language.vocabulary
-    broken = Broken(after, vocabulary)
-    failing = service.ask(asked.questions[2], replace(OPTIONS, constraint=broken))
+    broken = service.ask(asked.questions[2], failing(after))
     with pytest.raises(ZeroDivisionError, match="a step fails"):
-        list(failing)
+        list(broken)
     with pytest.raises(ZeroDivisionError, match="a step fails"):
         list(running[0])
     with pytest.raises(ZeroDivisionError, match="a step fails"):
         asyncio.run(_listen(running[1]))
-    assert failing.finish is None
+    assert broken.finish is None
     assert ids_of(list(service.ask(asked.questions[3], OPTIONS))) == asked.answers[3]
     assert_idle(service)
 
@@ -338,12 +336,11 @@ def test_a_failed_engine_leaves_no_cache_behind(asked):
     """There may be no room for both: the error that is told must not keep it alive."""
     service = Service(asked.answerer, rows=2, cache_bytes=1 << 22)
     cache = weakref.ref(service._engine._rows.cache)
-    vocabulary = asked.answerer.model.geometry.language.vocabulary
     gc.disable()
     try:
-        failing = service.ask(asked.questions[0], Options(constraint=Broken(2, vocabulary)))
+        broken = service.ask(asked.questions[0], failing(2))
         with pytest.raises(ZeroDivisionError):
-            list(failing)
+            list(broken)
         list(service.ask(asked.questions[0], OPTIONS))
         assert cache() is None
     finally:
@@ -351,7 +348,7 @@ def test_a_failed_engine_leaves_no_cache_behind(asked):
         service.close()
 
 
-def _failing(most: int) -> Callable[..., Engine]:
+def _made_at_most(most: int) -> Callable[..., Engine]:
     """Engines of few rows; none of the size that is wanted, once `most` were made."""
     made: list[int] = []
 
@@ -365,12 +362,11 @@ def _failing(most: int) -> Callable[..., Engine]:
 
 
 def test_a_service_that_can_not_go_on_says_so(asked, monkeypatch):
-    monkeypatch.setattr(area, "Engine", _failing(1))
+    monkeypatch.setattr(area, "Engine", _made_at_most(1))
     service = Service(asked.answerer, rows=2, cache_bytes=1 << 22)
-    vocabulary = asked.answerer.model.geometry.language.vocabulary
-    failing = service.ask(asked.questions[0], Options(constraint=Broken(0, vocabulary)))
+    broken = service.ask(asked.questions[0], failing(0))
     with pytest.raises(ZeroDivisionError):
-        list(failing)
+        list(broken)
     service._thread.join()
     with pytest.raises(Busy, match="no more questions"):
         service.ask(asked.questions[0], OPTIONS)
@@ -378,15 +374,8 @@ def test_a_service_that_can_not_go_on_says_so(asked, monkeypatch):
     service.close()
 
 
-class NoMemory(Broken):
-    """The card's own error in place of another."""
-
-    def allow(self) -> NDArray[np.int32]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 def test_a_full_card_is_told_as_the_users(service, asked):
-    answering = service.ask(asked.questions[0], Options(constraint=NoMemory(0, 8)))
+    answering = service.ask(asked.questions[0], failing(1, torch.OutOfMemoryError))
     with pytest.raises(UserError, match="no memory left"):
         list(answering)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,31 @@ def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Pa
     told = json.loads(run_command(four.path, tmp_path / "again", "--json").output)
     assert told["published_in_int4"] == 14
     assert "has no adapter" in refused(dense.path, tmp_path / "nothing")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    """At a write in the middle of the weights, in a process of its own."""
+    program = (
+        "import resource, sys; from finesight.cli.app import run;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "merge", str(run), str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "merged: cannot be written: file too large" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_run_that_is_stopped_by_ctrl_c_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from finesight.cli.app import run;"
+        "from finesight.export import merging;"
+        "merging.complete = lambda *all: os.kill(os.getpid(), signal.SIGINT);"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "merge", str(run), str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]

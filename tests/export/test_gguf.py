@@ -12,12 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from finesight.errors import UserError
-from finesight.export.gguf import MODEL, PROGRAM, PROJECTOR, find_converter, write_gguf
+from finesight.export.files import complete
+from finesight.export.gguf import MODEL, PROGRAM, PROJECTOR, Kind, find_converter, write_gguf
 from finesight.hub import ModelFolder
 from finesight.infer.load import Parts
 from finesight.model.tiny import make_tiny
+from finesight.model.weights import random_model, save_model
+
+ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
 
 STAND_IN = """
 import argparse, json, os, pathlib, sys
@@ -59,8 +64,8 @@ def test_model_and_projector_are_made(model: Parts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "tower"), [("auto", "auto"), ("q8_0", "f16"), ("bf16", "bf16"), ("f32", "f32")]
 )
-def test_the_tower_keeps_16_bits(model: Parts, tmp_path: Path, kind: str, tower: str) -> None:
-    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind)  # type: ignore[arg-type]
+def test_the_tower_keeps_16_bits(model: Parts, tmp_path: Path, kind: Kind, tower: str) -> None:
+    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind)
     kinds = [json.loads(path.read_bytes()[4:])[0] for path in (made.model, made.projector)]
     assert kinds == [kind, tower]
 
@@ -130,8 +135,51 @@ def test_where_the_converter_is_looked_for(tmp_path: Path, monkeypatch: pytest.M
     assert find_converter(None) == find_converter(program) == program.resolve()
 
 
+def small(name: str, folder: Path) -> Parts:
+    """A published model of few random weights, its tokenizer whole: llama.cpp knows each by its
+    digest."""
+    base = ModelFolder(ASSETS / name)
+    config = json.loads(json.dumps(base.config))
+    text = config.get("text_config", config)
+    text |= {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sections = [8, 12, 12]
+    if text is not config:
+        text["head_dim"] = 64
+        sections = [12, 10, 10]
+    text["rope_scaling"]["mrope_section"] = sections
+    vision = config["vision_config"]
+    vision |= {"depth": 4, "num_heads": 2}
+    if config["model_type"] == "qwen2_vl":
+        vision |= {"embed_dim": 64, "hidden_size": 128}
+    else:
+        vision |= {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 96}
+    vision |= {key: [1] for key in ("fullatt_block_indexes",) if key in vision}
+    vision |= {key: [0] for key in ("deepstack_visual_indexes",) if key in vision}
+    source = folder / "source"
+    source.mkdir()
+    for path in (ASSETS / name).iterdir():
+        shutil.copy(base.file(path.name) or path, source / path.name)
+    (source / "config.json").write_text(json.dumps(config))
+    made = ModelFolder(source)
+    model = random_model(config, 0, torch.bfloat16, torch.device("cpu"), made.preprocessor)
+    (folder / "model").mkdir()
+    save_model(model, made, folder / "model", torch.bfloat16)
+    complete(folder / "model", config["model_type"], (151645,))
+    return Parts(ModelFolder(folder / "model"), None, None)
+
+
 @pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="llama.cpp's converter is not on PATH")
-def test_the_converter_itself(model: Parts, tmp_path: Path) -> None:
-    made = write_gguf(model, tmp_path / "gguf", find_converter(None), "f16")
-    assert made.model.stat().st_size > 100_000
-    assert made.projector.stat().st_size > 10_000
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="published tokenizers are not there")
+@pytest.mark.parametrize("kind", ["auto", "q8_0"])
+@pytest.mark.parametrize(
+    "name", ["Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-Embedding-8B"]
+)
+def test_the_converter_itself(name: str, kind: Kind, tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece", reason="the converter needs it")
+    made = write_gguf(small(name, tmp_path), tmp_path / "gguf", find_converter(None), kind)
+    content = made.model.read_bytes()
+    assert len(content) > 20_000_000, "the vocabulary is not in it"
+    # What generation_config.json says is said to llama.cpp.
+    assert b"general.sampling.top_k" in content
+    assert b"v.blk.3." in made.projector.read_bytes()

@@ -8,6 +8,7 @@ file that a message names must be one that was uploaded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import re
@@ -75,7 +76,9 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._answer(scope, receive, send)
+            # The page's streams never end by themselves: they are cancelled when the server ends.
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ Updates = dict[Any, Any]
 class Page:
     """The page's parts, and the events between them; a visitor is known by Gradio's session."""
 
-    def __init__(self, visitors: Visitors, names: Sequence[str]) -> None:
-        self._visitors, self._names = visitors, names
-        self._compares = BASE in names[1:]
+    def __init__(self, visitors: Visitors) -> None:
+        self._visitors, self._names = visitors, visitors.service.names
+        self._compares = BASE in self._names[1:]
         with gr.Blocks(title="finesight", analytics_enabled=False, fill_width=True) as self.blocks:
             self._lay_out()
             self._connect()
@@ -90,22 +90,16 @@ class Page:
             *(self._composer, self._compare, self._settings, self._longest, self._temperature),
         ]
         told = [self._past, self._now, self._notice, *labelled]
-        answers: dict[str, Any] = {
-            "outputs": told,
-            "concurrency_limit": None,
-            "api_visibility": "private",
-        }
-        quick: dict[str, Any] = {"outputs": told, "queue": False}
-        for event in (answers, quick):
-            event["show_progress"] = "hidden"
-        self.blocks.load(self._entered, outputs=[self._title, *told], show_progress="hidden")
+        common: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+        event = common | {"outputs": told}
+        self.blocks.load(self._entered, outputs=[self._title, *told], **common)
         self.blocks.unload(self._left)
-        self._composer.submit(self._asked, [self._composer, *chosen], **answers)
-        self._again.click(self._asked_again, chosen, **answers)
-        self._composer.stop(self._stopped, queue=False, show_progress="hidden")
-        self._undo.click(self._undone, **quick)
-        self._new.click(self._begun_anew, **quick)
-        self._language.click(self._switched, **quick)
+        self._composer.submit(self._asked, [self._composer, *chosen], **event)
+        self._again.click(self._asked_again, chosen, **event)
+        self._composer.stop(self._stopped, **common)
+        self._undo.click(self._undone, **event)
+        self._new.click(self._begun_anew, **event)
+        self._language.click(self._switched, **event)
 
     def _visitor(self, request: gr.Request) -> Visitor:
         return self._visitors.of(str(request.session_hash))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 STATIC = Path(__file__).parent / "static"
+UPLOADS, TALKS = "uploads", "talks"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
@@ -36,7 +37,7 @@ def serve(service: Service, listener: socket.socket, password: str | None, loopb
 
     with private_folder() as folder:
         config = uvicorn.Config(
-            make_app(service, folder, password, loopback),
+            make_app(Visitors(service, folder / TALKS), folder / UPLOADS, password, loopback),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -69,24 +70,22 @@ def private_folder() -> Iterator[Path]:
     """A folder for what visitors send, readable by this user alone, and gone in the end."""
     with tempfile.TemporaryDirectory(prefix="finesight-web-", ignore_cleanup_errors=True) as made:
         folder = Path(made)
-        (folder / "uploads").mkdir()
-        (folder / "talks").mkdir()
+        (folder / UPLOADS).mkdir()
+        (folder / TALKS).mkdir()
         yield folder
 
 
-def make_app(service: Service, folder: Path, password: str | None, loopback: bool) -> Guard:
-    """The page behind its guard, its files below `folder`."""
+def make_app(visitors: Visitors, uploads: Path, password: str | None, loopback: bool) -> Guard:
+    """The page behind its guard; Gradio keeps in `uploads` what comes."""
     import gradio as gr
 
-    uploads = folder / "uploads"
-    visitors = Visitors(service, folder / "talks")
     with _kept_in(uploads):
         # Imported here: Gradio reads where it keeps files when it is imported, too.
         from finesight.web.page import Page
 
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         _add_files(app, visitors)
-        page = Page(visitors, service.names)
+        page = Page(visitors)
         mounted = gr.mount_gradio_app(
             app,
             page.blocks,

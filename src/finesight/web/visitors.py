@@ -104,7 +104,7 @@ class Visitors:
     """All of them, by the name that the page gives its session; the quietest goes for a new one."""
 
     def __init__(self, service: Service, folder: Path) -> None:
-        self._service, self._folder = service, folder
+        self.service, self._folder = service, folder
         self._known: dict[str, Visitor] = {}
 
     def of(self, session: str) -> Visitor:
@@ -115,7 +115,7 @@ class Visitors:
                 self.leave(next(iter(self._known)))
             folder = self._folder / secrets.token_hex(16)
             folder.mkdir()
-            visitor = Visitor(Talk(self._service), folder)
+            visitor = Visitor(Talk(self.service), folder)
         self._known[session] = visitor
         return visitor
 
@@ -127,7 +127,10 @@ class Visitors:
                 pass
             shutil.rmtree(visitor.folder, ignore_errors=True)
 
+    def all(self) -> list[Visitor]:
+        """Everybody who is here, the quietest first."""
+        return [*self._known.values()]
+
     def with_token(self, token: str) -> Visitor | None:
         """The one whose secret token that is."""
-        known = [*self._known.values()]
-        return next((v for v in known if secrets.compare_digest(v.token, token)), None)
+        return next((v for v in self.all() if secrets.compare_digest(v.token, token)), None)

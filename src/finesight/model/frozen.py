@@ -83,11 +83,13 @@ class FrozenMatrix(nn.Module, ABC):
     def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias without making the matrix, or None where there are too many rows for it."""
         number = x.numel() // self.inputs
-        narrow = x.dtype in (torch.bfloat16, torch.float16)
-        if not 0 < number <= (TILE_ROWS if narrow else ROWS) or not (x.is_cuda and self.fits()):
+        if not (x.is_cuda and self.fits()) or not 0 < number <= TILE_ROWS:
+            return None
+        tiled = number > 1 and _has_tensor_cores(x.dtype, x.device)
+        if not tiled and number > ROWS:
             return None
         x_RI = x.reshape(number, self.inputs).contiguous()
-        y_RO = self.tiles(x_RI, bias) if narrow and number > 1 else self.rows(x_RI, bias)
+        y_RO = self.tiles(x_RI, bias) if tiled else self.rows(x_RI, bias)
         return y_RO.view(*x.shape[:-1], self.outputs)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,6 +101,12 @@ class FrozenMatrix(nn.Module, ABC):
         """As `forward`, without a way back."""
         y = self.few(x, bias)
         return F.linear(x, self.dense(x.dtype), bias) if y is None else y
+
+
+def _has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Those that Triton uses."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return narrow and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class DenseSource(FrozenMatrix):

@@ -100,6 +100,8 @@ class Int4Matrix(FrozenMatrix):
                 remedy="take the config.json that was published with the weights",
             )
         self.order_I.copy_(order_I)
+        # Made now: while a step is recorded, its memory would be the recording's.
+        _whole_numbers(self.device)
         self._in_order = torch.equal(order_I, places_I)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -165,6 +167,8 @@ class RoundedInt4Matrix(Int4Matrix):
         found = tuple(values_OI.shape)
         assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
         self.order_I.copy_(torch.arange(self.inputs))
+        # Made now: while a step is recorded, its memory would be the recording's.
+        _whole_numbers(self.device)
         rows = max(1, AT_ONCE // self.inputs)
         for some in (slice(at, at + rows) for at in range(0, self.outputs, rows)):
             w_RI = values_OI[some].to(self.device).float()

@@ -103,6 +103,8 @@ class Nf4Matrix(FrozenMatrix):
         found = tuple(values_OI.shape)
         assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
         functional = _imported().functional
+        # Made now: while a step is recorded, its memory would be the recording's.
+        _values(self.codes.device)
         flat = values_OI.flatten()
         scales = []
         for start in range(0, self.numbers, AT_ONCE):

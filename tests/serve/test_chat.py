@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Literal
 
 import pytest
-from openai import BadRequestError, NotFoundError
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from pydantic import BaseModel, Field
 from serving import QUESTION, asked, data_url, image, png
 
 from finesight.data.jsonl import Located
@@ -118,6 +121,37 @@ def test_json_of_a_schema(plain, client, server, stream):
     value = json.loads(text)
     assert set(value) == {"row", "kind"}
     assert 1 <= value["row"] <= 9
+
+
+class Ticket(BaseModel):
+    row: int = Field(ge=1, le=9)
+    kind: Literal["a", "b"]
+
+
+def test_answers_as_objects_of_python(client, server):
+    found = client.chat.completions.parse(
+        model=server.service.names[0],
+        messages=asked("Book a seat."),
+        response_format=Ticket,
+        max_tokens=120,
+        seed=1,
+        temperature=1.0,
+        stop=None,
+    )
+    assert isinstance(found.choices[0].message.parsed, Ticket)
+
+
+def test_the_client_that_does_not_wait(server):
+    async def both() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            given = {"model": server.service.names[0], "messages": asked("Who?"), "max_tokens": 5}
+            whole = await client.chat.completions.create(**given)
+            stream = await client.chat.completions.create(**given, stream=True)
+            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return [whole.choices[0].message.content, "".join(said)]
+
+    whole, streamed = asyncio.run(both())
+    assert whole == streamed
 
 
 def test_a_json_object(plain, client, server):

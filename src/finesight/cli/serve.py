@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.cli.options import Device, Precision, RunOrModel, Weights
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 def serve(
     run_or_model: RunOrModel,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="A further run or adapter of the same base, which requests choose by its folder's "
+            "name. Repeatable.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Where to listen; beyond this machine a key is needed.")
     ] = "127.0.0.1",
@@ -39,6 +47,7 @@ def serve(
     ] = 300.0,
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Serve a model over HTTP as OpenAI's clients speak it, until Ctrl-C; see docs/serving.md.
 
@@ -56,12 +65,12 @@ def serve(
             expected="fastapi, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
-    from finesight.infer.load import load_answerer
+    from finesight.infer.load import load_choice
 
     keys = read_keys(key_file)
     place = listen(host, port, keys)
     limits = Limits(rows=rows, waiting=waiting, seconds=seconds)
-    answerer = load_answerer(run_or_model, device, precision)
+    answerer = load_choice(run_or_model, adapter or (), device, precision, weights)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{place.getsockname()[1]}/v1"
 

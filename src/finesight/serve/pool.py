@@ -23,7 +23,3 @@ class Pool:
         """What `work` gives, done in one of the threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
-
-    def close(self) -> None:
-        """What waits is given up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -214,17 +214,17 @@ def test_two_that_come_together_are_read_apart_and_share_later(loaded, tmp_path)
     assert engine.pages_free == engine.pages_in_all
 
 
-def test_what_was_said_is_known_to_the_next_turn(loaded, tmp_path):
-    """The answer's tokens as well, and with the same answer as if they were not."""
+@pytest.mark.parametrize("tokens", range(33, 33 + SMALL_PAGE))
+def test_what_was_said_is_known_to_the_next_turn(loaded, tmp_path, tokens):
+    """All but the last token of the answer, which is nowhere read; with the same answer as if they
+    were not."""
     model, renderer = loaded
     prompt = renderer.prompt(mixed_questions(tmp_path)[0])
     engine = Engine(model, (), rows=4, tokens=1024)
-    (told,) = _told(engine, prompt, tokens=40)
-    more = grown(prompt.outline, [*told.ids, 5, 6, 7])
-    following = replace(prompt, outline=more)
+    (told,) = _told(engine, prompt, tokens=tokens)
+    following = replace(prompt, outline=grown(prompt.outline, [*told.ids, 5, 6, 7]))
     (found,) = _told(engine, following)
-    assert found.known > prompt.outline.tokens
-    assert found.known == (prompt.outline.tokens + 39) // SMALL_PAGE * SMALL_PAGE
+    assert found.known == (prompt.outline.tokens + tokens - 1) // SMALL_PAGE * SMALL_PAGE
     (fresh,) = _told(Engine(model, (), rows=1, tokens=1024), following)
     assert (fresh.ids, fresh.known) == (found.ids, 0)
 

@@ -137,7 +137,7 @@ class Int4Matrix(FrozenMatrix):
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias by tensor cores."""
         parts = self.codes, self.scales_OG, self.zeros_OG
-        plan = tile_kernels.plan(self.outputs)
+        plan = tile_kernels.plan(self.outputs, len(x_RI))
         return tile_kernels.int4_tiles(self._sorted(x_RI), *parts, bias, self.group, plan)
 
     def _sorted(self, x_RI: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ class Nf4Matrix(FrozenMatrix):
 
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias by tensor cores."""
-        return tile_kernels.nf4_tiles(x_RI, *self._parts(), bias, tile_kernels.plan(self.outputs))
+        return tile_kernels.nf4_tiles(
+            x_RI, *self._parts(), bias, tile_kernels.plan(self.outputs, len(x_RI))
+        )
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         levels = _levels(self.codes.device), _values(self.codes.device)

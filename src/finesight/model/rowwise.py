@@ -74,7 +74,7 @@ class RowwiseMatrix(DenseSource):
 
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias by tensor cores."""
-        plan = tile_kernels.plan(self.outputs)
+        plan = tile_kernels.plan(self.outputs, len(x_RI))
         return tile_kernels.byte_tiles(x_RI, self.codes_OI, self.scales_O, bias, plan)
 
 

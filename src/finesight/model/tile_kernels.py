@@ -18,9 +18,9 @@ from torch import Tensor
 from finesight.model.row_kernels import Plan, level, own_level
 
 
-def plan(outputs: int) -> Plan:
+def plan(outputs: int, rows: int) -> Plan:
     """For a matrix of so many outputs."""
-    return Plan(outputs=16 if outputs <= 6144 else 32, pieces=1, warps=4)
+    return Plan(outputs=16 if outputs <= 6144 or rows > 16 else 32, pieces=1, warps=4)
 
 
 @triton.jit
@@ -85,23 +85,24 @@ def _int4(x, codes, scales, zeros, bias, y, rows, outputs, inputs, group: tl.con
           biased: tl.constexpr, slices: tl.constexpr, block_r: tl.constexpr,
           block_o: tl.constexpr, block_g: tl.constexpr):  # fmt: skip
     # A byte holds an input of the first half in its low bits, that of the second in its high ones.
+    # Here 32 of them count as a group, of whatever size those are that share a scale.
     o, g_of_o = _places(slices, block_o, block_g)
     r, g_of_r = _places(slices, block_r, block_g)
     o += tl.program_id(0) * block_o
-    i, b = tl.arange(0, group * block_g), tl.arange(0, group)
+    i, b = tl.arange(0, 32 * block_g), tl.arange(0, 32)
     half = inputs // 2
-    groups = half // group
+    groups = half // 32
     total_SRO = tl.zeros((slices, block_r, block_o), tl.float32)
     for start in range(0, groups, slices * block_g):
         g_QG = (start + g_of_o)[:, None] + tl.arange(0, block_g)[None, :]
         inside_QG = (o < outputs)[:, None] & (g_QG < groups)
         pairs_at = (o.to(tl.int64) * groups)[:, None] + g_QG
-        pairs_at = pairs_at[:, :, None] * group + b[None, None, :]
+        pairs_at = pairs_at[:, :, None] * 32 + b[None, None, :]
         pairs = tl.load(codes + pairs_at, mask=inside_QG[:, :, None], other=0).to(tl.int32)
-        k_PK = ((start + g_of_r) * group)[:, None] + i[None, :]
+        k_PK = ((start + g_of_r) * 32)[:, None] + i[None, :]
         inside_PK = (r < rows)[:, None] & (k_PK < half)
         for second in tl.static_range(2):
-            place_QG = (o * 2 * groups)[:, None] + second * groups + g_QG
+            place_QG = (o * (inputs // group))[:, None] + (second * half + g_QG * 32) // group
             scale = tl.load(scales + place_QG, mask=inside_QG, other=0.0).to(tl.float32)
             zero = tl.load(zeros + place_QG, mask=inside_QG, other=0).to(tl.float32)
             # The bits of 2^23 + code: a float without a conversion; the difference is exact.
@@ -109,7 +110,7 @@ def _int4(x, codes, scales, zeros, bias, y, rows, outputs, inputs, group: tl.con
             w_QGB = (code - (zero + 8388608.0)[:, :, None]) * scale[:, :, None]
             x_at = (r * inputs + second * half)[:, None] + k_PK
             x_PK = tl.load(x + x_at, mask=inside_PK, other=0.0)
-            w_QK = tl.reshape(w_QGB, (slices * block_o, group * block_g))
+            w_QK = tl.reshape(w_QGB, (slices * block_o, 32 * block_g))
             total_SRO = _added(total_SRO, x_PK, w_QK, slices, block_r, block_o)
     _store(tl.sum(total_SRO, axis=0), bias, y, rows, outputs, biased, block_r, block_o)
 
@@ -150,7 +151,7 @@ def nf4_tiles(
         x_RI, codes, scales_B, coarse, mean, *levels, x_RI if bias is None else bias, y_RO,
         rows, outputs, inputs, biased=bias is not None, shuffled=x_RI.is_cuda,
         slices=plan.warps, block_r=_padded(rows), block_o=plan.outputs, block_g=plan.pieces,
-        num_warps=plan.warps,
+        num_warps=plan.warps, num_stages=_stages(rows),
     )  # fmt: skip
     return y_RO
 
@@ -159,15 +160,15 @@ def int4_tiles(
     x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
     group: int, plan: Plan,
 ) -> Tensor:  # fmt: skip
-    """As `row_kernels.int4_rows`; rows of 16 bits, pieces of 64 inputs of each half."""
+    """As `row_kernels.int4_rows`; rows of 16 bits, pieces of 32 inputs of each half."""
     rows, inputs = x_RI.shape
     outputs = len(codes)
     y_RO = x_RI.new_empty(rows, outputs)
     _int4[(triton.cdiv(outputs, plan.outputs),)](
         x_RI, codes, scales_OG, zeros_OG, x_RI if bias is None else bias, y_RO, rows, outputs,
         inputs, group=group, biased=bias is not None, slices=plan.warps,
-        block_r=_padded(rows), block_o=plan.outputs, block_g=max(1, 64 * plan.pieces // group),
-        num_warps=plan.warps,
+        block_r=_padded(rows), block_o=plan.outputs, block_g=plan.pieces,
+        num_warps=plan.warps, num_stages=_stages(rows),
     )  # fmt: skip
     return y_RO
 
@@ -181,13 +182,18 @@ def byte_tiles(
     _bytes[(triton.cdiv(outputs, plan.outputs),)](
         x_RI, codes_OI, scales_O, x_RI if bias is None else bias, y_RO, rows, outputs, inputs,
         biased=bias is not None, slices=plan.warps, block_r=_padded(rows), block_o=plan.outputs,
-        block_k=64 * plan.pieces, num_warps=plan.warps,
+        block_k=64 * plan.pieces, num_warps=plan.warps, num_stages=_stages(rows),
     )  # fmt: skip
     return y_RO
 
 
 def _padded(rows: int) -> int:
     return max(16, 1 << (rows - 1).bit_length())
+
+
+def _stages(rows: int) -> int:
+    """How many steps are in memory at once: what small cards have room for."""
+    return 3 if rows <= 16 else 2
 
 
 @triton.jit

@@ -243,7 +243,7 @@ def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Pa
     result = run_command(four.path, out)
     assert result.exit_code == 0, result.exception
     lines = result.output.splitlines()
-    assert lines[0] == f"0 layers merged into {out}, fp32"
+    assert lines[0] == f"written to {out}, fp32"
     assert lines[-1].startswith("14 layers were published in four bits and are written in fp32")
     models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
@@ -278,3 +278,22 @@ def test_a_run_that_is_stopped_by_ctrl_c_leaves_nothing(run: Path, tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 130, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_run_that_trained_parts_whole_is_written_with_all_that_belongs_to_a_model(
+    run: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["tune"] = {"language": "full"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    make_tiny(run / "model", seed=1)
+    out = tmp_path / "merged"
+    result = run_command(run, out)
+    assert result.exit_code == 0, result.exception
+    assert result.output.splitlines()[0] == f"written to {out}, fp32"
+    written = [path / "model.safetensors" for path in (run / "model", out)]
+    assert written[0].read_bytes() == written[1].read_bytes()
+    assert "language (full)" in (out / "README.md").read_text()
+    settings = json.loads((out / "preprocessor_config.json").read_text())
+    assert settings["max_pixels"] == 7840
+    assert "has no adapter" in refused(out, tmp_path / "again")

@@ -36,7 +36,7 @@ def options(line: str, words: int) -> dict[str, str]:
 
 
 def of_tiny(rule: Any = None, system: str | None = None, path: str = "/m/my model") -> Any:
-    return lines(ModelFolder(TINY_FOLDER), path, rule, system)
+    return lines(ModelFolder(TINY_FOLDER), path, "my model", rule, system)
 
 
 def test_vllm_is_told_the_limits_of_the_training() -> None:
@@ -110,3 +110,10 @@ def test_published_folders(name: str) -> None:
 def test_the_first_qwen_vl_is_not_served_so() -> None:
     with pytest.raises(UserError, match="of the family qwen\n"):
         serving_of(Parts(ModelFolder(ASSETS / "Qwen-VL-Chat"), None, None), "x")
+
+
+def test_a_model_within_a_run_has_the_name_of_the_run() -> None:
+    parts = Parts(ModelFolder(TINY_FOLDER), None, None)
+    given = options(serving_of(parts, "runs/latex").vllm, 3)
+    assert given["--served-model-name"] == "latex"
+    assert f"vllm serve {TINY_FOLDER}" in serving_of(parts, "runs/latex").vllm

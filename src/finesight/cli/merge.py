@@ -21,7 +21,7 @@ def merge(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A run folder, an adapter folder or a model in four bits (GPTQ)."
+            metavar="SOURCE", help="A run, an adapter folder or a model in four bits (GPTQ)."
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.")],
@@ -44,9 +44,10 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a model folder that transformers, vLLM and llama.cpp load.
 
-    What was published in four bits (GPTQ) is written in full. The folder is loaded anew and
-    compared with the adapter on its base, on held-out samples of the run or on drawn pictures: what
-    differs by more than rounding is refused, and the figures are written into its model card.
+    What was published in four bits (GPTQ) is written in full, and the model/ of a run that trained
+    parts whole with its card and other programs' settings. The folder is loaded anew and compared
+    with the trained model, on held-out samples of the run or on drawn pictures: what differs by
+    more than rounding is refused, and the figures are written into its model card.
 
     Example: finesight merge runs/latex models/latex
     """
@@ -55,12 +56,13 @@ def merge(
     from finesight.model.int4 import published_group
 
     parts = find_parts(source, base)
-    if parts.adapter is None and published_group(parts.folder) is None:
+    # The model/ of a run that trained parts whole has no card, and other programs' settings.
+    whole = parts.manifest is not None and parts.folder.path.resolve() != Path(source).resolve()
+    if parts.adapter is None and not whole and published_group(parts.folder) is None:
         raise UserError(
             f"{source} has no adapter",
             where="finesight merge",
-            expected="a run that trained with lora, a folder with an adapter, or a model in four"
-            " bits",
+            expected="a run, a folder with an adapter, or a model in four bits",
             remedy=f"nothing is left to merge: use {parts.folder.path} as it is",
         )
     merged = merge_and_prove(
@@ -89,7 +91,8 @@ def merge(
 
 def _tell(merged: Proved, parts: Parts) -> None:
     """What was written, and what a user of it has to know."""
-    typer.echo(f"{merged.layers} layers merged into {merged.folder}, {merged.precision}")
+    what = f"{merged.layers} layers merged into" if merged.layers else "written to"
+    typer.echo(f"{what} {merged.folder}, {merged.precision}")
     for line in merged.parity.as_lines():
         typer.echo(line)
     if merged.thawed:

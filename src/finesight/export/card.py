@@ -179,7 +179,8 @@ def _serving(folder: ModelFolder, told: Told) -> str:
         return f"{title}\n\n{own}"
     manifest = told.parts.manifest
     system = manifest.system if manifest else None
-    serving = serving_lines(folder, told.name, manifest.picture if manifest else None, system)
+    rule = manifest.picture if manifest else None
+    serving = serving_lines(folder, told.name, told.name, rule, system)
     notes = "\n".join(f"- {note}" for note in serving.notes)
     engines = f"```sh\n{serving.vllm}\n\n{serving.sglang}\n```"
     return f"{title}\n\n{own}\n\nvLLM and SGLang:\n\n{engines}\n\n{notes}"

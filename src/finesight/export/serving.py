@@ -62,19 +62,22 @@ def serving_of(parts: Parts, source: str) -> Serving:
         )
     manifest = parts.manifest
     rule = manifest.picture if manifest else None
-    return lines(parts.folder, str(parts.folder.path), rule, manifest.system if manifest else None)
+    system = manifest.system if manifest else None
+    return lines(parts.folder, str(parts.folder.path), Path(source).name, rule, system)
 
 
-def lines(folder: ModelFolder, path: str, rule: PictureRule | None, system: str | None) -> Serving:
-    """The lines for a folder that will lie at `path`; `rule` and `system` are those of the run."""
+def lines(
+    folder: ModelFolder, path: str, name: str, rule: PictureRule | None, system: str | None
+) -> Serving:
+    """The lines for a folder that will lie at `path` and be asked for by `name`; `rule` and
+    `system` are those of the run."""
     settings = folder.preprocessor
     if isinstance(rule, PixelRange):
         limits = {"min_pixels": rule.min_pixels, "max_pixels": rule.max_pixels}
     else:
         limits = {key: settings[key] for key in ("min_pixels", "max_pixels")}
     length = _length(folder, limits["max_pixels"])
-    name, quoted = shlex.quote(Path(path).name or "model"), shlex.quote(path)
-    common = f"--served-model-name {name}"
+    quoted, common = shlex.quote(path), f"--served-model-name {shlex.quote(name or 'model')}"
     greedy = _json({"temperature": 0})
     return Serving(
         vllm=f"vllm serve {quoted} {common} --max-model-len {length}"

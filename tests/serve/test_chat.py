@@ -5,7 +5,7 @@ import json
 from typing import Literal
 
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
 from pydantic import BaseModel, Field
 from serving import QUESTION, asked, data_url, image, png
 
@@ -121,6 +121,15 @@ def test_json_of_a_schema(plain, client, server, stream):
     value = json.loads(text)
     assert set(value) == {"row", "kind"}
     assert 1 <= value["row"] <= 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_becomes_too_large_is_told(plain, client, stream):
+    properties = {f"p{number}": {"type": "string"} for number in range(3000)}
+    schema = {"type": "object", "properties": properties}
+    shape = {"type": "json_schema", "json_schema": {"name": "many", "schema": schema}}
+    with pytest.raises(APIError, match="too large to follow"):
+        list(plain(client, response_format=shape, stream=stream))
 
 
 class Ticket(BaseModel):

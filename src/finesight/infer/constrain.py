@@ -30,6 +30,9 @@ Schema = Mapping[str, Any]
 WIDTH = 32
 """Bits of one number of a mask."""
 
+LEXER_STATES = 50_000
+"""Of one answer's grammar, each of one or two kilobytes: schemas come from strangers."""
+
 LONGEST_LABEL = 200
 WIDEST = 99_999
 """The largest pixel that a box of Qwen2.5-VL may name."""
@@ -108,7 +111,8 @@ class Grammars:
             start += f"thought{f'[suffix={closed}]' if ends else ''}: /(?s:.*)/\n"
         package = llguidance()
         grammar = package.LLMatcher.grammar_from_lark(start + rules)
-        matcher = package.LLMatcher(self._tokenizer(), grammar, log_level=0)
+        limits = package.LLParserLimits(max_lexer_states=LEXER_STATES)
+        matcher = package.LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(
                 f"the grammar of this answer cannot be followed: {matcher.get_error():.300}",
@@ -158,9 +162,10 @@ class Matched:
         self._matcher.consume_token(token)
 
     @property
-    def complete(self) -> bool:
-        """Whether the answer may end here."""
-        return bool(self._matcher.is_accepting())
+    def failed(self) -> bool:
+        """Whether the grammar has become too large to follow: the answer was ended in the middle
+        of it."""
+        return bool(self._matcher.is_error())
 
 
 def llguidance() -> ModuleType:

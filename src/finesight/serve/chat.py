@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from fastapi.responses import JSONResponse, Response
 
 from finesight.data.jsonl import Located
 from finesight.errors import UserError
-from finesight.infer.constrain import Grammars
-from finesight.infer.request import GREEDY, Constraint, Options
+from finesight.infer.constrain import Grammars, Matched
+from finesight.infer.request import GREEDY, Options
 from finesight.infer.service import Service
 from finesight.serve.answers import Choice, Frame, used
 from finesight.serve.asked import Asked
@@ -99,13 +99,14 @@ class Desk:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One request that is being answered."""
+    """One request that is being answered; `forms` is what each answer is held to."""
 
     desk: Desk
     question: Question
     asked: Asked
     started: float
     receive: Receive
+    forms: list[Matched | None] = field(default_factory=list)
 
     @property
     def deadline(self) -> float:
@@ -187,15 +188,27 @@ class Reply:
                         yield chunk
                     continue
                 assert answering.finish is not None, f"answer {number} goes on after its end"
+                self._check_form(number)
                 self.desk.metrics.answered(answering.finish, answering.usage)
                 for chunk in choice.end(answering.finish, answering.prediction()):
                     yield chunk
 
     def _ask(self, located: Located) -> None:
         """In a thread of the pool."""
-        self.asked.ask(located, [self._options(n) for n in range(self.question.n or 1)])
+        self.forms.extend(self._constraint() for _ in range(self.question.n or 1))
+        options = [self._options(number, form) for number, form in enumerate(self.forms)]
+        self.asked.ask(located, options)
 
-    def _options(self, number: int) -> Options:
+    def _check_form(self, number: int) -> None:
+        form = self.forms[number]
+        if form is not None and form.failed:
+            raise Refused(
+                400,
+                f"the schema of answer {number} is too large to follow: make it simpler",
+                "response_format",
+            )
+
+    def _options(self, number: int, form: Matched | None) -> Options:
         """How the `number`-th answer is chosen. Raises Refused."""
         question = self.question
         given: dict[str, Any] = {
@@ -214,11 +227,11 @@ class Reply:
             sampling=sampling,
             stop=question.stops,
             logprobs=(question.top_logprobs or 0) if question.logprobs else None,
-            constraint=self._constraint(),
+            constraint=form,
             model=question.model,
         )
 
-    def _constraint(self) -> Constraint | None:
+    def _constraint(self) -> Matched | None:
         """What the answer is held to. Raises Refused."""
         shape, choice, grammars = (
             self.question.response_format,

@@ -15,7 +15,7 @@ from finesight.serve.limits import Limits
 
 Given = TypeVar("Given", bound=BaseModel)
 
-LONGEST_STOP = 1000
+LONGEST_STOP = 200
 """Characters of a stop text."""
 
 

@@ -62,7 +62,7 @@ class Visit:
             text,
         )
         self.browser.settle()
-        self._one("#composer .submit-button").click()
+        self.click("#composer .submit-button")
 
     def settled(self) -> None:
         """Wait until nothing grows, and another question may be asked."""
@@ -74,13 +74,17 @@ class Visit:
 
     def press(self, words: str) -> None:
         """Press the button that says so."""
-        buttons = self.driver.find_elements("css selector", "#tools button, #head button")
-        [button] = [button for button in buttons if button.text.strip() == words]
-        button.click()
+        found = (
+            "[...document.querySelectorAll('#tools button, #head button')]"
+            f".find(at => at.textContent.trim() === {words!r} && !at.disabled)"
+        )
+        self.until(f"return !!{found};")
+        self.browser.run(f"{found}.click();")
 
     def click(self, selector: str) -> None:
-        """Press one element."""
-        self._one(selector).click()
+        """Press one element: at once, as Gradio may draw it anew at any time."""
+        self.until(f"return !!document.querySelector({selector!r});")
+        self.browser.run(f"document.querySelector({selector!r}).click();")
 
     def turns(self) -> int:
         """How many are shown."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,7 @@ from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.predict import Prediction
 from finesight.infer.request import Delta, Finish, Options
+from finesight.web.guard import Guard
 from finesight.web.server import TALKS, UPLOADS, listening, make_app, private_folder
 from finesight.web.visitors import Visitors
 
@@ -25,20 +27,22 @@ Answer = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
 
 @dataclass
 class Told:
-    """An answer that is known beforehand, in one piece."""
+    """An answer that is known beforehand, said once, or again and again until it is stopped."""
 
     located: Located
     text: str
     boxes: tuple[BoxPart, ...]
+    endless: bool
+    said: str = ""
     finish: Finish | None = None
 
-    def __iter__(self) -> Iterator[Delta]:
-        yield Delta(self.text, ())
-        self.finish = "stop"
-
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        for delta in self:
-            yield delta
+        while self.finish is None:
+            self.said += self.text
+            yield Delta(self.text, ())
+            if not self.endless:
+                self.finish = "stop"
+            await asyncio.sleep(0.02)
 
     def cancel(self) -> None:
         self.finish = "cancelled"
@@ -46,7 +50,7 @@ class Told:
     def prediction(self) -> Prediction:
         pictures = [p for p in self.located.sample.parts() if isinstance(p, ImagePart)]
         images = tuple(Path(part.image) for part in pictures)
-        return Prediction("", images, "", self.text, self.text, self.boxes, 1, True)
+        return Prediction("", images, "", self.said, self.said, self.boxes, 1, True)
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Parrot:
 
     answer: Answer
     names: tuple[str, ...] = ("parrot", "base")
+    endless: bool = False
     asked: list[Options] = field(default_factory=list)
 
     def ask(self, located: Located, options: Options) -> Told:
@@ -64,7 +69,7 @@ class Parrot:
         text = "".join(part.text for part in parts if isinstance(part, TextPart))
         if text == "refuse":
             raise UserError("<b>refused</b>", where="parrot", expected="another", remedy="ask it")
-        return Told(located, *self.answer(text))
+        return Told(located, *self.answer(text), self.endless)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Served:
     port: int
     visitors: Visitors
     folder: Path
+    app: Guard
 
 
 @contextmanager
@@ -83,7 +89,9 @@ def served(service: object, password: str | None = None, loopback: bool = True) 
     with listening("127.0.0.1", 0) as listener, private_folder() as folder:
         visitors = Visitors(service, folder / TALKS)  # type: ignore[arg-type]
         app = make_app(visitors, folder / UPLOADS, password, loopback)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -91,7 +99,7 @@ def served(service: object, password: str | None = None, loopback: bool = True) 
                 assert thread.is_alive(), "the server has ended"
                 time.sleep(0.02)
             port = listener.getsockname()[1]
-            yield Served(f"http://127.0.0.1:{port}/", port, visitors, folder)
+            yield Served(f"http://127.0.0.1:{port}/", port, visitors, folder, app)
         finally:
             server.should_exit = True
             thread.join()

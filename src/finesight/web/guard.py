@@ -128,7 +128,7 @@ class Guard:
     def _is_known(self, headers: Headers) -> bool:
         if self.password is None:
             return True
-        given = re.search(rf"(?:^|;\s*){COOKIE}=([\w-]+)", headers.get("cookie", ""))
+        given = re.search(rf"(?:^|;\s*){COOKIE}=([\w-]+)", headers.get("cookie", ""), re.ASCII)
         return given is not None and hmac.compare_digest(given[1], self._pass)
 
     def _is_upload(self, name: object) -> bool:

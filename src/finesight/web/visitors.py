@@ -59,7 +59,14 @@ class Visitor:
             raise UserError(told)
         if len(text) > QUESTION_CHARACTERS:
             raise UserError(self.words.too_long.format(len(text), QUESTION_CHARACTERS))
-        return [self._keep(upload) for upload in uploads]
+        kept: list[Path] = []
+        try:
+            for upload in uploads:
+                kept.append(self._keep(upload))
+        except UserError:
+            self.forget(kept)
+            raise
+        return kept
 
     def forget(self, pictures: Sequence[Path]) -> None:
         """Remove pictures that no turn shows any more."""
@@ -133,4 +140,6 @@ class Visitors:
 
     def with_token(self, token: str) -> Visitor | None:
         """The one whose secret token that is."""
-        return next((v for v in self.all() if secrets.compare_digest(v.token, token)), None)
+        given = token.encode()
+        same = (v for v in self.all() if secrets.compare_digest(v.token.encode(), given))
+        return next(same, None)

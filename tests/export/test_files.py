@@ -58,6 +58,15 @@ def test_generation_is_greedy_without_a_penalty(name: str, tmp_path: Path) -> No
     assert not {"top_p", "repetition_penalty"} & folder.generation.keys() - GREEDY.keys()
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen"])
+def test_the_class_is_said_and_no_path(family: str, tmp_path: Path) -> None:
+    before = {"_name_or_path": "/home/me/models/base", "architectures": ["Another"], "a": 1}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    complete(tmp_path, family, (7,))
+    known = ["Qwen2VLForConditionalGeneration"] if family == "qwen2_vl" else ["Another"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"architectures": known, "a": 1}
+
+
 def test_the_penalty_of_qwen2_5_vl_is_told() -> None:
     base = ModelFolder(ASSETS / "Qwen2.5-VL-7B-Instruct")
     assert dropped_sampling(base) == {"repetition_penalty": 1.05}

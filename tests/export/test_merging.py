@@ -260,6 +260,7 @@ def test_a_merged_folder_misses_nothing(merged: Proved) -> None:
     assert missing(ModelFolder(merged.folder)) == []
     config = json.loads((merged.folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
 
 
 def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:

@@ -58,11 +58,16 @@ _SAMPLING = {
 def complete(folder: Path, family: str, end_ids: Sequence[int]) -> None:
     """Give a written model folder what other programs need and its base may lack: the class in
     config.json, the picture settings, and a generation_config.json that answers as was measured,
-    ending with `end_ids`."""
+    ending with `end_ids`; and let its weights be read by whoever may read the rest."""
+    for weights in folder.glob("*.safetensors"):
+        # Their writer keeps them for this user alone; a server is often another.
+        weights.chmod((folder / "config.json").stat().st_mode)
     config = _read(folder / "config.json")
+    # Where transformers once read it from, on somebody's machine.
+    config.pop("_name_or_path", None)
     if family in ARCHITECTURES:
         config["architectures"] = [ARCHITECTURES[family]]
-        _write(folder / "config.json", config)
+    _write(folder / "config.json", config)
     if family in PROCESSORS and "image_processor" not in _read(folder / PROCESSOR):
         kind = {
             "image_processor_type": "Qwen2VLImageProcessor",

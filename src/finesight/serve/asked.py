@@ -13,6 +13,9 @@ from finesight.infer.request import Delta, Options, Usage
 from finesight.infer.service import Answering, Busy, Service
 from finesight.serve.errors import Refused, refused
 
+Grown = tuple[int, Delta | Exception | None]
+"""Which answer has grown, and by what: None is its end, an exception what went wrong with it."""
+
 
 class Asked:
     """The answers to one question. They are asked for in a thread that nobody can stop, so that
@@ -56,7 +59,7 @@ class Asked:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None]]:
         """What any of the answers grows by, as it comes, and None at the end of each. Whatever
         went wrong with one of them is raised."""
-        queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+        queue: asyncio.Queue[Grown] = asyncio.Queue()
         tasks = [
             asyncio.create_task(_follow(number, answering, queue))
             for number, answering in enumerate(self.answers)
@@ -64,23 +67,40 @@ class Asked:
         try:
             running = len(tasks)
             while running:
-                number, delta = await queue.get()
-                if isinstance(delta, UserError):
-                    raise Refused(503, delta.what, wait=5) from delta
-                if isinstance(delta, Exception):
-                    raise delta
-                running -= delta is None
-                yield number, delta
+                come = [await queue.get()]
+                while not queue.empty():
+                    come.append(queue.get_nowait())
+                for number, delta in joined(come):
+                    if isinstance(delta, UserError):
+                        raise Refused(503, delta.what, wait=5) from delta
+                    if isinstance(delta, Exception):
+                        raise delta
+                    running -= delta is None
+                    yield number, delta
         finally:
             for task in tasks:
                 task.cancel()
 
 
-async def _follow(
-    number: int,
-    answering: Answering,
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]],
-) -> None:
+def joined(come: Sequence[Grown]) -> list[Grown]:
+    """The same with what each answer has grown by in one piece: where clients are many, tokens come
+    faster than they can be sent one by one."""
+    made: list[Grown] = []
+    last: dict[int, tuple[int, Delta]] = {}
+    for number, delta in come:
+        if not isinstance(delta, Delta):
+            made.append((number, delta))
+        elif number in last:
+            place, before = last[number]
+            whole = Delta(before.text + delta.text, before.tokens + delta.tokens)
+            made[place], last[number] = (number, whole), (place, whole)
+        else:
+            last[number] = (len(made), delta)
+            made.append((number, delta))
+    return made
+
+
+async def _follow(number: int, answering: Answering, queue: asyncio.Queue[Grown]) -> None:
     try:
         async for delta in answering:
             queue.put_nowait((number, delta))

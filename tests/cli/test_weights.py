@@ -17,7 +17,7 @@ from finesight.cli.predict import predict
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.infer.engine import generate
+from finesight.infer.generate import generate
 from finesight.infer.load import load_answerer
 from finesight.infer.predict import questions
 from finesight.model.tiny import make_tiny

@@ -15,7 +15,8 @@ from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer import engine as area
 from finesight.infer import rows as rows_area
-from finesight.infer.engine import SMALL_PAGE, Engine, cache_tokens, generate
+from finesight.infer.engine import SMALL_PAGE, Engine, cache_tokens
+from finesight.infer.generate import generate
 from finesight.infer.pages import grown
 from finesight.infer.request import Request, Sampling
 from finesight.model.network import VisionLanguageModel

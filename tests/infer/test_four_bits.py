@@ -15,7 +15,7 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
-from finesight.infer.engine import generate
+from finesight.infer.generate import generate
 from finesight.infer.load import load_answerer
 from finesight.model.frozen import ROWS, TILE_ROWS
 from finesight.model.int4 import Int4Matrix

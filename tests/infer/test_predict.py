@@ -12,7 +12,7 @@ from finesight.data.jsonl import Located
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
-from finesight.infer.engine import generate
+from finesight.infer.generate import generate
 from finesight.infer.predict import Prediction, predict, questions, read_prediction
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import make_tiny

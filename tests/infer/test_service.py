@@ -21,7 +21,8 @@ from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer import service as area
-from finesight.infer.engine import Engine, generate
+from finesight.infer.engine import Engine
+from finesight.infer.generate import generate
 from finesight.infer.load import Answerer
 from finesight.infer.predict import predict
 from finesight.infer.request import Delta, Options, Sampling

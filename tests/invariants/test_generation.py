@@ -24,7 +24,8 @@ from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.infer import engine as engine_area
-from finesight.infer.engine import Engine, generate
+from finesight.infer.engine import Engine
+from finesight.infer.generate import generate
 from finesight.infer.load import Answerer
 from finesight.infer.request import Options, Request, Sampling
 from finesight.infer.service import Service

@@ -22,7 +22,7 @@ from published_qwen_vl import (
 )
 
 from finesight.encode.pack import PackedBatch, pack
-from finesight.infer.engine import generate
+from finesight.infer.generate import generate
 from finesight.model.network import VisionLanguageModel
 
 MODES = [

@@ -23,7 +23,7 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import pack
 from finesight.errors import UserError
-from finesight.infer.engine import generate
+from finesight.infer.generate import generate
 from finesight.model.network import VisionLanguageModel
 
 MOST_TOKENS = 48

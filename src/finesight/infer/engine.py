@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from finesight.infer.pages import Key, Pages, grown, keys_of, picture_digests
 from finesight.infer.request import Event, Finish, Request, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.infer.sampler import Chooser, Chosen, choose
+from finesight.infer.told import Told
 from finesight.model.network import VisionLanguageModel
 
 PREFILL_TOKENS = 8192
@@ -60,13 +61,10 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """Tokens that were made: whose, and what the host will know of them once `ready`."""
+    """Tokens that were made: whose, and what the host will know of them."""
 
     answers: list[_Answer]
-    ids_R: Tensor
-    finite_R: Tensor | None
-    told: dict[int, tuple[Chosen, int]]
-    ready: torch.cuda.Event | None
+    told: Told
 
 
 class Engine:
@@ -239,7 +237,7 @@ class Engine:
             answer.row = len(self._growing)
             self._growing.append(answer)
             self._rows.start(answer.row, answer.prompt, ids_R[number : number + 1])
-        self._launch(done, ids_R, told, finite_R)
+        self._launch(done, Told.of(ids_R, told, finite_R))
 
     def _grow(self) -> None:
         answers = list(self._growing)
@@ -251,7 +249,7 @@ class Engine:
                 self._collect()
         ids_R = self._rows.ids_R[: len(answers)]
         told = self._choose(logits_RV, answers, ids_R)
-        self._launch(answers, ids_R, told, None)
+        self._launch(answers, Told.of(ids_R, told))
 
     def _choose(
         self, logits_RV: Tensor, answers: Sequence[_Answer], ids_R: Tensor
@@ -266,27 +264,9 @@ class Engine:
         ids_R.index_copy_(0, at, chosen.ids_S)
         return {row: (chosen, place) for place, row in enumerate(rows)}
 
-    def _launch(
-        self,
-        answers: list[_Answer],
-        ids_R: Tensor,
-        told: dict[int, tuple[Chosen, int]],
-        finite_R: Tensor | None,
-    ) -> None:
-        """Have the host told of these tokens, once they are there. An answer that is at its longest
-        grows no more."""
-        tensors = {"ids": ids_R, "finite": finite_R}
-        told = {row: (_on_host(chosen), place) for row, (chosen, place) in told.items()}
-        ready = None
-        if ids_R.is_cuda:
-            tensors = {n: None if x is None else _copied(x) for n, x in tensors.items()}
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        else:
-            tensors["ids"] = ids_R.clone()
-        ids, finite = tensors["ids"], tensors["finite"]
-        assert ids is not None, "no ids"
-        self._launched.append(_Launched(answers, ids, finite, told, ready))
+    def _launch(self, answers: list[_Answer], told: Told) -> None:
+        """Tokens are on their way. An answer that is at its longest grows no more."""
+        self._launched.append(_Launched(answers, told))
         for answer in answers:
             answer.launched += 1
             if answer.launched == answer.request.max_new_tokens:
@@ -295,26 +275,21 @@ class Engine:
     def _collect(self) -> None:
         """Wait for the oldest tokens, and tell of them."""
         launched = self._launched.popleft()
-        if launched.ready is not None:
-            launched.ready.synchronize()
-        finite = None if launched.finite_R is None else launched.finite_R.tolist()
-        for row, (answer, id_) in enumerate(
-            zip(launched.answers, launched.ids_R.tolist(), strict=True)
-        ):
+        tokens = launched.told.tokens([a.request.logprobs for a in launched.answers])
+        for answer, token in zip(launched.answers, tokens, strict=True):
             if answer.ended:
                 continue
-            if finite is not None and not finite[row]:
+            if token is None:
                 self._end(answer, None, _overflow(self.model))
                 continue
-            answer.made.append(id_)
+            answer.made.append(token.id)
             if answer.request.constraint is not None:
-                answer.request.constraint.take(id_)
+                answer.request.constraint.take(token.id)
             finish: Finish | None = None
-            if id_ in self._end_ids:
+            if token.id in self._end_ids:
                 finish = "stop"
             elif len(answer.made) == answer.request.max_new_tokens:
                 finish = "length"
-            token = _token(id_, launched.told.get(row), answer.request.logprobs)
             self._end(answer, finish, token=token)
 
     def _end(
@@ -361,33 +336,6 @@ class Engine:
         self._leaving.clear()
 
 
-def _copied(x: Tensor) -> Tensor:
-    """A copy on the host, which is there once the device has come so far."""
-    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return pinned.copy_(x, non_blocking=True)
-
-
-def _on_host(chosen: Chosen) -> Chosen:
-    if chosen.logprobs_S is None or not chosen.ids_S.is_cuda:
-        return chosen
-    tops = (chosen.top_ids_SN, chosen.top_logprobs_SN)
-    return Chosen(
-        chosen.ids_S, _copied(chosen.logprobs_S), *(None if x is None else _copied(x) for x in tops)
-    )
-
-
-def _token(id_: int, told: tuple[Chosen, int] | None, wanted: int | None) -> Token:
-    if told is None or wanted is None:
-        return Token(id_)
-    chosen, place = told
-    assert chosen.logprobs_S is not None, "nothing is told"
-    assert chosen.top_ids_SN is not None, "nothing is told"
-    assert chosen.top_logprobs_SN is not None, "nothing is told"
-    ids = chosen.top_ids_SN[place, :wanted].tolist()
-    logprobs = chosen.top_logprobs_SN[place, :wanted].tolist()
-    return Token(id_, float(chosen.logprobs_S[place]), tuple(zip(ids, logprobs, strict=True)))
-
-
 def _overflow(model: VisionLanguageModel) -> UserError:
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     return UserError(
@@ -414,41 +362,3 @@ def _last_position(prompt: Encoded, limit: int) -> int:
 def cache_tokens(model: VisionLanguageModel, most_bytes: int = CACHE_BYTES) -> int:
     """How many tokens of this model a cache of so many bytes holds."""
     return most_bytes // token_bytes(model.geometry.language, model.model.embed_tokens.weight.dtype)
-
-
-def generate(
-    model: VisionLanguageModel,
-    prompts: Sequence[Encoded],
-    *,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    ended: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """The most probable next token, again and again: the token ids of each answer.
-
-    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
-    1). The answers do not depend on which are made together (but for rounding). `ended` is told
-    after each step how many answers ended with it, often 0: what it raises stops the generation.
-    Raises UserError for a prompt beyond the model's positions and for numbers that overflow.
-    """
-    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
-    needed = [prompt.outline.tokens + max_new_tokens for prompt in prompts]
-    # The longest one has room in any case, and with it what fills its pages.
-    tokens = max(min(sum(needed) + PAGE * len(needed), cache_tokens(model)), max(needed) + PAGE)
-    engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
-    tickets = {
-        engine.add(Request(prompt=prompt, max_new_tokens=max_new_tokens)): number
-        for number, prompt in enumerate(prompts)
-    }
-    answers: list[list[int]] = [[] for _ in prompts]
-    while engine.busy:
-        done = 0
-        for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            if event.token is not None:
-                answers[tickets[event.ticket]].append(event.token.id)
-            done += event.finish is not None
-        if ended is not None:
-            ended(done)
-    return answers

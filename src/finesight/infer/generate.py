@@ -1,0 +1,50 @@
+"""All answers to some prompts at once, greedily: for measuring, and from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finesight.encode.encoded import Encoded
+from finesight.infer.engine import PAGE, Engine, cache_tokens
+from finesight.infer.request import Request
+from finesight.model.network import VisionLanguageModel
+
+
+def generate(
+    model: VisionLanguageModel,
+    prompts: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    ended: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The most probable next token, again and again: the token ids of each answer.
+
+    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
+    1). The answers do not depend on which are made together (but for rounding). `ended` is told
+    after each step how many answers ended with it, often 0: what it raises stops the generation.
+    Raises UserError for a prompt beyond the model's positions and for numbers that overflow.
+    """
+    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
+    if not prompts:
+        return []
+    needed = [prompt.outline.tokens + max_new_tokens for prompt in prompts]
+    # The longest one has room in any case, and with it what fills its pages.
+    tokens = max(min(sum(needed) + PAGE * len(needed), cache_tokens(model)), max(needed) + PAGE)
+    engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
+    tickets = {
+        engine.add(Request(prompt=prompt, max_new_tokens=max_new_tokens)): number
+        for number, prompt in enumerate(prompts)
+    }
+    answers: list[list[int]] = [[] for _ in prompts]
+    while engine.busy:
+        done = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                answers[tickets[event.ticket]].append(event.token.id)
+            done += event.finish is not None
+        if ended is not None:
+            ended(done)
+    return answers

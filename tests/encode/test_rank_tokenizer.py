@@ -116,3 +116,11 @@ def test_without_tiktoken_the_extra_is_named(small: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="which is not installed") as caught:
         RankTokenizer(small)
     assert caught.value.remedy == "pip install 'finesight[qwen-vl]'"
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(small: Path) -> None:
+    tokenizer = RankTokenizer(small)
+    text = "abc 图 😀\n\xad"
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))).decode() == text
+    assert tokenizer.bytes_of(tokenizer.id_of("<box>")) == b"<box>"
+    assert tokenizer.bytes_of(10**6) == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_decode_with_and_without_special_tokens(path: Path) -> None:
     assert tokenizer.decode(ids, skip_special=False) == "x<|im_end|>"
     assert tokenizer.name_of(ids[-1]) == "<|im_end|>"
     assert tokenizer.name_of(10**6) == ""
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(path: Path) -> None:
+    tokenizer = Tokenizer(path)
+    every = "".join(map(chr, range(0x20, 0x250))) + "\t\n\r\x00 你好 😀\xad"
+    for text in (*WORDS, every):
+        ids = tokenizer.encode(text)
+        spelled = b"".join(map(tokenizer.bytes_of, ids))
+        assert spelled.decode() == unicodedata.normalize("NFC", text)
+    assert tokenizer.bytes_of(tokenizer.id_of("<|im_end|>")) == b"<|im_end|>"
+    assert tokenizer.bytes_of(10**6) == b""
 
 
 def test_a_pickled_tokenizer_still_reads_text_as_text(path: Path) -> None:

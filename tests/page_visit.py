@@ -9,7 +9,7 @@ from typing import Any
 
 from browser import DESK, Browser
 
-PATIENCE = 60.0
+PATIENCE = 25.0
 """Seconds until something that should happen has not happened."""
 
 
@@ -24,7 +24,7 @@ class Visit:
         tell("Network.enable", {})
         tell("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
         browser.visit(address, width)
-        self.until("return !!document.querySelector('#title h1 span');")
+        self.until("return !!document.querySelector('#title h1 span, .sign-in');")
 
     def until(self, script: str) -> None:
         """Wait until a script gives true."""

@@ -206,7 +206,8 @@ def _with_headers(send: Send, policy: str) -> Send:
             headers = MutableHeaders(raw=message["headers"])
             headers["content-security-policy"] = policy
             headers["x-content-type-options"] = "nosniff"
-            headers["referrer-policy"] = "no-referrer"
+            # Not no-referrer: with it a browser does not say where the password's form came from.
+            headers["referrer-policy"] = "same-origin"
             headers["x-frame-options"] = "DENY"
         await send(message)
 

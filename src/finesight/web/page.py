@@ -108,7 +108,7 @@ class Page:
         visitor = self._visitor(request)
         visitor.words = preferred(request.headers.get("accept-language", ""))
         title = {self._title: title_html(self._names[0])}
-        return title | self._labels(visitor) | self._settled(visitor)
+        return title | self._labels(visitor) | self._shown(visitor)
 
     def _left(self, request: gr.Request) -> None:
         self._visitors.leave(str(request.session_hash))

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from finesight.model import row_kernels, tile_kernels
 from finesight.model.frozen import FrozenMatrix
-from finesight.model.int4 import Int4Matrix, RoundedInt4Matrix, _whole_numbers
+from finesight.model.int4 import Int4Matrix, RoundedInt4Matrix
 from finesight.model.nf4 import Nf4Matrix, bitsandbytes
 from finesight.model.row_kernels import Plan
 from finesight.model.rowwise import Fp8Matrix, Int8Matrix, RowwiseMatrix
+from finesight.model.words import WordMatrix
 
 KINDS = {"nf4": Nf4Matrix, "int4": RoundedInt4Matrix, "int8": Int8Matrix, "fp8": Fp8Matrix}
 SHAPES = {
@@ -73,23 +74,22 @@ class Way(NamedTuple):
 def product(matrix: FrozenMatrix, x_RI: Tensor, way: Way) -> Tensor:
     """x W^T by that kernel."""
     tiled = way.kernel == "tiles"
+    if isinstance(matrix, WordMatrix) and not tiled:
+        return matrix.rows(x_RI, None)
     if isinstance(matrix, Nf4Matrix):
-        call = tile_kernels.nf4_tiles if tiled else row_kernels.nf4_rows
-        return call(x_RI, *matrix._parts(), None, way.plan)
+        return tile_kernels.nf4_tiles(x_RI, *matrix._parts(), None, way.plan)
     if isinstance(matrix, Int4Matrix):
         parts = matrix.codes, matrix.scales_OG, matrix.zeros_OG
-        if tiled:
-            return tile_kernels.int4_tiles(x_RI, *parts, None, matrix.group, way.plan)
-        numbers = _whole_numbers(matrix.device)
-        return row_kernels.int4_rows(x_RI, *parts, numbers, None, matrix.group, way.plan)
+        return tile_kernels.int4_tiles(x_RI, *parts, None, matrix.group, way.plan)
     assert isinstance(matrix, RowwiseMatrix), f"a {type(matrix).__name__}"
     call = tile_kernels.byte_tiles if tiled else row_kernels.byte_rows
     return call(x_RI, matrix.codes_OI, matrix.scales_O, None, way.plan)
 
 
-def ways() -> Iterator[Way]:
-    """All that are tried."""
-    yield from (Way("rows", plan) for plan in ROWS)
+def ways(kind: str) -> Iterator[Way]:
+    """All that are tried; a row of words is cut in one way."""
+    words = issubclass(KINDS[kind], WordMatrix)
+    yield from (Way("rows", plan) for plan in (ROWS[:1] if words else ROWS))
     yield from (Way("tiles", plan) for plan in TILES)
 
 
@@ -173,9 +173,9 @@ def best(lines: Sequence[dict[str, Any]], kernel: str) -> list[Way]:
 
 def of_kind(bench: Bench) -> Iterator[dict[str, Any]]:
     """All measurements of one kind and shape."""
-    alone = [bench.by(1, way) for way in ways()]
+    alone = [bench.by(1, way) for way in ways(bench.kind)]
     yield from alone
-    few = [bench.by(8, way) for way in ways() if way.kernel == "tiles"]
+    few = [bench.by(8, way) for way in ways(bench.kind) if way.kernel == "tiles"]
     yield from few
     tile = best(few, "tiles")
     for rows in (2, 4):
@@ -228,7 +228,7 @@ def compiled(jobs: Sequence[tuple[str, Way, int]]) -> None:
 
 def compile_all(kinds: Sequence[str], processes: int) -> None:
     """All kernels, many at once."""
-    jobs = [(kind, way, 1) for kind in kinds for way in ways()]
+    jobs = [(kind, way, 1) for kind in kinds for way in ways(kind)]
     padded = [(kind, Way("tiles", plan), 64) for kind in kinds for plan in TILES]
     jobs += [*padded, *((kind, way, 32) for kind, way, _ in padded)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

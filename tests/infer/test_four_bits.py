@@ -91,7 +91,8 @@ def test_few_rows_make_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         matrix.take(name, tensor)
     matrix = matrix.cuda()
     whole = outputs * inputs * 2
-    for rows, most in ((1, whole // 8), (FEW, whole // 8), (64, whole + whole // 4)):
+    cases = ((1, whole // 8), (TILE_ROWS, whole // 8), (TILE_ROWS + 1, whole + whole // 4))
+    for rows, most in cases:
         x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
         matrix(x, None)
         torch.cuda.reset_peak_memory_stats()

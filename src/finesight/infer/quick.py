@@ -24,6 +24,7 @@ from finesight.model.layers import GatedMlp, RmsNorm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.network import VisionLanguageModel
 from finesight.model.rope import Rotation
+from finesight.model.words import Norm, WordMatrix
 
 _TRITON = find_spec("triton") is not None
 
@@ -108,7 +109,9 @@ def _read(group: GroupedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
     if len(x_RD) == 1:
         return _one(group, x_RD, norm=norm)
     normed_RD = norm(x_RD)
-    y_RO = F.linear(normed_RD, _dense(group), group.bias)
+    if isinstance(group.weight, FrozenWeight):
+        return torch.cat(group(normed_RD), 1)
+    y_RO = F.linear(normed_RD, group.weight, group.bias)
     return _updated(group, normed_RD, y_RO)
 
 
@@ -118,7 +121,9 @@ def _add(group: GroupedLinear, x_RI: Tensor, to_RD: Tensor) -> Tensor:
         return to_RD + only(group(x_RI))
     if len(x_RI) == 1:
         return _one(group, x_RI, to=to_RD)
-    return _updated(group, x_RI, torch.addmm(to_RD, x_RI, _dense(group).T))
+    if isinstance(group.weight, FrozenWeight):
+        return to_RD + only(group(x_RI))
+    return _updated(group, x_RI, torch.addmm(to_RD, x_RI, group.weight.T))
 
 
 def _updated(group: GroupedLinear, x_RI: Tensor, y_RO: Tensor) -> Tensor:
@@ -145,18 +150,48 @@ def _one(
     if isinstance(bank, AdapterBank):
         low_1S = quick_kernels.product(x_1I, bank.a_SI, times_1O=bank.shares_TS, **normed)
         update = quick_kernels.Update(low_1S, bank.b_OS)
-    y_1O: Tensor = quick_kernels.product(
-        x_1I, _dense(group), bias_O=group.bias, update=update, added_1O=to, gated=gated, **normed
+    if isinstance(group.weight, FrozenWeight):
+        y_1O = _words(group.weight, x_1I, group.bias, norm, to)
+        if update is not None:
+            y_1O.addmm_(update.low_1S, update.ups_OS.T)
+        return quick_kernels.gate(y_1O) if gated else y_1O
+    one: Tensor = quick_kernels.product(
+        x_1I, group.weight, bias_O=group.bias, update=update, added_1O=to, gated=gated, **normed
     )
+    return one
+
+
+def _words(
+    weight: FrozenWeight,
+    x_1I: Tensor,
+    bias_O: Tensor | None,
+    norm: RmsNorm | None,
+    to: Tensor | None,
+) -> Tensor:
+    """The same for a group in four bits: a kernel lays the row out, one a layer multiplies it."""
+    own = None if norm is None else Norm(norm.weight, norm.eps or 0.0)
+    widths = [matrix.outputs for matrix in weight.matrices]
+    y_1O = x_1I.new_empty(1, sum(widths))
+    biases, added = (
+        [None] * len(widths) if x is None else torch.split(x.view(-1), widths) for x in (bias_O, to)
+    )
+    x = None
+    for matrix, y_O, bias, more in zip(
+        weight.matrices, torch.split(y_1O[0], widths), biases, added, strict=True
+    ):
+        assert isinstance(matrix, WordMatrix), f"a matrix is a {type(matrix).__name__}"
+        if x is None or not matrix.in_order:
+            x = matrix.lay_out(x_1I, own)
+        matrix.row(x, y_O, bias, more)
     return y_1O
 
 
 def _is_plain(group: GroupedLinear) -> bool:
-    """Whether it is products with matrices: no weight in few bits, nor an adapter as one trains."""
-    is_dense = not isinstance(group.weight, FrozenWeight)
-    return is_dense and (group.adapter is None or isinstance(group.adapter, AdapterBank))
-
-
-def _dense(group: GroupedLinear) -> Tensor:
-    assert isinstance(group.weight, Tensor), f"a weight is a {type(group.weight).__name__}"
-    return group.weight
+    """Whether it is products of one kernel a layer: matrices in full, or words of four bits; not an
+    adapter as one trains."""
+    if group.adapter is not None and not isinstance(group.adapter, AdapterBank):
+        return False
+    weight = group.weight
+    return not isinstance(weight, FrozenWeight) or all(
+        isinstance(matrix, WordMatrix) and matrix.fits() for matrix in weight.matrices
+    )

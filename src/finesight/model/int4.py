@@ -7,7 +7,7 @@ Shapes: O outputs, I inputs of one layer, G groups of inputs that share a scale 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.model.frozen import KERNELS, STORED, FrozenMatrix, FrozenWeight, Piece
+from finesight.model.frozen import KERNELS, STORED, FrozenWeight, Piece
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
+from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
-    from finesight.model import int4_kernels, row_kernels, tile_kernels
+    from finesight.model import int4_kernels, tile_kernels, word_kernels
 
 ROUNDED_GROUP = 64
 """Inputs that share a scale and a zero where they are rounded here."""
@@ -34,7 +35,7 @@ PLACES = 8
 """Numbers of four bits in a whole number of 32."""
 
 
-class Int4Matrix(FrozenMatrix):
+class Int4Matrix(WordMatrix):
     """A frozen matrix [O, I] in about 4.19 bits a number: scale (code - zero), code and zero from 0
     to 15.
 
@@ -100,8 +101,6 @@ class Int4Matrix(FrozenMatrix):
                 remedy="take the config.json that was published with the weights",
             )
         self.order_I.copy_(order_I)
-        # Made now: while a step is recorded, its memory would be the recording's.
-        _whole_numbers(self.device)
         self._in_order = torch.equal(order_I, places_I)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -128,11 +127,21 @@ class Int4Matrix(FrozenMatrix):
         whole = self.group in FAST_GROUPS and self.inputs % (2 * self.group) == 0
         return self._has_kernels() and whole
 
-    def rows(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, row by row."""
-        parts = self.codes, self.scales_OG, self.zeros_OG, _whole_numbers(self.device)
-        plan = row_kernels.plan(self.outputs, self.inputs // 2)
-        return row_kernels.int4_rows(self._sorted(x_RI), *parts, bias, self.group, plan)
+    @property
+    def in_order(self) -> bool:
+        """Whether the columns were not sorted."""
+        return self._in_order
+
+    def lay_out(self, x_1I: Tensor, norm: Norm | None) -> Words:
+        """`WordMatrix`: four inputs of the first half beside four of the second."""
+        if not self._in_order and norm is not None:
+            x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
+        return word_kernels.laid_out(self._sorted(x_1I), norm, self.group)
+
+    def row(self, x: Words, y_O: Tensor, bias_O: Tensor | None, added_O: Tensor | None) -> None:
+        """x W^T + bias + added into `y_O`."""
+        parts = self.codes, self.scales_OG, self.zeros_OG, self.group
+        word_kernels.int4_row(x, *parts, y_O, bias_O, added_O)
 
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias by tensor cores."""
@@ -167,8 +176,6 @@ class RoundedInt4Matrix(Int4Matrix):
         found = tuple(values_OI.shape)
         assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
         self.order_I.copy_(torch.arange(self.inputs))
-        # Made now: while a step is recorded, its memory would be the recording's.
-        _whole_numbers(self.device)
         rows = max(1, AT_ONCE // self.inputs)
         for some in (slice(at, at + rows) for at in range(0, self.outputs, rows)):
             w_RI = values_OI[some].to(self.device).float()
@@ -181,12 +188,6 @@ class RoundedInt4Matrix(Int4Matrix):
             low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.inputs].chunk(2, 1)
             self.codes[some] = low | (high << 4)
             self.scales_OG[some], self.zeros_OG[some] = scales, zeros.byte()
-
-
-@lru_cache
-def _whole_numbers(device: torch.device) -> Tensor:
-    """0 to 15 in fp32."""
-    return torch.arange(16, dtype=torch.float32, device=device)
 
 
 def _codes(packed: Tensor) -> Tensor:

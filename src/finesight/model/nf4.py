@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.frozen import KERNELS, STORED, FrozenMatrix, Piece
+from finesight.model.frozen import KERNELS, STORED, Piece
+from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
-    from finesight.model import row_kernels, tile_kernels
+    from finesight.model import tile_kernels, word_kernels
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Numbers of a matrix that share a scale, and scales that share theirs."""
@@ -71,7 +72,7 @@ def _values(device: torch.device) -> Tensor:
     return values
 
 
-class Nf4Matrix(FrozenMatrix):
+class Nf4Matrix(WordMatrix):
     """A frozen matrix [O, I] in about 4.13 bits a number.
 
     `codes` [ceil(O I / 2), 1] holds two numbers to a byte, row after row. Each block of them is
@@ -149,10 +150,13 @@ class Nf4Matrix(FrozenMatrix):
         """Whether its rows are whole blocks."""
         return KERNELS and self.codes.is_cuda and self.inputs % BLOCK == 0
 
-    def rows(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, row by row."""
-        plan = row_kernels.plan(self.outputs, self.inputs // 2)
-        return row_kernels.nf4_rows(x_RI, *self._parts(), bias, plan)
+    def lay_out(self, x_1I: Tensor, norm: Norm | None) -> Words:
+        """`WordMatrix`: neighbours are neighbours."""
+        return word_kernels.laid_out(x_1I, norm, None)
+
+    def row(self, x: Words, y_O: Tensor, bias_O: Tensor | None, added_O: Tensor | None) -> None:
+        """x W^T + bias + added into `y_O`."""
+        word_kernels.nf4_row(x, *self._parts(), y_O, bias_O, added_O)
 
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias by tensor cores."""

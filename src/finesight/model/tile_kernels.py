@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.row_kernels import Plan, level, own_level
+from finesight.model.row_kernels import Plan
+from finesight.model.word_kernels import level, own_level
 
 
 def plan(outputs: int, rows: int) -> Plan:
@@ -143,7 +144,7 @@ def nf4_tiles(
     x_RI: Tensor, codes: Tensor, scales_B: Tensor, coarse: Tensor, mean: Tensor,
     levels: tuple[Tensor, Tensor], bias: Tensor | None, plan: Plan,
 ) -> Tensor:  # fmt: skip
-    """As `row_kernels.nf4_rows`; rows of 16 bits, pieces of 64 inputs."""
+    """x W^T + bias [R, O] for W as in `model.nf4`; rows of 16 bits, pieces of 64 inputs."""
     rows, inputs = x_RI.shape
     outputs = 2 * codes.numel() // inputs
     y_RO = x_RI.new_empty(rows, outputs)
@@ -160,7 +161,8 @@ def int4_tiles(
     x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
     group: int, plan: Plan,
 ) -> Tensor:  # fmt: skip
-    """As `row_kernels.int4_rows`; rows of 16 bits, pieces of 32 inputs of each half."""
+    """x W^T + bias [R, O] for W as in `model.int4`; rows of 16 bits, pieces of 32 inputs of each
+    half."""
     rows, inputs = x_RI.shape
     outputs = len(codes)
     y_RO = x_RI.new_empty(rows, outputs)

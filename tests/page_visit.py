@@ -9,7 +9,7 @@ from typing import Any
 
 from browser import DESK, Browser
 
-PATIENCE = 25.0
+PATIENCE = 60.0
 """Seconds until something that should happen has not happened."""
 
 

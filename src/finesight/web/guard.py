@@ -8,11 +8,11 @@ file that a message names must be one that was uploaded.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import re
 import secrets
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +77,14 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             # The page's streams never end by themselves: they are cancelled when the server ends.
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await self._answer(scope, receive, send)
+            except asyncio.CancelledError:
+                return
+            except Exception:
+                # The server under it is told to be silent, as it complains of those streams.
+                traceback.print_exc()
+                raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]

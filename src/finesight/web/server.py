@@ -38,11 +38,11 @@ def serve(service: Service, listener: socket.socket, password: str | None, loopb
     with private_folder() as folder:
         config = uvicorn.Config(
             make_app(Visitors(service, folder / TALKS), folder / UPLOADS, password, loopback),
-            log_level="warning",
+            log_level="critical",
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
         uvicorn.Server(config).run(sockets=[listener])
 

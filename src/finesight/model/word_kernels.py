@@ -70,14 +70,14 @@ def laid_out(x_1I: Tensor, norm: Norm | None, group: int | None) -> Words:
 
 
 @triton.jit
-def _at_place(words, shift: tl.constexpr, mask: tl.constexpr, base: tl.constexpr):
-    """Four bits as the last bits of a number in fp32 that is `base` with none of them set, by its
-    bits: exact, and without a conversion."""
+def _above_128(words, shift: tl.constexpr):
+    """128 + the four bits that lie `shift` below the sixteenth, as a number in fp32: these are the
+    bits of 128 with the four as its last ones before the point. Exact, and without a conversion."""
     if shift > 0:
         words = words << shift
     if shift < 0:
         words = words >> -shift
-    return ((words & mask) | base).to(tl.float32, bitcast=True)
+    return ((words & 0xF0000) | 0x43000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,9 +93,8 @@ def _finish(y_O, bias, added, y, o, inside_O, is_biased: tl.constexpr, is_added:
 def _int4(factors, sums, codes, scales, zeros, bias, added, y, outputs, words,
           is_biased: tl.constexpr, is_added: tl.constexpr, group_words: tl.constexpr,
           block_o: tl.constexpr, block_j: tl.constexpr):  # fmt: skip
-    # The low bits of a word's bytes are inputs of the first half, the high ones of the second. The
-    # first become 128 + code and the second 2048 + code, whichever takes fewer shifts: the base is
-    # taken off with the group's zero.
+    # The low bits of a word's bytes are inputs of the first half, the high ones of the second. What
+    # numbers are above their codes by is taken off with the group's zero.
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     inside_O = o < outputs
     groups: tl.constexpr = block_j // group_words
@@ -107,32 +106,24 @@ def _int4(factors, sums, codes, scales, zeros, bias, added, y, outputs, words,
         there = (j < words)[None, :]
         bits = tl.load(row + j[None, :], mask=inside_O[:, None] & there, other=0)
         x = factors + j[None, :]
-        first = _at_place(bits, 16, 0xF0000, 0x43000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        first += _at_place(bits, 8, 0xF0000, 0x43000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        first += _at_place(bits, 0, 0xF0000, 0x43000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        first += _at_place(bits, -8, 0xF0000, 0x43000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        second = _at_place(bits, 8, 0xF000, 0x45000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        second += _at_place(bits, 0, 0xF000, 0x45000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        second += _at_place(bits, -8, 0xF000, 0x45000000) * tl.load(x, mask=there, other=0.0)
-        x += words
-        second += _at_place(bits, -16, 0xF000, 0x45000000) * tl.load(x, mask=there, other=0.0)
+        first = tl.zeros((block_o, block_j), tl.float32)
+        for byte in tl.static_range(4):
+            first += _above_128(bits, 16 - 8 * byte) * tl.load(x, mask=there, other=0.0)
+            x += words
+        second = tl.zeros((block_o, block_j), tl.float32)
+        for byte in tl.static_range(4):
+            second += _above_128(bits, 12 - 8 * byte) * tl.load(x, mask=there, other=0.0)
+            x += words
         g = start // group_words + tl.arange(0, groups)
         inside = inside_O[:, None] & (g < half)[None, :]
         at = o[:, None] * (2 * half) + g[None, :]
         for part in tl.static_range(2):
             own = first if part == 0 else second
-            base = 128.0 if part == 0 else 2048.0
             own_OG = tl.sum(tl.reshape(own, (block_o, groups, group_words)), 2)
             scale = tl.load(scales + at + part * half, mask=inside, other=0.0).to(tl.float32)
             zero = tl.load(zeros + at + part * half, mask=inside, other=0).to(tl.float32)
             sum_1G = tl.load(sums + part * half + g[None, :], mask=(g < half)[None, :], other=0.0)
-            total_OG += (own_OG - (zero + base) * sum_1G) * scale
+            total_OG += (own_OG - (zero + 128.0) * sum_1G) * scale
     _finish(tl.sum(total_OG, 1), bias, added, y, o, inside_O, is_biased, is_added)
 
 

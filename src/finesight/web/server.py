@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -44,7 +46,19 @@ def serve(service: Service, listener: socket.socket, password: str | None, loopb
             proxy_headers=False,
             timeout_graceful_shutdown=1,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        # The server raises a signal again when it has ended; the folder must go before this does.
+        with contextlib.suppress(KeyboardInterrupt), _terminated_as_interrupted():
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -391,3 +391,55 @@ def test_random_weights_of_the_path_are_there(tmp_path: Path, loaded):
     prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
     answers = generate(model, prompts, max_new_tokens=STEPS, end_ids=())
     assert len({tuple(answer) for answer in answers}) == len(prompts)
+
+
+def test_numbers_that_overflow_in_the_middle_of_an_answer_end_it(loaded, tmp_path, monkeypatch):
+    """And not the answers beside it."""
+    model, renderer = loaded
+    prompts = [
+        renderer.prompt(ask(name, tmp_path, text)) for name, text in (("a", "Why?"), ("b", "How?"))
+    ]
+    engine = Engine(model, (), rows=2, tokens=400)
+    tickets = [engine.add(Request(prompt=prompt, max_new_tokens=6)) for prompt in prompts]
+    logits, calls = model.logits, []
+
+    def overflowing(h_RW: torch.Tensor) -> torch.Tensor:
+        found = logits(h_RW).clone()
+        calls.append(len(found))
+        if len(calls) == 4:
+            found[0, 7] = torch.nan
+        return found
+
+    monkeypatch.setattr(model, "logits", overflowing)
+    ends = {}
+    while engine.busy:
+        for event in engine.step():
+            if event.finish is not None or event.error is not None:
+                ends[event.ticket] = event
+    assert "overflow" in str(ends[tickets[0]].error)
+    assert ends[tickets[1]].finish == "length"
+    assert engine.pages_free == engine.pages_in_all
+
+
+def test_pictures_are_seen_in_passes_of_bounded_size(loaded, tmp_path, monkeypatch):
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
+    sizes: list[int] = []
+    see = model.see
+
+    def counted(patches_ND, grids):
+        sizes.append(len(patches_ND))
+        return see(patches_ND, grids)
+
+    monkeypatch.setattr(model, "see", counted)
+    generate(model, prompts, max_new_tokens=1, end_ids=())
+    assert len(sizes) == 1
+    largest = max(
+        len(rows_area.patches_of(p, n)) for p in prompts for n in range(len(p.outline.spans))
+    )
+    monkeypatch.setattr(rows_area, "PATCHES", largest)
+    sizes.clear()
+    assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
+    assert len(sizes) > 1
+    assert max(sizes) <= largest

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.cli.options import Device, Precision, RunOrModel, Weights
 from finesight.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -51,19 +51,20 @@ def chat(
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Talk with a model about pictures. /help lists the commands; lines may come from a pipe.
 
     Example: finesight chat runs/latex
     """
-    from finesight.infer.load import load_answerer
+    from finesight.infer.load import load_choice
     from finesight.infer.request import Options, Sampling
     from finesight.infer.service import Service
     from finesight.infer.talk import Talk
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     options = Options(max_new_tokens=max_new_tokens, sampling=sampling)
-    service = Service(load_answerer(run_or_model, device, precision))
+    service = Service(load_choice(run_or_model, (), device, precision, weights))
     try:
         _Terminal(Talk(service), options, typing=sys.stdin.isatty()).listen()
     finally:

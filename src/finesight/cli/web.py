@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel
+from finesight.cli.options import Device, Precision, RunOrModel, Weights
 from finesight.errors import UserError
 
 LEAST_PASSWORD = 8
@@ -33,6 +33,7 @@ def web(
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    weights: Weights = "auto",
 ) -> None:
     """Serve a page to talk with a model: pictures, boxes drawn, tuned beside base. Ctrl-C ends it.
 
@@ -46,7 +47,7 @@ def web(
     from finesight.web.server import listening, serve
 
     with listening(host, port) as listener:
-        service = Service(load_choice(run_or_model, (), device, precision))
+        service = Service(load_choice(run_or_model, (), device, precision, weights))
         try:
             typer.echo(f"http://{_name(host)}:{listener.getsockname()[1]}")
             if made_up:

@@ -249,7 +249,7 @@ class Engine:
                 self._collect()
         ids_R = self._rows.ids_R[: len(answers)]
         told = self._choose(logits_RV, answers, ids_R)
-        self._launch(answers, Told.of(ids_R, told))
+        self._launch(answers, Told.of(ids_R, told, self._rows.finite_R[: len(answers)]))
 
     def _choose(
         self, logits_RV: Tensor, answers: Sequence[_Answer], ids_R: Tensor
@@ -284,7 +284,11 @@ class Engine:
                 continue
             answer.made.append(token.id)
             if answer.request.constraint is not None:
-                answer.request.constraint.take(token.id)
+                try:
+                    answer.request.constraint.take(token.id)
+                except UserError as error:
+                    self._end(answer, None, error)
+                    continue
             finish: Finish | None = None
             if token.id in self._end_ids:
                 finish = "stop"

@@ -90,6 +90,15 @@ class Options:
     constraint: Constraint | None = None
     model: str | None = None
 
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise UserError(
+                "an empty text to stop at",
+                where="stop",
+                expected="texts of at least a character",
+                remedy="leave it out",
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Token:

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.encode.encoded import Encoded, Span
-from finesight.encode.pack import PackedBatch
+from finesight.encode.encoded import Encoded
+from finesight.encode.pack import PackedBatch, plan_packs
 from finesight.infer.cache import Chunk, PagedCache, PromptAttention, StepAttention, has_kernels
 from finesight.infer.quick import is_quick, quick_step
 from finesight.infer.recorded import Recorded
 from finesight.model.network import VisionLanguageModel
 from finesight.model.runs import upload
+
+PATCHES = 1 << 15
+"""Seen together at most, if it is several pictures: bounds the memory of activations."""
 
 PICTURE_BYTES = 1 << 28
 """Of the features of pictures that are kept for when they come again: 37 of a thousand tokens each
@@ -71,6 +74,7 @@ class Rows:
         )
         self.rows = rows
         self.ids_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.finite_R = torch.ones(rows, dtype=torch.bool, device=self.device)
         self._positions_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
         recordable = record and model.recordable and has_kernels(self.cache)
         self._recorded = Recorded(self.device) if recordable else None
@@ -132,7 +136,8 @@ class Rows:
 
     def step(self, rows: int, longest: int) -> Tensor:
         """Append its id to each of the first rows; logits [rows, V] of the one after it, until the
-        next step, and the most probable one as its id. `longest` is the longest row then."""
+        next step, and the most probable one as its id, with whether it is a number. `longest` is
+        the longest row then."""
         if self._recorded is None:
             return self._grow(rows, longest)
         even = min(evened(rows), self.rows)
@@ -151,7 +156,10 @@ class Rows:
         else:
             h_RW = self.model.step(ids_R, positions_3R, attention)
             logits_RV = self.model.logits(self.model.normed(h_RW))
-        self.ids_R[:rows].copy_(logits_RV.argmax(-1))
+        best_R, ids_R = logits_RV.max(-1)
+        self.ids_R[:rows].copy_(ids_R)
+        # The largest of numbers among which one is not a number is none.
+        self.finite_R[:rows].copy_(best_R.isfinite())
         return logits_RV
 
 
@@ -203,15 +211,25 @@ def see(model: VisionLanguageModel, prompts: Sequence[Prompt], known: _Pictures)
     if not wanted:
         return
     new = {digest: (prompt.encoded, number) for prompt, number, digest in wanted}
-    patches = [patches_of(encoded, number) for encoded, number in new.values()]
-    grids = [encoded.outline.spans[number].grid for encoded, number in new.values()]
-    device = model.model.embed_tokens.weight.device
-    features_MKW = model.see(upload(np.concatenate(patches), device), grids)
-    places = [_places(encoded.outline.spans[number]) for encoded, number in new.values()]
-    seen = dict(zip(new, torch.split(features_MKW, places), strict=True))
+    counts = [len(patches_of(encoded, number)) for encoded, number in new.values()]
+    seen: dict[bytes, Tensor] = {}
+    for members in plan_packs(counts, PATCHES):
+        digests = [list(new)[member] for member in members]
+        seen |= zip(digests, _looked_at(model, [new[digest] for digest in digests]), strict=True)
     for prompt, number, digest in wanted:
         prompt.features[number] = seen[digest]
         known.put(prompt.adapter, digest, seen[digest])
+
+
+def _looked_at(
+    model: VisionLanguageModel, pictures: Sequence[tuple[Encoded, int]]
+) -> Sequence[Tensor]:
+    """The features [M, K, W] of each picture, all seen together."""
+    patches = [patches_of(encoded, number) for encoded, number in pictures]
+    spans = [encoded.outline.spans[number] for encoded, number in pictures]
+    device = model.model.embed_tokens.weight.device
+    features_MKW = model.see(upload(np.concatenate(patches), device), [s.grid for s in spans])
+    return torch.split(features_MKW, [span.stop - span.start for span in spans])
 
 
 def patches_of(encoded: Encoded, number: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
@@ -219,10 +237,6 @@ def patches_of(encoded: Encoded, number: int) -> np.ndarray[tuple[int, int], np.
     counts = [int(np.prod(span.grid)) for span in encoded.outline.spans]
     start = sum(counts[:number])
     return encoded.patches_ND[start : start + counts[number]]
-
-
-def _places(span: Span) -> int:
-    return span.stop - span.start
 
 
 def _packed(

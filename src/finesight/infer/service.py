@@ -247,6 +247,11 @@ class Service:
             self._lock.notify_all()
         return answering
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes questions: it is neither closing nor broken."""
+        return not self._closing and self._thread.is_alive()
+
     def facts(self) -> Facts:
         """How it is doing now."""
         with self._lock:
@@ -285,7 +290,7 @@ class Service:
     def _check_waiting(self) -> None:
         with self._lock:
             waiting = self._engine.waiting + len(self._new)
-        if self._closing or not self._thread.is_alive():
+        if not self.alive:
             raise Busy(
                 "the model takes no more questions",
                 where="queue",

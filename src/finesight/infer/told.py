@@ -17,12 +17,12 @@ from finesight.infer.sampler import Chosen
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Copies on the host, which are there some time later: ids, whether the logits were finite
-    where that was asked, and what was chosen, by row, with its place there."""
+    """Copies on the host, which are there some time later: ids, whether the logits were finite,
+    and what was chosen, by row, with its place there."""
 
     ids_R: Tensor
     chosen: Mapping[int, tuple[Chosen, int]]
-    finite_R: Tensor | None
+    finite_R: Tensor
     ready: torch.cuda.Event | None
 
     @classmethod
@@ -30,15 +30,14 @@ class Told:
         cls,
         ids_R: Tensor,
         chosen: Mapping[int, tuple[Chosen, int]],
-        finite_R: Tensor | None = None,
+        finite_R: Tensor,
     ) -> Told:
         """Copies that are made when the device has come so far."""
         kinds = {id(one): _on_host(one) for one, _ in chosen.values()}
         on_host = {row: (kinds[id(one)], place) for row, (one, place) in chosen.items()}
         if not ids_R.is_cuda:
-            return cls(ids_R.clone(), on_host, finite_R, None)
-        finite_R = None if finite_R is None else _copied(finite_R)
-        ids_R = _copied(ids_R)
+            return cls(ids_R.clone(), on_host, finite_R.clone(), None)
+        ids_R, finite_R = _copied(ids_R), _copied(finite_R)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return cls(ids_R, on_host, finite_R, ready)
@@ -49,7 +48,7 @@ class Told:
         if self.ready is not None:
             self.ready.synchronize()
         ids: list[int] = self.ids_R.tolist()
-        finite = [True] * len(ids) if self.finite_R is None else self.finite_R.tolist()
+        finite: list[bool] = self.finite_R.tolist()
         return [
             self._token(row, ids[row], wanted) if finite[row] else None
             for row, wanted in enumerate(logprobs)

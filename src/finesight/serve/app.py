@@ -106,7 +106,9 @@ def _add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/health")
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        if service.alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "no questions are taken"}, status_code=503)
 
     @app.get("/metrics")
     async def figures(request: Request) -> Response:

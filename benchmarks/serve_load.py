@@ -8,8 +8,8 @@ answer grows. Prints a line of JSON every ten seconds: memory of the server in M
 card, where nvidia-smi says it), its threads and open files, free pages of its cache, questions and
 tokens so far. The last line compares the memory of the last third with that of the second, gives
 what was lost, and the pages that are free when all is quiet again. Features of pictures are kept
-for when they come again, on the device, up to `infer.rows.PICTURE_BYTES`: until then memory grows
-by them, with finesight-tiny on a CPU by 31 KB for each new picture.
+for when they come again, on the device, up to a bound (64 MiB on a CPU, `infer.rows`): until then
+memory grows by them, with finesight-tiny by 31 KB for each new picture.
 """
 
 from __future__ import annotations

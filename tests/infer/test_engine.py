@@ -280,7 +280,7 @@ def test_features_of_pictures_do_not_pile_up(loaded, tmp_path, monkeypatch):
         prompts.append(renderer.prompt(ask("s", tmp_path, f"x{seed}", f"{seed}.png")))
     (span,) = prompts[0].outline.spans
     picture = (span.stop - span.start) * model.geometry.language.width * 4
-    monkeypatch.setattr(rows_area, "PICTURE_BYTES", 2 * picture)
+    monkeypatch.setattr(rows_area, "CPU_PICTURE_BYTES", 2 * picture)
     seen = _seen(model, monkeypatch)
     # Pages for one question only: what is known by them is soon forgotten.
     engine = Engine(model, (), rows=1, tokens=80)

@@ -26,8 +26,11 @@ PATCHES = 1 << 15
 """Seen together at most, if it is several pictures: bounds the memory of activations."""
 
 PICTURE_BYTES = 1 << 28
-"""Of the features of pictures that are kept for when they come again: 37 of a thousand tokens each
-of the 7B models, more of smaller ones."""
+"""Of the features of pictures that are kept for when they come again, on a card: 37 of a thousand
+tokens each of the 7B models, more of smaller ones."""
+
+CPU_PICTURE_BYTES = 1 << 26
+"""The same elsewhere, where models are small."""
 
 
 @dataclass(slots=True)
@@ -79,7 +82,9 @@ class Rows:
         recordable = record and model.recordable and has_kernels(self.cache)
         self._recorded = Recorded(self.device) if recordable else None
         self._is_quick = is_quick(model)
-        self._pictures = _Pictures()
+        self._pictures = _Pictures(
+            PICTURE_BYTES if self.device.type == "cuda" else CPU_PICTURE_BYTES
+        )
         readers = model.readers
         if readers is not None:
             self._masks_RN = torch.zeros_like(readers.mask(None)).repeat(rows, 1)
@@ -169,9 +174,10 @@ def evened(rows: int) -> int:
 
 
 class _Pictures:
-    """Features of pictures by adapter and pixels, the longest unused first."""
+    """Features of pictures by adapter and pixels, the longest unused first, `most` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._features: OrderedDict[tuple[int | None, bytes], Tensor] = OrderedDict()
         self._bytes = 0
 
@@ -189,7 +195,7 @@ class _Pictures:
         # A copy: features of one picture must not keep those of all that were seen with it.
         self._features[adapter, digest] = features_MKW.clone()
         self._bytes += features_MKW.nbytes
-        while self._bytes > PICTURE_BYTES:
+        while self._bytes > self._most:
             _, oldest = self._features.popitem(last=False)
             self._bytes -= oldest.nbytes
 

@@ -289,6 +289,7 @@ def test_narrow_logits_are_chosen_from_in_fp32(dtype):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("top_k", 10**400),
         ("repetition_penalty", 0.0),
         ("seed", 2**64),
     ],

@@ -148,6 +148,8 @@ def test_key_files(tmp_path, monkeypatch):
         {"Host": "127.0.0.1.evil.example:80"},
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Host": "["},
+        {"Origin": "http://["},
     ],
 )
 def test_without_a_key_other_sites_do_not_get_in_through_a_browser(server, headers):
@@ -193,6 +195,16 @@ def test_bodies_of_many_clients_together(answerer, tmp_path):
             there.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
             there.sendall(b"Content-Length: 900\r\n\r\n" + bytes(800))
         assert b" 503 " in there.recv(100)
+
+
+@pytest.mark.parametrize("value", ["1", "[]", '{"a":1}', '"a"'])
+def test_a_body_of_many_small_values(server, value):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    many = ",".join([value] * 1_000_000)
+    body = f'{{"model": "a", "messages": [{many}]}}'.encode()
+    status, said, _ = send(server, "POST", "/v1/chat/completions", body)
+    assert (status, said["error"]["type"]) == (400, "invalid_request_error")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def test_10000_pictures(server):

@@ -130,7 +130,7 @@ def test_a_wrong_password_and_a_wrong_pass_let_nobody_in(locked_page):
     assert _ask(locked_page, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80"])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "["])
 def test_other_names_for_this_machine_are_refused(open_page, host):
     assert _ask(open_page, "GET", "/config", host=host)[0] in (400, 403)
 

@@ -50,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         self._check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 to 100")
         self._check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
-        self._check("top_k", self.top_k, self.top_k >= 0, "0 for all tokens, or how many")
+        self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 for all tokens, or how many")
         penalty = self.repetition_penalty
         self._check("repetition_penalty", penalty, 0.0 < penalty <= 100.0, "above 0, up to 100")
         seed = self.seed

@@ -91,9 +91,8 @@ class Guard:
             )
         if not self._keys:
             # A name of theirs may lead a browser here; neither then says that it is this machine.
-            origin = urlsplit(headers.get("origin", "http://localhost")).hostname or ""
-            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-            if not is_loopback(host) or not is_loopback(origin):
+            places = headers.get("origin", "http://localhost"), f"//{headers.get('host', '')}"
+            if not all(is_loopback(_host(place)) for place in places):
                 raise Refused(403, "without a key, requests to and from this machine alone")
         return owner
 
@@ -197,6 +196,13 @@ class Passing:
 def _headers(scope: Scope) -> dict[str, str]:
     """Headers by their names in small letters; of several alike the last one."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _host(place: str) -> str:
+    try:
+        return urlsplit(place).hostname or ""
+    except ValueError:  # an address in brackets that is none
+        return ""
 
 
 def logged(error: Exception) -> Refused:

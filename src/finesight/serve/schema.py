@@ -18,6 +18,10 @@ Given = TypeVar("Given", bound=BaseModel)
 LONGEST_STOP = 200
 """Characters of a stop text."""
 
+MARKS = 300_000
+"""Commas and opening brackets of a body, those in its texts included: each may be a value that
+takes hundreds of bytes once it is read, and a kilobyte if it is wrong."""
+
 
 class Strict(BaseModel):
     """Unknown fields are refused."""
@@ -186,6 +190,11 @@ class Question(Strict):
 
 def parsed(kind: type[Given], body: bytes) -> Given:
     """The body as that kind. Raises Refused, naming the field and never its value."""
+    marks = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+    if marks > MARKS:
+        raise Refused(
+            400, f"a body of {marks} commas and opening brackets, and at most {MARKS} are taken"
+        )
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

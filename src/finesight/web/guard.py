@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -112,7 +112,7 @@ class Guard:
         """Why a request goes no further, by all but its body."""
         method, path = scope["method"], scope["path"]
         host = headers.get("host", "")
-        if self.loopback and urlsplit(f"//{host}").netloc.rsplit(":", 1)[0] not in LOOPBACK:
+        if self.loopback and host.rsplit(":", 1)[0] not in LOOPBACK:
             return PlainTextResponse("another host", 403)
         if method == "POST" and headers.get("origin") not in (None, f"http://{host}"):
             return PlainTextResponse("another origin", 403)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from served_page import Parrot, Served, served
 
 from finesight.web.guard import COOKIE
-from finesight.web.limits import MESSAGE_BYTES, PICTURE_BYTES, UPLOAD_BYTES
+from finesight.web.limits import MESSAGE_BYTES, PICTURE_BYTES, UPLOAD_BYTES, UPLOAD_SECONDS
 
 PASSWORD = "right-password"
 
@@ -191,6 +193,21 @@ def test_bodies_have_limits(open_page):
     assert _upload(open_page, "large.png", bytes(PICTURE_BYTES + 1))[0] == 413
     before = [*(open_page.folder / "uploads").rglob("large.png")]
     assert before == []
+
+
+def test_uploads_that_nobody_asks_about_go(open_page):
+    old, new = (
+        Path(_upload(open_page, f"{name}.png", name.encode())[1]) for name in ("old", "new")
+    )
+    assert old.exists()
+    past = time.time() - UPLOAD_SECONDS - 60
+    os.utime(old, (past, past))
+    assert _upload(open_page, "next.png", b"next")[0] == 200
+    assert (old.exists(), new.exists()) == (False, True)
+    # The same again is as new.
+    again = Path(_upload(open_page, "old.png", b"old")[1])
+    assert _upload(open_page, "next.png", b"next")[0] == 200
+    assert again.exists()
 
 
 def test_a_body_without_a_length_is_limited_too(open_page):

@@ -8,10 +8,13 @@ file that a message names must be one that was uploaded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
+import os
 import re
 import secrets
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finesight.web.limits import FOLDER_BYTES, MESSAGE_BYTES, UPLOAD_BYTES
+from finesight.web.limits import FOLDER_BYTES, MESSAGE_BYTES, UPLOAD_BYTES, UPLOAD_SECONDS
 
 COOKIE = "finesight"
 SIGN_IN = "/sign-in"
@@ -127,7 +130,7 @@ class Guard:
         most = UPLOAD_BYTES if path == UPLOAD else MESSAGE_BYTES
         if not length.isdecimal() or int(length) > most:
             return PlainTextResponse("too much", 413)
-        if path == UPLOAD and _bytes_below(self.uploads.parent) > FOLDER_BYTES:
+        if path == UPLOAD and _bytes_kept(self.uploads) > FOLDER_BYTES:
             return PlainTextResponse("no room for more pictures", 507)
         return None
 
@@ -267,5 +270,16 @@ def _paths(value: Any) -> Iterable[object]:
             yield from _paths(inner)
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _bytes_kept(uploads: Path) -> int:
+    """Of all that visitors have sent, once uploads are gone that have waited for too long."""
+    oldest, kept = time.time() - UPLOAD_SECONDS, 0
+    for folder, _, names in os.walk(uploads.parent):
+        for file in (Path(folder, name) for name in names):
+            # Whoever leaves takes files along meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                state = file.stat()
+                if state.st_mtime < oldest and file.is_relative_to(uploads):
+                    file.unlink()
+                else:
+                    kept += state.st_size
+    return kept

@@ -14,8 +14,8 @@ MESSAGE_BYTES = 1 << 20
 FOLDER_BYTES = 2 << 30
 """Of all uploads of all visitors: beyond it nothing more is taken."""
 
-FILES = 32
-"""In one request with files."""
+UPLOAD_SECONDS = 3600
+"""That an upload is kept for a question; talks have copies of what was asked about."""
 
 QUESTION_PICTURES = 8
 TALK_PICTURES = 64

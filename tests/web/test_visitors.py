@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,20 @@ def visitors(tmp_path: Path) -> Visitors:
 @pytest.fixture
 def visitor(visitors: Visitors) -> Visitor:
     return visitors.of("one")
+
+
+def test_a_talk_is_kept_however_many_threads_ask_for_it(visitors):
+    one = visitors.of("one")
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            same = threads.map(
+                lambda _: all(visitors.of("one") is one for _ in range(50_000)), range(3)
+            )
+            assert all(same)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_each_session_has_a_talk_and_a_folder_of_its_own(visitors):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import threading
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,22 +114,26 @@ class Visitors:
     def __init__(self, service: Service, folder: Path) -> None:
         self.service, self._folder = service, folder
         self._known: dict[str, Visitor] = {}
+        # Some of the page's events come in threads, also of one session.
+        self._lock = threading.RLock()
 
     def of(self, session: str) -> Visitor:
         """The visitor of that session, a new one at first."""
-        visitor = self._known.pop(session, None)
-        if visitor is None:
-            while len(self._known) >= VISITORS:
-                self.leave(next(iter(self._known)))
-            folder = self._folder / secrets.token_hex(16)
-            folder.mkdir()
-            visitor = Visitor(Talk(self.service), folder)
-        self._known[session] = visitor
+        with self._lock:
+            visitor = self._known.pop(session, None)
+            if visitor is None:
+                while len(self._known) >= VISITORS:
+                    self.leave(next(iter(self._known)))
+                folder = self._folder / secrets.token_hex(16)
+                folder.mkdir()
+                visitor = Visitor(Talk(self.service), folder)
+            self._known[session] = visitor
         return visitor
 
     def leave(self, session: str) -> None:
         """End the session: its answers stop, its files are removed."""
-        visitor = self._known.pop(session, None)
+        with self._lock:
+            visitor = self._known.pop(session, None)
         if visitor is not None:
             while visitor.talk.undo():
                 pass
@@ -136,7 +141,8 @@ class Visitors:
 
     def all(self) -> list[Visitor]:
         """Everybody who is here, the quietest first."""
-        return [*self._known.values()]
+        with self._lock:
+            return [*self._known.values()]
 
     def with_token(self, token: str) -> Visitor | None:
         """The one whose secret token that is."""

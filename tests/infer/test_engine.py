@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from asking import Told, ask, listen, mixed_questions, noise
@@ -443,3 +444,49 @@ def test_pictures_are_seen_in_passes_of_bounded_size(loaded, tmp_path, monkeypat
     assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
     assert len(sizes) > 1
     assert max(sizes) <= largest
+
+
+class Broken:
+    """A constraint that allows everything, and fails at one of its calls."""
+
+    def __init__(self, vocabulary: int, failing: str) -> None:
+        self._bits = np.full(-(-vocabulary // 32), -1, dtype=np.int32)
+        self._failing, self._calls = failing, 0
+
+    def allow(self) -> np.ndarray:
+        self._calls += 1
+        if self._failing == "allow" and self._calls == 3:
+            raise ZeroDivisionError("a fault of the grammar")
+        return self._bits
+
+    def take(self, token: int) -> None:
+        if self._failing == "take" and self._calls == 3:
+            raise ZeroDivisionError("a fault of the grammar")
+
+
+@pytest.mark.parametrize("failing", ["allow", "take"])
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_constraint_that_fails_ends_its_own_answer_alone(loaded, tmp_path, failing, late):
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    (wanted,) = generate(model, prompts[1:2], max_new_tokens=STEPS, end_ids=())
+    engine = Engine(model, (), rows=3, tokens=2000)
+    engine._late = late
+    broken = Broken(model.geometry.language.vocabulary, failing)
+    requests = [
+        Request(prompt=prompts[0], max_new_tokens=STEPS, constraint=broken),
+        _request(prompts[1]),
+    ]
+    tickets = [engine.add(request) for request in requests]
+    told: dict[int, Told] = {}
+    errors = {}
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                errors[event.ticket] = event.error
+            if event.token is not None:
+                told.setdefault(event.ticket, Told()).tokens.append(event.token)
+    assert isinstance(errors.pop(tickets[0]), ZeroDivisionError)
+    assert not errors
+    assert told[tickets[1]].ids == wanted
+    assert engine.pages_free == engine.pages_in_all

@@ -315,3 +315,12 @@ def test_an_unknown_model(plain, client, server):
     with pytest.raises(NotFoundError) as raised:
         plain(client, model="other")
     assert raised.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_answer_of_nothing_may_be_sent_back(plain, client, empty):
+    """As clients do with what the server itself answers when the first token ends it."""
+    messages = [*asked("a"), {"role": "assistant", "content": empty}, *asked("b")]
+    found = plain(client, messages=messages, max_tokens=4)
+    both = plain(client, messages=[*asked("a"), *asked("b")], max_tokens=4)
+    assert found.choices[0].message.content == both.choices[0].message.content

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -256,6 +257,9 @@ class Engine:
     ) -> dict[int, tuple[Chosen, int]]:
         """Put the tokens of the rows that want others than the most probable ones into `ids_R`;
         what was chosen, by row, with its place there."""
+        for answer in answers:
+            if not answer.ended:
+                self._try(answer, answer.chooser.follow)
         rows = [n for n, a in enumerate(answers) if not (a.chooser.plain or a.ended)]
         if not rows:
             return {}
@@ -284,10 +288,8 @@ class Engine:
                 continue
             answer.made.append(token.id)
             if answer.request.constraint is not None:
-                try:
-                    answer.request.constraint.take(token.id)
-                except UserError as error:
-                    self._end(answer, None, error)
+                self._try(answer, partial(answer.request.constraint.take, token.id))
+                if answer.ended:
                     continue
             finish: Finish | None = None
             if token.id in self._end_ids:
@@ -296,11 +298,18 @@ class Engine:
                 finish = "length"
             self._end(answer, finish, token=token)
 
+    def _try(self, answer: _Answer, step: Callable[[], None]) -> None:
+        """Do what belongs to one answer alone: whatever goes wrong ends no other."""
+        try:
+            step()
+        except Exception as error:
+            self._end(answer, None, error)
+
     def _end(
         self,
         answer: _Answer,
         finish: Finish | None,
-        error: UserError | None = None,
+        error: Exception | None = None,
         token: Token | None = None,
     ) -> None:
         """Tell of a token, an end, or both; with an end, give up all that the answer has."""

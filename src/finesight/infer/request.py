@@ -150,5 +150,5 @@ class Event:
     ticket: int
     token: Token | None = None
     finish: Finish | None = None
-    error: UserError | None = None
+    error: Exception | None = None
     known: int = 0

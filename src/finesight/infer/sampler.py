@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.infer.request import Constraint, Sampling
@@ -31,6 +32,7 @@ class Chooser:
         prompt_ids: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]],
     ) -> None:
         self.sampling, self.logprobs, self.constraint = sampling, logprobs, constraint
+        self._allowed: NDArray[np.int32] | None = None
         self._prompt_ids = np.unique(np.asarray(prompt_ids, dtype=np.int64))
         self._seen_V: Tensor | None = None
         seed = sampling.seed
@@ -43,6 +45,20 @@ class Chooser:
         penalised = self.sampling.repetition_penalty != 1.0
         free = self.constraint is None and self.logprobs is None
         return self.sampling.greedy and free and not penalised
+
+    def follow(self) -> None:
+        """Ask the constraint what may come next, if there is one: what goes wrong with it is known
+        before the next `choose`."""
+        if self.constraint is not None:
+            self._allowed = self.constraint.allow()
+
+    def allowed(self) -> NDArray[np.int32]:
+        """What the constraint allows next; asked anew for each token."""
+        if self._allowed is None:
+            self.follow()
+        allowed, self._allowed = self._allowed, None
+        assert allowed is not None, "a chooser without a constraint"
+        return allowed
 
     def chance(self) -> float:
         """The next number of this answer's own, from 0 up to but not 1."""
@@ -107,7 +123,7 @@ def _constrained(logits_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     rows = [row for row, chooser in enumerate(choosers) if chooser.constraint is not None]
     if not rows:
         return logits_SV
-    allowed = [c.constraint.allow() for c in choosers if c.constraint is not None]
+    allowed = [c.allowed() for c in choosers if c.constraint is not None]
     bits_SW = upload(np.stack(allowed), logits_SV.device)
     at = upload(np.array(rows), logits_SV.device)
     places_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)

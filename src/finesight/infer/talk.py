@@ -154,7 +154,7 @@ class Talk:
             )
         try:
             return self.ask(last.text, last.pictures, options)
-        except UserError:
+        except BaseException:
             self.turns.append(last)
             raise
 

@@ -35,6 +35,9 @@ async def conversation(question: Question, media: Media, system: str | None) -> 
     turns: list[Turn] = []
     for place, message in enumerate(question.messages):
         role, parts = await _turn(message, media, numbers, f"messages.{place}")
+        if parts == [data.TextPart(text="")] and role == "assistant":
+            # An answer of nothing, as a client sends it back: it says nothing.
+            continue
         if turns and turns[-1][0] == role:
             parts = [*turns.pop()[1], data.TextPart(text="\n"), *parts]
         turns.append((role, parts))

@@ -73,7 +73,7 @@ class Guard:
     password: str | None = None
     loopback: bool = True
     _pass: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    _trying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _trying: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,7 +98,7 @@ class Guard:
         limited = _limited(receive, UPLOAD_BYTES if path == UPLOAD else MESSAGE_BYTES)
         try:
             if path == SIGN_IN:
-                response = await self._sign_in(scope["method"], headers, limited)
+                response = await self._sign_in(scope, headers, limited)
                 await _sent(response, scope, receive, send)
             elif path == JOIN:
                 await self._join(scope, limited, send)
@@ -148,16 +148,17 @@ class Guard:
         except (OSError, ValueError):
             return False
 
-    async def _sign_in(self, method: str, headers: Headers, receive: Receive) -> Response:
+    async def _sign_in(self, scope: Scope, headers: Headers, receive: Receive) -> Response:
         languages = headers.get("accept-language", "")
         if self.password is None:
             return RedirectResponse("./", 303)
-        if method != "POST":
+        if scope["method"] != "POST":
             return HTMLResponse(self.sign_in_page(False, languages))
         form = parse_qs((await _body(receive)).decode("utf-8", "replace"))
         given = form.get("password", [""])[0]
-        # One after the other, so that guesses on many connections are no faster.
-        async with self._trying:
+        # One after the other for each address, so that guesses on many connections are no faster,
+        # and who guesses keeps nobody else out.
+        async with self._trying.setdefault(str((scope["client"] or [""])[0]), asyncio.Lock()):
             if not hmac.compare_digest(given.encode(), self.password.encode()):
                 await asyncio.sleep(WRONG_PASSWORD_SECONDS)
                 return HTMLResponse(self.sign_in_page(True, languages), 401)

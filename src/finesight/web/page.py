@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ BASE = "base"
 SECONDS = 0.08
 """Between two looks at an answer that grows: more often is not seen, and fills the network."""
 
+READERS = 4
+"""Threads that open pictures: each may hold one of the largest size, decoded."""
+
 IDLE: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
 RUNNING: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
 
@@ -40,6 +44,7 @@ class Page:
 
     def __init__(self, visitors: Visitors) -> None:
         self._visitors, self._names = visitors, visitors.service.names
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="finesight-web")
         self._compares = BASE in self._names[1:]
         with gr.Blocks(title="finesight", analytics_enabled=False, fill_width=True) as self.blocks:
             self._lay_out()
@@ -155,7 +160,7 @@ class Page:
                 return visitor.talk.ask(
                     text, pictures, self._options(compare, longest, temperature)
                 )
-            except UserError:
+            except BaseException:
                 visitor.forget(pictures)
                 raise
 
@@ -185,8 +190,15 @@ class Page:
         self, visitor: Visitor, begin: Callable[[], Turn], emptied: Mapping[str, Any]
     ) -> AsyncIterator[Updates]:
         """The page while an answer grows, and after it."""
+        begun = asyncio.ensure_future(
+            asyncio.get_running_loop().run_in_executor(self._readers, begin)
+        )
         try:
-            turn = await asyncio.to_thread(begin)
+            # The thread goes on when the visitor has gone: nobody waits for its answer then.
+            turn = await asyncio.shield(begun)
+        except asyncio.CancelledError:
+            begun.add_done_callback(_give_up)
+            raise
         except UserError as error:
             yield {self._notice: _refused(visitor, error)}
             return
@@ -246,6 +258,12 @@ class Page:
 
 def _html(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, js_on_load=None, apply_default_css=False)
+
+
+def _give_up(begun: asyncio.Future[Turn]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        for reply in begun.result().replies:
+            reply.cancel()
 
 
 async def _drained(reply: Reply) -> None:

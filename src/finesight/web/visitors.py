@@ -48,6 +48,7 @@ class Visitor:
     words: Words = ENGLISH
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     pictures: dict[Path, Shown] = field(default_factory=dict)
+    _keeping: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, text: str, uploads: Sequence[Path]) -> list[Path]:
         """Copies of uploaded pictures, to ask about: their headers are read, then their pixels.
@@ -62,9 +63,11 @@ class Visitor:
             raise UserError(self.words.too_long.format(len(text), QUESTION_CHARACTERS))
         kept: list[Path] = []
         try:
-            for upload in uploads:
-                kept.append(self._keep(upload))
-        except UserError:
+            # One question at a time, or two pictures get one number.
+            with self._keeping:
+                for upload in uploads:
+                    kept.append(self._keep(upload))
+        except BaseException:
             self.forget(kept)
             raise
         return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -137,6 +138,20 @@ def test_the_exported_talk_is_a_sample_with_its_pictures(browser, tiny_page, pic
     assert sample.messages[0].content[-1].text == pictures[0][1]
     assert any(isinstance(part, BoxPart) for part in sample.messages[1].content)
     assert [*tiny_page.folder.rglob("*.zip")] == []
+
+
+def test_pictures_of_later_questions_lie_in_the_private_folder_too(
+    browser, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with served(Parrot(lambda text: (text, ()))) as place:
+        visit = Visit(browser, place.address)
+        for picture, question in pictures[:2]:
+            visit.ask(question, [picture])
+        found = [at for at in tmp_path.rglob("*.png") if place.folder not in at.parents]
+        assert any(place.folder.rglob("*.png")), "nothing was sent"
+    assert found == []
+    assert list(tmp_path.rglob("*.png")) == []
 
 
 def test_the_page_speaks_the_browsers_language_and_the_other(browser, tiny_page):

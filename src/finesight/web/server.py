@@ -86,37 +86,37 @@ def private_folder() -> Iterator[Path]:
         folder = Path(made)
         (folder / UPLOADS).mkdir()
         (folder / TALKS).mkdir()
-        yield folder
+        with _kept_in(folder / UPLOADS):
+            yield folder
 
 
 def make_app(visitors: Visitors, uploads: Path, password: str | None, loopback: bool) -> Guard:
-    """The page behind its guard; Gradio keeps in `uploads` what comes."""
+    """The page behind its guard, within a `private_folder` whose `uploads` hold what comes."""
+    # Imported here: Gradio reads where it keeps files when it is imported, too.
     import gradio as gr
 
-    with _kept_in(uploads):
-        # Imported here: Gradio reads where it keeps files when it is imported, too.
-        from finesight.web.page import Page
+    from finesight.web.page import Page
 
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        _add_files(app, visitors)
-        page = Page(visitors)
-        mounted = gr.mount_gradio_app(
-            app,
-            page.blocks,
-            path="/",
-            theme=_theme(),
-            css=(STATIC / "page.css").read_text(encoding="utf-8"),
-            js=(STATIC / "page.js").read_text(encoding="utf-8"),
-            max_file_size=PICTURE_BYTES,
-            allowed_paths=[],
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            enable_monitoring=False,
-            show_error=False,
-        )
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    _add_files(app, visitors)
+    page = Page(visitors)
+    mounted = gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="/",
+        theme=_theme(),
+        css=(STATIC / "page.css").read_text(encoding="utf-8"),
+        js=(STATIC / "page.js").read_text(encoding="utf-8"),
+        max_file_size=PICTURE_BYTES,
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        show_error=False,
+    )
 
     def sign_in_page(refused: bool, languages: str) -> str:
         return sign_in_html(STATIC / "sign-in.html", refused, preferred(languages) is CHINESE)
@@ -126,8 +126,8 @@ def make_app(visitors: Visitors, uploads: Path, password: str | None, loopback: 
 
 @contextmanager
 def _kept_in(folder: Path) -> Iterator[None]:
-    """Within the block, Gradio's parts that are made keep their files there; and it reports to
-    nobody."""
+    """Within the block, Gradio's parts that are made, also those that answer an event, keep their
+    files there; and it reports to nobody."""
     wanted = {
         "GRADIO_TEMP_DIR": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",

@@ -19,7 +19,7 @@ from finesight.encode.pack import pack
 from finesight.errors import UserError
 from finesight.infer.engine import SMALL_PAGE, Engine
 from finesight.infer.pages import picture_digests
-from finesight.infer.request import Event, Finish, Token
+from finesight.infer.request import Event, Finish, Request, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.network import VisionLanguageModel
@@ -192,3 +192,16 @@ def _continued(prompt: Encoded, tokens: Sequence[int]) -> Encoded:
         positions_3T=np.concatenate([outline.positions_3T, np.tile(following, (3, 1))], axis=1),
     )
     return replace(prompt, outline=extended)
+
+
+def request_for(prompt: Encoded, tokens: int = 9) -> Request:
+    """A greedy request for so many tokens."""
+    return Request(prompt=prompt, max_new_tokens=tokens)
+
+
+def told_of(engine: Engine, *prompts: Encoded, tokens: int = 9) -> list[Told]:
+    """What the engine tells of these prompts, asked all at once."""
+    tickets = [engine.add(request_for(prompt, tokens)) for prompt in prompts]
+    told: dict[int, Told] = {}
+    listen(engine, told)
+    return [told[ticket] for ticket in tickets]

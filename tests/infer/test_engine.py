@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from asking import Told, ask, listen, mixed_questions, noise
+from asking import Told, ask, listen, mixed_questions, noise, request_for, told_of
 
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer import engine as area
-from finesight.infer import rows as rows_area
 from finesight.infer.engine import SMALL_PAGE, Engine, cache_tokens
 from finesight.infer.generate import generate
 from finesight.infer.pages import grown
@@ -37,18 +36,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 @pytest.fixture
 def loaded(tiny: ModelFolder) -> Loaded:
     return load_model(tiny, torch.float32, CPU).eval(), Renderer(tiny)
-
-
-def _request(prompt: Encoded, tokens: int = STEPS) -> Request:
-    return Request(prompt=prompt, max_new_tokens=tokens)
-
-
-def _told(engine: Engine, *prompts: Encoded, tokens: int = STEPS) -> list[Told]:
-    """What the engine tells of these prompts, asked all at once."""
-    tickets = [engine.add(_request(prompt, tokens)) for prompt in prompts]
-    told: dict[int, Told] = {}
-    listen(engine, told)
-    return [told[ticket] for ticket in tickets]
 
 
 def test_the_cache_is_bound_in_bytes(tiny):
@@ -82,8 +69,8 @@ def test_what_the_cache_has_no_room_for_is_refused(loaded, tmp_path):
     engine = Engine(model, (), rows=1, tokens=64)
     assert engine.room_for(prompt) == 64 - tokens
     with pytest.raises(UserError, match=f"an answer of up to {64 - tokens} tokens"):
-        engine.add(_request(prompt, 65 - tokens))
-    (told,) = _told(engine, prompt, tokens=64 - tokens)
+        engine.add(request_for(prompt, 65 - tokens))
+    (told,) = told_of(engine, prompt, tokens=64 - tokens)
     assert len(told.ids) == 64 - tokens
     long = renderer.prompt(ask("long", tmp_path, "Why? " * 40))
     with pytest.raises(UserError, match="fewer than 64, the room of the cache"):
@@ -98,15 +85,7 @@ def test_less_than_one_new_token_is_refused(loaded, tmp_path):
         generate(None, [], max_new_tokens=0, end_ids=())
     engine = Engine(loaded[0], (), rows=1, tokens=64)
     with pytest.raises(AssertionError, match="max_new_tokens is 0"):
-        engine.add(_request(loaded[1].prompt(ask("s", tmp_path, "Why?")), 0))
-
-
-def test_being_told_how_many_have_ended(loaded, tmp_path):
-    model, renderer = loaded
-    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
-    told: list[int] = []
-    generate(model, prompts, max_new_tokens=4, end_ids=(), ended=told.append)
-    assert sum(told) == len(prompts)
+        engine.add(request_for(loaded[1].prompt(ask("s", tmp_path, "Why?")), 0))
 
 
 def test_numbers_that_overflow_are_told(tiny, tmp_path):
@@ -123,7 +102,7 @@ def test_an_answer_that_overflows_harms_no_other(loaded, tmp_path, monkeypatch):
     """Neither beside it nor after it, in the pages that it leaves."""
     model, renderer = loaded
     questions = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
-    wanted = [told.ids for told in _told(Engine(model, (), rows=8, tokens=1024), *questions)]
+    wanted = [told.ids for told in told_of(Engine(model, (), rows=8, tokens=1024), *questions)]
     too_much = renderer.tokenizer.encode("§")[0]
     assert all(too_much not in prompt.outline.ids_T for prompt in questions)
     embed = model.model.embed
@@ -134,13 +113,13 @@ def test_an_answer_that_overflows_harms_no_other(loaded, tmp_path, monkeypatch):
     )
     bad = renderer.prompt(ask("bad", tmp_path, "§" * 30))
     engine = Engine(model, (), rows=8, tokens=512)
-    (failed, *others) = _told(engine, bad, *questions)
+    (failed, *others) = told_of(engine, bad, *questions)
     assert failed.error is not None
     assert "overflow" in str(failed.error)
     assert [told.ids for told in others] == wanted
     for _ in range(3):
-        assert [told.ids for told in _told(engine, *questions)] == wanted
-        (again,) = _told(engine, bad)
+        assert [told.ids for told in told_of(engine, *questions)] == wanted
+        (again,) = told_of(engine, bad)
         assert again.error is not None
 
 
@@ -156,7 +135,7 @@ def test_whatever_comes_and_goes_no_page_is_lost(loaded, tmp_path, seed, late, m
     monkeypatch.setattr(area, "BESIDE_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
     alone = [
-        _told(Engine(model, tuple(end_ids), rows=1, tokens=512), prompt)[0] for prompt in prompts
+        told_of(Engine(model, tuple(end_ids), rows=1, tokens=512), prompt)[0] for prompt in prompts
     ]
     engine = Engine(model, tuple(end_ids), rows=rng.choice([1, 2, 4]), tokens=176)
     engine._late = late
@@ -166,7 +145,7 @@ def test_whatever_comes_and_goes_no_page_is_lost(loaded, tmp_path, seed, late, m
     for _ in range(120):
         if rng.random() < 0.3:
             which, tokens = rng.randrange(len(prompts)), rng.randrange(1, STEPS + 1)
-            asked[engine.add(_request(prompts[which], tokens))] = which, tokens
+            asked[engine.add(request_for(prompts[which], tokens))] = which, tokens
         if asked and rng.random() < 0.15:
             ticket = rng.choice(list(asked))
             engine.cancel(ticket)
@@ -197,7 +176,7 @@ def test_a_question_asked_again_is_not_read_again(loaded, tmp_path):
     prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
     engine = Engine(model, (), rows=4, tokens=1024)
     for prompt in prompts:
-        first, again = _told(engine, prompt)[0], _told(engine, prompt)[0]
+        first, again = told_of(engine, prompt)[0], told_of(engine, prompt)[0]
         assert first.ids == again.ids
         known = (prompt.outline.tokens - 1) // SMALL_PAGE * SMALL_PAGE
         assert again.known == known >= first.known
@@ -207,10 +186,10 @@ def test_two_that_come_together_are_read_apart_and_share_later(loaded, tmp_path)
     model, renderer = loaded
     prompt = renderer.prompt(mixed_questions(tmp_path)[0])
     engine = Engine(model, (), rows=4, tokens=1024)
-    one, other = _told(engine, prompt, prompt)
+    one, other = told_of(engine, prompt, prompt)
     assert one.ids == other.ids
     assert (one.known, other.known) == (0, 0)
-    three = _told(engine, prompt, prompt, prompt)
+    three = told_of(engine, prompt, prompt, prompt)
     assert [told.ids for told in three] == [one.ids] * 3
     assert all(told.known > 0 for told in three)
     assert engine.pages_free == engine.pages_in_all
@@ -223,11 +202,11 @@ def test_what_was_said_is_known_to_the_next_turn(loaded, tmp_path, tokens):
     model, renderer = loaded
     prompt = renderer.prompt(mixed_questions(tmp_path)[0])
     engine = Engine(model, (), rows=4, tokens=1024)
-    (told,) = _told(engine, prompt, tokens=tokens)
+    (told,) = told_of(engine, prompt, tokens=tokens)
     following = replace(prompt, outline=grown(prompt.outline, [*told.ids, 5, 6, 7]))
-    (found,) = _told(engine, following)
+    (found,) = told_of(engine, following)
     assert found.known == (prompt.outline.tokens + tokens - 1) // SMALL_PAGE * SMALL_PAGE
-    (fresh,) = _told(Engine(model, (), rows=1, tokens=1024), following)
+    (fresh,) = told_of(Engine(model, (), rows=1, tokens=1024), following)
     assert (fresh.ids, fresh.known) == (found.ids, 0)
 
 
@@ -236,62 +215,11 @@ def test_a_cancelled_question_that_was_read_halfway_is_not_known(loaded, tmp_pat
     model, renderer = loaded
     prompt = renderer.prompt(mixed_questions(tmp_path)[4])
     engine = Engine(model, (), rows=1, tokens=512)
-    ticket = engine.add(_request(prompt))
+    ticket = engine.add(request_for(prompt))
     assert engine.step() == []
     engine.cancel(ticket)
-    told = _told(engine, prompt)[0]
-    assert (told.known, told.ids) == (0, _told(engine, prompt)[0].ids)
-
-
-def _seen(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures the model looks at, call by call."""
-    seen: list[int] = []
-    see = model.see
-
-    def count(patches, grids):
-        seen.append(len(grids))
-        return see(patches, grids)
-
-    monkeypatch.setattr(model, "see", count)
-    return seen
-
-
-def test_a_picture_is_looked_at_once(loaded, tmp_path, monkeypatch):
-    """Beside others, in one prompt and in many, before another text; not where all of it is known
-    from the cache."""
-    model, renderer = loaded
-    mixed_questions(tmp_path)
-    texts = [("What?", "a.png"), ("a.png", "Where?"), ("a.png", "b.png", "Why?", "b.png")]
-    prompts = [renderer.prompt(ask(f"{n}", tmp_path, *text)) for n, text in enumerate(texts)]
-    wanted = [_told(Engine(model, (), rows=1, tokens=1024), prompt)[0].ids for prompt in prompts]
-    seen = _seen(model, monkeypatch)
-    engine = Engine(model, (), rows=4, tokens=1024)
-    assert [told.ids for told in _told(engine, *prompts)] == wanted
-    assert seen == [2]
-    assert [told.ids for told in _told(engine, *reversed(prompts))] == wanted[::-1]
-    assert seen == [2]
-
-
-def test_features_of_pictures_do_not_pile_up(loaded, tmp_path, monkeypatch):
-    """The longest unused go; a picture of which they are gone is looked at again."""
-    model, renderer = loaded
-    prompts = []
-    for seed in range(4):
-        noise(tmp_path / f"{seed}.png", 56, 56, seed)
-        prompts.append(renderer.prompt(ask("s", tmp_path, f"x{seed}", f"{seed}.png")))
-    (span,) = prompts[0].outline.spans
-    picture = (span.stop - span.start) * model.geometry.language.width * 4
-    monkeypatch.setattr(rows_area, "CPU_PICTURE_BYTES", 2 * picture)
-    seen = _seen(model, monkeypatch)
-    # Pages for one question only: what is known by them is soon forgotten.
-    engine = Engine(model, (), rows=1, tokens=80)
-    looked = []
-    for number in (0, 1, 0, 2, 0, 1):
-        before = len(seen)
-        _told(engine, prompts[number], tokens=80 - prompts[number].outline.tokens)
-        assert engine._rows._pictures._bytes <= 2 * picture
-        looked.append(len(seen) > before)
-    assert looked == [True, True, False, True, False, True]
+    told = told_of(engine, prompt)[0]
+    assert (told.known, told.ids) == (0, told_of(engine, prompt)[0].ids)
 
 
 @pytest.mark.parametrize("change", ["pixels", "system", "text"])
@@ -302,7 +230,7 @@ def test_another_question_shares_no_more_than_is_alike(loaded, tiny, tmp_path, c
     texts = ("a.png", "What is in the picture? " * 3)
     engine = Engine(model, (), rows=2, tokens=1024)
     first = renderer.prompt(ask("one", tmp_path, *texts))
-    (told,) = _told(engine, first)
+    (told,) = told_of(engine, first)
     if change == "pixels":
         noise(tmp_path / "a.png", 84, 56, 1)
     elif change == "system":
@@ -310,14 +238,14 @@ def test_another_question_shares_no_more_than_is_alike(loaded, tiny, tmp_path, c
     else:
         texts = (texts[0], "And what " + texts[1])
     other = renderer.prompt(ask("one", tmp_path, *texts))
-    (found,) = _told(engine, other)
+    (found,) = told_of(engine, other)
     alike = first.outline.spans[0].start
     if change != "pixels":
         pairs = zip(first.outline.ids_T, other.outline.ids_T, strict=False)
         alike = next(n for n, (mine, yours) in enumerate(pairs) if mine != yours)
     assert found.known == alike // SMALL_PAGE * SMALL_PAGE
-    assert found.ids == _told(Engine(model, (), rows=1, tokens=1024), other)[0].ids
-    assert told.ids == _told(engine, first)[0].ids
+    assert found.ids == told_of(Engine(model, (), rows=1, tokens=1024), other)[0].ids
+    assert told.ids == told_of(engine, first)[0].ids
 
 
 def test_the_first_family_shares_nothing_across_its_trained_length(tmp_path):
@@ -333,12 +261,12 @@ def test_the_first_family_shares_nothing_across_its_trained_length(tmp_path):
     model.model.geometry = language
     assert lengths[0] < language.trained < lengths[1]
     engine = Engine(model, (), rows=2, tokens=4096)
-    told = [_told(engine, prompt)[0] for prompt in prompts]
+    told = [told_of(engine, prompt)[0] for prompt in prompts]
     assert told[0].known == told[1].known == 0
     # Of one base again.
     assert told[2].known >= lengths[0] // SMALL_PAGE * SMALL_PAGE
     for prompt, found in zip(prompts, told, strict=True):
-        assert found.ids == _told(Engine(model, (), rows=1, tokens=4096), prompt)[0].ids
+        assert found.ids == told_of(Engine(model, (), rows=1, tokens=4096), prompt)[0].ids
 
 
 def _cancelled_after(engine: Engine, requests: Sequence[Request], steps: int) -> dict[int, Told]:
@@ -362,10 +290,10 @@ def test_an_answer_cancelled_at_any_step_ends_there(loaded, tmp_path, steps, lat
     monkeypatch.setattr(area, "BESIDE_TOKENS", 30)
     model, renderer = loaded
     prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)[:3]]
-    wanted = [_told(Engine(model, (), rows=1, tokens=512), p, tokens=5)[0] for p in prompts]
+    wanted = [told_of(Engine(model, (), rows=1, tokens=512), p, tokens=5)[0] for p in prompts]
     engine = Engine(model, (), rows=3, tokens=512)
     engine._late = late
-    requests = [_request(prompt, 5) for prompt in prompts]
+    requests = [request_for(prompt, 5) for prompt in prompts]
     found = _cancelled_after(engine, requests, steps)
     for ticket in (0, 2):
         assert (found[ticket].ids, found[ticket].finish) == (wanted[ticket].ids, "length")
@@ -422,30 +350,6 @@ def test_numbers_that_overflow_in_the_middle_of_an_answer_end_it(loaded, tmp_pat
     assert engine.pages_free == engine.pages_in_all
 
 
-def test_pictures_are_seen_in_passes_of_bounded_size(loaded, tmp_path, monkeypatch):
-    model, renderer = loaded
-    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
-    wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
-    sizes: list[int] = []
-    see = model.see
-
-    def counted(patches_ND, grids):
-        sizes.append(len(patches_ND))
-        return see(patches_ND, grids)
-
-    monkeypatch.setattr(model, "see", counted)
-    generate(model, prompts, max_new_tokens=1, end_ids=())
-    assert len(sizes) == 1
-    largest = max(
-        len(rows_area.patches_of(p, n)) for p in prompts for n in range(len(p.outline.spans))
-    )
-    monkeypatch.setattr(rows_area, "PATCHES", largest)
-    sizes.clear()
-    assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
-    assert len(sizes) > 1
-    assert max(sizes) <= largest
-
-
 class Broken:
     """A constraint that allows everything, and fails at one of its calls."""
 
@@ -475,7 +379,7 @@ def test_a_constraint_that_fails_ends_its_own_answer_alone(loaded, tmp_path, fai
     broken = Broken(model.geometry.language.vocabulary, failing)
     requests = [
         Request(prompt=prompts[0], max_new_tokens=STEPS, constraint=broken),
-        _request(prompts[1]),
+        request_for(prompts[1]),
     ]
     tickets = [engine.add(request) for request in requests]
     told: dict[int, Told] = {}

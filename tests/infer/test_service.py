@@ -398,8 +398,3 @@ def test_a_service_leaves_no_thread_behind(asked):
         list(service.ask(asked.questions[0], OPTIONS))
         service.close()
     assert threading.active_count() == before
-
-
-def test_an_empty_text_to_stop_at_is_refused():
-    with pytest.raises(UserError, match="an empty text to stop at"):
-        Options(stop=("end", ""))

@@ -252,6 +252,8 @@ def _last_words(out: Path, done: Quickstart) -> str:
             f"   $ {_command('data', 'show', out / 'recipe.yaml')}",
             f"   $ {_command('predict', out / 'run', done.answers[0].picture, '--prompt', PROMPT)}",
             f"   $ {_command('eval', out / 'run')}",
+            f"   $ {_command('chat', out / 'run')}",
+            f"   $ {_command('merge', out / 'run', out / 'merged')}",
             "and with your own pictures:",
             f"   $ {_command('data', 'import', '--help')}",
         ]

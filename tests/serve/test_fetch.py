@@ -179,9 +179,9 @@ def test_places_that_are_not_asked(webs, place):
     outside, inside = webs
     port = outside.server_address[1]
     place = place.format(port=port)
-    with pytest.raises(UserError, match="is not asked"):
+    with pytest.raises(UserError, match="is refused"):
         taken(fetcher(Names([OUTSIDE])), place)
-    with pytest.raises(UserError, match="is not asked"):
+    with pytest.raises(UserError, match="is refused"):
         taken(fetcher(Names([OUTSIDE])), f"https://localhost:{port}/to/{place}")
     assert [path for path, _ in outside.asked] == [f"/to/{place}"]
     assert not inside.asked
@@ -229,7 +229,7 @@ def test_a_certificate_of_another(webs):
 def test_offline_nothing_is_asked(webs, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     port = webs[0].server_address[1]
-    with pytest.raises(UserError, match="is not asked"):
+    with pytest.raises(UserError, match="are not fetched"):
         taken(fetcher(Names([OUTSIDE])), f"https://localhost:{port}/a.png")
     assert not webs[0].asked
 

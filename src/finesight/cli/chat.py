@@ -172,7 +172,8 @@ class _Terminal:
 
     def _draw(self, rest: str) -> None:
         drawn = self._talk.draw(Path(rest).expanduser() if rest else None)
-        typer.echo(printable(f"drawn: {drawn}"))
+        told = "" if self._talk.turns[-1].replies[0].boxes else " (the answer has no boxes)"
+        typer.echo(printable(f"drawn: {drawn}{told}"))
 
     def _save(self, rest: str) -> None:
         if not rest:

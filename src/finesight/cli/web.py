@@ -52,6 +52,7 @@ def web(
             typer.echo(f"http://{_name(host)}:{listener.getsockname()[1]}")
             if made_up:
                 typer.echo(f"password: {password}")
+                typer.echo("It goes over the network as it is: the page is plain HTTP.")
             serve(service, listener, password, _is_loopback(host))
         finally:
             service.close(finish=False)
@@ -113,9 +114,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """What to type into a browser: this machine's name where it listens at all its addresses."""
+    """What to type into a browser: the address by which others reach this machine, where it listens
+    at all it has."""
     import socket
 
     if host in ("0.0.0.0", "::"):
-        return socket.gethostname()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as chosen:
+            try:
+                # Nothing is sent: only the way out is looked up, to an address that is nobody's.
+                chosen.connect(("192.0.2.1", 9))
+                return str(chosen.getsockname()[0])
+            except OSError:
+                return socket.gethostname()
     return f"[{host}]" if ":" in host else host

@@ -55,7 +55,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "no such picture",
             where=str(path),
             expected="an existing file",
-            remedy="correct the path; a relative one starts at the folder of the data file",
+            remedy="correct the path; in a data file, a relative one starts at the file's folder",
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(path, "more than 178 million", max_pixels) from error
@@ -65,14 +65,14 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "an empty file" if empty else "not a picture",
             where=str(path),
             expected=f"one of {', '.join(FORMATS)}",
-            remedy="fetch or export the picture again, or take it out of the data",
+            remedy="fetch or export the picture again, or leave it out",
         ) from error
     except Exception as error:  # a broken header can raise nearly anything inside Pillow
         raise DamagedPicture(
             f"cannot be opened ({error})",
             where=str(path),
             expected="a readable picture",
-            remedy="fetch or export the picture again, or take it out of the data",
+            remedy="fetch or export the picture again, or leave it out",
         ) from error
     width, height = image.size
     if width * height > max_pixels:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,9 @@ from finesight.remote.address import model_address
 from finesight.report.record import Record, read_record
 
 CARD = "README.md"
+
+QUESTIONS = 3
+"""That are shown, the most frequent ones."""
 
 _PRIVATE = ("output", "track")
 """Groups of a recipe that say nothing of the model: folders, accounts, projects."""
@@ -50,6 +55,7 @@ def write_card(folder: Path, told: Told) -> None:
         _front(told),
         f"# {told.name}",
         _what(told, record),
+        *_questions(record),
         *_scores(record),
         *_recipe(record),
         _parity(told.parity),
@@ -124,21 +130,49 @@ def _counts(record: Record) -> list[str]:
     return said
 
 
+def _questions(record: Record | None) -> list[str]:
+    """What it was asked: a tuned model is good at that, and at nothing else for certain."""
+    counted: Counter[str] = Counter()
+    for path in (record.answers if record else [])[-1:]:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                asked = json.loads(line).get("prompt")
+            except (ValueError, AttributeError):
+                continue
+            if isinstance(asked, str) and asked.strip():
+                counted[asked] += 1
+    if not counted:
+        return []
+    quoted = (one[:300].replace("\n", "\n> ") for one, _ in counted.most_common(QUESTIONS))
+    shown = "\n".join(f"> {one}\n" for one in quoted)
+    more = len(counted) - QUESTIONS
+    others = f"\nAnd {more:,} others like these." if more > 0 else ""
+    return ["## Ask it", f"As its held-out samples do:\n\n{shown}{others}".strip()]
+
+
 def _scores(record: Record | None) -> list[str]:
     result = (record.result if record else None) or {}
     before, after = result.get("before") or {}, result.get("after") or {}
     scores = {"before": before.get("scores") or {}, "after": after.get("scores") or {}}
+    intervals = after.get("intervals") or {}
     rows = [
         f"| {name} | {_figure(scores['before'].get(name))} | {_figure(value)} |"
+        f" {_interval(intervals.get(name))} |"
         for name, value in scores["after"].items()
     ]
     losses = (before.get("held_out_loss"), after.get("held_out_loss"))
     if losses[1] is not None:
-        rows.append(f"| loss a token | {_figure(losses[0])} | {_figure(losses[1])} |")
+        rows.append(f"| held_out_loss | {_figure(losses[0])} | {_figure(losses[1])} | - |")
     if not rows:
         return []
-    head = "| held-out samples | before | after |\n| --- | --- | --- |"
+    head = "| held-out samples | before | after | 95 % interval |\n| --- | --- | --- | --- |"
     return ["## What it can", "\n".join([head, *rows])]
+
+
+def _interval(ends: object) -> str:
+    if not isinstance(ends, list) or len(ends) != 2:
+        return "-"
+    return f"{_figure(ends[0])} to {_figure(ends[1])}"
 
 
 def _figure(value: object) -> str:
@@ -174,7 +208,10 @@ def _parity(parity: Parity) -> str:
 
 def _serving(folder: ModelFolder, told: Told) -> str:
     title = "## Serving"
-    own = f"```sh\nfinesight predict {told.name} PICTURE --prompt TEXT\n```"
+    name = shlex.quote(told.name)
+    ways = ("predict", " PICTURE --prompt TEXT"), ("chat", ""), ("web", ""), ("serve", "")
+    own = "\n".join(f"finesight {way} {name}{more}" for way, more in ways)
+    own = f"```sh\n{own}\n```"
     if folder.family not in ARCHITECTURES:
         return f"{title}\n\n{own}"
     manifest = told.parts.manifest

@@ -96,12 +96,14 @@ class Parity:
         """For people."""
         lines = [
             f"{self.prompts} questions about {self.questions}, {self.tokens} tokens of answers,"
-            f" computed in {self.computed}; of the largest logit",
-            f"  the adapter changes {self.adapter:.2e}, adding it in {self.summed:.1e}",
+            f" computed in {self.computed}",
+            "largest difference of logits, as a share of the largest logit:",
+            f"  base and adapter              {self.adapter:.1e}",
+            f"  adapter beside, and added in  {self.summed:.1e}",
         ]
         if self.rounded is not None:
-            lines.append(f"  rounding to {self.stored} changes {self.rounded:.1e}")
-        lines.append(f"  the folder read again differs by {self.reloaded:.1e}")
+            lines.append(f"  {f'rounded to {self.stored}':30}{self.rounded:.1e}")
+        lines.append(f"  written, and read again       {self.reloaded:.1e}")
         lines.append(f"{self.equal} of {self.prompts} answers are equal, token by token")
         lines += [
             f"  {one.question} parts after {one.token} tokens: a gap of {one.gap:.1e} between the"

@@ -91,9 +91,8 @@ def lines(
 
 def _notes(folder: ModelFolder, rule: PictureRule | None, system: str | None) -> list[str]:
     notes = [
-        "each request has to say "
-        f"{json.dumps(REQUEST)} (the openai client: extra_body={{'skip_special_tokens': False}}),"
-        " or boxes come without their tokens"
+        'each request has to say "skip_special_tokens": false (the openai client:'
+        " extra_body={'skip_special_tokens': False}), or boxes come without their tokens"
     ]
     if rule is not None and not isinstance(rule, PixelRange):
         sizes = ", ".join(f"{key} {value}" for key, value in rule)

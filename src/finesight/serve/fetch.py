@@ -87,10 +87,12 @@ class Fetcher:
         parts = urlsplit(target) if fits else urlsplit("")
         if offline() or not fits or parts.hostname is None:
             raise UserError(
-                "this picture's address, or one that it redirects to, is not asked",
+                "pictures are not fetched while HF_HUB_OFFLINE is set"
+                if fits
+                else "this picture's address, or one that it redirects to, is refused",
                 where="image_url",
                 expected="a data URL, or https:// and a host that the server allows"
-                " (--allow-media-host); none while HF_HUB_OFFLINE is set",
+                " (--allow-media-host)",
                 remedy="send the picture as a data URL or upload it to /v1/files",
             )
         return parts.hostname, parts.port or 443

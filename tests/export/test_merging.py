@@ -206,11 +206,16 @@ def test_the_card_says_what_was_measured(run: Run, tmp_path: Path) -> None:
         "run": "x",
         "steps": 9,
         "before": measured | {"scores": {"exact": 0.25}},
-        "after": measured | {"scores": {"exact": 0.875}, "held_out_loss": 0.5},
+        "after": measured
+        | {"scores": {"exact": 0.875}, "intervals": {"exact": [0.75, 1.0]}, "held_out_loss": 0.5},
     }
     (run.folder / "result.json").write_text(json.dumps(result))
     start = {"step": 0, "started": "now", "data": {"train": {"samples": 1234}}}
     (run.folder / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    asked = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
+    (run.folder / "predictions").mkdir()
+    lines = "".join(json.dumps({"prompt": one}) + "\n" for one in asked)
+    (run.folder / "predictions" / "after.jsonl").write_text(lines + "damaged\n")
     card = (run.merge(tmp_path / "merged").folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "apache-2.0"
@@ -219,7 +224,10 @@ def test_the_card_says_what_was_measured(run: Run, tmp_path: Path) -> None:
         "# merged",
         "finesight-tiny (family qwen2_vl)",
         "1,234 samples to learn from",
-        "| exact | 0.2500 | 0.8750 |",
+        "> Read it.\n\n> Read\n> that.\n\n> a\n\nAnd 2 others like these.",
+        "| exact | 0.2500 | 0.8750 | 0.7500 to 1.0000 |",
+        "| held_out_loss | 1.2500 | 0.5000 | - |",
+        "finesight serve merged",
         "train: train.jsonl",
         "Merged equals trained",
         "vllm serve merged",

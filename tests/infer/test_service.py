@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import random
 import threading
 import weakref
@@ -10,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from asking import ask, mixed_questions
-from numpy.typing import NDArray
 
 from finesight.data.jsonl import Located
 from finesight.encode.render import Renderer
@@ -26,6 +25,7 @@ from finesight.infer.generate import generate
 from finesight.infer.load import Answerer
 from finesight.infer.predict import predict
 from finesight.infer.request import Delta, Options, Sampling
+from finesight.infer.rows import Rows
 from finesight.infer.service import Answering, Busy, Service
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
@@ -294,52 +294,47 @@ def test_closing_ends_all_at_once_otherwise(asked, wait):
     assert_idle(service)
 
 
-class Broken:
-    """A constraint that allows all until it fails."""
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets one step fail: the one after so many, from the call on."""
 
-    def __init__(self, after: int, error: Exception) -> None:
-        self._left, self._error = after, error
+    def fail(after: int = 0, error: type[Exception] = ZeroDivisionError) -> None:
+        steps, whole = itertools.count(), Rows.step
 
-    def allow(self) -> NDArray[np.int32]:
-        self._left -= 1
-        if self._left < 0:
-            raise self._error
-        return np.full(64, -1, dtype=np.int32)
+        def step(self: Rows, *rest: int) -> torch.Tensor:
+            if next(steps) == after:
+                raise error("a step fails")
+            return whole(self, *rest)
 
-    def take(self, token: int) -> None:
-        """Nothing changes."""
+        monkeypatch.setattr(Rows, "step", step)
 
-
-def failing(after: int, error: type[Exception] = ZeroDivisionError) -> Options:
-    """Options with which a step fails."""
-    return replace(OPTIONS, constraint=Broken(after, error("a step fails")))
+    return fail
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_an_error_in_a_step_reaches_all_that_run_and_the_next_is_answered(asked, after):
+def test_an_error_in_a_step_reaches_all_that_run_and_the_next_is_answered(asked, after, fail):
     service = Service(asked.answerer, rows=8, cache_bytes=1 << 23)
     running = [service.ask(question, LONG) for question in asked.questions[:2]]
     for one in running:
         next(iter(one))
-    broken = service.ask(asked.questions[2], failing(after))
-    with pytest.raises(ZeroDivisionError, match="a step fails"):
-        list(broken)
+    fail(after)
     with pytest.raises(ZeroDivisionError, match="a step fails"):
         list(running[0])
     with pytest.raises(ZeroDivisionError, match="a step fails"):
         asyncio.run(_listen(running[1]))
-    assert broken.finish is None
+    assert running[0].finish is None
     assert ids_of(list(service.ask(asked.questions[3], OPTIONS))) == asked.answers[3]
     assert_idle(service)
 
 
-def test_a_failed_engine_leaves_no_cache_behind(asked):
+def test_a_failed_engine_leaves_no_cache_behind(asked, fail):
     """There may be no room for both: the error that is told must not keep it alive."""
     service = Service(asked.answerer, rows=2, cache_bytes=1 << 22)
     cache = weakref.ref(service._engine._rows.cache)
     gc.disable()
     try:
-        broken = service.ask(asked.questions[0], failing(2))
+        fail(2)
+        broken = service.ask(asked.questions[0], OPTIONS)
         with pytest.raises(ZeroDivisionError):
             list(broken)
         list(service.ask(asked.questions[0], OPTIONS))
@@ -362,10 +357,11 @@ def _made_at_most(most: int) -> Callable[..., Engine]:
     return make
 
 
-def test_a_service_that_can_not_go_on_says_so(asked, monkeypatch):
+def test_a_service_that_can_not_go_on_says_so(asked, monkeypatch, fail):
     monkeypatch.setattr(area, "Engine", _made_at_most(1))
     service = Service(asked.answerer, rows=2, cache_bytes=1 << 22)
-    broken = service.ask(asked.questions[0], failing(0))
+    fail()
+    broken = service.ask(asked.questions[0], OPTIONS)
     with pytest.raises(ZeroDivisionError):
         list(broken)
     service._thread.join()
@@ -375,8 +371,9 @@ def test_a_service_that_can_not_go_on_says_so(asked, monkeypatch):
     service.close()
 
 
-def test_a_full_card_is_told_as_the_users(service, asked):
-    answering = service.ask(asked.questions[0], failing(1, torch.OutOfMemoryError))
+def test_a_full_card_is_told_as_the_users(service, asked, fail):
+    fail(1, torch.OutOfMemoryError)
+    answering = service.ask(asked.questions[0], OPTIONS)
     with pytest.raises(UserError, match="no memory left"):
         list(answering)
 

@@ -271,6 +271,8 @@ def test_a_run_that_is_stopped_by_ctrl_c_leaves_nothing(run: Path, tmp_path: Pat
     program = (
         "import os, signal, sys; from finesight.cli.app import run;"
         "from finesight.export import merging;"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "merging.complete = lambda *all: os.kill(os.getpid(), signal.SIGINT);"
         "sys.exit(run(sys.argv[1:]))"
     )

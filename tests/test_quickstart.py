@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shlex
+import sys
 from dataclasses import replace
 
 import pytest
@@ -78,7 +79,7 @@ def _commands(printed: str) -> list[list[str]]:
     return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ finesight")]
 
 
-def test_printed_commands_do_what_was_done(done, tmp_path, capsys):
+def test_printed_commands_do_what_was_done(done, tmp_path, capsys, monkeypatch):
     out, _, printed = done
     first, *others = _commands(printed)
     assert first[:2] == ["data", "import"]
@@ -90,10 +91,13 @@ def test_printed_commands_do_what_was_done(done, tmp_path, capsys):
     ]
     assert answers[0] == answers[1]
     names = [command[0] for command in others]
-    assert names == ["data", "train", "data", "predict", "eval", "data"]
+    assert names == ["data", "train", "data", "predict", "eval", "chat", "merge", "data"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     for command in others:
         if command[0] == "train":
             command.append("--resume")
+        if command[0] == "merge":
+            command[2] = str(tmp_path / "merged")
         capsys.readouterr()
         assert run(command) == 0, command
         shown = capsys.readouterr()

@@ -11,6 +11,7 @@ import typer
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
+    from finesight.infer.load import Parts
     from finesight.remote.publishing import Upload
 
 
@@ -58,15 +59,7 @@ def export(
     _check_options(out, hub, yes=yes, public=public, converting=bool(converter or python))
     parts = find_parts(source)
     if out is None:
-        from finesight.export.serving import serving_of
-
-        serving = serving_of(parts, source)
-        if as_json:
-            typer.echo(json.dumps(serving.as_json()))
-            return
-        typer.echo(f"vLLM:\n  {serving.vllm}\nSGLang:\n  {serving.sglang}")
-        for note in serving.notes:
-            typer.echo(f"- {note}")
+        _print_lines(parts, source, as_json)
     elif hub:
         from finesight.export.publish import uploads
 
@@ -82,6 +75,18 @@ def export(
         for path in sizes.values():
             typer.echo(f"{path}  {path.stat().st_size:,} bytes")
         typer.echo(f"llama-server -m {made.model} --mmproj {made.projector} --special --temp 0")
+
+
+def _print_lines(parts: Parts, source: str, as_json: bool) -> None:
+    from finesight.export.serving import serving_of
+
+    serving = serving_of(parts, source)
+    if as_json:
+        typer.echo(json.dumps(serving.as_json()))
+        return
+    typer.echo(f"vLLM:\n  {serving.vllm}\nSGLang:\n  {serving.sglang}")
+    for note in serving.notes:
+        typer.echo(f"- {note}")
 
 
 def _upload(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -76,17 +76,25 @@ def merge(
         say=lambda line: typer.echo(line, err=True),
     )
     if as_json:
-        result = {"folder": str(out), "layers": merged.layers, "precision": merged.precision}
-        more = {
-            "trained_in_nf4": parts.nf4,
-            "published_in_int4": merged.thawed,
-            "missing": merged.missing,
-            "left_out": merged.left_out,
-        }
-        result |= {key: value for key, value in more.items() if value}
-        typer.echo(json.dumps(result | {"parity": merged.parity.as_json()}))
-        return
-    _tell(merged, parts)
+        typer.echo(json.dumps(_as_json(merged, parts)))
+    else:
+        _tell(merged, parts)
+
+
+def _as_json(merged: Proved, parts: Parts) -> dict[str, Any]:
+    result = {
+        "folder": str(merged.folder),
+        "layers": merged.layers,
+        "precision": merged.precision,
+    }
+    more = {
+        "trained_in_nf4": parts.nf4,
+        "published_in_int4": merged.thawed,
+        "missing": merged.missing,
+        "left_out": merged.left_out,
+    }
+    shown = {key: value for key, value in more.items() if value}
+    return result | shown | {"parity": merged.parity.as_json()}
 
 
 def _tell(merged: Proved, parts: Parts) -> None:

@@ -74,23 +74,24 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{place.getsockname()[1]}/v1"
 
-    def ready(service: Service) -> None:
-        bearer = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if keys else ""
-        question = (
-            f'{{"model": "{service.names[0]}",'
-            ' "messages": [{"role": "user", "content": "Hello"}]}'
-        )
-        typer.echo(f"serving {', '.join(service.names)} at {address}")
-        typer.echo(
-            f"  curl {address}/chat/completions{bearer} -H 'Content-Type: application/json'"
-            f" -d '{question}'"
-        )
-
     serve_until_stopped(
         answerer,
         place,
         keys=keys,
         limits=limits,
         hosts=allow_media_host or (),
-        ready=ready,
+        ready=lambda service: _announce(service, address, with_key=bool(keys)),
+    )
+
+
+def _announce(service: Service, address: str, *, with_key: bool) -> None:
+    """Say where it listens, with a line to try."""
+    bearer = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if with_key else ""
+    question = (
+        f'{{"model": "{service.names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    )
+    typer.echo(f"serving {', '.join(service.names)} at {address}")
+    typer.echo(
+        f"  curl {address}/chat/completions{bearer} -H 'Content-Type: application/json'"
+        f" -d '{question}'"
     )

@@ -47,7 +47,6 @@ class PagedCache:
         shape = (language.depth, pages, page, language.kv_heads, language.head_width)
         self.keys_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
         self.values_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
-        self.heads = language.heads
         self.table_RB = torch.zeros(rows, pages, dtype=torch.int32, device=device)
         self.lengths_R, self.prompts_R, self.grows_R = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)

@@ -42,7 +42,7 @@ SMALL_PAGE = 16
 """The same elsewhere, where the pages of a row are gathered at each step."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Answer:
     """A request on its way: its prompt's pages are taken; `row` is its place among those that
     grow, None before and after; `launched` tokens are made, of which the host knows `made`."""
@@ -258,7 +258,7 @@ class Engine:
         """Put the tokens of the rows that want others than the most probable ones into `ids_R`;
         what was chosen, by row, with its place there."""
         for answer in answers:
-            if not answer.ended:
+            if answer.chooser.constraint is not None and not answer.ended:
                 self._try(answer, answer.chooser.follow)
         rows = [n for n, a in enumerate(answers) if not (a.chooser.plain or a.ended)]
         if not rows:
@@ -375,3 +375,11 @@ def _last_position(prompt: Encoded, limit: int) -> int:
 def cache_tokens(model: VisionLanguageModel, most_bytes: int = CACHE_BYTES) -> int:
     """How many tokens of this model a cache of so many bytes holds."""
     return most_bytes // token_bytes(model.geometry.language, model.model.embed_tokens.weight.dtype)
+
+
+def room_together(model: VisionLanguageModel, needed: Sequence[int], rows: int) -> int:
+    """Tokens of a cache for answers that need so many each, with their prompts, `rows` of them at
+    once: for the longest ones, as far as `cache_tokens` go, but for one of them in any case."""
+    # What fills up the last page of each.
+    longest = sorted((tokens + PAGE for tokens in needed), reverse=True)[:rows]
+    return max(min(sum(longest), cache_tokens(model)), longest[0])

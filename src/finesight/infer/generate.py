@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from finesight.encode.encoded import Encoded
-from finesight.infer.engine import PAGE, Engine, cache_tokens
+from finesight.infer.engine import Engine, room_together
 from finesight.infer.request import Request
 from finesight.model.network import VisionLanguageModel
 
@@ -29,8 +29,7 @@ def generate(
     if not prompts:
         return []
     needed = [prompt.outline.tokens + max_new_tokens for prompt in prompts]
-    # The longest one has room in any case, and with it what fills its pages.
-    tokens = max(min(sum(needed) + PAGE * len(needed), cache_tokens(model)), max(needed) + PAGE)
+    tokens = room_together(model, needed, len(prompts))
     engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
     tickets = {
         engine.add(Request(prompt=prompt, max_new_tokens=max_new_tokens)): number

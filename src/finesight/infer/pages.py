@@ -9,11 +9,13 @@ alike: a picture asked about a second time costs nothing but the question.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finesight.encode.encoded import Encoded, Outline
 
@@ -118,11 +120,15 @@ def grown(outline: Outline, ids: Sequence[int]) -> Outline:
 def picture_digests(prompt: Encoded) -> tuple[bytes, ...]:
     """Of the pixels of each picture or video, as the model sees them."""
     digests = []
-    start = 0
-    for span in prompt.outline.spans:
-        patches = span.grid[0] * span.grid[1] * span.grid[2]
+    for number, span in enumerate(prompt.outline.spans):
         digest = hashlib.sha256(repr(span.grid).encode())
-        digest.update(np.ascontiguousarray(prompt.patches_ND[start : start + patches]).data)
+        digest.update(np.ascontiguousarray(patches_of(prompt, number)).data)
         digests.append(digest.digest())
-        start += patches
     return tuple(digests)
+
+
+def patches_of(prompt: Encoded, number: int) -> NDArray[np.uint8]:
+    """The patches of one picture or video of a prompt."""
+    counts = [math.prod(span.grid) for span in prompt.outline.spans]
+    start = sum(counts[:number])
+    return prompt.patches_ND[start : start + counts[number]]

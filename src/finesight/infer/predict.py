@@ -17,7 +17,7 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.rendering import Rendering
 from finesight.infer import fallback
-from finesight.infer.engine import PAGE, Engine, cache_tokens
+from finesight.infer.engine import Engine, room_together
 from finesight.infer.request import Request
 from finesight.model.any_family import AnyModel
 from finesight.model.fallback import FallbackModel
@@ -144,13 +144,12 @@ def _by_engine(
     advance: Callable[[int], None] | None,
 ) -> Answered:
     """As many at once as `batch` and the cache allow: where one ends, the next one begins."""
-    # Longest first: a machine that is too small fails at once and not at the end.
-    lengths = sorted((outline.tokens for outline in reader.outlines.values()), reverse=True)
-    if not lengths:
+    needed = [outline.tokens + max_new_tokens for outline in reader.outlines.values()]
+    if not needed:
         return
-    tokens = sum(length + max_new_tokens + PAGE for length in lengths[:batch])
-    tokens = max(min(tokens, cache_tokens(model)), lengths[0] + max_new_tokens + PAGE)
-    engine = Engine(model, renderer.end_ids, rows=min(batch, len(lengths)), tokens=tokens)
+    rows = min(batch, len(needed))
+    tokens = room_together(model, needed, rows)
+    engine = Engine(model, renderer.end_ids, rows=rows, tokens=tokens)
     prompts = reader.prompts(batch)
     asked: dict[int, tuple[int, Outline, list[int]]] = {}
     more = True
@@ -203,6 +202,7 @@ class _Reader:
         outlines = self._collected(
             (i, partial(renderer.prompt_outline, sample)) for i, sample in enumerate(samples)
         )
+        # A machine that is too small fails at once and not at the end.
         order = sorted(outlines, key=lambda i: (-outlines[i].tokens, i))
         self.outlines = {i: outlines[i] for i in order}
         self._pool = ThreadPoolExecutor(READERS)

@@ -24,7 +24,7 @@ from finesight.model.layers import GatedMlp, RmsNorm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.network import VisionLanguageModel
 from finesight.model.rope import Rotation
-from finesight.model.words import Norm, WordMatrix
+from finesight.model.words import Norm, WordMatrix, laid_out_for
 
 _TRITON = find_spec("triton") is not None
 
@@ -67,7 +67,7 @@ def _tied_head(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
     norm, weight = model.model.norm, model.model.embed_tokens.weight
     if len(x_RD) > 1:
         return F.linear(norm(x_RD), weight)
-    logits_1V: Tensor = quick_kernels.product(x_RD, weight, norm_I=norm.weight, eps=norm.eps or 0.0)
+    logits_1V: Tensor = quick_kernels.product(x_RD, weight, norm_I=norm.weight, eps=_eps(norm))
     return logits_1V
 
 
@@ -83,8 +83,7 @@ def _attend(
         q_RHD, k_RKD, v_RKD = (y.view(shape) for y in group(norm(x_RD)))
     norms = None
     if own.q_norm is not None and own.k_norm is not None:
-        assert own.q_norm.eps is not None, "a norm without eps"
-        norms = own.q_norm.weight, own.k_norm.weight, own.q_norm.eps
+        norms = own.q_norm.weight, own.k_norm.weight, _eps(own.q_norm)
     cache = attention.cache
     q_RHD = quick_kernels.turn_in(
         q_RHD, k_RKD, v_RKD, norms, rotation.cos_T1D, rotation.sin_T1D, attention.at_R,
@@ -144,8 +143,7 @@ def _one(
     """All of a group for one row, in a kernel, and one more where it carries adapters."""
     normed: dict[str, Any] = {}
     if norm is not None:
-        assert norm.eps is not None, "a norm without eps"
-        normed = {"norm_I": norm.weight, "eps": norm.eps}
+        normed = {"norm_I": norm.weight, "eps": _eps(norm)}
     update, bank = None, group.adapter
     if isinstance(bank, AdapterBank):
         low_1S = quick_kernels.product(x_1I, bank.a_SI, times_1O=bank.shares_TS, **normed)
@@ -169,21 +167,24 @@ def _words(
     to: Tensor | None,
 ) -> Tensor:
     """The same for a group in four bits: a kernel lays the row out, one a layer multiplies it."""
-    own = None if norm is None else Norm(norm.weight, norm.eps or 0.0)
-    widths = [matrix.outputs for matrix in weight.matrices]
+    own = None if norm is None else Norm(norm.weight, _eps(norm))
+    matrices = [matrix for matrix in weight.matrices if isinstance(matrix, WordMatrix)]
+    widths = [matrix.outputs for matrix in matrices]
     y_1O = x_1I.new_empty(1, sum(widths))
     biases, added = (
         [None] * len(widths) if x is None else torch.split(x.view(-1), widths) for x in (bias_O, to)
     )
-    x = None
-    for matrix, y_O, bias, more in zip(
-        weight.matrices, torch.split(y_1O[0], widths), biases, added, strict=True
+    rows = laid_out_for(matrices, x_1I, own)
+    for matrix, x, y_O, bias, more in zip(
+        matrices, rows, torch.split(y_1O[0], widths), biases, added, strict=True
     ):
-        assert isinstance(matrix, WordMatrix), f"a matrix is a {type(matrix).__name__}"
-        if x is None or not matrix.in_order:
-            x = matrix.lay_out(x_1I, own)
         matrix.row(x, y_O, bias, more)
     return y_1O
+
+
+def _eps(norm: RmsNorm) -> float:
+    assert norm.eps is not None, "a norm without eps"
+    return norm.eps
 
 
 def _is_plain(group: GroupedLinear) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import PackedBatch, plan_packs
 from finesight.infer.cache import Chunk, PagedCache, PromptAttention, StepAttention, has_kernels
+from finesight.infer.pages import patches_of
 from finesight.infer.quick import is_quick, quick_step
 from finesight.infer.recorded import Recorded
 from finesight.model.network import VisionLanguageModel
@@ -236,13 +237,6 @@ def _looked_at(
     device = model.model.embed_tokens.weight.device
     features_MKW = model.see(upload(np.concatenate(patches), device), [s.grid for s in spans])
     return torch.split(features_MKW, [span.stop - span.start for span in spans])
-
-
-def patches_of(encoded: Encoded, number: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """The patches of one picture or video of a prompt."""
-    counts = [int(np.prod(span.grid)) for span in encoded.outline.spans]
-    start = sum(counts[:number])
-    return encoded.patches_ND[start : start + counts[number]]
 
 
 def _packed(

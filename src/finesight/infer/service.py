@@ -70,7 +70,6 @@ class Answering:
     ) -> None:
         renderer = service.renderer
         self._service, self._located, self._outline = service, located, outline
-        self._options = options
         self._spoken = Spoken(renderer.tokenizer, renderer.end_ids, options.stop, renderer.thinks)
         self._deltas: deque[Delta] = deque()
         self._changed = threading.Condition()

@@ -80,6 +80,14 @@ class FrozenMatrix(nn.Module, ABC):
     def tiles(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias [R, O] by a kernel that takes all rows at once, of 16 bits each number."""
 
+    def _whole(self, fill: Callable[[Tensor], None]) -> tuple[Piece, ...]:
+        """Of a matrix that is quantised here: the dense one."""
+        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), fill),)
+
+    def _check_whole(self, values_OI: Tensor) -> None:
+        found = tuple(values_OI.shape)
+        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+
     def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias without making the matrix, or None where there are too many rows for it."""
         number = x.numel() // self.inputs
@@ -117,13 +125,12 @@ class DenseSource(FrozenMatrix):
 
     def pieces(self) -> tuple[Piece, ...]:
         """The dense matrix."""
-        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
+        return self._whole(self.fill)
 
     @torch.no_grad()
     def fill(self, values_OI: Tensor) -> None:
         """Quantise a matrix, on the device where the bits will lie."""
-        found = tuple(values_OI.shape)
-        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        self._check_whole(values_OI)
         for some in self._slices():
             self.take(some, values_OI[some].to(self.device).float())
 

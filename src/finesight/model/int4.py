@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.model.frozen import KERNELS, STORED, FrozenWeight, Piece
+from finesight.model.frozen import KERNELS, FrozenWeight, Piece
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
 from finesight.model.words import Norm, WordMatrix, Words
@@ -168,13 +168,12 @@ class RoundedInt4Matrix(Int4Matrix):
 
     def pieces(self) -> tuple[Piece, ...]:
         """The dense matrix."""
-        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
+        return self._whole(self.fill)
 
     @torch.no_grad()
     def fill(self, values_OI: Tensor) -> None:
         """Quantise a matrix, on the device where the bits will lie."""
-        found = tuple(values_OI.shape)
-        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        self._check_whole(values_OI)
         self.order_I.copy_(torch.arange(self.inputs))
         rows = max(1, AT_ONCE // self.inputs)
         for some in (slice(at, at + rows) for at in range(0, self.outputs, rows)):

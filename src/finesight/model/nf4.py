@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.frozen import KERNELS, STORED, Piece
+from finesight.model.frozen import KERNELS, Piece
 from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
@@ -96,13 +96,12 @@ class Nf4Matrix(WordMatrix):
 
     def pieces(self) -> tuple[Piece, ...]:
         """The dense matrix: it is quantised here."""
-        return (Piece("weight", (self.outputs, self.inputs), tuple(STORED), self.fill),)
+        return self._whole(self.fill)
 
     @torch.no_grad()
     def fill(self, values_OI: Tensor) -> None:
         """Quantise a matrix, on the device where the bits will lie."""
-        found = tuple(values_OI.shape)
-        assert found == (self.outputs, self.inputs), f"{found}, not {self.outputs, self.inputs}"
+        self._check_whole(values_OI)
         functional = _imported().functional
         # Made now: while a step is recorded, its memory would be the recording's.
         _values(self.codes.device)

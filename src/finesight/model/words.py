@@ -6,6 +6,7 @@ Shapes: I inputs, O outputs, R rows, N = I / 8 words of a row, G groups of input
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class WordMatrix(FrozenMatrix):
 
     @property
     def in_order(self) -> bool:
-        """Whether a row that is laid out for another matrix of the group serves this one too."""
+        """Whether its columns are as they were: a row laid out for it serves others like it."""
         return True
 
     @abstractmethod
@@ -51,3 +52,14 @@ class WordMatrix(FrozenMatrix):
         for x_1I, y_O in zip(torch.split(x_RI, 1), y_RO, strict=True):
             self.row(self.lay_out(x_1I, None), y_O, bias, None)
         return y_RO
+
+
+def laid_out_for(
+    matrices: Sequence[WordMatrix], x_1I: Tensor, norm: Norm | None
+) -> Iterator[Words]:
+    """The row for each matrix of a group: laid out once, unless one has an order of its own."""
+    shared = matrices[0].lay_out(x_1I, norm)
+    alike = all(matrix.in_order for matrix in matrices)
+    yield shared
+    for matrix in matrices[1:]:
+        yield shared if alike else matrix.lay_out(x_1I, norm)

@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
-from starlette.background import BackgroundTask
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from finesight.errors import UserError
 from finesight.infer.service import Service
@@ -176,7 +175,15 @@ def _add_files(app: FastAPI, visitors: Visitors) -> None:
             archive = visitor.export()
         except UserError as error:
             return Response(str(error), 409, media_type="text/plain")
-        gone = BackgroundTask(archive.unlink, missing_ok=True)
-        return FileResponse(
-            archive, media_type="application/zip", filename="talk.zip", background=gone
-        )
+        size = os.fstat(archive.fileno()).st_size
+        told = {
+            "content-disposition": 'attachment; filename="talk.zip"',
+            "content-length": str(size),
+        }
+        return StreamingResponse(_pieces(archive), headers=told, media_type="application/zip")
+
+
+def _pieces(archive: IO[bytes]) -> Iterator[bytes]:
+    with archive:
+        while piece := archive.read(1 << 16):
+            yield piece

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
+import tempfile
 import threading
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
@@ -79,9 +82,10 @@ class Visitor:
             self.pictures.pop(path).copy.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
-    def export(self) -> Path:
-        """The talk and its pictures in a new archive, as `finesight train` and `predict --data`
-        read them once unpacked. Raises UserError where nothing has been said."""
+    def export(self) -> IO[bytes]:
+        """The talk and its pictures in a zip archive, as `finesight train` and `predict --data`
+        read them once unpacked. The file has no name, so it is gone with its handle, read or not.
+        Raises UserError where nothing has been said."""
         names = {
             path: f"pictures/{shown.number}-{path.name.partition('-')[2]}"
             for path, shown in self.pictures.items()
@@ -91,11 +95,14 @@ class Visitor:
             raise UserError(f"{len(self.talk.turns)} turns, none with an answer: nothing to export")
         lines = self.folder / "talk.jsonl"
         write_samples(lines, samples)
-        archive = self.folder / f"{secrets.token_hex(8)}.zip"
-        with zipfile.ZipFile(archive, "w") as file:
-            file.write(lines, "talk/talk.jsonl")
-            for path, name in names.items():
-                file.write(path, f"talk/{name}")
+        with contextlib.ExitStack() as on_failure:
+            archive = on_failure.enter_context(tempfile.TemporaryFile(dir=self.folder))
+            with zipfile.ZipFile(archive, "w") as file:
+                file.write(lines, "talk/talk.jsonl")
+                for path, name in names.items():
+                    file.write(path, f"talk/{name}")
+            archive.seek(0)
+            on_failure.pop_all()
         return archive
 
     def _keep(self, upload: Path) -> Path:

@@ -183,7 +183,7 @@ def test_full_memory_is_explained(task: Task) -> None:
 
     hook = register_module_forward_pre_hook(refuse)
     try:
-        with pytest.raises(UserError, match=r"memory is full[\s\S]*train\.pack_tokens \(100\)"):
+        with pytest.raises(UserError, match=r"memory is full[\s\S]*tune\.nf4=\[language\]"):
             task.run()
     finally:
         hook.remove()

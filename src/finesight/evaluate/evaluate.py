@@ -89,13 +89,14 @@ def evaluate(
     settings: Eval,
     out: Path | None = None,
     advance: Callable[[int], None] | None = None,
+    fewer: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer held-out samples, score the answers, and write each to `out` as a line of JSON.
 
     Takes the first `settings.limit` samples. The model is left in the mode it was in. `advance` is
-    told after each token how many answers ended with it, and may raise to stop. Raises UserError
-    for no samples, samples without an answer, answers that the metric cannot compare, and when not
-    one sample could be read.
+    told after each token how many answers ended with it, and may raise to stop; `fewer`, how many
+    at once are tried where a GPU's memory is full. Raises UserError for no samples, samples without
+    an answer, answers that the metric cannot compare, and when not one sample could be read.
     """
     chosen = list(islice(samples, settings.limit))
     if not chosen:
@@ -108,7 +109,7 @@ def evaluate(
     thinks = renderer.thinks
     truths = [truths_of(sample.sample, thinks=thinks) for sample in chosen]
     check_truths(settings.metric, truths)
-    predictions, unreadable = _answers(model, renderer, chosen, settings, advance)
+    predictions, unreadable = _answers(model, renderer, chosen, settings, advance, fewer)
     readable = [truth for i, truth in enumerate(truths) if i not in unreadable]
     cases = [
         Case(prediction.answer, prediction.boxes, *truth, prediction.id, prediction.stopped)
@@ -135,6 +136,7 @@ def _answers(
     samples: Sequence[Located],
     settings: Eval,
     advance: Callable[[int], None] | None,
+    fewer: Callable[[int], None] | None,
 ) -> tuple[list[Prediction], dict[int, str]]:
     """Predictions, at least one, and why others are missing, by the index of their sample."""
     unreadable: dict[int, str] = {}
@@ -150,6 +152,7 @@ def _answers(
         batch=settings.batch,
         advance=advance,
         damaged=set_aside,
+        fewer=fewer,
     )
     if not predictions:
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +12,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from finesight.data.headers import DamagedPicture, picture_size
 from finesight.data.jsonl import Located
@@ -106,13 +110,15 @@ def predict(
     batch: int,
     advance: Callable[[int], None] | None = None,
     damaged: Callable[[int, DamagedPicture], None] | None = None,
+    fewer: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Answers to the last turns of the samples, in their order.
 
     The model is left in the mode (train or eval) it was in. `advance` is told after each token
     how many answers ended with it, and may raise to stop. A picture that cannot be read raises
     DamagedPicture, unless `damaged` is given: then it is told the sample's index, and the sample
-    has no prediction.
+    has no prediction. Where a GPU's memory is full, half as many are answered at once; `fewer` is
+    told how many.
     """
     was_training = model.training
     model.eval()
@@ -121,7 +127,9 @@ def predict(
     try:
         with reader:
             if isinstance(model, VisionLanguageModel):
-                found = _by_engine(model, renderer, reader, max_new_tokens, batch, advance)
+                found = _as_many_as_fit(
+                    model, renderer, reader, max_new_tokens, batch, advance, fewer
+                )
             else:
                 found = _one_by_one(model, renderer, reader, max_new_tokens, advance)
             for i, prompt, ids in found:
@@ -135,6 +143,33 @@ Answered = Iterator[tuple[int, Outline, list[int]]]
 """Indices of samples, their prompts without patches, and the ids of the answers."""
 
 
+def _as_many_as_fit(
+    model: VisionLanguageModel,
+    renderer: Rendering,
+    reader: _Reader,
+    max_new_tokens: int,
+    batch: int,
+    advance: Callable[[int], None] | None,
+    fewer: Callable[[int], None] | None,
+) -> Answered:
+    while True:
+        try:
+            for i, prompt, ids in _by_engine(
+                model, renderer, reader, max_new_tokens, batch, advance
+            ):
+                reader.answered.add(i)
+                yield i, prompt, ids
+            return
+        except torch.OutOfMemoryError as error:
+            batch = min(batch, len(reader.left)) // 2
+            if not batch:
+                raise
+            traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        if fewer is not None:
+            fewer(batch)
+
+
 def _by_engine(
     model: VisionLanguageModel,
     renderer: Rendering,
@@ -144,7 +179,7 @@ def _by_engine(
     advance: Callable[[int], None] | None,
 ) -> Answered:
     """As many at once as `batch` and the cache allow: where one ends, the next one begins."""
-    needed = [outline.tokens + max_new_tokens for outline in reader.outlines.values()]
+    needed = [outline.tokens + max_new_tokens for outline in reader.left.values()]
     if not needed:
         return
     rows = min(batch, len(needed))
@@ -204,8 +239,14 @@ class _Reader:
         )
         # A machine that is too small fails at once and not at the end.
         order = sorted(outlines, key=lambda i: (-outlines[i].tokens, i))
-        self.outlines = {i: outlines[i] for i in order}
+        self._outlines = {i: outlines[i] for i in order}
+        self.answered: set[int] = set()
         self._pool = ThreadPoolExecutor(READERS)
+
+    @property
+    def left(self) -> dict[int, Outline]:
+        """Prompts without patches that have not been answered, by the index of their sample."""
+        return {i: one for i, one in self._outlines.items() if i not in self.answered}
 
     def __enter__(self) -> _Reader:
         return self
@@ -215,7 +256,7 @@ class _Reader:
 
     def prompts(self, ahead: int) -> Iterator[tuple[int, Encoded]]:
         """Each by the index of its sample, with `ahead` more being read."""
-        left = iter(self.outlines.items())
+        left = iter(self.left.items())
         reading: deque[tuple[int, Future[Encoded]]] = deque()
         while True:
             for i, outline in islice(left, ahead + 1 - len(reading)):
@@ -235,6 +276,7 @@ class _Reader:
                 if self._damaged is None:
                     raise
                 self._damaged(i, error)
+                self.answered.add(i)
         return results
 
 

@@ -14,6 +14,9 @@ from finesight.report.record import Line, Record
 
 UNKNOWN = "not recorded"
 
+WAITING = 0.03
+"""Share of the steps' time that may pass for want of data before the page says what helps."""
+
 Fact = tuple[str, str]
 """A name and what is to be said of it."""
 
@@ -150,11 +153,13 @@ def cost(record: Record) -> list[Fact]:
     used = sum(float(s.get("utilisation") or 0) * float(s["seconds"]) for s in steps) / seconds
     tokens, learned = _sum(steps, "tokens"), _sum(steps, "supervised")
     whole = seconds + _sum(record.looks, "seen_s")
+    waiting = _waiting(record)
     return [
         ("samples a second", f"{_sum(steps, 'samples') / whole:,.4g}"),
         ("tokens a second", f"{tokens / whole:,.0f}"),
         ("median step", duration(median(float(line["seconds"]) for line in steps))),
         ("of the device's peak", f"{100 * used:.3g} %" if used else UNKNOWN),
+        ("waiting for data", UNKNOWN if waiting is None else f"{100 * waiting:.2g} %"),
         ("peak memory", _memory(steps)),
         ("samples seen", f"{_sum(steps, 'samples'):,.0f}"),
         ("tokens read", f"{tokens:,.0f}"),
@@ -162,6 +167,50 @@ def cost(record: Record) -> list[Fact]:
         ("void steps (overflow)", f"{max(int(s.get('skipped') or 0) for s in steps):,}"),
         ("starts", str(len(record.starts)) if record.starts else UNKNOWN),
     ]
+
+
+def remarks(record: Record) -> list[str]:
+    """What the figures of speed and memory ask for."""
+    return [*_starved(record), *_saved(record)]
+
+
+def _waiting(record: Record) -> float | None:
+    """The share of the steps' time in which the device had nothing to do for want of data."""
+    known = [line for line in record.steps if line.get("waited_s") is not None]
+    seconds = _sum(known, "seconds")
+    return _sum(known, "waited_s") / seconds if seconds else None
+
+
+def _starved(record: Record) -> list[str]:
+    share = _waiting(record)
+    if share is None or share <= WAITING:
+        return []
+    workers = last_start(record).get("workers")
+    now = f", {workers} now" if isinstance(workers, int) else ""
+    return [
+        f"In {100 * share:.2g} % of the steps' time the device waited for data. More reading"
+        f" processes (train.workers{now}), smaller files of pictures or a smaller size in the model"
+        " (picture) would shorten that."
+    ]
+
+
+def _saved(record: Record) -> list[str]:
+    """From which steps on the run took less memory than its recipe says."""
+    settings = record.recipe.get("train")
+    settings = settings if isinstance(settings, dict) else {}
+    tokens, twice = settings.get("pack_tokens"), settings.get("recompute")
+    changes = []
+    for line in record.steps:
+        at, now = line["step"], line.get("pack_tokens")
+        if now is not None and tokens is not None and now != tokens:
+            changes.append(f"packs of at most {now:,} tokens from step {at:,} on")
+            tokens = now
+        if line.get("recompute") and not twice:
+            changes.append(f"activations computed twice from step {at:,} on")
+            twice = True
+    if not changes:
+        return []
+    return [f"The GPU's memory was full, and the run went on with less: {listed(changes)}."]
 
 
 def _memory(steps: Iterable[Line]) -> str:

@@ -26,11 +26,13 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["step", "steps", "samples", "tokens", "supervised", "skipped"], float),
     **dict.fromkeys(["epoch", "loss", "held_out_loss", "grad_norm", "memory_gb"], float),
     **dict.fromkeys(["seconds", "prepared_s", "seen_s", "samples_per_s", "utilisation"], float),
+    **dict.fromkeys(["waited_s", "pack_tokens"], float),
     **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
     **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
     **dict.fromkeys(["before", "after"], dict),
     **dict.fromkeys(["dropped", "differences"], list),
     "weights_of": float,
+    "recompute": bool,
     "headline": str,
 }
 """What the values of keys are, float for any number: those that are something else are taken for

@@ -176,6 +176,7 @@ def _told(record: Record, question: str) -> dict[str, Any]:
         "parts": [_Part.read(row) for row in record.moved or ()],
         "phases": facts.phases(record),
         "cost": facts.cost(record),
+        "remarks": facts.remarks(record),
         "left": facts.left_out(record),
         "commands": facts.commands(record, question),
         "versions": facts.versions(record),

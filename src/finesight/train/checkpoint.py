@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.storage import remove_folder, sweep, verify_folder, write_folder
+from finesight.train.budget import Budget
 
 VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
@@ -43,8 +44,9 @@ class State(BaseModel):
     """`state.json`: everything beside tensors that a run needs to go on.
 
     `step` steps are finished, and `samples` is the position in the order of the data, counted in
-    samples since the start. `measured` is the step of the last measurement. `identity` holds the
-    settings and fingerprints that a run which goes on must share, by name.
+    samples since the start. `measured` is the step of the last measurement. `budget` is that of the
+    next step, None in runs of versions that kept to the recipe's. `identity` holds the settings and
+    fingerprints that a run which goes on must share, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +57,7 @@ class State(BaseModel):
     measured: int
     best: Best | None
     loss_scale: dict[str, float]
+    budget: Budget | None = None
     identity: dict[str, Any]
 
 

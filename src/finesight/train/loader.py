@@ -191,6 +191,11 @@ class StepData(Dataset[Parcel | UserError]):
             self._corpus, self._renderer, self._members, self._pack_tokens, self._unusable, False
         )
 
+    def within(self, pack_tokens: int) -> StepData:
+        """The same steps in packs of at most so many tokens."""
+        source = self._corpus, self._renderer, self._members
+        return StepData(*source, pack_tokens, self._unusable, self._pictures)
+
     def __len__(self) -> int:
         return len(self._members)
 

@@ -13,6 +13,7 @@ from finesight.config import Recipe
 from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
 from finesight.report.run_page import MOST_ON_THE_WAY
+from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.loader import read_steps
@@ -26,6 +27,7 @@ from finesight.train.seen import Seen, look, pays
 from finesight.train.step import take_step
 from finesight.train.stop import Stop
 from finesight.train.track import trackers
+from finesight.train.waiting import awaited
 from finesight.train.workers import WorkerDied
 
 USUAL_SAVE = 0.25
@@ -42,7 +44,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     screen = Screen(console or Console(stderr=True))
     run = Run(recipe.output)
     run.check_free(resume)
-    with ExitStack() as stack, _enough_memory(recipe):
+    with ExitStack() as stack, _enough_memory():
         begun = resume and run.begun
         if begun:
             # Nobody may write into the run while it is read.
@@ -88,18 +90,17 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _enough_memory(recipe: Recipe) -> Iterator[None]:
+def _enough_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        settings = recipe.train
         raise UserError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            f"the GPU's memory is full: {said(error)}",
             where="training",
-            expected="a model, its gradients and one pack at a time within the GPU's memory",
-            remedy=f"lower train.pack_tokens ({settings.pack_tokens}), set train.recompute=true,"
-            " keep frozen weights in four bits (tune.nf4=[language]) or choose smaller"
-            " pictures; while measuring, lower eval.batch",
+            expected="a model, its gradients and its optimiser's moments within the GPU's memory",
+            remedy="end other programs on this GPU, keep frozen weights in four bits"
+            " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
+            " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
         ) from error
 
 
@@ -131,7 +132,7 @@ class Loop:
             self.save()
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
-        except (Interrupted, WorkerDied, Unreadable) as cause:
+        except (Interrupted, WorkerDied, Unreadable, FullMemory) as cause:
             self.reporter.catch_up()
             self.save()
             report(self.session.run, self.screen, MOST_ON_THE_WAY)
@@ -143,21 +144,30 @@ class Loop:
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
-        session, progress = self.session, self.session.progress
-        pin = session.machine.device.type == "cuda"
         if not self.after_step():
             return
         seen = self.look()
+        budget, device = self.session.progress.budget, self.session.machine.device
+        with self.reporter.showing(self.total):
+            within_memory(
+                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+            )
+            self.reporter.catch_up()
+
+    def steps_within(self, budget: Budget, seen: Seen | None) -> None:
+        """Go on from where the run stands, in packs of this budget."""
+        session, progress = self.session, self.session.progress
+        session.keep_within(budget)
+        device, workers = session.machine.device, session.machine.workers
         data = session.data if seen is None else session.data.without_pictures()
-        reading = read_steps(data, progress.step, session.machine.workers, pin)
-        with closing(reading) as steps, self.reporter.showing(self.total):
-            for step in steps:
+        data = data.within(budget.pack_tokens)
+        with closing(read_steps(data, progress.step, workers, device.type == "cuda")) as steps:
+            for step, wait in awaited(steps, device):
                 taken = take_step(session, step, self.stop, seen)
                 progress.step += 1
-                self.reporter.take(taken)
+                self.reporter.take(taken, wait)
                 if not self.after_step():
                     break
-            self.reporter.catch_up()
 
     def look(self) -> Seen | None:
         """Features of all pictures, where steps are left and looking at them beforehand pays."""

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.bootstrap import Interval
 from finesight.evaluate.evaluate import evaluate
+from finesight.train.budget import Budget, too_many, too_much, within_memory
 from finesight.train.loader import Dropped, read_steps
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
@@ -80,12 +83,18 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
     """Loss over all usable held-out samples, and answers to those that the recipe's limit leaves,
     which go to `predictions/NAME.jsonl`. The model is left in training mode.
 
-    Raises Interrupted when the run was asked to stop on the way.
+    Raises Interrupted when the run was asked to stop on the way, and FullMemory when one sample at
+    a time is too much for the GPU's.
     """
     assert session.held_out is not None, "nothing to measure on"
     kept = session.held_out.survey.kept
-    with screen.stage(f"held-out loss {name}", len(kept)) as advance:
-        loss, dropped = held_out_loss(session, advance, stop)
+
+    def loss_within(budget: Budget) -> tuple[float, list[Dropped]]:
+        with screen.stage(f"held-out loss {name}", len(kept)) as advance:
+            return held_out_loss(session, budget, advance, stop)
+
+    budget, device = session.progress.budget, session.machine.device
+    loss, dropped = within_memory(budget, device, screen.say, loss_within)
     if dropped:
         screen.say(
             f"{len(dropped)} held-out samples left out, {dropped[0].id}: {dropped[0].reason}"
@@ -95,6 +104,11 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
         return Measured(step, loss, {}, None)
     samples = [session.held_out.corpus[index] for index in kept[: settings.limit]]
     metric = own.found(settings.metric, session.run.folder)
+    model, renderer = session.model, session.renderer
+
+    def fewer(batch: int) -> None:
+        screen.say(f"the GPU's memory is full: going on with {batch} answers at once (eval.batch)")
+
     with screen.stage(f"answers {name}", len(samples)) as advance:
 
         def answered(count: int) -> None:
@@ -103,16 +117,23 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
 
         out = session.run.predictions / f"{name}.jsonl"
         chosen = settings.model_copy(update={"metric": metric})
-        result = evaluate(session.model, session.renderer, samples, chosen, out, answered)
+        try:
+            result = evaluate(model, renderer, samples, chosen, out, answered, fewer)
+        except torch.OutOfMemoryError as error:
+            raise too_many(error) from None
     scores, headline = result.scores, result.headline
     return Measured(step, loss, scores, headline, result.intervals, result.details)
 
 
 @torch.no_grad()
-def held_out_loss(session: Session, advance: Advance, stop: Stop) -> tuple[float, list[Dropped]]:
+def held_out_loss(
+    session: Session, budget: Budget, advance: Advance, stop: Stop
+) -> tuple[float, list[Dropped]]:
     """Mean cross entropy per learned token over all usable held-out samples, dropout off, and the
-    samples whose pictures turned out damaged. Raises UserError when these are all."""
-    data, model, machine = session.held_out_data(), session.model, session.machine
+    samples whose pictures turned out damaged. Raises UserError when these are all, and FullMemory
+    when a pack is too much for the GPU's."""
+    data, model = session.held_out_data(budget.pack_tokens), session.model
+    machine = session.machine
     assert data is not None, "nothing to measure on"
     total = torch.zeros((), device=machine.device, dtype=torch.float64)
     one = torch.ones((), device=machine.device)
@@ -125,9 +146,11 @@ def held_out_loss(session: Session, advance: Advance, stop: Stop) -> tuple[float
             for step in steps:
                 stop.check()
                 for packed in step.packs:
-                    batch = session.placed(packed)
-                    total += label_loss(model(batch), model.head_weight, batch.target_L, one)
-                    count += batch.supervised
+                    try:
+                        total += _loss(session, packed, one)
+                    except torch.OutOfMemoryError as error:
+                        raise too_much(error, packed, budget, learning=False) from None
+                    count += packed.supervised
                 dropped += step.dropped
                 advance(step.samples + len(step.dropped))
     finally:
@@ -143,6 +166,12 @@ def held_out_loss(session: Session, advance: Advance, stop: Stop) -> tuple[float
     if not math.isfinite(loss):
         raise not_finite(loss, "held-out loss", session.progress.step)
     return loss, dropped
+
+
+def _loss(session: Session, packed: PackedBatch, one: Tensor) -> Tensor:
+    """Of a pack, summed. Its own function: what it holds on the device ends with it."""
+    model, batch = session.model, session.placed(packed)
+    return label_loss(model(batch), model.head_weight, batch.target_L, one)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -181,6 +181,9 @@ class Masters:
         """Drop what the micro-batches since the last step have summed up."""
         for group in self.groups:
             group.grad_E.zero_()
+            for piece in group.pieces:
+                # One that a backward pass which broke off has left behind.
+                piece.parameter.grad = None
 
     def rates(self, factor: float) -> dict[str, float]:
         """Learning rate of each part that learns, at `factor` of the schedule."""

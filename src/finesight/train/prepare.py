@@ -33,6 +33,7 @@ from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.qwen_vl import SquareTower
 from finesight.storage import digest
+from finesight.train.budget import Budget
 from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
@@ -93,8 +94,10 @@ class Texts:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never)."""
+    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never), and
+    the budget of the next step."""
 
+    budget: Budget
     step: int = 0
     measured: int = -1
     best: Best | None = None
@@ -122,13 +125,14 @@ class Session:
     identity: dict[str, Any]
     progress: Progress
 
-    def held_out_data(self) -> StepData | None:
-        """The held-out samples in steps of the training's batch."""
+    def held_out_data(self, pack_tokens: int) -> StepData | None:
+        """The held-out samples in steps of the training's batch, in packs of at most so many
+        tokens."""
         if self.held_out is None:
             return None
         members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
-        budget, unusable = self.recipe.train.pack_tokens, self.recipe.data.unusable
-        return StepData(self.held_out.corpus, self.renderer, members, budget, unusable)
+        corpus, unusable = self.held_out.corpus, self.recipe.data.unusable
+        return StepData(corpus, self.renderer, members, pack_tokens, unusable)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where a
@@ -140,6 +144,11 @@ class Session:
             return filled(packed, None if one_size else model.geometry.vision.merge)
         return packed.to(machine.device)
 
+    def keep_within(self, budget: Budget) -> None:
+        """Learn within this budget from here on."""
+        self.progress.budget = budget
+        self.model.recompute = budget.recompute
+
     def state(self) -> State:
         """What a checkpoint keeps beside tensors."""
         step = self.progress.step
@@ -149,6 +158,7 @@ class Session:
             measured=self.progress.measured,
             best=self.progress.best,
             loss_scale=self.scale.state(),
+            budget=self.progress.budget,
             identity=self.identity,
         )
 
@@ -199,8 +209,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         continue_adapter(model, base.adapter, base=base.folder)
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
-    model.recompute = recipe.train.recompute
     masters = Masters(trainable(model), recipe.train, stacked(model))
+    budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
         run=run,
@@ -220,8 +230,9 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         schedule=schedule,
         arithmetic=Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model),
         identity=identity,
-        progress=Progress(),
+        progress=Progress(budget),
     )
+    session.keep_within(budget)
     if found is not None:
         _go_on(session, *found)
     return session
@@ -232,6 +243,8 @@ def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFi
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+    if state.budget is not None:
+        session.keep_within(state.budget)
 
 
 def _machine(recipe: Recipe) -> Machine:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from finesight.report.facts import WAITING
+
 Advance = Callable[[int], None]
 """To be called with the number of samples that are through with a stage."""
 
@@ -64,18 +66,29 @@ class Steps:
     def __init__(self, screen: Screen, bar: Progress, task: TaskID, total: int) -> None:
         self._screen, self._bar, self._task, self._total = screen, bar, task, total
         self._start, self._first = time.perf_counter(), -1
+        self._seconds = self._waited = 0.0
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Move the bar on, or write a line where there is no terminal."""
         step = int(figures["step"])
+        # The wait for the first step is that for the readers to start.
+        if self._first >= 0:
+            self._seconds += figures["seconds"]
+            self._waited += figures["waited_s"]
         self._first = step - 1 if self._first < 0 else self._first
-        text = in_short(figures)
+        text = in_short(figures) + self._idle()
         if self._screen.console.is_terminal:
             self._bar.update(self._task, completed=step, figures=text)
         elif step % max(1, self._total // LINES) == 0 or step == self._total:
             seconds = time.perf_counter() - self._start
             left = seconds / (step - self._first) * (self._total - step)
             self._screen.say(f"step {step}/{self._total}  {text}  {left:.0f} s left")
+
+    def _idle(self) -> str:
+        """The share of all steps' time in which the device waited for data, where it matters."""
+        if self._waited <= WAITING * self._seconds:
+            return ""
+        return f"  {100 * self._waited / self._seconds:.0f} % waiting for data"
 
 
 def in_short(figures: Mapping[str, Any]) -> str:

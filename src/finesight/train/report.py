@@ -20,6 +20,7 @@ from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
 from finesight.train.step import Taken, recorded
 from finesight.train.track import Tracker
+from finesight.train.waiting import Wait
 
 
 class Clock:
@@ -50,7 +51,7 @@ class Reporter:
 
     def __init__(self, session: Session, screen: Screen, tracks: Sequence[Tracker]) -> None:
         self._session, self._screen, self._tracks = session, screen, tracks
-        self._behind: Taken | None = None
+        self._behind: tuple[Taken, Wait] | None = None
         self._view: Steps | None = None
         self._clock = Clock(session.machine.device)
 
@@ -103,20 +104,22 @@ class Reporter:
         """The next step's time starts now."""
         self._clock.restart()
 
-    def take(self, taken: Taken) -> None:
-        """Report the step before this one, and keep this one while the device works on it."""
+    def take(self, taken: Taken, wait: Wait) -> None:
+        """Report the step before this one, and keep this one, whose data came after `wait`, while
+        the device works on it."""
         self.catch_up()
-        self._behind = taken
+        self._behind = taken, wait
         if taken.event is None:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Wait for the step that was kept, if any, and report it. Raises UserError when its
         figures are no finite numbers."""
-        taken, self._behind = self._behind, None
-        if taken is None:
+        behind, self._behind = self._behind, None
+        if behind is None:
             return
-        figures = self._figures(taken)
+        taken, wait = behind
+        figures = self._figures(taken, wait)
         self._session.run.note(figures)
         numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
         rates = {f"learning_rate/{part}": rate for part, rate in figures["lr"].items()}
@@ -126,7 +129,7 @@ class Reporter:
         if self._view is not None:
             self._view.show(figures)
 
-    def _figures(self, taken: Taken) -> dict[str, Any]:
+    def _figures(self, taken: Taken, wait: Wait) -> dict[str, Any]:
         loss, norm = taken.wait()
         seconds = self._clock.lap(taken.event)
         session, step = self._session, taken.step
@@ -141,9 +144,11 @@ class Reporter:
             "tokens": step.tokens,
             "supervised": step.supervised,
             "packs": len(step.packs),
+            **taken.budget.model_dump(),
             "dropped": [dropped.id for dropped in step.dropped],
             "skipped": session.scale.skipped,
             "seconds": seconds,
+            "waited_s": wait.seconds,
             "samples_per_s": step.samples / seconds,
             "tokens_per_s": step.tokens / seconds,
             # None where transformers computes what nobody counts.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted
+from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
@@ -24,10 +27,11 @@ class Taken:
 
     `coming_2` holds mean loss per learned token and gradient norm, on their way to the CPU until
     `event` has happened. `moved` is False for a step that an overflow in fp16 made void, and for
-    one without a usable sample.
+    one without a usable sample. `budget` is that of its packs.
     """
 
     step: Step
+    budget: Budget
     factor: float
     operations: float
     moved: bool
@@ -59,9 +63,10 @@ def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None
     it does not matter how the samples were packed. `seen` are the features of its pictures, where
     they are known.
 
-    Raises Interrupted, with nothing moved, when the run was asked to stop on the way. A bad
-    gradient raises UserError here where waiting for the device costs nothing, and otherwise in
-    `wait`, one step later; nothing is saved in between.
+    Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
+    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A bad gradient
+    raises UserError here where waiting for the device costs nothing, and otherwise in `wait`, one
+    step later; nothing is saved in between.
     """
     masters, scale = session.masters, session.scale
     by = scale.value
@@ -69,6 +74,7 @@ def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None
     norm = masters.norm()
     taken = Taken(
         step=step,
+        budget=session.progress.budget,
         factor=session.schedule.factor(step.number),
         operations=sum(session.arithmetic.of(batch) for batch in step.packs),
         moved=step.supervised > 0,
@@ -91,7 +97,7 @@ def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None
 
 def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> Tensor:
     """Gradients of all packs into the masters; returns the mean loss times the loss scale."""
-    model, device = session.model, session.machine.device
+    device = session.machine.device
     total = torch.zeros((), device=device)
     share = torch.full((), session.scale.value / max(1, step.supervised), device=device)
     for micro, packed in enumerate(step.packs):
@@ -99,13 +105,24 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             session.masters.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
-        batch = session.placed(packed)
-        features_MKD = None if seen is None else seen.of(step.members[micro])
-        h_LD = model(batch, features_MKD)
-        loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        try:
+            total += _learn(session, packed, share, seen, step.members[micro])
+        except torch.OutOfMemoryError as error:
+            session.masters.forget_gradients()
+            raise too_much(error, packed, session.progress.budget, learning=True) from None
     return total
+
+
+def _learn(
+    session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, members: Sequence[int]
+) -> Tensor:
+    """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
+    model, batch = session.model, session.placed(packed)
+    features_MKD = None if seen is None else seen.of(members)
+    h_LD = model(batch, features_MKD)
+    loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def recorded(device: torch.device) -> torch.cuda.Event | None:

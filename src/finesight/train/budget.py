@@ -1,0 +1,130 @@
+"""How much of a GPU's memory a step may take, and how a run takes less when that is too much."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from finesight.encode.pack import PackedBatch
+from finesight.errors import UserError
+
+T = TypeVar("T")
+
+
+class Budget(BaseModel):
+    """Packs of at most `pack_tokens` tokens, their activations kept or computed twice: as the
+    recipe says, or less where the memory of this run was full."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pack_tokens: int
+    recompute: bool
+
+    def below(self, pack: PackedBatch, learning: bool) -> Budget | None:
+        """The next one to try where this pack was too much; None where nothing is left.
+
+        Half of what the pack held, so that none like it comes again. What one sample needs is less
+        only when activations are computed twice, which are kept for learning alone.
+        """
+        if len(pack.lengths) > 1:
+            held = min(self.pack_tokens, sum(pack.lengths))
+            return self.model_copy(update={"pack_tokens": max(1, held // 2)})
+        if learning and not self.recompute:
+            return self.model_copy(update={"recompute": True})
+        return None
+
+    def unlike(self, old: Budget) -> str:
+        """What is other than before, for people, with what makes the next run begin so."""
+        if self.pack_tokens != old.pack_tokens:
+            return (
+                f"packs of at most {self.pack_tokens:,} tokens instead of {old.pack_tokens:,}"
+                f" (train.pack_tokens={self.pack_tokens})"
+            )
+        return "activations computed twice (train.recompute=true)"
+
+
+class FullMemory(UserError):
+    """A pack was too much for the GPU's memory: nothing has moved, and nothing of it is kept.
+
+    `below` is the budget to try next, None where there is none: then the run ends with what the
+    error says.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        remedy: str = "",
+        below: Budget | None = None,
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, remedy=remedy)
+        self.below = below
+
+
+def too_much(
+    error: torch.OutOfMemoryError, pack: PackedBatch, budget: Budget, learning: bool
+) -> FullMemory:
+    """What a refusal of memory for a pack means. All that the computation held is let go."""
+    traceback.clear_frames(error.__traceback__)
+    samples, first = len(pack.lengths), pack.sample_ids[0]
+    held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
+    return FullMemory(
+        f"the GPU's memory is full: {said(error)}",
+        where=f"{held}, {sum(pack.lengths):,} tokens and {len(pack.patches_ND):,} patches",
+        expected="room for one sample at a time"
+        + (" whose activations are computed twice" if learning else ""),
+        remedy="end other programs on this GPU and start again with --resume; or begin another run"
+        " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
+        " weights in four bits (tune.nf4=[language])",
+        below=budget.below(pack, learning),
+    )
+
+
+def too_many(error: torch.OutOfMemoryError) -> FullMemory:
+    """What a refusal of memory for one answer means."""
+    return FullMemory(
+        f"the GPU's memory is full: {said(error)}",
+        where="measuring",
+        expected="room for one answer at a time",
+        remedy="end other programs on this GPU, or set eval.max_new_tokens lower, and start again"
+        " with --resume; or choose smaller pictures",
+    )
+
+
+def within_memory(
+    budget: Budget, device: torch.device, say: Callable[[str], None], work: Callable[[Budget], T]
+) -> T:
+    """What `work` gives. Where a pack in it is too much for the GPU's memory, it is called again
+    with less, and has to know by itself where to go on.
+
+    Raises FullMemory when no smaller budget is left.
+    """
+    while True:
+        try:
+            return work(budget)
+        except FullMemory as full:
+            if full.below is None:
+                raise
+            before, budget, why = budget, full.below, full.what
+        say(f"{why}: going on with {budget.unlike(before)}")
+        # Here, where the error is gone and with it whatever its frames held.
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that nothing uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def said(error: torch.OutOfMemoryError) -> str:
+    """The first sentence of many."""
+    return str(error).splitlines()[0]

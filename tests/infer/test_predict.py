@@ -14,6 +14,7 @@ from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.infer.generate import generate
 from finesight.infer.predict import Prediction, predict, questions, read_prediction
+from finesight.infer.rows import Rows
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
@@ -201,3 +202,37 @@ def test_as_json_and_text(images, expected):
     text = prediction.as_text()
     assert "there [cut off after 2 tokens]\n  box 1.0, 2.3, 3.0, 4.0  dog" in text
     assert all(name in text for name in images)
+
+
+@pytest.mark.parametrize("room", [3, 1, 0])
+def test_where_memory_is_full_fewer_are_answered_at_once(loaded, tmp_path, room):
+    """Played by rows that refuse to grow when they are more than so many."""
+    model, renderer = loaded
+    whole = noise(tmp_path / "cut.png", 200, 200).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    asked = [*mixed_questions(tmp_path), ask("damaged", tmp_path, "cut.png", "What?")]
+    damaged: list[int] = []
+    wanted = {"max_new_tokens": 5, "damaged": lambda i, error: damaged.append(i)}
+    expected = predict(model, renderer, asked, batch=7, **wanted)
+    assert damaged == [6]
+    real = Rows.step
+    told, done = [], []
+
+    def step(self, rows, longest):
+        if rows > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, rows, longest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "step", step)
+        wanted |= {"advance": done.append, "fewer": told.append}
+        if not room:
+            with pytest.raises(torch.OutOfMemoryError):
+                predict(model, renderer, asked, batch=7, **wanted)
+            assert told == [3, 1]
+            return
+        found = predict(model, renderer, asked, batch=7, **wanted)
+    assert found == expected
+    assert told == ([3] if room == 3 else [3, 1])
+    assert sum(done) == 6
+    assert set(damaged) == {6}

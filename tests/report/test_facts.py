@@ -113,6 +113,44 @@ def test_speed_and_memory_are_of_all_steps(whole: Record) -> None:
     assert cost["samples seen"] == "960"
 
 
+def test_waiting_for_data_is_told_with_what_helps(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    start = START | {"workers": 4}
+    made.lines("metrics.jsonl", [start, *(step_line(n, waited_s=0.01) for n in range(1, 21))])
+    calm = record(made)
+    assert dict(facts.cost(calm))["waiting for data"] == "2 %"
+    assert facts.remarks(calm) == []
+    made.lines("metrics.jsonl", [start, *(step_line(n, waited_s=0.125) for n in range(1, 21))])
+    starved = record(made)
+    assert dict(facts.cost(starved))["waiting for data"] == "25 %"
+    (remark,) = facts.remarks(starved)
+    assert remark.startswith("In 25 % of the steps' time the device waited for data. More reading")
+    assert "(train.workers, 4 now)" in remark
+
+
+def test_full_memory_is_told_with_the_steps_that_it_came_in(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.write("recipe.yaml", "train: {pack_tokens: 4096, recompute: false}\n")
+    budgets = [(4096, False), (4096, False), (2048, False), (1024, False), (1024, True)]
+    lines = [
+        step_line(n, pack_tokens=tokens, recompute=twice)
+        for n, (tokens, twice) in enumerate(budgets, 1)
+    ]
+    made.lines("metrics.jsonl", [START, *lines])
+    assert facts.remarks(record(made)) == [
+        "The GPU's memory was full, and the run went on with less: packs of at most 2,048 tokens"
+        " from step 3 on, packs of at most 1,024 tokens from step 4 on and activations computed"
+        " twice from step 5 on."
+    ]
+    made.lines("metrics.jsonl", [START, *lines[:2]])
+    assert facts.remarks(record(made)) == []
+
+
+def test_runs_of_versions_that_noted_neither(whole: Record) -> None:
+    assert dict(facts.cost(whole))["waiting for data"] == "not recorded"
+    assert facts.remarks(whole) == []
+
+
 def test_looking_at_pictures_before_the_steps_takes_time(tmp_path: Path) -> None:
     looked = {"step": 0, "seen_s": 10.0, "pictures": 950}
     made = run(tmp_path)

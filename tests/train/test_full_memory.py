@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from finesight import storage
 from finesight.cli.app import run as command
 from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted, UserError
+from finesight.infer.rows import Rows
 from finesight.model.layers import GatedMlp
 from finesight.model.network import VisionLanguageModel
 from finesight.train import loop
@@ -296,6 +296,67 @@ def test_a_held_out_sample_that_is_too_much_ends_the_run_with_a_checkpoint(task:
         with pytest.raises(UserError, match="room for one sample at a time\n"):
             task.run("train.save_every=3", resume=True)
     assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("room", [1, 0])
+def test_answers_are_made_with_fewer_at_once(
+    task: Task, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    measuring = {"metric": "ocr", "max_new_tokens": 4}
+    task.run(eval=measuring, name="plain")
+    real = Rows.step
+
+    def step(self: Rows, rows: int, longest: int) -> torch.Tensor:
+        # Before the first step all fit.
+        if rows > (room if (task.folder / "run" / "checkpoints").exists() else 3):
+            raise torch.OutOfMemoryError(FULL)
+        return real(self, rows, longest)
+
+    monkeypatch.setattr(Rows, "step", step)
+    if not room:
+        with pytest.raises(UserError, match=r"measuring: the GPU's memory[\s\S]*max_new_tokens"):
+            task.run(eval=measuring)
+        checkpoints = task.folder / "run" / "checkpoints"
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-6"]
+        return
+    task.run(eval=measuring)
+    assert task.screen.count("memory is full: going on with 1 answers at once (eval.batch)") == 1
+    answers = [task.folder / name / "predictions" / "after.jsonl" for name in ("run", "plain")]
+    assert answers[0].read_bytes() == answers[1].read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a thousand tokens each, and from the third step on half the room of the first."""
+    settings = ("train.device=cuda", "train.pack_tokens=16384", "train.workers=2")
+    large = {"min_pixels": 784_000, "max_pixels": 800_000}
+    tune = {"merger": "full", "language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
+    taking_all: list[torch.Tensor] = []
+
+    def fill(session: Session, step: Step) -> None:
+        if taking_all:
+            return
+        torch.cuda.synchronize()
+        used = torch.cuda.memory_allocated()
+        needed = torch.cuda.max_memory_allocated() - used
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        taking_all.append(torch.empty(free - needed // 2, dtype=torch.uint8, device="cuda"))
+
+    torch.cuda.reset_peak_memory_stats()
+    task.run(*settings, picture=large, tune=tune, name="roomy")
+    from_third_step(monkeypatch, fill)
+    task.run(*settings, picture=large, tune=tune)
+    assert len(taking_all) == 1
+    taking_all.clear()
+    budgets = [line["pack_tokens"] for line in steps_of(task)]
+    assert budgets[:2] == [16384] * 2
+    assert budgets[-1] < 4096
+    roomy = losses(task.folder / "roomy")
+    # Kernels that add in no fixed order.
+    for (step, loss), (_, expected) in zip(losses(task.folder / "run"), roomy, strict=True):
+        assert loss == pytest.approx(expected, rel=0.02), step
 
 
 def test_a_budget_goes_down_until_nothing_is_left() -> None:

@@ -157,7 +157,7 @@ def _as_many_as_fit(
             for i, prompt, ids in _by_engine(
                 model, renderer, reader, max_new_tokens, batch, advance
             ):
-                reader.answered.add(i)
+                reader.done.add(i)
                 yield i, prompt, ids
             return
         except torch.OutOfMemoryError as error:
@@ -234,19 +234,19 @@ class _Reader:
         damaged: Callable[[int, DamagedPicture], None] | None,
     ) -> None:
         self._renderer, self._damaged = renderer, damaged
+        self.done: set[int] = set()
         outlines = self._collected(
             (i, partial(renderer.prompt_outline, sample)) for i, sample in enumerate(samples)
         )
         # A machine that is too small fails at once and not at the end.
         order = sorted(outlines, key=lambda i: (-outlines[i].tokens, i))
         self._outlines = {i: outlines[i] for i in order}
-        self.answered: set[int] = set()
         self._pool = ThreadPoolExecutor(READERS)
 
     @property
     def left(self) -> dict[int, Outline]:
-        """Prompts without patches that have not been answered, by the index of their sample."""
-        return {i: one for i, one in self._outlines.items() if i not in self.answered}
+        """Prompts without patches that are still to be answered, by the index of their sample."""
+        return {i: one for i, one in self._outlines.items() if i not in self.done}
 
     def __enter__(self) -> _Reader:
         return self
@@ -276,7 +276,7 @@ class _Reader:
                 if self._damaged is None:
                     raise
                 self._damaged(i, error)
-                self.answered.add(i)
+                self.done.add(i)
         return results
 
 

@@ -130,6 +130,31 @@ def test_squares_of_three_are_filled_whole() -> None:
     assert len(even.ids_T) % EVEN == 0
 
 
+@pytest.mark.parametrize("samples", [64, 16])
+@pytest.mark.parametrize("one_size", [True, False])
+def test_little_of_a_pack_is_filling(samples: int, one_size: bool) -> None:
+    """Under 2 % of the tokens and of the patches at the size of the caption recipes: pictures of
+    280 x 280 pixels or about that, and 20 to 60 tokens of text."""
+    rng = random.Random(samples)
+    tokens = patches = more_tokens = more_patches = 0
+    for _ in range(50):
+        places = [100 if one_size else rng.randint(80, 120) for _ in range(samples)]
+        lengths = [seen + rng.randint(20, 60) for seen in places]
+        texts = [plain("a", [3] * n, [True] * n) for n in lengths]
+        batch = replace(
+            pack(texts),
+            patches_ND=torch.zeros((4 * sum(places), 1), dtype=torch.uint8),
+            grids=tuple((1, 2, 2 * seen) for seen in places),
+            visual_at_M=torch.arange(sum(places)),
+        )
+        even = filled(batch, 2)
+        tokens, patches = tokens + sum(lengths), patches + 4 * sum(places)
+        more_tokens += len(even.ids_T) - sum(lengths)
+        more_patches += len(even.patches_ND) - 4 * sum(places)
+    assert 0 < more_tokens < 0.02 * tokens
+    assert more_patches < 0.02 * patches
+
+
 def test_an_empty_pack_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="no samples"):
         pack([])

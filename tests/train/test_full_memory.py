@@ -329,7 +329,8 @@ def test_answers_are_made_with_fewer_at_once(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of a thousand tokens each, and from the third step on half the room of the first."""
-    settings = ("train.device=cuda", "train.pack_tokens=16384", "train.workers=2")
+    card = ("train.device=cuda", "train.workers=2")
+    settings = (*card, "train.pack_tokens=16384", "train.batch=11", "train.epochs=6")
     large = {"min_pixels": 784_000, "max_pixels": 800_000}
     tune = {"merger": "full", "language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
     taking_all: list[torch.Tensor] = []
@@ -352,7 +353,7 @@ def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatc
     taking_all.clear()
     budgets = [line["pack_tokens"] for line in steps_of(task)]
     assert budgets[:2] == [16384] * 2
-    assert budgets[-1] < 4096
+    assert budgets[-1] < 8192
     roomy = losses(task.folder / "roomy")
     # Kernels that add in no fixed order.
     for (step, loss), (_, expected) in zip(losses(task.folder / "run"), roomy, strict=True):

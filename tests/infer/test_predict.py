@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -216,10 +217,12 @@ def test_where_memory_is_full_fewer_are_answered_at_once(loaded, tmp_path, room)
     expected = predict(model, renderer, asked, batch=7, **wanted)
     assert damaged == [6]
     real = Rows.step
-    told, done = [], []
+    told, done, refused = [], [], []
 
     def step(self, rows, longest):
+        assert all(gone() is None for gone in refused), "two caches at once"
         if rows > room:
+            refused.append(weakref.ref(self))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, rows, longest)
 

@@ -6,6 +6,7 @@ A card of little memory is played by a model that refuses packs of more than so 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from finesight.train.prepare import Session
 from finesight.train.step import Taken
 
 Refuses = Callable[[PackedBatch, VisionLanguageModel], bool]
-FULL = "CUDA out of memory. Tried to allocate 2 GiB.\nAnd what else torch says."
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB left. And more.\nSee also"
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def test_a_run_goes_on_as_one_that_had_the_smaller_budget(task: Task, workers: i
         result = task.run(setting)
     assert result.steps == 6
     assert task.screen.count("the GPU's memory is full") == 1
-    assert "CUDA out of memory. Tried to allocate 2 GiB.: going on with packs" in task.screen
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB; going on with packs" in task.screen
     (found,) = {line["pack_tokens"] for line in steps_of(task)}
     assert found < 60 < tried[0] <= 100
     assert f"packs of at most {found} tokens instead of 100 (train.pack_tokens={found})" in (
@@ -165,6 +166,32 @@ def test_what_a_pack_has_left_behind_when_it_broke_off_is_gone(
     task.run(name="told")
     assert [line["pack_tokens"] for line in steps_of(task, "told")] == budgets
     same_bits(task, "run", "told")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_that_a_refused_pack_held_is_alive_when_the_next_one_begins(
+    task: Task, recompute: bool
+) -> None:
+    refused: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def holds(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if tried and len(tried) == 1 and isinstance(output, torch.Tensor):
+            refused.append(weakref.ref(output))
+
+    def refuses(batch: PackedBatch, model: VisionLanguageModel) -> bool:
+        alive.append(sum(kept() is not None for kept in refused))
+        return over(60)(batch, model)
+
+    hook = register_module_forward_hook(holds)
+    try:
+        with small_card(refuses) as tried:
+            task.run("train.steps=1", "train.epochs=null", f"train.recompute={recompute}")
+    finally:
+        hook.remove()
+    assert len(tried) > 2
+    assert len(refused) > 20
+    assert alive == [0] * len(tried)
 
 
 @pytest.mark.parametrize("call", [2, 5, 9, 13, 17])

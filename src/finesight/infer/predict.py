@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,6 +151,7 @@ def _as_many_as_fit(
     advance: Callable[[int], None] | None,
     fewer: Callable[[int], None] | None,
 ) -> Answered:
+    """By the engine, at first `batch` at once."""
     while True:
         try:
             for i, prompt, ids in _by_engine(
@@ -160,11 +160,11 @@ def _as_many_as_fit(
                 reader.done.add(i)
                 yield i, prompt, ids
             return
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             batch = min(batch, len(reader.left)) // 2
             if not batch:
                 raise
-            traceback.clear_frames(error.__traceback__)
+        # The error is gone, and with it what its frames held.
         gc.collect()
         if fewer is not None:
             fewer(batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -71,8 +70,7 @@ class FullMemory(UserError):
 def too_much(
     error: torch.OutOfMemoryError, pack: PackedBatch, budget: Budget, learning: bool
 ) -> FullMemory:
-    """What a refusal of memory for a pack means. All that the computation held is let go."""
-    traceback.clear_frames(error.__traceback__)
+    """What a refusal of memory for a pack means."""
     samples, first = len(pack.lengths), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
@@ -113,7 +111,9 @@ def within_memory(
             if full.below is None:
                 raise
             before, budget, why = budget, full.below, full.what
-        say(f"{why}: going on with {budget.unlike(before)}")
+        # torch goes on about the whole card, on the same line.
+        short = ". ".join(why.split(". ")[:2]).removesuffix(".")
+        say(f"{short}; going on with {budget.unlike(before)}")
         # Here, where the error is gone and with it whatever its frames held.
         release(device)
 
@@ -126,5 +126,5 @@ def release(device: torch.device) -> None:
 
 
 def said(error: torch.OutOfMemoryError) -> str:
-    """The first sentence of many."""
+    """What torch says first, before its advice."""
     return str(error).splitlines()[0]

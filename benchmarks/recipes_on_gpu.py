@@ -187,6 +187,9 @@ def measure(task: Task, options: argparse.Namespace, model: Path) -> dict[str, o
         "mean_loss_of_last_5": round(statistics.mean(losses[-5:]), 4),
         "peak_gb": max(step["memory_gb"] for step in steps),
         "utilisation": round(statistics.median(step["utilisation"] for step in warm), 3),
+        "waiting_share": round(
+            sum(s["waited_s"] for s in warm) / sum(s["seconds"] for s in warm), 3
+        ),
         "eval": json.loads(scores.stdout.strip().splitlines()[-1]),
         **asdict(told),
     }

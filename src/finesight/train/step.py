@@ -56,7 +56,7 @@ def seed_of(seed: int, step: int, micro: int) -> int:
 
 def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None) -> Taken:
     """Run a step. Its loss is the mean over the learned tokens of all its packs together, so that
-    it does not matter how the samples were packed. `seen` are the features of its pictures, where
+    it does not matter how the samples were packed. `seen` gives the features of its pictures, where
     they are known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way. A bad
@@ -100,7 +100,7 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         batch = session.placed(packed)
-        features_MKD = None if seen is None else seen.of(step.members[micro])
+        features_MKD = None if seen is None else seen.of(step.known[micro])
         h_LD = model(batch, features_MKD)
         loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
         loss.backward()  # type: ignore[no-untyped-call]

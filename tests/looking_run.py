@@ -41,6 +41,9 @@ def session_of(
         if family != "qwen2_vl":
             make_tiny(folder / family, family)
             made["model"] = str(folder / family)
+        if family == "qwen":
+            # It reads pictures of one size.
+            del made["picture"]
         (folder / "task.json").write_text(json.dumps(made))
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)

@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class FeatureFiles:
         make_folder(self.folder)
         with explained(home):
             self._lock = os.open(home, os.O_RDONLY)
+        _locks(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
         """Let other runs remove what this one has used."""
@@ -87,7 +89,7 @@ class FeatureFiles:
         """Bytes that features may still take. The files that were not used for longest are removed
         until these are `missing`, but none of the chunks `wanted`, and none while another run uses
         any."""
-        alone = _locks(self._lock, fcntl.LOCK_EX)
+        alone = _locks(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         files = self._files()
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.home).free
@@ -142,19 +144,22 @@ class FeatureFiles:
         try:
             with path.open("rb", buffering=0) as file:
                 start = _read_whole(file.fileno(), features_MKD)
-            os.utime(path)
         except FileNotFoundError:
             return None
         except (ValueError, OSError):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
+        # Others' files may be read and not touched.
+        with suppress(OSError):
+            os.utime(path)
         return Stored(path, start)
 
 
 def _locks(file: int, kind: int) -> bool:
     """Whether the lock was to be had; where a file system has none, as if it were not."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, kind)
     except OSError:
         return False
     return True

@@ -85,7 +85,9 @@ class _Openings(Dataset[Opened | UserError]):
                     raise
                 damaged[number] = error
         if not patches:
-            return Opened(chunk, Block(((torch.uint8, (0, 0)),), torch.empty(0)), damaged)
+            return Opened(
+                chunk, Block(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8)), damaged
+            )
         block = Block.of((torch.uint8, common_shape(patches)))
         end_to_end(patches, next(block.tensors()).numpy())
         return Opened(chunk, block, damaged)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finesight.errors import UserError
@@ -29,6 +30,9 @@ from finesight.train.tower import fingerprint
 
 READERS = 4
 """Threads that read features from disk."""
+
+AT_ONCE = 64
+"""Chunks that they read before a signal is heeded."""
 
 _WORDS: dict[Place, str] = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
 
@@ -208,10 +212,12 @@ class _Looking:
             self._screen.stage("reading features", len(there)) as advance,
             ThreadPoolExecutor(READERS) as pool,
         ):
-            wholes = pool.map(lambda chunk: gathering.find(files, chunk), there)
-            for chunk, whole in zip(there, wholes, strict=True):
-                found += [chunk] if whole else []
-                advance(1)
+            for start in range(0, len(there), AT_ONCE):
+                self._stop.check()
+                some = there[start : start + AT_ONCE]
+                wholes = pool.map(partial(gathering.find, files), some)
+                found += [chunk for chunk, whole in zip(some, wholes, strict=True) if whole]
+                advance(len(some))
         if len(found) < len(there):
             self._screen.say(
                 f"{len(there) - len(found)} of {len(there)} files with features of pictures were"

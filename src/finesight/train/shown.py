@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -158,16 +159,19 @@ def shown_by(
     lists: Iterator[list[list[Sight] | UserError]] = read_ahead(
         source, parts, min(workers, len(parts) // 4), pin=False
     )
-    for sights_of_part in lists:
-        for sights in sights_of_part:
-            index = next(indices)
-            if isinstance(sights, DamagedPicture):
-                damaged[index] = sights
-            elif isinstance(sights, UserError):
-                raise sights
-            else:
-                found[index] = sights
-        advance(len(sights_of_part))
+    with closing(part for part in lists) as reading:
+        # The last reference: the workers end with the block.
+        del lists
+        for part in reading:
+            for sights in part:
+                index = next(indices)
+                if isinstance(sights, DamagedPicture):
+                    damaged[index] = sights
+                elif isinstance(sights, UserError):
+                    raise sights
+                else:
+                    found[index] = sights
+            advance(len(part))
     different = {sight.key: sight for sights in found.values() for sight in sights}
     number = {key: place for place, key in enumerate(sorted(different))}
     return Shown(

@@ -47,7 +47,9 @@ def fingerprint(tower: nn.Module, settings: Mapping[str, Any], device: torch.dev
 
 
 def _digest(tensor: Tensor) -> str:
-    bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    # A copy, as memory that numpy has seen can no longer be given up.
+    copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    bits = copy.view(-1).view(torch.uint8)
     return hashlib.sha256(bits.numpy().data).hexdigest()
 
 
@@ -95,7 +97,9 @@ class OffCard:
 
     def _leave(self) -> None:
         # Copied once: what is frozen is the same whenever it leaves.
-        self._kept = self._kept or [_bytes(storage).cpu().clone() for storage in self._storages]
+        self._kept = self._kept or [
+            _bytes(storage).to("cpu", copy=True) for storage in self._storages
+        ]
         for storage in self._storages:
             storage.resize_(0)
         self.is_away = True

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from looking_run import LORA, all_features, look, seen_by, session_of
+from PIL import Image
 from small_run import Task, final_files, losses, make_task, write_recipe
 
 from finesight.data.headers import DamagedPicture
@@ -21,7 +22,7 @@ from finesight.model.tiny import TinyFamily
 from finesight.report.facts import phases
 from finesight.report.record import read_record
 from finesight.storage import remove_folder
-from finesight.train import loop
+from finesight.train import looking, loop
 from finesight.train.checkpoint import VALUES
 from finesight.train.step import take_step
 from finesight.train.stop import Stop
@@ -71,17 +72,52 @@ def test_every_place_has_the_bits_that_the_tower_gives(tmp_path: Path, family: T
         assert torch.equal(all_features(other, looked.seen), expected)
 
 
-def test_a_run_learns_the_same_with_features_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_videos_beside_stills(tmp_path: Path, family: TinyFamily, cache: str) -> None:
+    """Patches of a still hold one frame where no video is among them, and two in its company."""
+    folder = tmp_path / "task"
+    session_of(folder, family=family)
+    samples = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for number, count in ((3, 5), (7, 2)):
+        frames = []
+        for frame in range(count):
+            frames.append(f"{number}-{frame}.png")
+            Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(folder / frames[-1])
+        video = {"type": "video", "frames": frames, "fps": 1.0}
+        samples[number]["messages"][0]["content"].insert(0, video)
+    text = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (folder / "train.jsonl").write_text(text)
+    session = session_of(folder, cache=cache)
+    seen = seen_by(session)
+    assert len(seen.known.numbers([3])) > 1
+    for number in range(len(session.course)):
+        step = session.data.step(number)
+        bare = session.data.without_pictures(seen.known).step(number)
+        for batch, known in zip(step.packs, bare.known, strict=True):
+            expected = session.model.see(batch.patches_ND, batch.grids)
+            torch.testing.assert_close(seen.of(known), expected)
+
+
+def test_a_run_learns_the_same_with_features_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = session_of(tmp_path / "anew")
     steps = [session.data.step(number) for number in range(len(session.course))]
     anew = [take_step(session, step, Stop()).wait()[0] for step in steps]
     task = Task(tmp_path / "kept")
     found = []
-    for name in ("memory", "disk", "disk-again", "auto"):
-        task.run(f"train.cache={name.partition('-')[0]}", name=name, tune=LORA)
+    for number, name in enumerate(("memory", "disk", "disk-again", "auto")):
+        settings = f"train.cache={name.partition('-')[0]}", f"train.workers={number % 3}"
+        task.run(*settings, name=name, tune=LORA)
         found.append(losses(tmp_path / "kept" / name))
+    # Places alone travel then, and features are gathered by the device that computes.
+    monkeypatch.setattr(looking, "choose_place", lambda *inputs: "gpu")
+    task.run(name="gpu", tune=LORA)
+    assert "are kept on the GPU" in task.screen
+    found.append(losses(tmp_path / "kept" / "gpu"))
     assert [loss for _, loss in found[0]] == pytest.approx(anew, rel=1e-4)
-    assert found[1:] == found[:1] * 3, "bit for bit, wherever they were kept"
+    assert found[1:] == found[:1] * 4, "bit for bit, wherever they were kept"
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -34,7 +34,9 @@ def test_every_picture_is_in_one_chunk() -> None:
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
     assert chunks[-1].stop == found.pictures(chunks) == 1000
     assert found.patches(chunks) == 64_000
-    assert 40 < len(chunks) < 90, "sixteen to a chunk, in the mean"
+    assert 45 < len(chunks) < 80, "sixteen to a chunk, in the mean"
+    first, second = chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]
+    assert 0.5 < found.pictures(first) / found.pictures(second) < 2, "from the first to the last"
     assert len(names(found)) == len(chunks)
     assert of(range(0)).chunks() == []
 

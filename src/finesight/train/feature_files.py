@@ -95,7 +95,7 @@ class FeatureFiles:
         free = shutil.disk_usage(self.home).free
 
         def room() -> int:
-            return min(MOST_BYTES - used, int(MOST_OF_FREE * free))
+            return max(0, min(MOST_BYTES - used, int(MOST_OF_FREE * free)))
 
         if alone:
             kept = {self.path(name) for name in wanted}

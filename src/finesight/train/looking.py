@@ -104,6 +104,8 @@ def _against(session: Session) -> str | None:
         return "train.cache=never"
     if session.progress.step and not _began_so(session):
         return "so the run began"
+    if _once(session) and not features_folder().is_dir():
+        return ONCE
     return None
 
 
@@ -113,10 +115,11 @@ def _began_so(session: Session) -> bool:
     return bool(lines) and bool(lines[-1]["pictures"])
 
 
-def come_once(session: Session) -> bool:
-    """Whether a run shows its pictures no more often than once, in the mean."""
-    survey = session.train.survey
-    return survey.pictures * session.course.samples <= survey.distinct * len(survey.kept)
+def _once(session: Session) -> bool:
+    """Whether a run that begins shows its pictures no more often than once, in the mean."""
+    survey, samples = session.train.survey, session.course.samples
+    begins = not session.progress.step
+    return begins and survey.pictures * samples <= survey.distinct * len(survey.kept)
 
 
 class _Looking:
@@ -148,7 +151,7 @@ class _Looking:
     def look(self) -> Looked:
         """Find on disk what lies there, look at the rest, and keep all of it where there is room;
         or say what is against that."""
-        once = come_once(self._session) and not self._session.progress.step
+        once = _once(self._session)
         if once and (self.files is None or self.files.is_empty):
             return _in_every_step(self._session, ONCE)
         shown = self._shown()
@@ -198,7 +201,7 @@ class _Looking:
         gpu = "" if free.gpu is None else f", {_size(free.gpu)} on the GPU"
         return (
             f"their features take {_size(size)}, and free are {_size(free.memory)} in"
-            f" memory{gpu}, {_size(max(0, free.disk))} on disk"
+            f" memory{gpu}, {_size(free.disk)} on disk"
             f" (train.cache={self._setting})"
         )
 

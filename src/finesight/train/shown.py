@@ -97,7 +97,7 @@ class Shown:
         for number, sight in enumerate(self.sights, 1):
             patches += sight.patches
             last = number == len(self.sights)
-            if last or sight.key[0] == "0" or patches >= CHUNK_PATCHES:
+            if last or sight.key[-1] == "0" or patches >= CHUNK_PATCHES:
                 ends.append(number)
                 patches = 0
         return [Chunk(self._name(start, stop), start, stop) for start, stop in pairwise(ends)]

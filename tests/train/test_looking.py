@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -165,18 +166,19 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         look(session_of(tmp_path / "task", cache="disk"))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE])
 @pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_a_disk_that_is_full_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+def test_a_disk_that_takes_no_more_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, number: int
 ) -> None:
     def full(*inputs: Any, **more: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     session = session_of(tmp_path / "task", cache=cache)
     monkeypatch.setattr("finesight.train.feature_files.save_file", full)
     console, shown = screen()
     if cache == "disk":
-        with pytest.raises(UserError, match="no space left"):
+        with pytest.raises(UserError, match="cannot be written"):
             look(session, console)
     else:
         assert look(session, console).place == "memory"

@@ -16,6 +16,7 @@ from PIL import Image
 from small_run import Task, final_files, losses, make_task, write_recipe
 
 from finesight.data.headers import DamagedPicture
+from finesight.data.lines import Unreadable
 from finesight.encode.encoded import Outline
 from finesight.errors import Interrupted
 from finesight.model.tiny import TinyFamily
@@ -24,7 +25,9 @@ from finesight.report.record import read_record
 from finesight.storage import remove_folder
 from finesight.train import looking, loop
 from finesight.train.checkpoint import VALUES
-from finesight.train.step import take_step
+from finesight.train.loader import Step
+from finesight.train.prepare import Session
+from finesight.train.step import Taken, take_step
 from finesight.train.stop import Stop
 
 TESTS = Path(__file__).parents[1]
@@ -233,6 +236,31 @@ def test_a_run_cut_off_between_looking_and_learning_ends_the_same(
         assert losses(tmp_path / name) == losses(tmp_path / "whole")
         ends = [tmp_path / run / "checkpoints" / "step-6" / VALUES for run in (name, "whole")]
         assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_lost_from_disk_cost_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
+) -> None:
+    """They end the run with a checkpoint of what was learned so far; it goes on to the same end."""
+    task = Task(tmp_path)
+    settings = "train.cache=disk", f"train.workers={workers}", "train.save_every=6"
+    task.run(*settings, name="whole", tune=LORA)
+    real = loop.take_step
+
+    def taking(session: Session, step: Step, *rest: Any) -> Taken:
+        if step.number == 1:
+            for file in assets.rglob("*.safetensors"):
+                file.unlink()
+        return real(session, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "take_step", taking)
+        with pytest.raises(Unreadable, match=r"features of pictures cannot be read again"):
+            task.run(*settings, tune=LORA)
+    assert 2 <= len(losses(tmp_path / "run")) < 6
+    task.run(*settings, tune=LORA, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def unfinished(task: Task, *overrides: str) -> None:

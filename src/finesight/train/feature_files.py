@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finesight.data.lines import Unreadable
 from finesight.errors import UserError
 from finesight.hub import LARGEST_HEADER
 from finesight.storage import explained, make_folder
@@ -127,14 +129,22 @@ class FeatureFiles:
         path = self.path(name)
         # Of its own, where several processes and threads write the same.
         making = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}.making")
-        with explained(path):
-            try:
+        try:
+            with explained(path):
                 notes = {_DIGEST: hashlib.sha256(_bytes_of(features_MKD)).hexdigest()}
                 save_file({_TENSOR: features_MKD}, making, notes)
                 start = making.stat().st_size - len(_bytes_of(features_MKD))
                 os.replace(making, path)
-            finally:
-                making.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot be written: {error}",
+                where=str(path),
+                expected="a folder that takes what is written, and stays while a run needs it",
+                remedy="set train.cache=memory, or HF_HOME to a folder on another disk",
+            ) from error
+        finally:
+            with suppress(OSError):
+                making.unlink()
         return Stored(path, start)
 
     def read(self, name: str, features_MKD: Tensor) -> Stored | None:
@@ -214,7 +224,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def read_rows(stored: Stored, at: int, features_MKD: Tensor) -> None:
     """Fill contiguous `features_MKD` on the CPU with a chunk's features from its place `at` on.
 
-    Raises UserError where the file is no longer what it was.
+    Raises Unreadable where the file is no longer what it was.
     """
     room = _bytes_of(features_MKD)
     row = len(room) // max(1, len(features_MKD))
@@ -226,7 +236,7 @@ def read_rows(stored: Stored, at: int, features_MKD: Tensor) -> None:
             os.close(file)
     except (OSError, ValueError) as error:
         said = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else error
-        raise UserError(
+        raise Unreadable(
             f"features of pictures cannot be read again: {said}",
             where=str(stored.path),
             expected="the file that was there when the run looked at its pictures",

@@ -98,7 +98,7 @@ class OnDisk(Places):
         return self.dtype, (self.count(members), *self.tail)
 
     def lay(self, members: Sequence[int], room: Tensor) -> None:
-        """The features, read. Raises UserError where a file is gone or cut off."""
+        """The features, read. Raises Unreadable where a file is gone or cut off."""
         start = 0
         for number in self.numbers(members):
             stop = start + self.shown.sights[number].places

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+_ASSETS = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What runs keep for later ones stays apart from what is on this machine. Here, as
+    huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
+    config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
+    os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removed with the last test."""
+    shutil.rmtree(config.stash[_ASSETS], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ SETTINGS = [
     "train.seed",
     "train.data_seed",
     "train.workers",
+    "train.cache",
     "train.save_every",
     "train.keep",
     "eval.metric",

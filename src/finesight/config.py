@@ -103,6 +103,7 @@ Tuning = Literal["frozen", "lora", "full"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Cache = Literal["auto", "never", "memory", "disk"]
 Weights = Literal["auto", "nf4", "fp8", "int8", "int4"]
 """`auto`: as they are stored, or as a run trained with them; the others are made while loading."""
 
@@ -199,7 +200,8 @@ class Train(Section):
     `adamw8bit` keeps AdamW's moments of matrices in eight bits (Dettmers et al. 2022).
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
-    of one packed micro-batch (a longer sample stands alone).
+    of one packed micro-batch (a longer sample stands alone). `cache` says where features of
+    pictures are kept that a frozen tower has looked at.
     """
 
     epochs: Annotated[Real, Field(gt=0.0)] | None = None
@@ -219,6 +221,7 @@ class Train(Section):
     seed: Steps = 0
     data_seed: Steps = 0
     workers: Steps | None = None
+    cache: Cache = "auto"
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 

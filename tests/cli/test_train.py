@@ -66,7 +66,7 @@ def test_signal_leaves_a_checkpoint_and_exit_code_75(
         text=True,
         start_new_session=True,
     )
-    wait_for_lines(stopped / "metrics.jsonl", 6, process)
+    wait_for_lines(stopped / "metrics.jsonl", 7, process)
     os.killpg(process.pid, number)
     _, said = process.communicate()
     assert process.returncode == 75, said

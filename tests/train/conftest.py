@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from small_run import Task
 
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     return Task(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where runs keep features of pictures: empty for each test, also for processes it starts."""
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))
+    return folder

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from small_run import make_task
+from torch import Tensor
 
 from finesight.config import DataFile, LongestSide, PixelRange
 from finesight.data.headers import DamagedPicture
@@ -17,7 +18,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.train.course import InOrder
-from finesight.train.loader import Block, Parcel, Step, StepData, read_steps
+from finesight.train.loader import Block, Form, Parcel, Step, StepData, read_steps
 from finesight.train.workers import WorkerDied
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)
@@ -84,7 +85,7 @@ def test_parcel_gives_back_what_was_put_in_as_views_of_two_blocks(folder: Path) 
     opened = parcel.open()
     assert contents([opened]) == before
     base, other = (
-        block.bytes_N.untyped_storage().data_ptr() for block in (parcel.patches, parcel.others)
+        block.bytes_N.untyped_storage().data_ptr() for block in (parcel.pictures, parcel.others)
     )
     for batch, laid in zip(opened.packs, step.packs, strict=True):
         assert batch.patches_ND.untyped_storage().data_ptr() == base
@@ -105,11 +106,32 @@ def test_shared_memory_that_is_full_is_told(folder: Path, monkeypatch: pytest.Mo
     assert "--shm-size" in str(found)
 
 
+class Indices:
+    """Knows of each sample its index, in bf16, and no picture of the sample 3."""
+
+    def check(self, sample: int, places: int) -> None:
+        assert places
+        if sample == 3:
+            raise DamagedPicture("gone")
+
+    def form(self, members: Sequence[int]) -> Form:
+        return torch.bfloat16, (len(members), 2)
+
+    def lay(self, members: Sequence[int], room: Tensor) -> None:
+        room.copy_(torch.tensor(members)[:, None].expand(-1, 2))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_steps_without_pictures_travel_too(folder: Path, workers: int) -> None:
-    data = steps_of(folder).without_pictures()
+def test_what_is_known_travels_in_place_of_pictures(folder: Path, workers: int) -> None:
+    data = steps_of(folder).without_pictures(Indices())
     expected = contents([data.step(number) for number in range(len(data))])
-    assert contents(list(read_steps(data, 0, workers, pin=False))) == expected
+    steps = list(read_steps(data, 0, workers, pin=False))
+    assert contents(steps) == expected
+    for step in steps:
+        assert all(batch.grids == () and not len(batch.patches_ND) for batch in step.packs)
+        for members, known in zip(step.members, step.known, strict=True):
+            assert known.tolist() == [[index, index] for index in members]
+    assert [dropped.id for step in steps for dropped in step.dropped] == ["train3"]
 
 
 def test_parcel_of_a_step_without_packs() -> None:

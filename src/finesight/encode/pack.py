@@ -109,10 +109,10 @@ def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
     `predict_L` grows longer than `target_L`. Without `merge`, of a tower whose pictures all have
     one size, patches stay as they are: few numbers of them come.
     """
-    features, grids = 0, batch.grids
+    patches_ND, grids = batch.patches_ND, batch.grids
     if merge is not None:
-        features = -len(batch.patches_ND) % math.lcm(EVEN, merge**2) // merge**2
-        grids += ((1, merge, features * merge),) if features else ()
+        patches_ND, grids = evened(patches_ND, grids, merge)
+    features = (len(patches_ND) - len(batch.patches_ND)) // (merge or 1) ** 2
     end = len(batch.ids_T)
     tokens = features + 1
     tokens += -(end + tokens) % EVEN
@@ -126,10 +126,20 @@ def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
         ids_T=torch.cat([batch.ids_T, blank]),
         positions_3T=torch.cat([batch.positions_3T, own.expand(3, -1)], dim=1),
         bounds_S1=torch.cat([bounds_S1, bounds_S1[-1:] + tokens]),
-        patches_ND=F.pad(batch.patches_ND, (0, 0, 0, features * (merge or 0) ** 2)),
+        patches_ND=patches_ND,
         visual_at_M=torch.cat([batch.visual_at_M, end + own[:features]]),
         predict_L=F.pad(batch.predict_L, (0, -len(batch.predict_L) % EVEN)),
     )
+
+
+def evened(
+    patches_ND: Tensor, grids: tuple[Grid, ...], merge: int
+) -> tuple[Tensor, tuple[Grid, ...]]:
+    """Patches and grids of pictures with one of nothing after them, so that the patches come to a
+    multiple of `EVEN`."""
+    squares = -len(patches_ND) % math.lcm(EVEN, merge**2) // merge**2
+    blank = ((1, merge, squares * merge),) if squares else ()
+    return F.pad(patches_ND, (0, 0, 0, squares * merge**2)), grids + blank
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:

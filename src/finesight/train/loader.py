@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,26 @@ from finesight.vision.patches import common_shape
 _ALIGNED = 64
 """Bytes between possible starts of a tensor in a parcel."""
 
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a tensor."""
+
+
+class Known(Protocol):
+    """Pictures whose features are known; samples are named by their index in the corpus."""
+
+    def check(self, sample: int, places: int) -> None:
+        """Raises DamagedPicture for a sample of which a picture could not be looked at, or whose
+        pictures no longer take as many places as they did."""
+        ...
+
+    def form(self, members: Sequence[int]) -> Form:
+        """Of what travels with a pack of these samples."""
+        ...
+
+    def lay(self, members: Sequence[int], room: Tensor) -> None:
+        """Write it there."""
+        ...
+
 
 class Dropped(NamedTuple):
     """A sample that is not learned from."""
@@ -39,13 +59,15 @@ class Step:
     """What one optimiser step reads: its packs are its micro-batches.
 
     `dropped` are the samples whose pictures could not be decoded. `members` are the indices into
-    the corpus of each pack's samples.
+    the corpus of each pack's samples. `known` is what travels with each pack whose pictures are
+    known; without such, nothing.
     """
 
     number: int
     packs: tuple[PackedBatch, ...]
     dropped: tuple[Dropped, ...]
     members: tuple[tuple[int, ...], ...]
+    known: tuple[Tensor, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -68,11 +90,11 @@ class Block:
     driver, so tensors travel together.
     """
 
-    forms: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    forms: tuple[Form, ...]
     bytes_N: Tensor
 
     @classmethod
-    def of(cls, *forms: tuple[torch.dtype, tuple[int, ...]]) -> Block:
+    def of(cls, *forms: Form) -> Block:
         """Room for such tensors. A worker's is memory that the training process reads, too, which
         spares a copy, as torch's own collate does."""
         size = sum(_room(dtype, shape) for dtype, shape in forms)
@@ -109,36 +131,34 @@ def _room(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A step on its way: the patches of all its packs in one block, all other tensors in another,
-    and none in the packs. Fresh memory is what patches cost most: they are laid there at once."""
+    """A step on its way: the patches of all its packs and what is known of its pictures in one
+    block, all other tensors in another, and none in the step. Fresh memory is what pictures cost
+    most: they are laid there at once."""
 
     step: Step
-    patches: Block
+    pictures: Block
     others: Block
 
     @classmethod
-    def of(cls, step: Step, patches: Block) -> Parcel:
-        """The step's tensors other than `patches`, which holds its packs', are copied."""
+    def of(cls, step: Step, pictures: Block) -> Parcel:
+        """The step's tensors that are not in `pictures` are copied."""
         tensors = [tensor for batch in step.packs for tensor in _others(batch)]
         block = Block.of(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
         for room, tensor in zip(block.tensors(), tensors, strict=True):
             room.copy_(tensor)
         nothing = torch.empty(0)
         empty = tuple(_with_tensors(batch, nothing, repeat(nothing)) for batch in step.packs)
-        return cls(replace(step, packs=empty), patches, block)
+        return cls(replace(step, packs=empty, known=()), pictures, block)
 
     def pin_memory(self) -> Parcel:
         """The same parcel in page-locked memory; the loader calls this."""
-        return Parcel(self.step, self.patches.pin_memory(), self.others.pin_memory())
+        return Parcel(self.step, self.pictures.pin_memory(), self.others.pin_memory())
 
     def open(self) -> Step:
         """The step, its tensors views into the blocks."""
-        others = self.others.tensors()
-        packs = [
-            _with_tensors(batch, patches_ND, others)
-            for batch, patches_ND in zip(self.step.packs, self.patches.tensors(), strict=True)
-        ]
-        return replace(self.step, packs=tuple(packs))
+        others, pictures = self.others.tensors(), self.pictures.tensors()
+        packs = [_with_tensors(batch, next(pictures), others) for batch in self.step.packs]
+        return replace(self.step, packs=tuple(packs), known=tuple(pictures))
 
 
 def _others(batch: PackedBatch) -> tuple[Tensor, ...]:
@@ -168,8 +188,8 @@ class StepData(Dataset[Parcel | UserError]):
     """Item k is step k: its samples encoded and packed within the token budget.
 
     A picture that turns out damaged when it is decoded drops its sample from the step, or is an
-    error, by the recipe's `data.unusable`. Without `pictures` none is decoded, and packs hold
-    neither patches nor grids: their features are known.
+    error, by the recipe's `data.unusable`. Pictures that are `known` are not decoded, and packs
+    hold neither patches nor grids.
     """
 
     def __init__(
@@ -179,22 +199,22 @@ class StepData(Dataset[Parcel | UserError]):
         members: Members,
         pack_tokens: int,
         unusable: Literal["drop", "refuse"],
-        pictures: bool = True,
+        known: Known | None = None,
     ) -> None:
         self._corpus, self._renderer, self._members = corpus, renderer, members
         self._pack_tokens, self._unusable = pack_tokens, unusable
-        self._pictures = pictures
+        self._known = known
 
-    def without_pictures(self) -> StepData:
-        """The same steps for a model that knows the features of all pictures."""
+    def without_pictures(self, known: Known) -> StepData:
+        """The same steps, with what is known of all pictures in their place."""
         return StepData(
-            self._corpus, self._renderer, self._members, self._pack_tokens, self._unusable, False
+            self._corpus, self._renderer, self._members, self._pack_tokens, self._unusable, known
         )
 
     def within(self, pack_tokens: int) -> StepData:
         """The same steps in packs of at most so many tokens."""
         source = self._corpus, self._renderer, self._members
-        return StepData(*source, pack_tokens, self._unusable, self._pictures)
+        return StepData(*source, pack_tokens, self._unusable, self._known)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -207,14 +227,14 @@ class StepData(Dataset[Parcel | UserError]):
         return self.laid(number)[0]
 
     def laid(self, number: int) -> tuple[Step, Block]:
-        """The step, and the block that the patches of its packs lie in."""
+        """The step, and the block that its packs' patches and what is known of them lie in."""
         encoded: list[Encoded] = []
         indices: list[int] = []
         dropped: list[Dropped] = []
         for index in self._members.of(number):
             located = self._corpus[index]
             try:
-                encoded.append(self._encode(located))
+                encoded.append(self._encode(index, located))
                 indices.append(index)
             except DamagedPicture as error:
                 if self._unusable == "refuse":
@@ -224,21 +244,28 @@ class StepData(Dataset[Parcel | UserError]):
         budget = 1 if any(one.inputs for one in encoded) else self._pack_tokens
         plan = plan_packs([one.outline.tokens for one in encoded], budget)
         groups = [[encoded[i] for i in group] for group in plan]
-        shapes = [common_shape([one.patches_ND for one in group]) for group in groups]
-        block = Block.of(*((torch.uint8, shape) for shape in shapes))
-        packs = [
-            pack(group, patches_ND.numpy())
-            for group, patches_ND in zip(groups, block.tensors(), strict=True)
-        ]
-        if not self._pictures:
-            packs = [replace(batch, grids=()) for batch in packs]
         members = tuple(tuple(indices[i] for i in group) for group in plan)
-        return Step(number, tuple(packs), tuple(dropped), members), block
+        forms: list[Form] = [
+            (torch.uint8, common_shape([one.patches_ND for one in group])) for group in groups
+        ]
+        if self._known is not None:
+            forms += map(self._known.form, members)
+        block = Block.of(*forms)
+        pictures = block.tensors()
+        packs = [pack(group, next(pictures).numpy()) for group in groups]
+        known = tuple(pictures)
+        if self._known is not None:
+            packs = [replace(batch, grids=()) for batch in packs]
+            for indices_of_pack, room in zip(members, known, strict=True):
+                self._known.lay(indices_of_pack, room)
+        return Step(number, tuple(packs), tuple(dropped), members, known), block
 
-    def _encode(self, located: Located) -> Encoded:
-        if self._pictures:
+    def _encode(self, index: int, located: Located) -> Encoded:
+        if self._known is None:
             return self._renderer.encode(located)
-        return self._renderer.unseen(located)
+        unseen = self._renderer.unseen(located)
+        self._known.check(index, sum(span.stop - span.start for span in unseen.outline.spans))
+        return unseen
 
 
 def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator[Step, None, None]:

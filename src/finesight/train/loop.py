@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 
 import torch
 from rich.console import Console
@@ -17,15 +17,17 @@ from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.loader import read_steps
+from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
 from finesight.train.schedule import in_steps
-from finesight.train.seen import Seen, look, pays
+from finesight.train.seen import Seen
 from finesight.train.step import take_step
 from finesight.train.stop import Stop
+from finesight.train.tower import OffCard, leaves
 from finesight.train.track import trackers
 from finesight.train.waiting import awaited
 from finesight.train.workers import WorkerDied
@@ -118,6 +120,7 @@ class Loop:
         self.measure_every = in_steps(every, self.total) if session.held_out else 0
         self.patience = evaluation.patience if evaluation else None
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
+        self.tower = OffCard(session.model)
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -144,11 +147,10 @@ class Loop:
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
-        if not self.after_step():
+        if not self.after_step() or self.session.progress.step == self.total:
             return
-        seen = self.look()
         budget, device = self.session.progress.budget, self.session.machine.device
-        with self.reporter.showing(self.total):
+        with self.looked() as seen, self.reporter.showing(self.total):
             within_memory(
                 budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
             )
@@ -159,7 +161,7 @@ class Loop:
         session, progress = self.session, self.session.progress
         session.keep_within(budget)
         device, workers = session.machine.device, session.machine.workers
-        data = session.data if seen is None else session.data.without_pictures()
+        data = session.data if seen is None else session.data.without_pictures(seen.known)
         data = data.within(budget.pack_tokens)
         with closing(read_steps(data, progress.step, workers, device.type == "cuda")) as steps:
             for step, wait in awaited(steps, device):
@@ -169,15 +171,16 @@ class Loop:
                 if not self.after_step():
                     break
 
-    def look(self) -> Seen | None:
-        """Features of all pictures, where steps are left and looking at them beforehand pays."""
-        if self.session.progress.step == self.total or not pays(self.session):
-            return None
-        start = time.perf_counter()
-        seen = look(self.session, self.screen, self.stop)
-        pictures = 0 if seen is None else seen.pictures
-        self.reporter.looked(time.perf_counter() - start, pictures)
-        return seen
+    @contextmanager
+    def looked(self) -> Iterator[Seen | None]:
+        """Within the block, what is known of all pictures, where looking at them beforehand pays.
+        Then the tower's weights leave a GPU, but for measuring."""
+        session, start = self.session, time.perf_counter()
+        with looked_at(session, self.screen, self.stop) as looked:
+            self.reporter.looked(time.perf_counter() - start, looked)
+            rests = looked.seen is not None and leaves(session.machine.device)
+            with self.tower.away() if rests else nullcontext():
+                yield looked.seen
 
     def after_step(self) -> bool:
         """Measure, save and stop where it is time to; otherwise do not wait for the device. False
@@ -216,7 +219,8 @@ class Loop:
         """Measure and report; the best measurement between start and end earns a checkpoint."""
         progress = self.session.progress
         start = time.perf_counter()
-        measured = measure(self.session, name, self.screen, self.stop)
+        with self.tower.back():
+            measured = measure(self.session, name, self.screen, self.stop)
         self.reporter.measured(measured, time.perf_counter() - start)
         progress.measured = progress.step
         found = best_of(measured)

@@ -29,6 +29,7 @@ from finesight.model.adapter import continue_adapter
 from finesight.model.any_family import AnyModel, load_any
 from finesight.model.fallback import LIMITS, FallbackModel
 from finesight.model.lora import stacked
+from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.qwen_vl import SquareTower
@@ -46,7 +47,7 @@ from finesight.train.schedule import Schedule
 from finesight.train.survey import Survey, pictures_of, survey
 from finesight.train.workers import default_workers
 
-ANYTHING = {"workers", "keep", "save_every", "device", "precision"}
+ANYTHING = {"workers", "cache", "keep", "save_every", "device", "precision"}
 """Settings of `train` that a resumed run may change: they do not touch what is computed."""
 
 
@@ -135,14 +136,17 @@ class Session:
         return StepData(corpus, self.renderer, members, pack_tokens, unusable)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
-        """The pack as a step or the held-out loss computes it: on the device, and filled up where a
-        CPU computes in 16 bits, since oneDNN builds its kernels anew for every new shape."""
-        machine, model = self.machine, self.model
-        even = machine.device.type == "cpu" and machine.dtype != torch.float32
-        if even and not isinstance(model, FallbackModel):
-            one_size = isinstance(model.visual, SquareTower)
-            return filled(packed, None if one_size else model.geometry.vision.merge)
-        return packed.to(machine.device)
+        """The pack as a step or the held-out loss computes it: on the device, and filled up where
+        that is faster."""
+        if self.even and not isinstance(self.model, FallbackModel):
+            return filled(packed, merge_filled(self.model))
+        return packed.to(self.machine.device)
+
+    @property
+    def even(self) -> bool:
+        """Whether sizes are filled up: where a CPU computes in 16 bits, since oneDNN builds its
+        kernels anew for every new shape."""
+        return self.machine.device.type == "cpu" and self.machine.dtype != torch.float32
 
     def keep_within(self, budget: Budget) -> None:
         """Learn within this budget from here on."""
@@ -174,6 +178,12 @@ class Session:
             tune=self.recipe.tune,
             versions=versions(),
         )
+
+
+def merge_filled(model: VisionLanguageModel) -> int | None:
+    """Patches of a side that become one feature, where pictures may be filled up: None for a tower
+    whose pictures all have one size."""
+    return None if isinstance(model.visual, SquareTower) else model.geometry.vision.merge
 
 
 def versions() -> dict[str, str]:

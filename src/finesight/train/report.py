@@ -15,6 +15,7 @@ import torch
 from finesight.model.experts import Experts
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
+from finesight.train.looking import Looked
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
@@ -83,11 +84,13 @@ class Reporter:
         }
         session.run.note(figures)
 
-    def looked(self, seconds: float, pictures: int) -> None:
-        """Note the time that no step counts: so many seconds for features of so many pictures, 0
-        where a damaged one made them useless."""
+    def looked(self, seconds: float, looked: Looked) -> None:
+        """Say and note what is known of all pictures; finding or computing it took so many
+        seconds."""
+        self._screen.say(looked.why)
+        took = {"seen_s": seconds} if looked.seen is not None else {}
         step = self._session.progress.step
-        self._session.run.note({"step": step, "seen_s": seconds, "pictures": pictures})
+        self._session.run.note({"step": step, **took, **looked.as_json()})
 
     @contextmanager
     def showing(self, total: int) -> Iterator[None]:

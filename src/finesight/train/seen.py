@@ -1,96 +1,124 @@
-"""Pictures that a frozen tower has looked at once: its features, kept for all epochs of a run."""
+"""Pictures that a frozen tower has looked at: its features, kept for all steps of a run.
+
+Shapes: P different pictures, M places of the pictures of a pack, A places of all pictures, K
+features of each, D width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.encode.pack import PackedBatch
-from finesight.model.network import VisionLanguageModel
-from finesight.train.course import InOrder
-from finesight.train.loader import StepData, read_steps
-from finesight.train.prepare import Session
-from finesight.train.progress import Screen
-from finesight.train.stop import Stop
+from finesight.data.headers import DamagedPicture
+from finesight.train.feature_files import Stored, read_rows
+from finesight.train.loader import Form, Known
+from finesight.train.shown import Shown
 
-MOST_BYTES = 1 << 30
-"""Features of more than this are not kept."""
+
+@dataclass(frozen=True)
+class Places(Known):
+    """Where the features of a pack stand among those of all pictures: that alone travels. It is
+    made where packs are made, ahead of the step; samples go by their index in the corpus.
+
+    `bounds_P1` are the places at which the pictures start, and the end of the last.
+    """
+
+    shown: Shown
+    bounds_P1: NDArray[np.int64]
+
+    def check(self, sample: int, places: int) -> None:
+        """Raises DamagedPicture for a sample of which a picture could not be looked at, or whose
+        pictures no longer take as many places as they did."""
+        if sample in self.shown.damaged:
+            raise self.shown.damaged[sample]
+        if places != self.count([sample]):
+            raise DamagedPicture(
+                f"a picture takes {places} places among the tokens now, and took"
+                f" {self.count([sample])} when it was looked at",
+                where=str(self.shown.sights[self.numbers([sample])[0]].span.files[0]),
+                expected="pictures that stay as they are while a run learns from them",
+                remedy="start again with --resume: the pictures are looked at again",
+            )
+
+    def numbers(self, members: Sequence[int]) -> list[int]:
+        """The pictures of these samples, one after the other."""
+        return [number for sample in members for number in self.shown.of_sample[sample]]
+
+    def count(self, members: Sequence[int]) -> int:
+        """M of these samples."""
+        sights = self.shown.sights
+        return sum(sights[number].places for number in self.numbers(members))
+
+    def form(self, members: Sequence[int]) -> Form:
+        """int64 [M]."""
+        return torch.int64, (self.count(members),)
+
+    def lay(self, members: Sequence[int], room: Tensor) -> None:
+        """The places, one picture after the other."""
+        bounds = self.bounds_P1
+        ranges = [np.arange(bounds[n], bounds[n + 1]) for n in self.numbers(members)]
+        if ranges:
+            np.concatenate(ranges, out=room.numpy())
+
+
+@dataclass(frozen=True)
+class InMemory(Places):
+    """Features [A, K, D] that the processes share which make packs; those of a pack travel."""
+
+    features_AKD: Tensor
+
+    def form(self, members: Sequence[int]) -> Form:
+        """[M, K, D]."""
+        return self.features_AKD.dtype, (self.count(members), *self.features_AKD.shape[1:])
+
+    def lay(self, members: Sequence[int], room: Tensor) -> None:
+        """The features, gathered."""
+        at_M = torch.empty(len(room), dtype=torch.int64)
+        super().lay(members, at_M)
+        torch.index_select(self.features_AKD, 0, at_M, out=room)
+
+
+@dataclass(frozen=True)
+class OnDisk(Places):
+    """Features in `files`, one for each chunk of pictures, of which `firsts` are the first ones;
+    those of a pack travel. `tail` is (K, D)."""
+
+    files: Sequence[Stored]
+    firsts: NDArray[np.int64]
+    tail: tuple[int, int]
+    dtype: torch.dtype
+
+    def form(self, members: Sequence[int]) -> Form:
+        """[M, K, D]."""
+        return self.dtype, (self.count(members), *self.tail)
+
+    def lay(self, members: Sequence[int], room: Tensor) -> None:
+        """The features, read. Raises Unreadable where a file is gone or cut off."""
+        start = 0
+        for number in self.numbers(members):
+            stop = start + self.shown.sights[number].places
+            chunk = int(np.searchsorted(self.firsts, number, "right")) - 1
+            at = self.bounds_P1[number] - self.bounds_P1[self.firsts[chunk]]
+            read_rows(self.files[chunk], int(at), room[start:stop])
+            start = stop
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Features [M, K, D] of each sample's pictures, by the sample's index in the corpus; `pictures`
-    counts them."""
+    """Features of all pictures: `known` travels with the packs, and where that is places alone,
+    `features_AKD` are on the device."""
 
-    features: Mapping[int, Tensor]
-    pictures: int
+    known: Places
+    device: torch.device
+    features_AKD: Tensor | None = None
 
-    def of(self, members: Sequence[int]) -> Tensor:
-        """Those of a pack that holds these samples, end to end."""
-        return torch.cat([self.features[index] for index in members])
-
-
-def pays(session: Session, most_bytes: int = MOST_BYTES) -> bool:
-    """Whether to look at all pictures beforehand: where nothing of the tower learns, pictures come
-    more than once, and their features fit. On a CPU only: a GPU's memory is for the model.
-
-    A function of recipe, data and model alone, so that a resumed run does the same.
-    """
-    model, survey = session.model, session.train.survey
-    if not isinstance(model, VisionLanguageModel):
-        return False
-    tower, language = model.visual, model.geometry.language
-    places = survey.patches // tower.geometry.merge**2
-    return (
-        session.machine.device.type == "cpu"
-        and not any(parameter.requires_grad for parameter in tower.parameters())
-        and session.course.samples > len(survey.kept)
-        and 0
-        < places * tower.features * language.width * session.machine.dtype.itemsize
-        <= most_bytes
-    )
-
-
-@torch.no_grad()
-def look(session: Session, screen: Screen, stop: Stop) -> Seen | None:
-    """Features of all usable training samples, always in the same packs: a resumed run finds the
-    same bits. None where a picture turns out damaged: steps know how to go on without it.
-
-    Raises Interrupted when the run was asked to stop on the way.
-    """
-    kept, train = session.train.survey.kept, session.recipe.train
-    members = InOrder(kept, train.batch)
-    unusable = session.recipe.data.unusable
-    data = StepData(session.train.corpus, session.renderer, members, train.pack_tokens, unusable)
-    features: dict[int, Tensor] = {}
-    pictures = 0
-    reading = read_steps(data, 0, session.machine.workers, pin=False)
-    with screen.stage("looking at pictures", len(kept)) as advance, closing(reading) as steps:
-        for step in steps:
-            stop.check()
-            if step.dropped:
-                return None
-            for samples, batch in zip(step.members, step.packs, strict=True):
-                features.update(zip(samples, _features(session, batch), strict=True))
-                pictures += len(batch.grids)
-            advance(step.samples)
-    return Seen(features, pictures)
-
-
-def _features(session: Session, packed: PackedBatch) -> Sequence[Tensor]:
-    """Of each sample of the pack, [0, K, D] for one without pictures."""
-    model = session.model
-    assert isinstance(model, VisionLanguageModel), "looking did not pay"
-    if not packed.grids:
-        shape = (0, model.visual.features, model.geometry.language.width)
-        return [torch.empty(shape, dtype=session.machine.dtype)] * len(packed.lengths)
-    batch = session.placed(packed)
-    ends = torch.searchsorted(batch.visual_at_M, batch.bounds_S1)
-    counts: list[int] = ends.diff().tolist()
-    features = torch.split(model.see(batch.patches_ND, batch.grids), counts)
-    # Without what fills the pack up.
-    return features[: len(packed.lengths)]
+    def of(self, known: Tensor) -> Tensor:
+        """Features [M, K, D] of a pack on the device, by what has travelled with it: one copy that
+        nobody waits for, or one gather."""
+        there = known.to(self.device, non_blocking=True)
+        return there if self.features_AKD is None else self.features_AKD.index_select(0, there)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +59,7 @@ def seed_of(seed: int, step: int, micro: int) -> int:
 
 def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None) -> Taken:
     """Run a step. Its loss is the mean over the learned tokens of all its packs together, so that
-    it does not matter how the samples were packed. `seen` are the features of its pictures, where
+    it does not matter how the samples were packed. `seen` gives the features of its pictures, where
     they are known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
@@ -105,8 +104,9 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             session.masters.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
+        known = None if seen is None else step.known[micro]
         try:
-            total += _learn(session, packed, share, seen, step.members[micro])
+            total += _learn(session, packed, share, seen, known)
         except torch.OutOfMemoryError as error:
             session.masters.forget_gradients()
             raise too_much(error, packed, session.progress.budget, learning=True) from None
@@ -114,11 +114,11 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
 
 
 def _learn(
-    session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, members: Sequence[int]
+    session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, known: Tensor | None
 ) -> Tensor:
     """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
     model, batch = session.model, session.placed(packed)
-    features_MKD = None if seen is None else seen.of(members)
+    features_MKD = None if seen is None or known is None else seen.of(known)
     h_LD = model(batch, features_MKD)
     loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
     loss.backward()  # type: ignore[no-untyped-call]

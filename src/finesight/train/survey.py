@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
@@ -28,24 +29,29 @@ CHUNK = 64
 @dataclass(frozen=True, slots=True)
 class Survey:
     """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
-    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `met` are the
-    watched pictures that samples have."""
+    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `pictures` counts
+    the files of pictures and frames that the kept ones show, `distinct` those that differ in their
+    path. `met` are the watched pictures that samples have."""
 
     kept: tuple[int, ...]
     dropped: tuple[Dropped, ...]
     tokens: int
     patches: int
     longest: int
+    pictures: int = 0
+    distinct: int = 0
     met: frozenset[str] = frozenset()
 
 
 class _Glance(NamedTuple):
-    """What a worker reports of a sample; an outline would be a hundred times as much."""
+    """What a worker reports of a sample; an outline would be a hundred times as much. `pictures`
+    has a short digest of each path."""
 
     id: str
     tokens: int
     supervised: int
     patches: int
+    pictures: tuple[bytes, ...]
     met: frozenset[str]
 
 
@@ -63,9 +69,14 @@ class _Glances(Dataset[list[_Glance | UserError] | UserError]):
     def _glance(self, index: int) -> _Glance:
         located = self._corpus.checked(index)
         outline = self._renderer.outline(located)
-        met = pictures_of(located) & self._watched if self._watched else frozenset[str]()
+        shown = pictures_of(located)
         return _Glance(
-            outline.id, outline.tokens, outline.supervised, outline.patches, frozenset(met)
+            id=outline.id,
+            tokens=outline.tokens,
+            supervised=outline.supervised,
+            patches=outline.patches,
+            pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
+            met=frozenset(shown & self._watched),
         )
 
 
@@ -99,6 +110,7 @@ def survey(
     )
     damaged: dict[int, str] = {}
     patches: list[int] = []
+    pictures: list[tuple[bytes, ...]] = []
     met: set[str] = set()
 
     def whole() -> Iterator[_Glance]:
@@ -107,6 +119,7 @@ def survey(
             for glance in glances:
                 if isinstance(glance, _Glance):
                     patches.append(glance.patches)
+                    pictures.append(glance.pictures)
                     met.update(glance.met)
                     yield glance
                 elif isinstance(glance, DamagedPicture) and data.unusable == "drop":
@@ -135,5 +148,7 @@ def survey(
         tokens=sum(chosen.tokens),
         patches=sum(patches[i] for i in chosen.kept),
         longest=max(chosen.tokens),
+        pictures=sum(len(pictures[i]) for i in chosen.kept),
+        distinct=len({shown for i in chosen.kept for shown in pictures[i]}),
         met=frozenset(met),
     )

@@ -14,6 +14,7 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
+from finesight.encode.encoded import Grid
 from finesight.encode.lengths import usable
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
@@ -27,9 +28,9 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
-    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `met` are the
-    watched pictures that samples have."""
+    """Which samples of a corpus will be used: `kept` holds their indices, `glances` what was seen
+    of each, `dropped` the others. `tokens` and `patches` are sums over the kept ones, `longest`
+    counts tokens. `met` are the watched pictures that samples have."""
 
     kept: tuple[int, ...]
     dropped: tuple[Dropped, ...]
@@ -37,36 +38,41 @@ class Survey:
     patches: int
     longest: int
     met: frozenset[str] = frozenset()
+    glances: tuple[Glance, ...] = ()
 
 
-class _Glance(NamedTuple):
+class Glance(NamedTuple):
     """What a worker reports of a sample; an outline would be a hundred times as much."""
 
     id: str
     tokens: int
     supervised: int
-    patches: int
+    grids: tuple[Grid, ...]
     met: frozenset[str]
 
+    @property
+    def patches(self) -> int:
+        """Of all its pictures."""
+        return sum(t * h * w for t, h, w in self.grids)
 
-class _Glances(Dataset[list[_Glance | UserError] | UserError]):
+
+class _Glances(Dataset[list[Glance | UserError] | UserError]):
     def __init__(self, corpus: Corpus, renderer: Rendering, watched: Set[str]) -> None:
         self._corpus, self._renderer, self._watched = corpus, renderer, watched
 
-    def __getitem__(self, number: int) -> list[_Glance | UserError] | UserError:
+    def __getitem__(self, number: int) -> list[Glance | UserError] | UserError:
         chunk = range(number * CHUNK, min((number + 1) * CHUNK, len(self._corpus)))
         return [self._guarded(index) for index in chunk]
 
-    def _guarded(self, index: int) -> _Glance | UserError:
+    def _guarded(self, index: int) -> Glance | UserError:
         return guarded(lambda: self._glance(index))
 
-    def _glance(self, index: int) -> _Glance:
+    def _glance(self, index: int) -> Glance:
         located = self._corpus.checked(index)
         outline = self._renderer.outline(located)
         met = pictures_of(located) & self._watched if self._watched else frozenset[str]()
-        return _Glance(
-            outline.id, outline.tokens, outline.supervised, outline.patches, frozenset(met)
-        )
+        grids = tuple(span.grid for span in outline.spans)
+        return Glance(outline.id, outline.tokens, outline.supervised, grids, frozenset(met))
 
 
 def pictures_of(located: Located) -> set[str]:
@@ -94,19 +100,19 @@ def survey(
     """
     chunks = range(-(-len(corpus) // CHUNK))
     source = _Glances(corpus, renderer, watched)
-    lists: Iterator[list[_Glance | UserError]] = read_ahead(
+    lists: Iterator[list[Glance | UserError]] = read_ahead(
         source, chunks, min(workers, len(chunks) // 4), pin=False
     )
     damaged: dict[int, str] = {}
-    patches: list[int] = []
+    seen: list[Glance] = []
     met: set[str] = set()
 
-    def whole() -> Iterator[_Glance]:
+    def whole() -> Iterator[Glance]:
         index = 0
         for glances in lists:
             for glance in glances:
-                if isinstance(glance, _Glance):
-                    patches.append(glance.patches)
+                if isinstance(glance, Glance):
+                    seen.append(glance)
                     met.update(glance.met)
                     yield glance
                 elif isinstance(glance, DamagedPicture) and data.unusable == "drop":
@@ -116,7 +122,7 @@ def survey(
                 index += 1
             if advance is not None:
                 advance(len(glances))
-        if not patches:
+        if not seen:
             raise UserError(
                 f"not one of {len(corpus)} samples has pictures that can be read",
                 where="data",
@@ -129,11 +135,13 @@ def survey(
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
+    glances = tuple(seen[i] for i in chosen.kept)
     return Survey(
         kept=tuple(readable[i] for i in chosen.kept),
         dropped=tuple(dropped),
         tokens=sum(chosen.tokens),
-        patches=sum(patches[i] for i in chosen.kept),
+        patches=sum(glance.patches for glance in glances),
         longest=max(chosen.tokens),
         met=frozenset(met),
+        glances=glances,
     )

@@ -295,7 +295,8 @@ class _Stack:
         """Bytes that the backward pass of a layer works with, less what it has freed by then."""
         layer, (lengths, rows) = self.layers[number], places[number]
         whole = layer.of(lengths, rows, self.computing) if number < self.again else 0
-        return whole + max(0, rows * (layer.back - layer.freed)) + layer.gradients
+        widest = max(rows * layer.back, 2 * rows * layer.entering + layer.gradients)
+        return max(0, whole + widest - rows * layer.freed)
 
 
 Place = tuple[Sequence[int], int]

@@ -76,7 +76,7 @@ def card(name: str) -> Card:
     found = by_key.get(key)
     if found is not None:
         return found
-    nearest = difflib.get_close_matches(key, by_key, n=4, cutoff=0.3)
+    nearest = difflib.get_close_matches(key, by_key, n=4, cutoff=0.5)
     begun = [other for other in by_key if key and (other in key or other.startswith(key))]
     names = list(dict.fromkeys([*begun, *nearest]))[:4] or list(by_key)
     raise UserError(
@@ -90,5 +90,5 @@ def card(name: str) -> Card:
 
 def _key(name: str) -> str:
     """Letters and digits that tell cards apart."""
-    plain = re.sub(r"(nvidia|geforce|tesla|quadro|tensor core|gpu|sxm\d?)", "", name.lower())
+    plain = re.sub(r"nvidia|geforce|tesla|rtx|tensor core|gpu|sxm\d?", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", plain)

@@ -16,7 +16,7 @@ from finesight.plan.seconds import StepTime
 from finesight.train.survey import Glance
 
 SENSIBLE = 4096
-"""Tokens of a pack that keep a card busy: with fewer, kernels end sooner than the next is started."""
+"""Tokens of a pack that keep a card busy: with fewer, starting kernels takes longer than them."""
 
 GRAIN = 256
 """Steps in which budgets are tried."""

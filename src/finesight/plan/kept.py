@@ -140,9 +140,9 @@ class Kept:
     """Of one layer: bytes for each row of its attention's side (`beside`), for each row of its
     `mlp`, and how it looks (None where no gradient comes through).
 
-    `entering` is what a row of its input takes, `inner` the numbers of its widest product. At the
-    widest moment of the way back, in the MLP, each row takes `back` more, `freed` of what was kept
-    is gone, and `gradients` of weights wait to be summed up. `leaves`: its output has a gradient.
+    `entering` is what a row of its input takes, `inner` the numbers of its widest product. On the
+    way back, in the MLP, `freed` of each row is gone when its activation takes `back`, and when
+    `gradients` of weights wait to be summed up. `leaves`: its output has a gradient.
     """
 
     beside: int
@@ -178,16 +178,14 @@ def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
     inside = sum(up.outputs.values())
     activation = inside * computing.number if reached or learns(up) else 0
     last = of_group(down, computing)
-    back = _back(inside, gated=inside > down.inputs, computing=computing)
+    back = _back(inside, inside > down.inputs) * computing.number
     return KeptMlp(of_group(up, computing) + activation + last, inside, back, last)
 
 
-def _back(inside: int, gated: bool, computing: Computing) -> int:
-    """Bytes of a row while an activation goes back: its gradient, those of both factors; without a
-    kernel for it (`model.fused`) steps in between."""
-    if gated:
-        return inside * computing.number * (3 if computing.cuda else 4) // 2
-    return inside * computing.number * 5
+def _back(inside: int, gated: bool) -> int:
+    """Numbers of a row while an activation goes back: where it is gated, its gradient and those of
+    both factors; else, without a kernel for it (`model.fused`), steps in between."""
+    return inside // 2 * 3 if gated else inside * 5
 
 
 def _products(mlp: nn.Module) -> tuple[GroupedLinear, GroupedLinear]:
@@ -212,7 +210,7 @@ def _of_experts(mlp: SparseMlp, reached: bool, computing: Computing) -> KeptMlp:
     places = 3 * INDEX * mlp.chosen
     router = width * number if learns(mlp.gate) else 0
     inside = 2 * mlp.chosen * inner
-    back = _back(inside, gated=True, computing=computing)
+    back = _back(inside, gated=True) * number
     return KeptMlp(mlp.chosen * pairs + shares + places + router, inside, back, 0)
 
 

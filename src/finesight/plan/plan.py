@@ -212,7 +212,7 @@ def _tokens(glances: Sequence[Glance], dropped: int) -> Tokens:
 
 def _round_width(width: float) -> int:
     """1, 2 or 5 times a power of ten, at least that."""
-    power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
+    power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 

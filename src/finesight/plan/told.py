@@ -23,7 +23,8 @@ ROWS = {
     "working": "working space",
     "logits": "logits",
     "inputs": "inputs",
-    "outside": "CUDA or process itself",
+    "libraries": "libraries",
+    "outside": "CUDA itself",
 }
 """Parts of the memory, in the order in which they are printed."""
 

@@ -19,11 +19,10 @@ from finesight.plan.model import sized
 from finesight.plan.target import named_target
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-LORA = {"language": "lora", "lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
-SCRIPT = {
-    "language": "lora",
-    "lora": LORA["lora"] | {"targets": ["c_attn", "attn.c_proj", "w1", "w2"]},  # type: ignore[operator]
-}
+ADAPTER = {"rank": 64, "alpha": 16, "dropout": 0.05}
+LORA = {"language": "lora", "lora": ADAPTER}
+TARGETS = {"targets": ["c_attn", "attn.c_proj", "w1", "w2"]}
+SCRIPT = {"language": "lora", "lora": ADAPTER | TARGETS}
 ALL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
 ALL_BUT_THE_TOWER = {"language": "full", "merger": "full", "embeddings": "full"}
 

@@ -56,7 +56,8 @@ def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguag
 def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
     """Most bytes that one pack, forwards and backwards, has beside what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0)).backward()  # type: ignore[no-untyped-call]
+        loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
+        loss.backward()  # type: ignore[no-untyped-call]
     assert profiled.profiler is not None
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
     written_on = _target(recipe, gpu, recipe.train.precision)
     base = base_of(recipe)
     renderer = base.renderer(recipe)
-    train, held_out = texts_of(recipe, renderer, 0, screen)
+    train, held_out = texts_of(recipe, renderer, written_on.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
     glances = dict(zip(train.survey.kept, train.survey.glances, strict=True))
     steps = Steps(list(steps_of(course, glances)))

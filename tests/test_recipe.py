@@ -49,6 +49,15 @@ def test_several_files_weights_rates_and_a_size(tmp_path):
     assert recipe.train.betas == (0.9, 0.95)
 
 
+def test_layers_are_recomputed_all_none_or_a_share(tmp_path):
+    for written, meant in (("true", True), ("false", False), ("0.25", 0.25), (".5", 0.5)):
+        recipe = load_recipe(_written(tmp_path, SHORTEST), [f"train.recompute={written}"])
+        assert recipe.train.recompute == meant
+        assert isinstance(recipe.train.recompute, type(meant))
+    for wrong in ("2", "1.5", "-0.5", "often"):
+        assert "train.recompute" in _refusal(tmp_path, SHORTEST, f"train.recompute={wrong}").where
+
+
 def test_overrides_replace_add_and_reach_into_lists(tmp_path):
     recipe = load_recipe(
         _written(tmp_path, SHORTEST),

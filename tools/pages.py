@@ -26,6 +26,7 @@ COMMANDS = (
         "data import",
         "data check",
         "data show",
+        "data plan",
         "data export",
         "data migrate",
     ),

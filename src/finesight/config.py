@@ -215,7 +215,7 @@ class Train(Section):
     weight_decay: Annotated[Real, Field(ge=0.0)] = 0.0
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.999)
     clip: Annotated[Real, Field(gt=0.0)] | None = 1.0
-    recompute: bool = False
+    recompute: bool | Share = False
     precision: Precision = "auto"
     device: Device = "auto"
     seed: Steps = 0

@@ -25,6 +25,7 @@ COMMANDS = (
     ["data", "import"],
     ["data", "export"],
     ["data", "migrate"],
+    ["data", "plan"],
     ["data", "show"],
 )
 TALKING = (["chat"], ["web"], ["serve"])

@@ -289,12 +289,14 @@ def test_recompute_changes_nothing_but_memory(task: Task, tune: dict[str, Any]) 
     tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
     task.run(name="plain", tune=tune)
     task.run("train.recompute=true", name="recomputed", tune=tune)
-    assert losses(task.folder / "plain") == losses(task.folder / "recomputed")
-    plain, recomputed = (
+    task.run("train.recompute=0.5", name="half", tune=tune)
+    names = ("plain", "recomputed", "half")
+    assert len({tuple(losses(task.folder / name)) for name in names}) == 1
+    weights = {
         (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()
-        for name in ("plain", "recomputed")
-    )
-    assert plain == recomputed
+        for name in names
+    }
+    assert len(weights) == 1
 
 
 @pytest.mark.gpu

@@ -40,6 +40,10 @@ def test_all_are_kept_and_counted(tmp_path: Path) -> None:
     assert found.tokens == sum(outline.tokens for outline in outlines)
     assert found.patches == sum(outline.patches for outline in outlines)
     assert found.longest == max(outline.tokens for outline in outlines)
+    assert [(glance.id, glance.tokens, glance.supervised) for glance in found.glances] == [
+        (outline.id, outline.tokens, outline.supervised) for outline in outlines
+    ]
+    assert [glance.patches for glance in found.glances] == [o.patches for o in outlines]
 
 
 def test_over_long_and_unreadable_samples_are_dropped_with_their_reasons(tmp_path: Path) -> None:

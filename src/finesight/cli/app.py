@@ -20,6 +20,7 @@ from finesight.cli.data_check import check
 from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
 from finesight.cli.data_migrate import migrate
+from finesight.cli.data_plan import plan
 from finesight.cli.data_show import show
 from finesight.cli.download import download
 from finesight.cli.evaluate import evaluate
@@ -79,6 +80,7 @@ data.command("import", short_help="Turn pictures with labels into samples.")(imp
 data.command(short_help="Find what is wrong with samples.")(check)
 data.command("export", short_help="Write samples in another program's format.")(export_data)
 data.command(short_help="Print every token of a recipe's samples.")(show)
+data.command(short_help="Count what a run will take, and choose settings that fit.")(plan)
 data.command(short_help="Write a file's boxes for another family.")(migrate)
 app.command(short_help="Tune a model as a recipe says.")(train)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)

@@ -65,7 +65,7 @@ class FallbackModel(nn.Module):
         super().__init__()
         self.inner = inner
         self._checked = False
-        self._recompute = False
+        self._recompute = 0.0
         head = inner.get_output_embeddings()
         for path, module in list(inner.named_modules()):
             # Its subclasses are read by others than their own forward.
@@ -90,12 +90,13 @@ class FallbackModel(nn.Module):
         return int(self.inner.config.get_text_config().max_position_embeddings)
 
     @property
-    def recompute(self) -> bool:
-        """Whether activations are computed twice to keep fewer."""
+    def recompute(self) -> float:
+        """The share of layers whose activations are computed twice to keep fewer; transformers
+        knows all or none, and takes any share for all."""
         return self._recompute
 
     @recompute.setter
-    def recompute(self, wanted: bool) -> None:
+    def recompute(self, wanted: float) -> None:
         self._recompute = wanted
         if wanted:
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finesight.model.attention import Attention
 from finesight.model.experts import SparseMlp
 from finesight.model.geometry import LanguageGeometry
-from finesight.model.layers import GatedMlp, RmsNorm, run_layer
+from finesight.model.layers import GatedMlp, RmsNorm, recomputed, run_layer
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, language_rotation, rotate
 
@@ -118,17 +118,20 @@ class Decoder(nn.Module):
         x_TD: Tensor,
         positions_3T: Tensor,
         attention: Attention,
-        recompute: bool = False,
+        recompute: float = 0.0,
         only_L: Tensor | None = None,
         deepstack: Deepstack | None = None,
     ) -> Tensor:
         """[T, D] to [T, D], before the last norm; to [L, D] where only the tokens `only_L` are
         wanted: the others need not go through the last MLP. Nothing is added after the last layer.
+        `recompute` is the share of layers whose inner activations are made again in the backward
+        pass, the first ones.
         """
         rotations = self.rotations(positions_3T, attention, x_TD.dtype)
+        again = recomputed(recompute, len(self.layers))
         *layers, last = self.layers
         for number, layer in enumerate(layers):
-            x_TD = run_layer(layer, recompute, x_TD, rotations, attention)
+            x_TD = run_layer(layer, number < again, x_TD, rotations, attention)
             if deepstack is not None:
                 x_TD = deepstack.after(number, x_TD)
-        return run_layer(last, recompute, x_TD, rotations, attention, only_L)
+        return run_layer(last, again > len(layers), x_TD, rotations, attention, only_L)

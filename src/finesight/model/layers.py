@@ -5,6 +5,7 @@ Shapes: T tokens, N patches, D width, M squares of merged patches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,13 @@ from finesight.model.fused import gated, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
+
+
+def recomputed(share: float, depth: int) -> int:
+    """How many of `depth` layers that is, counted from the first: what the last ones keep is gone
+    when the way back comes to layers whose activations have to be made again."""
+    # Rounded first: 0.28 x 25 is a little more than 7.
+    return math.ceil(round(share * depth, 6))
 
 
 def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:

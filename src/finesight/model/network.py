@@ -49,7 +49,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.geometry = geometry
-        self.recompute = False
+        self.recompute = 0.0
+        """The share of layers whose activations are computed twice, to keep fewer."""
         self.readers: Readers | None = None
         self.visual = visual
         self.model = architecture.decoder(geometry.language)

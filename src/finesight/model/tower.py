@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, VisionGeometry
-from finesight.model.layers import PatchEmbed, run_layer
+from finesight.model.layers import PatchEmbed, recomputed, run_layer
 from finesight.model.rope import vision_rotation
 from finesight.model.runs import upload
 
@@ -83,9 +83,10 @@ class VisionTower(nn.Module):
         mergers |= {id(p) for p in self.deepstack_merger_list.parameters()}
         return any(p.requires_grad for p in self.parameters() if id(p) not in mergers)
 
-    def forward(self, patches_ND: Tensor, grids: Sequence[Grid], recompute: bool = False) -> Tensor:
+    def forward(self, patches_ND: Tensor, grids: Sequence[Grid], recompute: float = 0.0) -> Tensor:
         """uint8 patches of pictures end to end to their features [M, K, out_width]: that of the
-        last block, then those of the blocks `deepstack`."""
+        last block, then those of the blocks `deepstack`. `recompute` is the share of blocks whose
+        inner activations are made again in the backward pass, the first ones."""
         expected = sum(t * h * w for t, h, w in grids)
         assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
         route = self.route(grids, patches_ND.device)
@@ -95,8 +96,9 @@ class VisionTower(nn.Module):
             x_ND = self.placed(x_ND, grids)
             rotation = vision_rotation(route.positions_N2, self.geometry)
             on_the_way = []
+            again = recomputed(recompute, len(self.blocks))
             for number, segments in enumerate(route.segments):
-                x_ND = run_layer(self.blocks[number], recompute, x_ND, rotation, segments)
+                x_ND = run_layer(self.blocks[number], number < again, x_ND, rotation, segments)
                 if number in self.deepstack:
                     on_the_way.append(x_ND)
         mergers = zip(self.deepstack_merger_list, on_the_way, strict=True)

@@ -205,7 +205,7 @@ def _saved(record: Record) -> list[str]:
         if now is not None and tokens is not None and now != tokens:
             changes.append(f"packs of at most {now:,} tokens from step {at:,} on")
             tokens = now
-        if line.get("recompute") and not twice:
+        if float(line.get("recompute") or 0) > float(twice or 0):
             changes.append(f"activations computed twice from step {at:,} on")
             twice = True
     if not changes:

@@ -32,7 +32,7 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["before", "after"], dict),
     **dict.fromkeys(["dropped", "differences"], list),
     "weights_of": float,
-    "recompute": bool,
+    "recompute": float,
     "headline": str,
 }
 """What the values of keys are, float for any number: those that are something else are taken for

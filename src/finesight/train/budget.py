@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 class Budget(BaseModel):
-    """Packs of at most `pack_tokens` tokens, their activations kept or computed twice: as the
-    recipe says, or less where the memory of this run was full."""
+    """Packs of at most `pack_tokens` tokens, and the share of layers whose activations are
+    computed twice: as the recipe says, or less where the memory of this run was full."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pack_tokens: int
-    recompute: bool
+    recompute: float
 
     def below(self, pack: PackedBatch, learning: bool) -> Budget | None:
         """The next one to try where this pack was too much; None where nothing is left.
@@ -33,8 +33,8 @@ class Budget(BaseModel):
         if len(pack.lengths) > 1:
             held = min(self.pack_tokens, sum(pack.lengths))
             return self.model_copy(update={"pack_tokens": max(1, held // 2)})
-        if learning and not self.recompute:
-            return self.model_copy(update={"recompute": True})
+        if learning and self.recompute < 1.0:
+            return self.model_copy(update={"recompute": 1.0})
         return None
 
     def unlike(self, old: Budget) -> str:

@@ -8,19 +8,51 @@ a second time to save memory is not work done, and does not count.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from finesight.encode.encoded import Grid
-from finesight.encode.pack import PackedBatch
 from finesight.model.frozen import FrozenWeight
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import PARTS, TABLES, Part, part_of
 from finesight.model.qwen2_5_vl import WindowedTower
+
+LAYERS = ("model.layers.", "visual.blocks.")
+"""How the names of parameters begin whose layers can be recomputed."""
+
+
+class Sizes(Protocol):
+    """What the arithmetic of a pack hangs on: tokens of each sequence, grids of its pictures, and
+    how many tokens are predicted."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    @property
+    def grids(self) -> Sequence[Grid]: ...
+
+    @property
+    def supervised(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Of a pack, by what they are for: the weights of each part (the head is the embeddings'), and
+    attention of tokens and of patches, which has none."""
+
+    weights: Mapping[Part, int]
+    tokens: int
+    patches: int
+
+    @property
+    def in_all(self) -> int:
+        """All of them."""
+        return sum(self.weights.values()) + self.tokens + self.patches
 
 
 class Arithmetic:
@@ -31,8 +63,10 @@ class Arithmetic:
         self._windows = _windows_of(model)
         self._per_row = dict.fromkeys(PARTS, 0)
         # The head and the last MLP see only the tokens that predict learned ones.
-        self._per_label = 0
+        self._per_label = dict.fromkeys(PARTS, 0)
         last_mlp = f"model.layers.{model.geometry.language.depth - 1}.mlp."
+        # Forwards through the layers that may be recomputed.
+        self._layers = dict.fromkeys(PARTS, 0)
         learning: set[Part] = set()
         reached = False
         # In the order in which a sample passes the matrices: from the first that learns on, a
@@ -48,8 +82,10 @@ class Arithmetic:
                 if weight.multiplies and part != "embeddings":
                     back = reached or ".adapter.b." in weight.name
                     operations = _passes(weight.learns, back) * weight.numbers
+                    if weight.name.startswith(LAYERS):
+                        self._layers[part] += weight.numbers
                     if weight.name.startswith(last_mlp):
-                        self._per_label += operations
+                        self._per_label[part] += operations
                     else:
                         at_patches = int(operations * _share_at_patches(weight.name))
                         self._per_row["vision"] += at_patches
@@ -59,16 +95,16 @@ class Arithmetic:
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         trained = any(parameter.requires_grad for parameter in head.parameters())
         numbers = language.vocabulary * language.width
-        self._per_label += _passes(trained, back=True) * numbers
+        self._per_label["embeddings"] += _passes(trained, back=True) * numbers
         self._seeing = 3 if "vision" in learning else 1
         self._speaking = 3 if learning else 1
 
-    def of(self, batch: PackedBatch) -> float:
+    def of(self, batch: Sizes) -> float:
         """Operations of one forward and backward pass over a pack."""
-        return float(self.products(batch) + self.attention(batch.lengths, batch.grids))
+        return float(self.by_part(batch).in_all)
 
-    def products(self, batch: PackedBatch) -> int:
-        """Those of the products with weights."""
+    def by_part(self, batch: Sizes) -> Operations:
+        """The same by what they are for."""
         patches = sum(t * h * w for t, h, w in batch.grids)
         rows: dict[Part, int] = {
             "vision": patches,
@@ -76,25 +112,45 @@ class Arithmetic:
             "language": sum(batch.lengths),
             "embeddings": 0,
         }
-        in_rows = sum(rows[part] * self._per_row[part] for part in PARTS)
-        return 2 * (in_rows + batch.supervised * self._per_label)
+        of_part = {
+            part: 2 * (rows[part] * self._per_row[part] + batch.supervised * self._per_label[part])
+            for part in PARTS
+        }
+        return Operations(of_part, *self._attention(batch.lengths, batch.grids))
+
+    def again(self, batch: Sizes, share: float) -> float:
+        """Operations of making the activations of this share of the layers a second time, of those
+        that a gradient comes back through."""
+        found = self.by_part(batch)
+        patches = sum(t * h * w for t, h, w in batch.grids)
+        language = 2 * sum(batch.lengths) * self._layers["language"] + found.tokens / 3
+        vision = 2 * patches * self._layers["vision"] + found.patches / 3
+        return share * (language * (self._speaking == 3) + vision * (self._seeing == 3))
+
+    def products(self, batch: Sizes) -> int:
+        """Those of the products with weights."""
+        return sum(self.by_part(batch).weights.values())
 
     def attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> int:
         """Scores and values: 4 x queries x keys x width, half of it where causal, and twice as
         much again on the way back."""
+        return sum(self._attention(lengths, grids))
+
+    def _attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> tuple[int, int]:
+        """Of tokens, and of patches."""
         language, vision = self._geometry.language, self._geometry.vision
         inside, window = self._windows
         width = language.heads * language.head_width
         causal = sum(length**2 for length in lengths) * 2 * width * language.depth
         whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
-        return causal * self._speaking + 4 * vision.width * (whole + windowed) * self._seeing
+        return causal * self._speaking, 4 * vision.width * (whole + windowed) * self._seeing
 
 
 class Uncounted:
     """In its place where transformers computes: what happens there is not known shape by shape."""
 
-    def of(self, batch: PackedBatch) -> float:
+    def of(self, batch: Sizes) -> float:
         """Nothing."""
         return 0.0
 

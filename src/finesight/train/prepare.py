@@ -203,9 +203,9 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     if recipe.tune.nf4:
         bitsandbytes("tune.nf4")
     machine = _machine(recipe)
-    base = _base(recipe)
+    base = base_of(recipe)
     renderer = base.renderer(recipe)
-    train, held_out = _texts(recipe, renderer, machine.workers, screen)
+    train, held_out = texts_of(recipe, renderer, machine.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
@@ -269,8 +269,9 @@ def _machine(recipe: Recipe) -> Machine:
     )
 
 
-def _base(recipe: Recipe) -> Base:
-    """The recipe's model may be a model folder, a hub name, an adapter or a run to go on from."""
+def base_of(recipe: Recipe) -> Base:
+    """The recipe's model may be a model folder, a hub name, an adapter or a run to go on from.
+    Raises UserError for one that is not there, or with an adapter where one is given."""
     parts = find_parts(recipe.model)
     # A folder is found again by its absolute path, a model of the hub or the package by its name.
     is_path = Path(recipe.model).expanduser().exists()
@@ -300,9 +301,11 @@ def _base(recipe: Recipe) -> Base:
     return Base(name, parts.folder, adapter, manifest)
 
 
-def _texts(
+def texts_of(
     recipe: Recipe, renderer: Rendering, workers: int, screen: Screen
 ) -> tuple[Texts, Texts | None]:
+    """The samples to learn from and those to measure on, every one checked, and what is left out
+    said on the screen. Raises UserError for mistakes in them, and for a metric without them."""
     if recipe.eval is not None and not recipe.data.eval:
         raise UserError(
             f"eval.metric is {recipe.eval.metric}, and there is no held-out data",

@@ -15,6 +15,7 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
+from finesight.encode.encoded import Grid
 from finesight.encode.lengths import usable
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
@@ -28,10 +29,10 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
-    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `pictures` counts
-    the files of pictures and frames that the kept ones show, `distinct` those that differ in their
-    path. `met` are the watched pictures that samples have."""
+    """Which samples of a corpus will be used: `kept` holds their indices, `glances` what was seen
+    of each, `dropped` the others. `tokens` and `patches` are sums over the kept ones, `longest`
+    counts tokens. `pictures` counts the files of pictures and frames that the kept ones show,
+    `distinct` those that differ in their path. `met` are the watched pictures that samples have."""
 
     kept: tuple[int, ...]
     dropped: tuple[Dropped, ...]
@@ -41,40 +42,46 @@ class Survey:
     pictures: int = 0
     distinct: int = 0
     met: frozenset[str] = frozenset()
+    glances: tuple[Glance, ...] = ()
 
 
-class _Glance(NamedTuple):
+class Glance(NamedTuple):
     """What a worker reports of a sample; an outline would be a hundred times as much. `pictures`
     has a short digest of each path."""
 
     id: str
     tokens: int
     supervised: int
-    patches: int
+    grids: tuple[Grid, ...]
     pictures: tuple[bytes, ...]
     met: frozenset[str]
 
+    @property
+    def patches(self) -> int:
+        """Of all its pictures."""
+        return sum(t * h * w for t, h, w in self.grids)
 
-class _Glances(Dataset[list[_Glance | UserError] | UserError]):
+
+class _Glances(Dataset[list[Glance | UserError] | UserError]):
     def __init__(self, corpus: Corpus, renderer: Rendering, watched: Set[str]) -> None:
         self._corpus, self._renderer, self._watched = corpus, renderer, watched
 
-    def __getitem__(self, number: int) -> list[_Glance | UserError] | UserError:
+    def __getitem__(self, number: int) -> list[Glance | UserError] | UserError:
         chunk = range(number * CHUNK, min((number + 1) * CHUNK, len(self._corpus)))
         return [self._guarded(index) for index in chunk]
 
-    def _guarded(self, index: int) -> _Glance | UserError:
+    def _guarded(self, index: int) -> Glance | UserError:
         return guarded(lambda: self._glance(index))
 
-    def _glance(self, index: int) -> _Glance:
+    def _glance(self, index: int) -> Glance:
         located = self._corpus.checked(index)
         outline = self._renderer.outline(located)
         shown = pictures_of(located)
-        return _Glance(
+        return Glance(
             id=outline.id,
             tokens=outline.tokens,
             supervised=outline.supervised,
-            patches=outline.patches,
+            grids=tuple(span.grid for span in outline.spans),
             pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
             met=frozenset(shown & self._watched),
         )
@@ -105,21 +112,19 @@ def survey(
     """
     chunks = range(-(-len(corpus) // CHUNK))
     source = _Glances(corpus, renderer, watched)
-    lists: Iterator[list[_Glance | UserError]] = read_ahead(
+    lists: Iterator[list[Glance | UserError]] = read_ahead(
         source, chunks, min(workers, len(chunks) // 4), pin=False
     )
     damaged: dict[int, str] = {}
-    patches: list[int] = []
-    pictures: list[tuple[bytes, ...]] = []
+    seen: list[Glance] = []
     met: set[str] = set()
 
-    def whole() -> Iterator[_Glance]:
+    def whole() -> Iterator[Glance]:
         index = 0
         for glances in lists:
             for glance in glances:
-                if isinstance(glance, _Glance):
-                    patches.append(glance.patches)
-                    pictures.append(glance.pictures)
+                if isinstance(glance, Glance):
+                    seen.append(glance)
                     met.update(glance.met)
                     yield glance
                 elif isinstance(glance, DamagedPicture) and data.unusable == "drop":
@@ -129,7 +134,7 @@ def survey(
                 index += 1
             if advance is not None:
                 advance(len(glances))
-        if not patches:
+        if not seen:
             raise UserError(
                 f"not one of {len(corpus)} samples has pictures that can be read",
                 where="data",
@@ -142,13 +147,15 @@ def survey(
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
+    glances = tuple(seen[i] for i in chosen.kept)
     return Survey(
         kept=tuple(readable[i] for i in chosen.kept),
         dropped=tuple(dropped),
         tokens=sum(chosen.tokens),
-        patches=sum(patches[i] for i in chosen.kept),
+        patches=sum(glance.patches for glance in glances),
         longest=max(chosen.tokens),
-        pictures=sum(len(pictures[i]) for i in chosen.kept),
-        distinct=len({shown for i in chosen.kept for shown in pictures[i]}),
+        pictures=sum(len(glance.pictures) for glance in glances),
+        distinct=len({shown for glance in glances for shown in glance.pictures}),
         met=frozenset(met),
+        glances=glances,
     )

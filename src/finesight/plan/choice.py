@@ -1,0 +1,213 @@
+"""Which settings make a run fit, and quick: micro-budget, recomputation, few bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from finesight.config import Quantisable
+from finesight.plan.activations import Activations
+from finesight.plan.load import Load, packed
+from finesight.plan.memory import FULL, Peak, peak_of
+from finesight.plan.model import Sized
+from finesight.plan.seconds import StepTime
+from finesight.train.survey import Glance
+
+SENSIBLE = 4096
+"""Tokens of a pack that keep a card busy: with fewer, starting kernels takes longer than them."""
+
+GRAIN = 256
+"""Steps in which budgets are tried."""
+
+TIMED = 40
+"""Steps whose packs are timed; a run's others are like them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a plan may choose, in the recipe's own terms; `recompute` as a share of the layers."""
+
+    pack_tokens: int
+    recompute: float
+    nf4: tuple[Quantisable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run with these settings takes: its fullest moment, the mean of its steps, with
+    features of pictures known too (`seen_s`, None where the tower learns), packs of a step."""
+
+    setting: Setting
+    peak: Peak
+    step: StepTime
+    seen_s: float | None
+    packs: float
+    room: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything is within what a plan fills of the memory."""
+        return self.peak.in_all <= self.room
+
+
+class Steps:
+    """The steps of a run, packed under any budget."""
+
+    def __init__(self, steps: Sequence[Sequence[Glance]]) -> None:
+        self._steps = steps
+        self._fullest: dict[int, list[Load]] = {}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(sample.tokens for step in self._steps for sample in step)
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the largest step: no pack has more."""
+        return max(sum(sample.tokens for sample in step) for step in self._steps)
+
+    def fullest(self, budget: int) -> list[Load]:
+        """Packs that may take the most memory: the largest by each size, and by all together."""
+        if budget not in self._fullest:
+            loads = [load for step in self._steps for load in packed(step, budget)]
+            self._fullest[budget] = list(_largest(loads))
+        return self._fullest[budget]
+
+    def timed(self, budget: int) -> list[list[Load]]:
+        """Steps for timing."""
+        every = math.ceil(len(self._steps) / TIMED)
+        return [packed(step, budget) for step in self._steps[::every]]
+
+
+def _largest(loads: Sequence[Load]) -> Iterator[Load]:
+    sizes: tuple[Callable[[Load], float], ...] = (
+        lambda load: load.tokens,
+        lambda load: load.patches,
+        lambda load: load.supervised,
+        lambda load: sum(length**2 for length in load.lengths),
+    )
+    most = [max(map(size, loads)) or 1 for size in sizes]
+
+    def together(load: Load) -> float:
+        return sum(size(load) / top for size, top in zip(sizes, most, strict=True))
+
+    found = {max(range(len(loads)), key=lambda n: size(loads[n])) for size in (*sizes, together)}
+    for number in sorted(found):
+        yield loads[number]
+
+
+class Chooser:
+    """Estimates settings for one target, and looks for the best that fits.
+
+    `sized` gives the model with these parts in four bits.
+    """
+
+    def __init__(
+        self,
+        sized: Callable[[tuple[Quantisable, ...]], Sized],
+        steps: Steps,
+        memory: int,
+        few: Sequence[tuple[Quantisable, ...]],
+        grows: bool,
+    ) -> None:
+        """`few` are the choices of parts in four bits, from the recipe's own; `grows`: larger packs
+        are quicker, as they are on a card."""
+        self._sized, self._steps, self._few, self._grows = sized, steps, few, grows
+        self._room = round(memory * FULL)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """What that takes."""
+        sized = self._sized(setting.nf4)
+        loads = self._steps.timed(setting.pack_tokens)
+        times = [sized.clock.step(step, setting.recompute) for step in loads]
+        mean = replace(
+            times[0],
+            products=fmean(time.products for time in times),
+            moved=fmean(time.moved for time in times),
+            host=fmean(time.host for time in times),
+            optimiser=fmean(time.optimiser for time in times),
+            reading=fmean(time.reading for time in times),
+        )
+        seen = None
+        if sized.tower_is_frozen:
+            seen = fmean(sized.clock.step(s, setting.recompute, seen=True).in_all for s in loads)
+        packs = fmean(len(step) for step in loads)
+        return Estimate(setting, self._peak(setting), mean, seen, packs, self._room)
+
+    def _peak(self, setting: Setting) -> Peak:
+        sized = self._sized(setting.nf4)
+        activations = Activations(sized.model, sized.computing, setting.recompute)
+        loads = self._steps.fullest(setting.pack_tokens)
+        return peak_of(sized.stays, activations, loads, sized.computing, sized.patch_bytes)
+
+    def _fits(self, setting: Setting) -> bool:
+        return self._peak(setting).in_all <= self._room
+
+    def best(self, written: Setting) -> Setting:
+        """Nothing recomputed where packs of a sensible size fit; else as few layers as that takes;
+        else all, in the largest packs that fit; else the same with more in four bits. Where nothing
+        fits, what takes the least; where nothing is gained, what is `written`."""
+        found = self._best(written)
+        widest = self._steps.widest
+        same = written.nf4 == found.nf4 and written.recompute <= found.recompute
+        as_large = min(written.pack_tokens, widest) >= min(found.pack_tokens, widest)
+        return written if same and as_large and self._fits(written) else found
+
+    def _best(self, written: Setting) -> Setting:
+        least = self._steps.longest
+        sensible = max(least, min(SENSIBLE, self._steps.widest))
+        if not self._grows:
+            sensible = max(least, min(written.pack_tokens, self._steps.widest))
+        for nf4 in self._few:
+            share = self._least_share(sensible, nf4)
+            if share is not None:
+                return self._largest_budget(Setting(sensible, share, nf4))
+            smallest = Setting(least, 1.0, nf4)
+            if self._fits(smallest):
+                return self._largest_budget(smallest)
+        return Setting(least, 1.0, self._few[-1])
+
+    def _least_share(self, budget: int, nf4: tuple[Quantisable, ...]) -> float | None:
+        """The smallest share of layers to recompute with which that budget fits."""
+        depth = self._sized(nf4).depth
+        if not self._fits(Setting(budget, 1.0, nf4)):
+            return None
+        low, high = 0, depth
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(Setting(budget, _share(middle, depth), nf4)):
+                high = middle
+            else:
+                low = middle + 1
+        return _share(low, depth)
+
+    def _largest_budget(self, setting: Setting) -> Setting:
+        """The same with the largest packs that fit, or that there are."""
+        if not self._grows:
+            low, high = setting.pack_tokens, setting.pack_tokens
+        else:
+            low, high = setting.pack_tokens, self._steps.widest
+        while high - low > GRAIN:
+            middle = (low + high) // 2
+            if self._fits(replace(setting, pack_tokens=middle)):
+                low = middle
+            else:
+                high = middle
+        if self._fits(replace(setting, pack_tokens=high)):
+            low = high
+        return replace(setting, pack_tokens=self._rounded(low, setting))
+
+    def _rounded(self, budget: int, setting: Setting) -> int:
+        """A rounder number that does the same: upwards where no pack grows by it."""
+        above = math.ceil(budget / GRAIN) * GRAIN
+        if budget >= self._steps.widest or self._fits(replace(setting, pack_tokens=above)):
+            return above
+        return max(setting.pack_tokens, budget // GRAIN * GRAIN)
+
+
+def _share(layers: int, depth: int) -> float:
+    """As a recipe writes it."""
+    return min(1.0, math.ceil(100 * layers / depth) / 100)

@@ -1,0 +1,332 @@
+"""What layers keep for the backward pass, in bytes for each row: one function a kind of layer.
+
+This is the one place that knows it. Whoever makes a layer keep other tensors changes its function
+here; tests/plan/test_kept.py counts what autograd really saves.
+
+A gradient `reaches` a layer where something before it learns. Rows are tokens or patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from finesight.model.experts import SparseMlp
+from finesight.model.language import DecoderLayer, SelfAttention
+from finesight.model.layers import GatedMlp, RmsNorm, VisionBlock
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup
+from finesight.model.qwen_language import Mlp as QwenMlp
+from finesight.model.qwen_language import QwenLayer
+from finesight.model.qwen_vl import Block, Resampler
+from finesight.model.runs import alike, padded
+from finesight.model.short_attention import LONGEST
+
+WIDE = 4
+"""Bytes of a number in fp32: what norms, softmax and rotary angles keep."""
+
+INDEX = 8
+"""Bytes of a place in a pack."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """What decides which tensors a layer keeps: the device, the bytes of a number, and whether
+    sequences of any lengths go through one kernel (`model.attention.has_varlen`)."""
+
+    cuda: bool
+    number: int
+    flash: bool
+
+    @property
+    def mask(self) -> int:
+        """Bytes of a number's place in a dropout mask: on a CPU a mask is as wide as its numbers
+        (`model.fused.drop`)."""
+        return 1 if self.cuda else self.number
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether anything in it has a gradient of its own, adapters included."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def of_group(group: GroupedLinear, computing: Computing) -> int:
+    """Linear layers of one input: the input where they learn, a copy of it with its mask where it
+    is dropped out (`model.lora`), and what the down-projections made of it."""
+    inputs = group.inputs * computing.number
+    if isinstance(group.adapter, LoraGroup):
+        ranks = len(group.adapter.a) * computing.number
+        mask = group.inputs * computing.mask if group.adapter.dropout else 0
+        return inputs + mask + ranks
+    return inputs if _trained(group) else 0
+
+
+def _trained(group: GroupedLinear) -> bool:
+    return isinstance(group.weight, nn.Parameter) and group.weight.requires_grad
+
+
+def shares_input(group: GroupedLinear) -> bool:
+    """Whether what a group keeps of its input is the input itself, not a dropped-out copy."""
+    if isinstance(group.adapter, LoraGroup):
+        return not group.adapter.dropout
+    return _trained(group)
+
+
+def of_norm(norm: nn.Module, width: int, reached: bool, computing: Computing) -> int:
+    """Its input, and in fp32 the scale of each row; a LayerNorm its mean too."""
+    if not (reached or learns(norm)):
+        return 0
+    if not isinstance(norm, RmsNorm):
+        return width * computing.number + 2 * WIDE
+    # Without a kernel for it, torch keeps the input for the input's gradient, and the normed rows
+    # for the weight's.
+    composed = not computing.cuda and computing.number == WIDE
+    copies = int(reached) + int(learns(norm)) if composed else 1
+    return width * computing.number * copies + WIDE
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The attention of one layer: so many numbers of a token's queries, keys and values, of `heads`
+    heads. `made` numbers of them are in memory of their own where nothing is copied: a joint
+    product is kept whole for the sake of its values, beside what was rotated."""
+
+    queries: int
+    shared: int
+    heads: int
+    made: int
+    causal: bool
+
+    def kept(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes for a pack of these sequences (`model.attention.attend`)."""
+        tokens, number = sum(lengths), computing.number
+        short = not computing.cuda and number == 2 and max(lengths) <= LONGEST
+        if short:
+            return number * self._short(lengths)
+        scales = WIDE * self.heads * tokens
+        if computing.flash:
+            return number * tokens * (self.made + self.queries) + scales
+        if self.queries == self.shared and alike(lengths, CPU).order_T is None:
+            return number * tokens * (self.made + self.queries) + scales
+        # Grouped heads are repeated, or tokens sorted: copies either way.
+        return number * tokens * 4 * self.queries + scales
+
+    def _short(self, lengths: Sequence[int]) -> int:
+        """Numbers of copies of queries, keys and values and of all weights: by products."""
+        runs = (padded if self.causal else alike)(lengths, CPU).lengths
+        rows = sum(length * count for length, count in runs)
+        squares = sum(length**2 * count for length, count in runs)
+        return rows * (self.queries + 2 * self.shared) + self.heads * squares
+
+
+def sorting(lengths: Sequence[int], computing: Computing) -> int:
+    """Bytes of the places that tokens are sorted by, once for all layers."""
+    if computing.flash:
+        return 0
+    short = not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
+    if short or alike(lengths, CPU).order_T is None:
+        return 0
+    return 2 * INDEX * sum(lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Of one layer: bytes for each row of its attention's side (`beside`), for each row of its
+    `mlp`, and how it looks (None where no gradient comes through).
+
+    `entering` is what a row of its input takes, `inner` the numbers of its widest product. On the
+    way back, in the MLP, `freed` of each row is gone when its activation takes `back`, and when
+    `gradients` of weights wait to be summed up. `leaves`: its output has a gradient.
+    """
+
+    beside: int
+    look: Look | None
+    mlp: int
+    entering: int
+    inner: int
+    back: int
+    freed: int
+    gradients: int
+    leaves: bool
+
+    def of(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+        """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
+        look = 0 if self.look is None else self.look.kept(lengths, computing)
+        return self.beside * sum(lengths) + look + self.mlp * rows
+
+
+class KeptMlp(NamedTuple):
+    """Of an MLP: bytes for each row, and as in `Kept`."""
+
+    row: int
+    inner: int
+    back: int
+    freed: int
+
+
+def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
+    """Both products, and what the activation between them keeps: both factors where it is gated."""
+    if isinstance(mlp, SparseMlp):
+        return _of_experts(mlp, reached, computing)
+    up, down = _products(mlp)
+    inside = sum(up.outputs.values())
+    activation = inside * computing.number if reached or learns(up) else 0
+    last = of_group(down, computing)
+    back = _back(inside, inside > down.inputs) * computing.number
+    return KeptMlp(of_group(up, computing) + activation + last, inside, back, last)
+
+
+def _back(inside: int, gated: bool) -> int:
+    """Numbers of a row while an activation goes back: where it is gated, its gradient and those of
+    both factors; else, without a kernel for it (`model.fused`), steps in between."""
+    return inside // 2 * 3 if gated else inside * 5
+
+
+def _products(mlp: nn.Module) -> tuple[GroupedLinear, GroupedLinear]:
+    if isinstance(mlp, GatedMlp):
+        return mlp.gate_up_proj, mlp.down_proj
+    if isinstance(mlp, QwenMlp):
+        return mlp.w2_w1, mlp.c_proj
+    up, down = (m for m in mlp.children() if isinstance(m, GroupedLinear))
+    return up, down
+
+
+def _of_experts(mlp: SparseMlp, reached: bool, computing: Computing) -> KeptMlp:
+    """Of each chosen expert: its input, both factors and their product, its output and its share;
+    of the router its shares in fp32, and places."""
+    if not (reached or learns(mlp)):
+        return KeptMlp(0, 0, 0, 0)
+    width, number = mlp.gate.in_features, computing.number
+    inner = mlp.experts.down_proj.shape[1]
+    full = learns(mlp.experts)
+    pairs = 2 * inner * number + width * number + (width + inner) * number * full
+    shares = WIDE * (mlp.gate.out_features + mlp.chosen + 1) + mlp.chosen * number
+    places = 3 * INDEX * mlp.chosen
+    router = width * number if learns(mlp.gate) else 0
+    inside = 2 * mlp.chosen * inner
+    back = _back(inside, gated=True) * number
+    return KeptMlp(mlp.chosen * pairs + shares + places + router, inside, back, 0)
+
+
+def of_layer(layer: nn.Module, reached: bool, computing: Computing) -> Kept:
+    """A layer of the decoder or of a tower."""
+    if isinstance(layer, DecoderLayer):
+        attention = layer.self_attn
+        return _of_block(
+            (layer.input_layernorm, layer.post_attention_layernorm),
+            (attention.qkv_proj, attention.o_proj),
+            layer.mlp,
+            look_of(attention),
+            reached,
+            computing,
+            _of_head_norms(attention, computing),
+        )
+    if isinstance(layer, QwenLayer):
+        attn = layer.attn
+        heads = attn.c_attn.inputs // attn.head_width
+        return _of_block(
+            (layer.ln_1, layer.ln_2),
+            (attn.c_attn, attn.c_proj),
+            layer.mlp,
+            Look(attn.c_attn.inputs, attn.c_attn.inputs, heads, 5 * attn.c_attn.inputs, True),
+            reached,
+            computing,
+        )
+    if isinstance(layer, VisionBlock):
+        width, inner = layer.attn.qkv.inputs, layer.attn
+        return _of_block(
+            (layer.norm1, layer.norm2),
+            (inner.qkv, inner.proj),
+            layer.mlp,
+            Look(width, width, inner.heads, 5 * width, False),
+            reached,
+            computing,
+        )
+    assert isinstance(layer, Block), f"what a {type(layer).__name__} keeps is not known"
+    width = layer.attn.in_proj.inputs
+    return _of_block(
+        (layer.ln_1, layer.ln_2),
+        (layer.attn.in_proj, layer.attn.out_proj),
+        layer.mlp,
+        Look(width, width, layer.attn.heads, 3 * width, False),
+        reached,
+        computing,
+    )
+
+
+def look_of(attention: SelfAttention) -> Look:
+    """Queries and keys are rotated into memory of their own, values are a product's."""
+    queries, shared, _ = attention.qkv_proj.outputs.values()
+    heads = queries // attention.head_width
+    return Look(queries, shared, heads, queries + 2 * shared, True)
+
+
+def _of_head_norms(attention: SelfAttention, computing: Computing) -> int:
+    """Queries and keys before the norm of their heads, and each head's scale."""
+    if attention.q_norm is None:
+        return 0
+    queries, shared, _ = attention.qkv_proj.outputs.values()
+    width = attention.head_width
+    heads = (queries + shared) // width
+    return heads * of_norm(attention.q_norm, width, True, computing)
+
+
+def _of_block(
+    norms: tuple[nn.Module, nn.Module],
+    products: tuple[GroupedLinear, GroupedLinear],
+    mlp: nn.Module,
+    look: Look,
+    reached: bool,
+    computing: Computing,
+    normed: int = 0,
+) -> Kept:
+    """Attention between two products, then an MLP, each behind a norm; `normed` bytes are kept
+    between the first product and the attention."""
+    into, out = products
+    width, number = into.inputs, computing.number
+    beside = of_norm(norms[0], width, reached, computing) + of_group(into, computing)
+    seen = reached or learns(norms[0]) or learns(into)
+    if seen:
+        beside += normed
+    beside += of_group(out, computing)
+    if seen and computing.flash and shares_input(out):
+        # What attention keeps of its output is what comes to the product.
+        beside -= out.inputs * number
+    after = seen or learns(out)
+    inside = of_mlp(mlp, after or learns(norms[1]), computing)
+    return Kept(
+        beside=beside,
+        look=look if seen else None,
+        mlp=of_norm(norms[1], width, after, computing) + inside.row,
+        entering=width * number,
+        inner=inside.inner,
+        back=2 * width * number + inside.back,
+        freed=inside.freed,
+        gradients=2 * number * max(p.numel() * p.requires_grad for p in mlp.parameters()),
+        leaves=after or learns(norms[1]) or learns(mlp),
+    )
+
+
+def of_resampler(merger: Resampler, patches: int, reached: bool, computing: Computing) -> int:
+    """The first Qwen-VL's (`model.qwen_vl`): queries of each picture look at its patches."""
+    pool, number = merger.attn_pool, computing.number
+    if not (reached or learns(merger)):
+        return 0
+    queries, width = pool.query.shape
+    rows = patches // merger.side**2 * queries
+    trained = pool.attn.in_proj_weight.requires_grad
+    of_patch = of_norm(pool.ln_kv, width, True, computing) + (2 + 2 * trained) * width * number
+    if pool.kv_proj is not None:
+        of_patch += of_group(pool.kv_proj, computing)
+    # Queries, what they took, and what norm and last product are given.
+    of_query = (2 + trained) * width * number + WIDE * pool.attn.heads
+    of_query += of_group(pool.attn.out_proj, computing)
+    of_query += of_norm(merger.ln_post, width, True, computing)
+    of_query += width * number * merger.proj.requires_grad
+    return patches * of_patch + rows * of_query

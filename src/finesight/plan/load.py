@@ -1,0 +1,64 @@
+"""What the steps of a run have to carry: its samples' sizes, packed as the run will pack them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from finesight.encode.encoded import Grid
+from finesight.encode.pack import plan_packs
+from finesight.train.course import Members
+from finesight.train.survey import Glance
+
+MOST_STEPS = 2000
+"""Steps of a run that are looked at, evenly spread: others are like them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One pack: tokens of each sequence, grids of its pictures, tokens that are predicted."""
+
+    lengths: tuple[int, ...]
+    grids: tuple[Grid, ...]
+    supervised: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def patches(self) -> int:
+        """Of all pictures."""
+        return sum(t * h * w for t, h, w in self.grids)
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Patches of each frame: what a tower's attention looks over."""
+        return tuple(h * w for t, h, w in self.grids for _ in range(t))
+
+
+def load_of(samples: Sequence[Glance]) -> Load:
+    """These samples end to end."""
+    return Load(
+        tuple(sample.tokens for sample in samples),
+        tuple(grid for sample in samples for grid in sample.grids),
+        sum(sample.supervised for sample in samples),
+    )
+
+
+def packed(samples: Sequence[Glance], budget: int) -> list[Load]:
+    """A step's samples in packs of at most so many tokens."""
+    groups = plan_packs([sample.tokens for sample in samples], budget)
+    return [load_of([samples[index] for index in group]) for group in groups]
+
+
+def steps_of(
+    course: Members, glances: Mapping[int, Glance], most: int = MOST_STEPS
+) -> Iterator[list[Glance]]:
+    """The samples of the run's steps, or of `most` of them, the first and the last one too."""
+    last = len(course) - 1
+    number = min(most, len(course))
+    for k in range(number):
+        step = round(k * last / max(1, number - 1))
+        yield [glances[index] for index in course.of(step)]

@@ -1,0 +1,151 @@
+"""The most memory that a run takes, part by part: counted from shapes, nothing is computed.
+
+Two things make a peak. What stays: weights, masters, gradients, moments. And what comes and goes
+within a pack (`plan.activations`), or within the optimiser's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from finesight.config import Train
+from finesight.model.lora import stacked
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import trainable
+from finesight.plan.activations import Activations, Moment
+from finesight.plan.kept import WIDE, Computing
+from finesight.plan.load import Load
+from finesight.train.eight_bit import BLOCK
+from finesight.train.eight_bit import MOST as STEPPED
+from finesight.train.muon import MOST as TURNED
+from finesight.train.optimizer import Group, Masters
+
+STEPPED_BYTES = 20
+"""Bytes of a number while AdamW of eight bits steps it (`train.eight_bit`)."""
+
+LIBRARIES = 70 << 20
+"""Bytes that cuBLAS takes from torch's own memory on a card of compute capability 9.0 to work in
+(torch: `CUBLAS_WORKSPACE_CONFIG`), smaller tensors beside."""
+
+CONTEXT = 600_000_000
+"""Bytes of a card that CUDA takes for itself, its libraries and kernels, before any tensor: no
+figure of a run's has them. An assumption, to be measured on each kind of card."""
+
+PROCESS = 900_000_000
+"""Bytes of a process on a CPU beside its tensors: torch, and what memory allocators and oneDNN hold
+back, which grows over a run's first hundreds of steps (2.3 GB in all after 200 steps of the
+quickstart, where 16 steps take 1.4)."""
+
+FULL = 0.9
+"""The share of a card's memory that a plan fills: the rest is for gaps between tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Bytes that stay from the first step to the last. `masters` are fp32 copies of 16-bit weights
+    that learn; `stepping` is what the optimiser's step works with for a moment."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    stepping: int
+
+    @property
+    def in_all(self) -> int:
+        """What stays."""
+        return self.weights + self.masters + self.gradients + self.moments
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The fullest moment, in bytes. `outside` is what no run's own figure counts."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    activations: int
+    working: int
+    logits: int
+    inputs: int
+    libraries: int
+    outside: int
+
+    @property
+    def allocated(self) -> int:
+        """What a run says of itself (`memory_gb` of metrics.jsonl)."""
+        return self.in_all - self.outside
+
+    @property
+    def in_all(self) -> int:
+        """Everything."""
+        return sum(asdict(self).values())
+
+
+def standing(model: VisionLanguageModel, train: Train, computing: Computing) -> Standing:
+    """Of a model on the meta device, tuned already; its parameters become views of groups, as a
+    run's do."""
+    learning = trainable(model)
+    # The groups that the optimiser would make, without its moments.
+    groups = Masters(
+        learning, train.model_copy(update={"optimizer": "adamw"}), stacked(model)
+    ).groups
+    tensors = [*model.parameters(), *model.buffers()]
+    numbers = sum(len(group.grad_E) for group in groups)
+    return Standing(
+        weights=sum(tensor.nbytes for tensor in tensors),
+        masters=WIDE * numbers if computing.number < WIDE else 0,
+        gradients=WIDE * numbers,
+        moments=sum(_moments(group, train) for group in groups),
+        stepping=max(_stepping(group, train, computing) for group in groups),
+    )
+
+
+def _moments(group: Group, train: Train) -> int:
+    numbers = len(group.grad_E)
+    if group.multiplies and train.optimizer == "muon":
+        return WIDE * numbers
+    if group.multiplies and train.optimizer == "adamw8bit":
+        return 2 * (numbers + WIDE * numbers // BLOCK)
+    return 2 * WIDE * numbers
+
+
+def _stepping(group: Group, train: Train, computing: Computing) -> int:
+    """Torch's fused AdamW needs nothing; without it, on a CPU, two copies of a group."""
+    numbers = len(group.grad_E)
+    if group.multiplies and train.optimizer == "muon":
+        return 3 * WIDE * min(numbers, TURNED)
+    if group.multiplies and train.optimizer == "adamw8bit":
+        return STEPPED_BYTES * min(numbers, STEPPED)
+    return 0 if computing.cuda else 2 * WIDE * numbers
+
+
+def peak_of(
+    stays: Standing,
+    activations: Activations,
+    loads: Iterable[Load],
+    computing: Computing,
+    patch_bytes: int,
+) -> Peak:
+    """The fullest moment over these packs; `patch_bytes` are those of a patch on its way to the
+    tower."""
+    fullest, inputs = Moment(kept=0, working=stays.stepping), 0
+    for load in loads:
+        brought = load.patches * patch_bytes + load.tokens * 40
+        for moment in activations.moments(load):
+            if moment.in_all + brought > fullest.in_all + inputs:
+                fullest, inputs = moment, brought
+    return Peak(
+        weights=stays.weights,
+        masters=stays.masters,
+        gradients=stays.gradients,
+        moments=stays.moments,
+        activations=fullest.kept,
+        working=fullest.working,
+        logits=fullest.logits,
+        inputs=inputs,
+        libraries=LIBRARIES if computing.cuda else PROCESS,
+        outside=CONTEXT if computing.cuda else 0,
+    )

@@ -1,0 +1,158 @@
+"""How long a step takes: arithmetic, what moves through memory, the host that starts kernels, and
+the optimiser.
+
+The figures below are from runs on one H200 (benchmarks/results/recipes_h200.json,
+grounding_full_h200.json, first_qwen_vl_h200.json; tests/plan/test_measured_runs.py compares) and,
+for a processor, on two cores. They are to be measured again when kernels change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finesight.config import Train
+from finesight.model.frozen import frozen_weights
+from finesight.model.lora import adapters
+from finesight.model.network import VisionLanguageModel
+from finesight.plan.activations import Activations
+from finesight.plan.kept import WIDE
+from finesight.plan.load import Load
+from finesight.plan.memory import Standing
+from finesight.plan.target import Target
+from finesight.train.flops import Arithmetic, Operations
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How near a kind of device comes to its peaks.
+
+    `products` is the share of the peak that the model's own products reach. `moved` counts the
+    bytes that go through memory for each byte that is kept: by norms, masks, rotations and
+    activations, there and back. `forward`, `back` and `adapted` are seconds of the host for a
+    layer without a gradient, with one, and with adapters.
+    """
+
+    products: float
+    moved: float
+    forward: float
+    back: float
+    adapted: float
+
+
+ON_CARD = Pace(products=0.78, moved=11.0, forward=0.4e-3, back=1.5e-3, adapted=3.0e-3)
+ON_PROCESSOR = Pace(products=0.75, moved=11.0, forward=0.1e-3, back=0.3e-3, adapted=0.6e-3)
+ON_PROCESSOR_16 = Pace(products=0.28, moved=11.0, forward=0.1e-3, back=0.3e-3, adapted=0.6e-3)
+"""In 16 bits a processor multiplies so quickly that products of small models end too soon for it:
+these are finesight-tiny's."""
+
+STEPPED = {"adamw": 60, "adamw8bit": 270, "muon": 80}
+"""Bytes that the optimiser moves for each number that learns: norm, clipping, moments, masters, and
+the weights made of them. Moments of eight bits are made wide and narrow again."""
+
+DEQUANTISED = 10.0
+"""Bytes that making a number of a matrix in four bits anew takes the time of."""
+
+AGAIN = 1 / 3
+"""Of what moves, the share that goes forward."""
+
+READ = 3.1e-6
+"""Seconds of a core for a patch of a picture: decoded, resized and cut out
+(benchmarks/results/encode_speed.json)."""
+
+START = 9.0
+"""Seconds from the command to the first step on a GPU, libraries loaded and kernels built, beside
+reading the weights."""
+
+FROM_DISK = 1.5e9
+"""Bytes of weights a second from a disk to a card."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step. `products` and `moved` are the device's work, `host` what starting it
+    takes: the longer of both counts. `reading` is what reading processes take for it."""
+
+    products: float
+    moved: float
+    host: float
+    optimiser: float
+    reading: float
+    waits: bool
+
+    @property
+    def in_all(self) -> float:
+        """Of the step: what is read ahead costs nothing where it keeps pace."""
+        work = max(self.products + self.moved, self.host) + self.optimiser
+        return work + self.reading if self.waits else max(work, self.reading)
+
+
+class Clock:
+    """Times of one model's steps on a target; `seen` says that features of pictures are known."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        target: Target,
+        stays: Standing,
+        train: Train,
+        workers: int,
+    ) -> None:
+        self._model, self._target, self._workers = model, target, workers
+        self._pace = _pace_of(target)
+        self._arithmetic = Arithmetic(model)
+        self._plain = Activations(model, target.computing, 0.0)
+        numbers = stays.gradients / WIDE
+        self._optimiser = STEPPED[train.optimizer] * numbers / target.bandwidth
+        self._dequantised = DEQUANTISED * sum(w.numbers for w in frozen_weights(model).values())
+
+    def step(self, loads: Sequence[Load], recompute: float, seen: bool = False) -> StepTime:
+        """Of these packs."""
+        target, pace = self._target, self._pace
+        operations, moved, host, read = 0.0, 0.0, 0.0, 0.0
+        for load in loads:
+            operations += self._work(self._arithmetic.by_part(load), seen)
+            operations += self._arithmetic.again(load, recompute)
+            moved += pace.moved * self._plain.kept(load) * (1 + AGAIN * recompute)
+            moved += 0 if seen else 2 * self._plain.passing(load)
+            moved += self._dequantised * (2 + recompute)
+            host += self._host(load, recompute, seen)
+            read += 0 if seen else READ * load.patches
+        return StepTime(
+            products=operations / (target.peak * pace.products),
+            moved=moved / target.bandwidth,
+            host=host,
+            optimiser=self._optimiser,
+            reading=read / max(1, self._workers),
+            waits=self._workers == 0,
+        )
+
+    def _work(self, operations: Operations, seen: bool) -> float:
+        if not seen:
+            return operations.in_all
+        weights = operations.weights
+        return operations.in_all - weights["vision"] - weights["merger"] - operations.patches
+
+    def _host(self, load: Load, recompute: float, seen: bool) -> float:
+        pace, model = self._pace, self._model
+        adapted = {path for path, _, _ in adapters(model)}
+        trained = pace.adapted if any(p.startswith("model.") for p in adapted) else pace.back
+        found = len(model.model.layers) * trained * (1 + AGAIN * recompute)
+        if load.patches and not seen:
+            tower = model.visual
+            each = pace.forward
+            if tower.trains:
+                each = pace.adapted if any(p.startswith("visual.b") for p in adapted) else pace.back
+            found += len(tower.blocks) * each * (1 + AGAIN * recompute * tower.trains)
+        return found
+
+
+def _pace_of(target: Target) -> Pace:
+    if target.computing.cuda:
+        return ON_CARD
+    return ON_PROCESSOR if target.computing.number == WIDE else ON_PROCESSOR_16
+
+
+def start_seconds(stays: Standing, target: Target) -> float:
+    """From the command to the first step."""
+    return (START if target.computing.cuda else START / 3) + stays.weights / FROM_DISK

@@ -1,0 +1,153 @@
+"""What layers are said to keep against what autograd really saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import make_task
+from torch import Tensor
+
+from finesight.config import DataFile, PixelRange, Tune
+from finesight.data.sources import load_sources
+from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.render import Renderer
+from finesight.hub import ModelFolder
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning
+from finesight.model.tiny import TinyFamily, make_tiny
+from finesight.model.weights import load_model
+from finesight.plan.activations import Activations
+from finesight.plan.kept import Computing, of_layer
+from finesight.plan.load import Load
+from finesight.train.loss import label_loss
+
+CPU = torch.device("cpu")
+FAMILIES: tuple[TinyFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen")
+LORA = {"rank": 8, "dropout": 0.05}
+TUNES: dict[str, dict[str, Any]] = {
+    "lora": {"language": "lora", "lora": LORA},
+    "lora without dropout": {"language": "lora", "lora": LORA | {"dropout": 0.0}},
+    "lora everywhere": {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA},
+    "language": {"language": "full"},
+    "merger": {"language": "frozen", "merger": "full"},
+    "vision": {"language": "frozen", "vision": "full"},
+    "all": {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"},
+}
+CLOSE = 0.03
+"""Runs of one picture are views of what others copy, and a mean in 16 bits is half as wide."""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_task(folder)
+    for family in FAMILIES:
+        make_tiny(folder / family, family)
+    return folder
+
+
+def batch_of(task: Path, family: str) -> PackedBatch:
+    rule = None if family == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
+    renderer = Renderer(ModelFolder(task / family), rule)
+    corpus = load_sources((DataFile(path=task / "train.jsonl"),))
+    return pack([renderer.encode(sample) for sample in corpus.read()[:6]])
+
+
+def model_of(
+    task: Path, family: str, dtype: torch.dtype, tune: dict[str, Any]
+) -> VisionLanguageModel:
+    model = load_model(ModelFolder(task / family), dtype, CPU).train()
+    apply_tuning(model, Tune.model_validate(tune), 0)
+    return model
+
+
+def saved(model: VisionLanguageModel, batch: PackedBatch) -> int:
+    """Bytes of the memory behind everything that autograd keeps of a pack, but for the model and
+    the pack itself."""
+    inputs = (batch.ids_T, batch.positions_3T, batch.bounds_S1, batch.patches_ND)
+    inputs += (batch.visual_at_M, batch.predict_L, batch.target_L)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:
+            found[memory.data_ptr()] = memory.nbytes()
+        # While it lives, no other tensor comes to lie where it does.
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        one = torch.tensor(1.0, device=batch.ids_T.device)
+        label_loss(model(batch), model.head_weight, batch.target_L, one)
+    return sum(found.values())
+
+
+def told(model: VisionLanguageModel, batch: PackedBatch, dtype: torch.dtype, share: float) -> int:
+    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
+    load = Load(batch.lengths, batch.grids, batch.supervised)
+    return Activations(model, computing, share).kept(load)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_those_that_autograd_saves(task: Path, family: str, dtype: torch.dtype) -> None:
+    batch = batch_of(task, family)
+    for name, tune in TUNES.items():
+        for share in (0.0, 0.5):
+            model = model_of(task, family, dtype, tune)
+            model.recompute = share
+            really = saved(model, batch)
+            assert told(model, batch, dtype, share) == pytest.approx(really, rel=CLOSE), name
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"]])
+def test_some_layers_of_a_group_are_adapted(task: Path, targets: list[str]) -> None:
+    batch, dtype = batch_of(task, "qwen2_vl"), torch.float32
+    tune = {"language": "lora", "lora": LORA | {"targets": targets}}
+    model = model_of(task, "qwen2_vl", dtype, tune)
+    assert told(model, batch, dtype, 0.0) == saved(model, batch)
+
+
+def test_recomputed_layers_keep_their_input_and_what_all_layers_share(task: Path) -> None:
+    batch, dtype = batch_of(task, "qwen2_vl"), torch.float32
+    model = model_of(task, "qwen2_vl", dtype, TUNES["lora"])
+    model.recompute = 1.0
+    # Cosines and sines of all tokens, which the layers hold without autograd's knowledge.
+    rotation = 2 * len(batch.ids_T) * model.geometry.language.head_width * 4
+    sorting = 2 * len(batch.ids_T) * 8
+    expected = saved(model, batch) + rotation + sorting
+    assert told(model, batch, dtype, 1.0) == pytest.approx(expected, rel=0.001)
+
+
+def test_on_a_card_a_layer_keeps_what_its_kernels_need(task: Path) -> None:
+    model = model_of(task, "qwen2_vl", torch.bfloat16, TUNES["lora"])
+    size, tokens = model.geometry.language, 100
+    kept = of_layer(model.model.layers[1], True, Computing(cuda=True, number=2, flash=True))
+    width, inner = size.width, size.mlp_width
+    shared = size.kv_heads * size.head_width
+    dropped = 2 + 1
+    """Bytes of a dropped-out number: a copy, and a mask of one byte."""
+    attention = 2 * width + 4 + dropped * width + 2 * 3 * 8
+    attention += 2 * (width + 2 * shared) + 2 * width + 4 * size.heads + dropped * width + 2 * 8
+    mlp = 2 * width + 4 + dropped * width + 2 * 2 * 8 + 2 * 2 * inner + dropped * inner + 2 * 8
+    computing = Computing(cuda=True, number=2, flash=True)
+    assert kept.of((60, 40), tokens, computing) == tokens * (attention + mlp)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_on_a_card_are_those_that_autograd_saves(task: Path, family: str) -> None:
+    card, dtype = torch.device("cuda"), torch.bfloat16
+    batch = batch_of(task, family)
+    computing = Computing(cuda=True, number=2, flash=torch.cuda.get_device_capability() >= (8, 0))
+    load = Load(batch.lengths, batch.grids, batch.supervised)
+    for name, tune in TUNES.items():
+        model = model_of(task, family, dtype, tune).to(card)
+        expected = Activations(model, computing, 0.0).kept(load)
+        assert expected == pytest.approx(saved(model, batch.to(card)), rel=CLOSE), name

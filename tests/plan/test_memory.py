@@ -1,0 +1,120 @@
+"""What stays and what comes and goes, against what a step really allocates on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import make_task
+from torch.profiler import ProfilerActivity, profile
+
+from finesight.config import DataFile, PixelRange, Train, Tune
+from finesight.data.sources import load_sources
+from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.render import Renderer
+from finesight.hub import ModelFolder
+from finesight.model.lora import stacked
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning, trainable
+from finesight.model.tiny import make_tiny
+from finesight.model.weights import load_model
+from finesight.plan.activations import Activations
+from finesight.plan.kept import Computing
+from finesight.plan.load import Load
+from finesight.plan.memory import CONTEXT, LIBRARIES, PROCESS, Standing, peak_of, standing
+from finesight.plan.model import shapes
+from finesight.train.loss import label_loss
+from finesight.train.optimizer import Masters
+
+CPU = torch.device("cpu")
+LORA = {"language": "lora", "lora": {"rank": 8, "dropout": 0.05}}
+ALL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_task(folder)
+    make_tiny(folder / "deep", "qwen2_vl", size="finesight-tiny")
+    return folder
+
+
+def batch_of(task: Path) -> PackedBatch:
+    renderer = Renderer(ModelFolder(task / "deep"), PixelRange(min_pixels=784, max_pixels=7056))
+    corpus = load_sources((DataFile(path=task / "train.jsonl"),))
+    return pack([renderer.encode(sample) for sample in corpus.read()])
+
+
+def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguageModel:
+    model = load_model(ModelFolder(task / "deep"), dtype, CPU).train()
+    apply_tuning(model, Tune.model_validate(tune), 0)
+    return model
+
+
+def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
+    """Most bytes that one pack, forwards and backwards, has beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert profiled.profiler is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_fullest_moment_of_a_pack_is_within_an_eighth(
+    task: Path, dtype: torch.dtype, tune: dict[str, Any], share: float
+) -> None:
+    model, batch = tuned(task, dtype, tune), batch_of(task)
+    masters = Masters(trainable(model), Train(), stacked(model))
+    model.recompute = share
+    really = allocated(model, batch)
+    masters.forget_gradients()
+    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
+    load = Load(batch.lengths, batch.grids, batch.supervised)
+    moments = Activations(model, computing, share).moments(load)
+    assert max(moment.in_all for moment in moments) == pytest.approx(really, rel=0.125)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_stays_is_what_a_run_has(
+    task: Path, dtype: torch.dtype, tune: dict[str, Any], optimizer: str
+) -> None:
+    train = Train.model_validate({"optimizer": optimizer})
+    bare = shapes(ModelFolder(task / "deep"), dtype, ())
+    apply_tuning(bare, Tune.model_validate(tune), 0)
+    said = standing(bare, train, Computing(cuda=False, number=dtype.itemsize, flash=False))
+    model = tuned(task, dtype, tune)
+    masters = Masters(trainable(model), train, stacked(model))
+    assert said.weights == sum(p.nbytes for p in model.parameters())
+    groups = masters.groups
+    wide = dtype == torch.float32
+    assert said.gradients == pytest.approx(sum(g.grad_E.nbytes for g in groups), rel=0.01)
+    assert said.masters == pytest.approx(
+        0 if wide else sum(g.master_E.nbytes for g in groups), rel=0.01
+    )
+    moments = masters.moments()
+    kept = sum(tensor.nbytes for name, tensor in moments.items() if name != "steps")
+    assert said.moments == pytest.approx(kept, rel=0.01)
+
+
+def test_parts_add_up_and_a_run_does_not_see_all(task: Path) -> None:
+    model = tuned(task, torch.bfloat16, LORA)
+    stays = Standing(weights=10, masters=20, gradients=30, moments=40, stepping=5)
+    computing = Computing(cuda=True, number=2, flash=True)
+    no_pack = peak_of(stays, Activations(model, computing, 0.0), [], computing, 4)
+    assert no_pack.in_all == 100 + 5 + LIBRARIES + CONTEXT
+    assert no_pack.allocated == 105 + LIBRARIES
+    computing = Computing(cuda=False, number=2, flash=False)
+    no_pack = peak_of(stays, Activations(model, computing, 0.0), [], computing, 4)
+    assert no_pack.allocated == no_pack.in_all == 105 + PROCESS

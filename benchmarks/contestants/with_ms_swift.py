@@ -18,6 +18,7 @@ def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
     return {
         "model": job.model,
         "model_type": "qwen2_vl",
+        "template": "qwen2_vl",
         "dataset": job.table,
         "tuner_type": "lora",
         "lora_rank": RANK,

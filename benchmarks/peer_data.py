@@ -35,7 +35,8 @@ TOGETHER = 16
 @dataclass(frozen=True)
 class Counted:
     """What a sample is, in the mean: tokens, of them learned, patches, operations of a training
-    step; the longest in tokens, and the operations a second that a large product reaches here."""
+    step, of them for attention; the longest in tokens, and the operations a second that a large
+    product reaches here."""
 
     samples: int
     tokens: float
@@ -43,6 +44,7 @@ class Counted:
     patches: float
     longest: int
     operations: float
+    attention: float
     peak: float
 
 
@@ -116,7 +118,7 @@ def count(config: Path, data: Path, side: int, lora: Lora) -> Counted:
     arithmetic = Arithmetic(model)
     members = InOrder(tuple(range(len(corpus))), TOGETHER)
     renderer = renderer_of(folder, ExactSize(height=side, width=side), None)
-    steps = StepData(corpus, renderer, members, pack_tokens=4096, unusable="refuse")
+    steps = StepData(corpus, renderer, members, pack_tokens=65536, unusable="refuse")
     batches = [batch for number in range(len(members)) for batch in steps.step(number).packs]
     lengths = [length for batch in batches for length in batch.lengths]
     patches = sum(t * h * w for batch in batches for t, h, w in batch.grids)
@@ -131,5 +133,6 @@ def count(config: Path, data: Path, side: int, lora: Lora) -> Counted:
         patches=patches / len(lengths),
         longest=max(lengths),
         operations=sum(map(arithmetic.of, batches)) / len(lengths),
+        attention=sum(arithmetic.attention(b.lengths, b.grids) for b in batches) / len(lengths),
         peak=peak,
     )

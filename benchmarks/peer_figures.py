@@ -17,6 +17,8 @@ from contestants.job import ALPHA, DROPOUT, RANK, RATE, Job
 from peer_data import Counted
 from stopwatch import Watched
 
+from finesight.config import Lora
+
 WARM = 3
 """Steps that warm up."""
 
@@ -136,7 +138,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "/")[:120]
 
 
-def head(config: Path) -> dict[str, Any]:
+def lora() -> Lora:
+    """Everybody's adapters."""
+    return Lora(rank=RANK, alpha=float(ALPHA), dropout=DROPOUT)
+
+
+def head(program: str, config: Path) -> dict[str, Any]:
     """Machine, versions and command, without the folders that things lie in."""
     cuda = torch.cuda.is_available()
     hidden = {"--work": "DIR", "--out": "FILE", "--sites": "DIR", "--data": "TABLE"}
@@ -144,7 +151,7 @@ def head(config: Path) -> dict[str, Any]:
     for before, word in zip(sys.argv[1:], sys.argv[2:], strict=False):
         words.append(hidden.get(before, word))
     return {
-        "command": f"python benchmarks/peers.py {' '.join(words)}",
+        "command": f"python benchmarks/{program} {' '.join(words)}",
         "machine": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},

@@ -29,11 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import peer_figures as figures
-from contestants.job import ALPHA, DROPOUT, FIGURES, RANK, Job, as_argument
+from contestants.job import FIGURES, Job, as_argument
 from peer_data import count, draw, random_weights, resized
 from stopwatch import watch
-
-from finesight.config import Lora
 
 HERE = Path(__file__).resolve().parent
 TRIAL_STEPS, GRACE_S = 8, 240.0
@@ -157,8 +155,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     data = options.data or draw(work / "data")
     table = resized(data, work / "resized", options.side)
     model = random_weights(options.config, work / "model")
-    lora = Lora(rank=RANK, alpha=float(ALPHA), dropout=DROPOUT)
-    counted = count(model, data, options.side, lora)
+    counted = count(model, data, options.side, figures.lora())
     report["sample"] = asdict(counted)
     ours = {"finesight": list[str]()} | dict(also(text) for text in options.also)
     chosen = [name for name in PEERS if not options.only or name in options.only]
@@ -226,7 +223,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--only {unknown[0]}: expected of finesight, {', '.join(PEERS)}")
     options.work.mkdir(parents=True, exist_ok=True)
-    report = figures.head(options.config) | {"results": []}
+    report = figures.head("peers.py", options.config) | {"results": []}
     measure(options, report)
     options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(report["table"]))

@@ -14,6 +14,8 @@ from contestants.job import ALPHA, DROPOUT, RANK, RATE, Job, told
 
 def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
     """What stands on the command line, by name."""
+    import torch
+
     packed = setting["packed"]
     return {
         "model": job.model,
@@ -43,6 +45,7 @@ def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
         "eval_strategy": "no",
         "split_dataset_ratio": 0,
         "report_to": "none",
+        "use_cpu": str(not torch.cuda.is_available()).lower(),
         "callbacks": "clock",
         "output_dir": job.target,
         "add_version": "false",

@@ -29,6 +29,12 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
     return y
 
 
+def empty_table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose numbers come later. Drawing them where there is no memory (`meta`) would
+    import torch's compiler, which takes as long as importing torch."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class RmsNorm(nn.RMSNorm):
     """Every token divided by its root mean square, times a weight."""
 

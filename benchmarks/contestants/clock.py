@@ -26,7 +26,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: object, model: torch.nn.Module, **__: object) -> None:
         """Watch what the model is given, and start."""
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        # First: one of the peers puts features in the place of pictures by such a hook of its own.
+        model.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True)
         self._begun = time.time()
         self._mark()
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from finesight.model.runs import Runs, alike, padded, upload
 from finesight.model.short_attention import LONGEST, attend_short
@@ -115,6 +114,9 @@ def attend(
 def _attend_varlen(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, queries: Segments, keys: Segments, causal: bool
 ) -> Tensor:
+    # It brings torch's compiler along, which takes as long to import as torch: not where no GPU is.
+    from torch.nn.attention.varlen import varlen_attn
+
     # The window is counted from the ends of the segments, where queries are fewer than keys.
     window = (-1, 0) if causal else (-1, -1)
     bounds = queries.bounds_S1, keys.bounds_S1, queries.longest, keys.longest

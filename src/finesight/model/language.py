@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finesight.model.attention import Attention
 from finesight.model.experts import SparseMlp
 from finesight.model.geometry import LanguageGeometry
-from finesight.model.layers import GatedMlp, RmsNorm, recomputed, run_layer
+from finesight.model.layers import GatedMlp, RmsNorm, empty_table, recomputed, run_layer
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, language_rotation, rotate
 
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry = geometry
-        self.embed_tokens = nn.Embedding(geometry.vocabulary, geometry.width)
+        self.embed_tokens = empty_table(geometry.vocabulary, geometry.width)
         self.layers = nn.ModuleList(layer(geometry, n) for n in range(geometry.depth))
         self.norm = RmsNorm(geometry.width, eps=geometry.norm_eps)
 

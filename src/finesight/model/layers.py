@@ -1,6 +1,6 @@
 """Pieces that the decoder and the vision towers are made of.
 
-Shapes: T tokens, N patches, D width, M squares of merged patches.
+Shapes: T tokens, N patches, D width, M squares of merged patches, R rows of a table.
 """
 
 from __future__ import annotations
@@ -35,6 +35,16 @@ def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
         return kept
     y: Tensor = layer(*inputs)
     return y
+
+
+def empty_table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose numbers come later. Drawing them where there is no memory (`meta`) would
+    import torch's compiler, which takes as long as importing torch."""
+    numbers_RD = torch.empty(rows, width)
+    table: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        numbers_RD, freeze=False
+    )
+    return table
 
 
 class RmsNorm(nn.RMSNorm):

@@ -23,7 +23,7 @@ from finesight.model.geometry import (
     rope_settings,
     text_settings,
 )
-from finesight.model.layers import VisionBlock
+from finesight.model.layers import VisionBlock, empty_table
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.runs import upload
 from finesight.model.tower import VisionTower, positions_by_square
@@ -76,7 +76,7 @@ class DeepstackTower(VisionTower):
         merger = Merger(geometry, together=False)
         super().__init__(geometry, pixels, block, merger, patch_bias=True)
         self.side = side
-        self.pos_embed = nn.Embedding(side**2, geometry.width)
+        self.pos_embed = empty_table(side**2, geometry.width)
         self.deepstack = deepstack
         self.deepstack_merger_list.extend(Merger(geometry, together=True) for _ in deepstack)
 

@@ -181,4 +181,20 @@ def build(
             expected=f"the language model's hidden_size, {language.width}",
             remedy="take the file from the model's own folder",
         )
-    return model.to(dtype).to_empty(device=device).eval()
+    model.to(dtype)
+    make_room(model, device)
+    return model.eval()
+
+
+def make_room(model: nn.Module, device: torch.device) -> None:
+    """Parameters and buffers on `device` in place of those on the meta device, not yet set.
+
+    As `to_empty` does; but to copy the form of a tensor on meta, torch imports what it calculates
+    with symbols by, half a second of every command.
+    """
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            numbers = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(numbers, requires_grad=parameter.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

@@ -25,7 +25,7 @@ from finesight.model.headers import Stored, header, misfit, opened
 from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import hub_name
-from finesight.model.network import VisionLanguageModel, build, fitting
+from finesight.model.network import VisionLanguageModel, build, fitting, make_room
 from finesight.model.parts import Part
 from finesight.model.qwen_vl import Pool
 from finesight.storage import DIGESTS, verify_folder
@@ -165,7 +165,7 @@ def load_model(
     stored = _without_idle_biases(stored, wanted)
     _check(stored, wanted, folder.path)
     with fitting(config.file):
-        model.to_empty(device=device)
+        make_room(model, device)
     # The same, now with room for numbers.
     wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
     turned = _turned(stored, wanted)

@@ -194,6 +194,11 @@ class FrozenWeight(nn.Module):
         """Of all the matrices that it stands for."""
         return sum(matrix.numbers for matrix in self.matrices)
 
+    def whole(self) -> Tensor:
+        """All layers' matrices, one under the other."""
+        dense = [*self.dense()]
+        return dense[0] if len(dense) == 1 else torch.cat(dense)
+
     def dense(self) -> Iterator[Tensor]:
         """Each layer's matrix [O, I], one at a time."""
         for matrix in self.matrices:

@@ -76,7 +76,7 @@ def drop_alike(x: Tensor, kept: Tensor, share: float) -> Tensor:
     return (x.view(kept.dtype) & kept).view(x.dtype).mul_(scale)
 
 
-def _has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """Kernels are for 16-bit numbers on a card: these wait for memory, not for arithmetic."""
     return _TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
 
@@ -96,7 +96,7 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    if _has_kernels(x_THD):
+    if has_kernels(x_THD):
         return kernels.turned(x_THD, cos_T1D, sin_T1D, sign)
     straight_THD = x_THD * cos_T1D
     y_THD = x_THD.new_empty(x_THD.shape)
@@ -112,7 +112,7 @@ class _QuickGelu(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD)
         # silu(a x) / a is the same with less traffic, but rounds a x where it matters in 16 bits.
-        return kernels.quick_gelu(x_TD) if _has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
+        return kernels.quick_gelu(x_TD) if has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +131,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TD: Tensor, up_TD: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TD, up_TD)
-        if _has_kernels(gate_TD):
+        if has_kernels(gate_TD):
             return kernels.gated(gate_TD, up_TD)
         return F.silu(gate_TD).mul_(up_TD)
 
@@ -139,7 +139,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_TD, up_TD = ctx.saved_tensors
-        if _has_kernels(gate_TD):
+        if has_kernels(gate_TD):
             return kernels.gated_back(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, attend
-from finesight.model.fused import gated, rms_norm
+from finesight.model.frozen import KERNELS
+from finesight.model.fused import gated, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
+
+if KERNELS:
+    from finesight.model import norm_kernels
 
 
 def recomputed(share: float, depth: int) -> int:
@@ -27,14 +32,12 @@ def recomputed(share: float, depth: int) -> int:
     return math.ceil(round(share * depth, 6))
 
 
-def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
+def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Any:
     """The layer's output; with `recompute` its inner activations are made again in the backward
     pass instead of kept, from the same random numbers."""
     if recompute and torch.is_grad_enabled():
-        kept: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-        return kept
-    y: Tensor = layer(*inputs)
-    return y
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 def empty_table(rows: int, width: int) -> nn.Embedding:
@@ -54,6 +57,20 @@ class RmsNorm(nn.RMSNorm):
         """[..., width] to [..., width]."""
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
+
+
+def added_norm(x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + y, and the norm of that."""
+    if y_ND is None:
+        return x_ND, norm(x_ND)
+    if has_kernels(x_ND) and not torch.is_grad_enabled():
+        if isinstance(norm, nn.LayerNorm):
+            rest = norm.bias, norm.eps
+            return norm_kernels.added_norm(x_ND, y_ND, norm.weight, *rest, centred=True)
+        if isinstance(norm, RmsNorm) and norm.eps is not None:
+            return norm_kernels.added_norm(x_ND, y_ND, norm.weight, None, norm.eps, centred=False)
+    x_ND = x_ND + y_ND
+    return x_ND, norm(x_ND)
 
 
 class GatedMlp(nn.Module):
@@ -127,11 +144,14 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(geometry.width, geometry.heads)
         self.mlp = mlp
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]."""
-        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
-        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
-        return y_ND
+    def forward(
+        self, x_ND: Tensor, y_ND: Tensor | None, rotation: Rotation, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [N, width] and what the block before still has to add to it, to the same of
+        this block: a sum and the norm of it are one step."""
+        x_ND, n_ND = added_norm(x_ND, y_ND, self.norm1)
+        x_ND, n_ND = added_norm(x_ND, self.attn(n_ND, rotation, segments), self.norm2)
+        return x_ND, self.mlp(n_ND)
 
 
 class PatchMerger(nn.Module):

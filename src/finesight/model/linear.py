@@ -81,3 +81,13 @@ def products(
 def matrices(weight: Tensor | FrozenWeight, widths: Sequence[int]) -> Iterable[Tensor]:
     """W_i [width, inputs] of each layer of a group; in few bits, each is made when asked for."""
     return weight.dense() if isinstance(weight, FrozenWeight) else torch.split(weight, list(widths))
+
+
+def joint_product(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias of all layers of a group side by side, [T, inputs] to [T, sum of widths]."""
+    return F.linear(x, weight if isinstance(weight, Tensor) else weight.whole(), bias)
+
+
+def joint_product_back(dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
+    """dy W: the gradient by `x` of `joint_product`."""
+    return dy @ (weight if isinstance(weight, Tensor) else weight.whole())

@@ -1,0 +1,299 @@
+"""A decoder layer's way forth and back over a pack, in few kernels, where its weights are frozen and
+its linear layers carry low-rank adapters or none.
+
+What layers compute is what `model.language` says; this is how a card does it with each wide tensor
+read once. Kept for the way back are the layer's input, its joint products, attention's output and
+the adapters' narrow numbers: norms, the gated product and all masks of drop-outs are made again.
+
+Shapes: T rows, D width, E columns of the joint product of queries, keys and values, F inner width,
+S ranks of a group, R ranks of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finesight.model.attention import has_varlen
+from finesight.model.frozen import KERNELS, FrozenWeight
+from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
+from finesight.model.lora import LoraGroup
+from finesight.model.rope import Rotation
+
+if KERNELS:
+    from finesight.model import gate_kernels, lora_kernels, norm_kernels, turn_kernels
+    from finesight.model.gate_kernels import Ups
+    from finesight.model.lora_kernels import Drop
+    from finesight.model.turn_kernels import Heads, HeadUps
+
+MOST_RANKS = 128
+"""Of an adapter that the kernels' sums have room for."""
+
+
+def fits(group: GroupedLinear) -> bool:
+    """Whether the group's weight is frozen and its adapter, if any, is one that kernels take: of
+    all its layers, with one rank and scale."""
+    weight = group.weight
+    if (weight.requires_grad if isinstance(weight, Tensor) else False) or (
+        group.bias is not None and group.bias.requires_grad
+    ):
+        return False
+    if group.adapter is None:
+        return True
+    if not isinstance(group.adapter, LoraGroup):
+        return False
+    layers = group.adapter.layers
+    low = next(iter(layers.values()))
+    alike = all(other == low for other in layers.values())
+    return alike and len(layers) == len(group.outputs) and low.rank <= MOST_RANKS
+
+
+def takes(x_TD: Tensor, *norms: nn.RMSNorm) -> bool:
+    """Whether kernels are there for these numbers, and the norms are frozen."""
+    learns = any(norm.weight.requires_grad for norm in norms)
+    return KERNELS and not learns and len(x_TD) > 0 and has_varlen(x_TD.unsqueeze(0))
+
+
+class Wide(NamedTuple):
+    """The frozen part of a group of linear layers."""
+
+    weight: Tensor | FrozenWeight
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, group: GroupedLinear) -> Wide:
+        """That of this group."""
+        return cls(group.weight, group.bias)
+
+    def forth(self, x_TI: Tensor) -> Tensor:
+        """x W^T + bias of all layers side by side."""
+        return joint_product(x_TI, self.weight, self.bias)
+
+    def back(self, dy_TO: Tensor) -> Tensor:
+        """dy W."""
+        return joint_product_back(dy_TO, self.weight)
+
+
+def _narrow(group: GroupedLinear) -> tuple[Tensor | None, ...]:
+    """A and each B of the group's adapter, or as many times nothing."""
+    if not isinstance(group.adapter, LoraGroup):
+        return (None,) * (1 + len(group.outputs))
+    return group.adapter.a, *group.adapter.b.values()
+
+
+def _drop(group: GroupedLinear) -> Drop:
+    """What the group's adapter does to its input this time."""
+    adapter = group.adapter
+    if not isinstance(adapter, LoraGroup):
+        return Drop(0, 0.0, 1.0)
+    share = adapter.dropout if adapter.training else 0.0
+    seed = int(torch.randint(2**31 - 1, ())) if share > 0.0 else 0
+    scale = next(iter(adapter.layers.values())).scale
+    return Drop(seed, share, scale / (1.0 - share))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What does not change of the way into attention."""
+
+    wide: Wide
+    eps: float
+    drop: Drop
+    heads: Heads
+    rotation: Rotation
+
+
+def enter(
+    x_TD: Tensor, norm: nn.RMSNorm, qkv: GroupedLinear, head_width: int, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input itself, to be added to later; and queries [T, H, D], keys and values [T, K, D] of
+    its norm, turned."""
+    queries, keys, _ = (width // head_width for width in qkv.outputs.values())
+    heads = Heads(queries, keys, head_width)
+    entry = _Entry(Wide.of(qkv), _eps(norm), _drop(qkv), heads, rotation)
+    passed: tuple[Tensor, Tensor, Tensor, Tensor] = _Enter.apply(  # type: ignore[no-untyped-call]
+        x_TD, norm.weight, entry, *_narrow(qkv)
+    )
+    return passed
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    assert norm.eps is not None, "a norm without eps"
+    return norm.eps
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w_D: Tensor,
+        entry: _Entry,
+        a_SD: Tensor | None,
+        *bs_OR: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        n_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, entry.eps)
+        low_TS = None if a_SD is None else lora_kernels.lowered(n_TD, a_SD, entry.drop)
+        joint_TE = entry.wide.forth(n_TD)
+        ups = _head_ups(low_TS, bs_OR)
+        rotation, heads = entry.rotation, entry.heads
+        turn_kernels.turn_heads(joint_TE, heads, ups, rotation.cos_T1D, rotation.sin_T1D)
+        ctx.save_for_backward(x_TD, w_D, scale_T, low_TS, a_SD, *bs_OR)
+        ctx.entry = entry
+        all_TND = joint_TE.view(len(x_TD), -1, heads.width)
+        return x_TD, *all_TND.split([heads.queries, heads.keys, heads.keys], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, added_TD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, w_D, scale_T, low_TS, a_SD, *bs_OR = ctx.saved_tensors
+        entry: _Entry = ctx.entry
+        djoint_TE = turn_kernels.turn_heads_back(
+            (grads[0], grads[1], grads[2]),
+            entry.heads,
+            entry.rotation.cos_T1D,
+            entry.rotation.sin_T1D,
+        )
+        dlow_TS, da_SD = None, None
+        dbs_OR: list[Tensor | None] = [None] * len(bs_OR)
+        if low_TS is not None:
+            dlow_TS = torch.empty_like(low_TS)
+            sides = djoint_TE.split([len(b_OR) for b_OR in bs_OR], 1)
+            narrow = zip(sides, bs_OR, dlow_TS.chunk(3, 1), low_TS.chunk(3, 1), strict=True)
+            for i, (dy_TO, b_OR, dlow_TR, low_TR) in enumerate(narrow):
+                torch.mm(dy_TO, b_OR, out=dlow_TR)
+                dbs_OR[i] = dy_TO.T @ low_TR
+            da_SD = lora_kernels.down_grad(x_TD, dlow_TS, entry.drop, (w_D, scale_T))
+        dx_TD = None
+        if ctx.needs_input_grad[0]:
+            dn_TD = entry.wide.back(djoint_TE)
+            if dlow_TS is not None:
+                lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
+            dx_TD = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, added_TD)
+        return dx_TD, None, None, da_SD, *dbs_OR
+
+
+def _head_ups(low_TS: Tensor | None, bs_OR: tuple[Tensor | None, ...]) -> HeadUps | None:
+    return None if low_TS is None else HeadUps(low_TS, *bs_OR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    """What does not change of the way from attention to the layer's end."""
+
+    out: Wide
+    out_drop: Drop
+    both: Wide
+    both_drop: Drop
+    down: Wide
+    down_drop: Drop
+    eps: float
+
+
+def leave(
+    x_TD: Tensor,
+    o_TI: Tensor,
+    out: GroupedLinear,
+    norm: nn.RMSNorm,
+    both: GroupedLinear,
+    down: GroupedLinear,
+) -> Tensor:
+    """x + out(o), and to that added the gated MLP of its norm."""
+    drops = (_drop(group) for group in (out, both, down))
+    whats = (Wide.of(group) for group in (out, both, down))
+    (wide_out, wide_both, wide_down), (drop_out, drop_both, drop_down) = whats, drops
+    fixed = _Exit(wide_out, drop_out, wide_both, drop_both, wide_down, drop_down, _eps(norm))
+    y_TD: Tensor = _Leave.apply(  # type: ignore[no-untyped-call]
+        x_TD, o_TI, norm.weight, fixed, *_narrow(out), *_narrow(both), *_narrow(down)
+    )
+    return y_TD
+
+
+def _added(
+    x_TD: Tensor, wide: Wide, h_TI: Tensor, low_TR: Tensor | None, b: Tensor | None
+) -> Tensor:
+    """x plus the product of `h` and what its adapter adds."""
+    if low_TR is None or b is None:
+        return x_TD + wide.forth(h_TI)
+    y_TD = torch.addmm(x_TD, low_TR, b.T)
+    if isinstance(wide.weight, Tensor) and wide.bias is None:
+        return y_TD.addmm_(h_TI, wide.weight.T)
+    return y_TD.add_(wide.forth(h_TI))
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        o_TI: Tensor,
+        w_D: Tensor,
+        fixed: _Exit,
+        out_a: Tensor | None,
+        out_b: Tensor | None,
+        both_a: Tensor | None,
+        gate_b: Tensor | None,
+        up_b: Tensor | None,
+        down_a: Tensor | None,
+        down_b: Tensor | None,
+    ) -> Tensor:
+        low_o = None if out_a is None else lora_kernels.lowered(o_TI, out_a, fixed.out_drop)
+        x_TD = _added(x_TD, fixed.out, o_TI, low_o, out_b)
+        n_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, fixed.eps)
+        low_g = None if both_a is None else lora_kernels.lowered(n_TD, both_a, fixed.both_drop)
+        both_TF2 = fixed.both.forth(n_TD)
+        ups = _ups(low_g, gate_b, up_b)
+        h_TF, low_d = gate_kernels.gated_low(both_TF2, ups, down_a, fixed.down_drop)
+        y_TD = _added(x_TD, fixed.down, h_TF, low_d, down_b)
+        ctx.save_for_backward(
+            *(x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d),
+            *(out_a, out_b, both_a, gate_b, up_b, down_a, down_b),
+        )
+        ctx.fixed = fixed
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d, *narrow = ctx.saved_tensors
+        out_a, out_b, both_a, gate_b, up_b, down_a, down_b = narrow
+        fixed: _Exit = ctx.fixed
+        dy_TD = dy_TD.contiguous()
+        dlow_d, ddown_b = _through(dy_TD, low_d, down_b)
+        ups = _ups(low_g, gate_b, up_b)
+        # What the forward pass kept is overwritten: a second way back would need it.
+        dboth = gate_kernels.gated_low_back(
+            both_TF2, ups, down_a, fixed.down.back(dy_TD), dlow_d, fixed.down_drop
+        )
+        dn_TD = fixed.both.back(dboth.both_TF2)
+        dboth_a = None
+        if dboth.low_TS is not None:
+            norm = w_D, scale_T
+            dboth_a = lora_kernels.down_grad(x_TD, dboth.low_TS, fixed.both_drop, norm)
+            lora_kernels.lowered_back(dn_TD, dboth.low_TS, both_a, fixed.both_drop)
+        dx_TD = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD)
+        do_TI = fixed.out.back(dx_TD)
+        dlow_o, dout_b = _through(dx_TD, low_o, out_b)
+        dout_a = None
+        if dlow_o is not None:
+            dout_a = lora_kernels.down_grad(o_TI, dlow_o, fixed.out_drop)
+            do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)
+        ups_grads = dboth_a, dboth.gate_FR, dboth.up_FR
+        return dx_TD, do_TI, None, None, dout_a, dout_b, *ups_grads, dboth.a_RF, ddown_b
+
+
+def _ups(low_TS: Tensor | None, gate: Tensor | None, up: Tensor | None) -> Ups | None:
+    return None if low_TS is None or gate is None or up is None else Ups(low_TS, gate, up)
+
+
+def _through(
+    dy_TO: Tensor, low_TR: Tensor | None, b_OR: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by `low` and by B of low B^T."""
+    if low_TR is None or b_OR is None:
+        return None, None
+    return dy_TO @ b_OR, dy_TO.T @ low_TR

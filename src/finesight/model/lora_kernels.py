@@ -1,0 +1,216 @@
+"""Triton kernels of low-rank adapters: each reads what it needs of the wide activations once, and
+makes the drop-out's mask anew wherever it is needed, so that no mask is kept.
+
+An adapter's down-projection gives `low`, S numbers of each row, that carry the adapter's scale and
+the drop-out's; it is the consumer of the wide product that adds `low` times the up-projection. Sums
+are fp32. Shapes: T rows (tokens), I inputs, D width, S ranks of a group end to end, C chunks of
+rows. Imported only where Triton is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """How a kernel's programs share the work: rows and columns of a tile, warps, and tiles that are
+    loaded ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+LOWERED, LOW_BACK, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+"""What was quickest on an H200."""
+
+
+class Drop(NamedTuple):
+    """Which numbers of an adapter's input are zero: a function of `seed`, row and column. `times`
+    scales what is left, and carries the adapter's own scale."""
+
+    seed: int
+    share: float
+    times: float
+
+    @property
+    def threshold(self) -> int:
+        """Of 2^32 equally likely numbers, how many stand for zero."""
+        return round(self.share * 2**32)
+
+
+@triton.jit
+def mixed(x):
+    """A 32-bit number whose bits all depend on all bits of `x` (lowbias32 of C. Wellons)."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(seed, m, c, threshold):
+    """Which numbers of rows `m` [M] and columns `c` [N] are not dropped, [M, N]."""
+    key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
+    return mixed(key_M[:, None] ^ (c.to(tl.uint32) * 0x85EBCA77)[None, :]) >= threshold
+
+
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
+def _lowered(x, a, low, rows, width, ranks, seed, threshold, times, is_dropped: tl.constexpr,
+             block_m: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    s = tl.arange(0, block_s)
+    inside_M, at_M = m < rows, m.to(tl.int64)
+    low_MS = tl.zeros((block_m, block_s), tl.float32)
+    for start in range(0, width, block_n):
+        c = start + tl.arange(0, block_n)
+        inside = inside_M[:, None] & (c < width)[None, :]
+        x_MN = tl.load(x + at_M[:, None] * width + c[None, :], mask=inside, other=0.0)
+        if is_dropped:
+            x_MN = tl.where(kept(seed, m, c, threshold), x_MN, 0.0)
+        inside_SN = (s < ranks)[:, None] & (c < width)[None, :]
+        a_SN = tl.load(a + s[:, None] * width + c[None, :], mask=inside_SN, other=0.0)
+        low_MS += tl.dot(x_MN, tl.trans(a_SN))
+    inside_MS = inside_M[:, None] & (s < ranks)[None, :]
+    tl.store(low + at_M[:, None] * ranks + s[None, :], low_MS * times, mask=inside_MS)
+
+
+def lowered(x_TI: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
+    """drop(x) A^T: [T, S]."""
+    (rows, width), ranks, tile = x_TI.shape, len(a_SI), LOWERED
+    low_TS = x_TI.new_empty(rows, ranks)
+    _lowered[(triton.cdiv(rows, tile.rows),)](
+        x_TI, a_SI, low_TS, rows, width, ranks, drop.seed, drop.threshold, drop.times,
+        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
+        block_s=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return low_TS
+
+
+def rank_block(ranks: int) -> int:
+    """What a kernel takes at once of so many ranks."""
+    return max(16, triton.next_power_of_2(ranks))
+
+
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
+def _low_back(dn, dlow, a, dx, rows, width, ranks, seed, threshold, times,
+              is_dropped: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+              block_s: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    c = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    s = tl.arange(0, block_s)
+    inside_M, inside_N, inside_S = m < rows, c < width, s < ranks
+    inside = inside_M[:, None] & inside_N[None, :]
+    at = m.to(tl.int64)[:, None] * width + c[None, :]
+    dlow_MS = tl.load(dlow + m.to(tl.int64)[:, None] * ranks + s[None, :],
+                      mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
+    a_SN = tl.load(a + s[:, None] * width + c[None, :],
+                   mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
+    more_MN = tl.dot(dlow_MS, a_SN) * times
+    if is_dropped:
+        more_MN = tl.where(kept(seed, m, c, threshold), more_MN, 0.0)
+    dn_MN = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at, dn_MN + more_MN, mask=inside)
+
+
+def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
+    """`dn` plus the gradient by `x` of `lowered`, in place of `dn`."""
+    rows, width = dn_TI.shape
+    tile = LOW_BACK
+    grid = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
+    _low_back[grid](
+        dn_TI, dlow_TS, a_SI, dn_TI, rows, width, len(a_SI),
+        drop.seed, drop.threshold, drop.times, is_dropped=drop.share > 0.0,
+        block_m=tile.rows, block_n=tile.columns, block_s=rank_block(len(a_SI)),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dn_TI
+
+
+@triton.jit(do_not_specialize=["rows", "per_chunk", "seed", "threshold"])
+def _down_grad(x, w, scales, dlow, partial, rows, per_chunk, width, ranks, seed, threshold, times,
+               is_normed: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
+               block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    chunk = tl.program_id(1)
+    s = tl.arange(0, block_s)
+    inside_N, inside_S = c < width, s < ranks
+    w_N = tl.full((block_n,), 1.0, tl.float32)
+    if is_normed:
+        w_N = tl.load(w + c, mask=inside_N, other=0.0).to(tl.float32)
+    da_SN = tl.zeros((block_s, block_n), tl.float32)
+    last = tl.minimum(rows, (chunk + 1) * per_chunk)
+    for start in range(chunk * per_chunk, last, block_m):
+        m = start + tl.arange(0, block_m)
+        inside_M = m < last
+        at_M = m.to(tl.int64)
+        x_MN = tl.load(x + at_M[:, None] * width + c[None, :],
+                       mask=inside_M[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
+        if is_normed:
+            scale_M = tl.load(scales + m, mask=inside_M, other=0.0)
+            x_MN = (x_MN.to(tl.float32) * scale_M[:, None] * w_N[None, :]).to(x_MN.dtype)
+        if is_dropped:
+            x_MN = tl.where(kept(seed, m, c, threshold), x_MN, 0.0)
+        dlow_MS = tl.load(dlow + at_M[:, None] * ranks + s[None, :],
+                          mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
+        da_SN += tl.dot(tl.trans(dlow_MS), x_MN)
+    at = partial + (chunk * ranks + s).to(tl.int64)[:, None] * width + c[None, :]
+    tl.store(at, da_SN * times, mask=inside_S[:, None] & inside_N[None, :])
+
+
+def down_grad(
+    x_TI: Tensor, dlow_TS: Tensor, drop: Drop, norm: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The gradient by A of drop(x) A^T, [S, I]; with `norm`, a weight and the rows' scales, of
+    drop(norm(x)) A^T. Always summed in the same order."""
+    (rows, width), ranks = x_TI.shape, dlow_TS.shape[1]
+    w, scales = (x_TI, x_TI) if norm is None else norm
+    tile = DOWN_GRAD
+    wide = triton.cdiv(width, tile.columns)
+    per_chunk = rows_of_chunk(rows, wide)
+    chunks = triton.cdiv(rows, per_chunk)
+    partial_CSI = torch.empty(chunks, ranks, width, dtype=torch.float32, device=x_TI.device)
+    _down_grad[(wide, chunks)](
+        x_TI, w, scales, dlow_TS, partial_CSI, rows, per_chunk, width, ranks,
+        drop.seed, drop.threshold, drop.times, is_normed=norm is not None,
+        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
+        block_s=rank_block(ranks), num_warps=2 * tile.warps if ranks > 64 else tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    return folded(partial_CSI, x_TI.dtype)
+
+
+PROGRAMS = 512
+"""Of a kernel that fill a large card."""
+
+
+def rows_of_chunk(rows: int, beside: int) -> int:
+    """Rows that one of a kernel's programs takes, where `beside` of them take each row."""
+    chunks = max(1, min(PROGRAMS // beside, triton.cdiv(rows, 64)))
+    return max(1, triton.cdiv(triton.cdiv(rows, chunks), 64)) * 64
+
+
+@triton.jit
+def _folded(partial, y, total, chunks, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < total
+    sums = tl.zeros((block,), tl.float32)
+    for chunk in range(chunks):
+        sums += tl.load(partial + chunk * total + at, mask=inside, other=0.0)
+    tl.store(y + at, sums, mask=inside)
+
+
+def folded(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, rounded once."""
+    chunks, *shape = partial.shape
+    y = torch.empty(shape, dtype=dtype, device=partial.device)
+    total = y.numel()
+    _folded[(triton.cdiv(total, 1024),)](partial, y, total, chunks, block=1024)
+    return y

@@ -1,0 +1,94 @@
+"""Triton kernels of norms, with what is added before or after them.
+
+Sums are fp32. Shapes: N or T rows, D width. Imported only where Triton is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _added_norm(x, y, w, b, total, n, rows, width, eps, is_centred: tl.constexpr,
+                is_biased: tl.constexpr, block_d: tl.constexpr):  # fmt: skip
+    d = tl.arange(0, block_d)
+    inside = d < width
+    at = tl.program_id(0).to(tl.int64) * width + d
+    x_D = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    x_D += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    narrow_D = x_D.to(total.dtype.element_ty)
+    tl.store(total + at, narrow_D, mask=inside)
+    # The norm is of the sum as it is kept.
+    x_D = narrow_D.to(tl.float32)
+    if is_centred:
+        x_D = tl.where(inside, x_D - tl.sum(x_D, 0) / width, 0.0)
+    n_D = x_D / tl.sqrt(tl.sum(x_D * x_D, 0) / width + eps)
+    n_D *= tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
+    if is_biased:
+        n_D += tl.load(b + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(n + at, n_D, mask=inside)
+
+
+def added_norm(
+    x_ND: Tensor, y_ND: Tensor, w_D: Tensor, b_D: Tensor | None, eps: float, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """x + y, and its layer norm (`centred`) or RMS norm."""
+    rows, width = x_ND.shape
+    total_ND, n_ND = torch.empty_like(x_ND), torch.empty_like(x_ND)
+    _added_norm[(rows,)](
+        x_ND, y_ND, w_D, w_D if b_D is None else b_D, total_ND, n_ND, rows, width, eps,
+        is_centred=centred, is_biased=b_D is not None,
+        block_d=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return total_ND, n_ND
+
+
+@triton.jit
+def _rms(x, w, n, scales, width, eps, block_d: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block_d)
+    inside = d < width
+    x_D = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x_D * x_D, 0) / width + eps)
+    tl.store(scales + row, scale)
+    w_D = tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(n + row * width + d, x_D * scale * w_D, mask=inside)
+
+
+def rms_normed(x_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) w, and what each row was multiplied by, [T] in fp32."""
+    rows, width = x_TD.shape
+    n_TD = torch.empty_like(x_TD)
+    scale_T = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
+    _rms[(rows,)](
+        x_TD, w_D, n_TD, scale_T, width, eps, block_d=triton.next_power_of_2(width), num_warps=4
+    )
+    return n_TD, scale_T
+
+
+@triton.jit
+def _rms_back(x, w, scales, dn, added, dx, width, block_d: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, block_d)
+    inside, at = d < width, row * width + d
+    scale = tl.load(scales + row)
+    x_D = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
+    dn_D = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+    dn_D *= tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
+    dx_D = (dn_D - x_D * (tl.sum(dn_D * x_D, 0) / width)) * scale
+    dx_D += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at, dx_D, mask=inside)
+
+
+def rms_back(x_TD: Tensor, w_D: Tensor, scale_T: Tensor, dn_TD: Tensor, added_TD: Tensor) -> Tensor:
+    """The gradient by `x` of `rms_normed`, and `added_TD`, which comes to `x` from elsewhere; in
+    place of `dn_TD`."""
+    rows, width = x_TD.shape
+    _rms_back[(rows,)](
+        x_TD, w_D, scale_T, dn_TD, added_TD, dn_TD, width,
+        block_d=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return dn_TD

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finesight.encode.pack import PackedBatch
 from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
+from finesight.model.layers import RmsNorm, added_norm
 from finesight.model.network import VisionLanguageModel
 
 pytestmark = [
@@ -144,3 +145,31 @@ def test_nothing_waits_for_the_card(
         work(model, batch.to(CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7]], ids=str)
+def test_attention_of_a_frozen_tower_is_that_of_the_processor_in_32(
+    lengths: list[int], dtype: torch.dtype
+) -> None:
+    inputs = [x.repeat(3, 1, 1)[: sum(lengths)] for x in heads(4, 80, dtype)]
+    segments = Segments.of(lengths, CUDA)
+    with torch.no_grad():
+        found = attend(*inputs, segments, causal=False)
+    exact = [x.float().cpu() for x in inputs]
+    expected = attend(*exact, Segments.of(lengths, torch.device("cpu")), causal=False)
+    assert distance(found.cpu(), expected) < 0.01
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_norm_of_a_sum_is_that_of_the_two_steps(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 1280, generator=generator).to(CUDA, dtype) for _ in range(2))
+    for norm in (torch.nn.LayerNorm(1280, eps=1e-6), RmsNorm(1280, eps=1e-6)):
+        norm.weight.data.normal_(generator=generator)
+        own = norm.to(CUDA, dtype)
+        with torch.no_grad():
+            total, normed = added_norm(x, y, own)
+        kept, expected = added_norm(x, y, own)
+        assert torch.equal(total, kept)
+        torch.testing.assert_close(normed, expected, rtol=2**-7, atol=2**-9)

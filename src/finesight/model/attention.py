@@ -26,7 +26,7 @@ if KERNELS:
     from finesight.model import attention_kernels
 
 SHORT = 256
-"""Tokens of a segment up to which the kernels of `attention_kernels` are the quickest, on an H200."""
+"""Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""
 
 _TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
@@ -81,9 +81,13 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within each sequence of a pack: training, and scoring without a cache."""
+    """Causal attention within each sequence of a pack: training, and scoring without a cache.
+
+    `seed_1` (int32, on the device) is what the drop-outs of `fused_layer` are a function of.
+    """
 
     segments: Segments
+    seed_1: Tensor | None = None
 
     @property
     def contexts_T(self) -> Tensor:
@@ -127,9 +131,12 @@ def attend(
 
 def _attend_alike(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
     """Segments of one length: cuDNN's kernel is the quickest, and has no variable lengths."""
-    heads = (x.unflatten(0, (number, -1)).transpose(1, 2) for x in (q_THD, k_THD, v_THD))
+
+    def lined(x_THD: Tensor) -> Tensor:
+        return torch.unflatten(x_THD, 0, (number, -1)).transpose(1, 2)
+
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-        o_NHLD = F.scaled_dot_product_attention(*heads)
+        o_NHLD = F.scaled_dot_product_attention(lined(q_THD), lined(k_THD), lined(v_THD))
     return o_NHLD.transpose(1, 2).flatten(0, 1)
 
 

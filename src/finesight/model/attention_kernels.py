@@ -155,8 +155,8 @@ def _back_k(q, k, v, do, lse, delta, dk, dv, bounds, q_stride, k_stride, v_strid
 def forth(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Bounds, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v within each segment, [T, H, D], and the logarithms to base 2 of the
-    softmax's sums, [H, T]. Rows of a head lie one after the other in memory."""
+    """softmax(q k^T / sqrt(D)) v within each segment, [T, H, D], and the logarithms to base 2 of
+    the softmax's sums, [H, T]. Rows of a head lie one after the other in memory."""
     rows, heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, heads, width)
     lse_HT = q_THD.new_empty(heads, rows, dtype=torch.float32)
@@ -200,7 +200,7 @@ def _scale(width: int) -> float:
 
 
 def _head_block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _grid(bounds: Bounds, tile: int, heads: int) -> tuple[int, int, int]:

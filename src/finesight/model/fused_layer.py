@@ -1,5 +1,5 @@
-"""A decoder layer's way forth and back over a pack, in few kernels, where its weights are frozen and
-its linear layers carry low-rank adapters or none.
+"""A decoder layer's way forth and back over a pack, in few kernels, where its weights are frozen
+and its linear layers carry low-rank adapters or none.
 
 What layers compute is what `model.language` says; this is how a card does it with each wide tensor
 read once. Kept for the way back are the layer's input, its joint products, attention's output and
@@ -85,15 +85,15 @@ def _narrow(group: GroupedLinear) -> tuple[Tensor | None, ...]:
     return group.adapter.a, *group.adapter.b.values()
 
 
-def _drop(group: GroupedLinear) -> Drop:
+def _drop(group: GroupedLinear, seed_1: Tensor | None, salt: int) -> Drop:
     """What the group's adapter does to its input this time."""
     adapter = group.adapter
     if not isinstance(adapter, LoraGroup):
-        return Drop(0, 0.0, 1.0)
+        return Drop(None, salt, 0.0, 1.0)
     share = adapter.dropout if adapter.training else 0.0
-    seed = int(torch.randint(2**31 - 1, ())) if share > 0.0 else 0
+    assert share == 0.0 or seed_1 is not None, "drop-out without a seed"
     scale = next(iter(adapter.layers.values())).scale
-    return Drop(seed, share, scale / (1.0 - share))
+    return Drop(seed_1, salt, share, scale / (1.0 - share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,30 @@ class _Entry:
     rotation: Rotation
 
 
+class Pass(NamedTuple):
+    """A layer's share of a pass over a pack: its number, and the pass's seed of drop-outs."""
+
+    layer: int
+    seed_1: Tensor | None
+
+    def drop(self, group: GroupedLinear, place: int) -> Drop:
+        """What the adapter of the layer's group number `place` does to its input."""
+        return _drop(group, self.seed_1, 4 * self.layer + place)
+
+
 def enter(
-    x_TD: Tensor, norm: nn.RMSNorm, qkv: GroupedLinear, head_width: int, rotation: Rotation
+    x_TD: Tensor,
+    norm: nn.RMSNorm,
+    qkv: GroupedLinear,
+    head_width: int,
+    rotation: Rotation,
+    at: Pass,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The input itself, to be added to later; and queries [T, H, D], keys and values [T, K, D] of
     its norm, turned."""
     queries, keys, _ = (width // head_width for width in qkv.outputs.values())
     heads = Heads(queries, keys, head_width)
-    entry = _Entry(Wide.of(qkv), _eps(norm), _drop(qkv), heads, rotation)
+    entry = _Entry(Wide.of(qkv), _eps(norm), at.drop(qkv, 0), heads, rotation)
     passed: tuple[Tensor, Tensor, Tensor, Tensor] = _Enter.apply(  # type: ignore[no-untyped-call]
         x_TD, norm.weight, entry, *_narrow(qkv)
     )
@@ -145,7 +161,7 @@ class _Enter(torch.autograd.Function):
         ctx.save_for_backward(x_TD, w_D, scale_T, low_TS, a_SD, *bs_OR)
         ctx.entry = entry
         all_TND = joint_TE.view(len(x_TD), -1, heads.width)
-        return x_TD, *all_TND.split([heads.queries, heads.keys, heads.keys], 1)
+        return x_TD, *torch.split(all_TND, [heads.queries, heads.keys, heads.keys], 1)
 
     @staticmethod
     @once_differentiable
@@ -162,7 +178,7 @@ class _Enter(torch.autograd.Function):
         dbs_OR: list[Tensor | None] = [None] * len(bs_OR)
         if low_TS is not None:
             dlow_TS = torch.empty_like(low_TS)
-            sides = djoint_TE.split([len(b_OR) for b_OR in bs_OR], 1)
+            sides = torch.split(djoint_TE, [len(b_OR) for b_OR in bs_OR], 1)
             narrow = zip(sides, bs_OR, dlow_TS.chunk(3, 1), low_TS.chunk(3, 1), strict=True)
             for i, (dy_TO, b_OR, dlow_TR, low_TR) in enumerate(narrow):
                 torch.mm(dy_TO, b_OR, out=dlow_TR)
@@ -178,7 +194,10 @@ class _Enter(torch.autograd.Function):
 
 
 def _head_ups(low_TS: Tensor | None, bs_OR: tuple[Tensor | None, ...]) -> HeadUps | None:
-    return None if low_TS is None else HeadUps(low_TS, *bs_OR)
+    q, k, v = bs_OR
+    if low_TS is None or q is None or k is None or v is None:
+        return None
+    return HeadUps(low_TS, q, k, v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +220,18 @@ def leave(
     norm: nn.RMSNorm,
     both: GroupedLinear,
     down: GroupedLinear,
+    at: Pass,
 ) -> Tensor:
     """x + out(o), and to that added the gated MLP of its norm."""
-    drops = (_drop(group) for group in (out, both, down))
-    whats = (Wide.of(group) for group in (out, both, down))
-    (wide_out, wide_both, wide_down), (drop_out, drop_both, drop_down) = whats, drops
-    fixed = _Exit(wide_out, drop_out, wide_both, drop_both, wide_down, drop_down, _eps(norm))
+    fixed = _Exit(
+        Wide.of(out),
+        at.drop(out, 1),
+        Wide.of(both),
+        at.drop(both, 2),
+        Wide.of(down),
+        at.drop(down, 3),
+        _eps(norm),
+    )
     y_TD: Tensor = _Leave.apply(  # type: ignore[no-untyped-call]
         x_TD, o_TI, norm.weight, fixed, *_narrow(out), *_narrow(both), *_narrow(down)
     )
@@ -214,15 +239,13 @@ def leave(
 
 
 def _added(
-    x_TD: Tensor, wide: Wide, h_TI: Tensor, low_TR: Tensor | None, b: Tensor | None
+    x_TD: Tensor, wide: Wide, h_TI: Tensor, low_TR: Tensor | None, b_DR: Tensor | None
 ) -> Tensor:
     """x plus the product of `h` and what its adapter adds."""
-    if low_TR is None or b is None:
-        return x_TD + wide.forth(h_TI)
-    y_TD = torch.addmm(x_TD, low_TR, b.T)
-    if isinstance(wide.weight, Tensor) and wide.bias is None:
-        return y_TD.addmm_(h_TI, wide.weight.T)
-    return y_TD.add_(wide.forth(h_TI))
+    y_TD = wide.forth(h_TI)
+    if low_TR is None or b_DR is None:
+        return y_TD.add_(x_TD)
+    return lora_kernels.added(x_TD, y_TD, low_TR, b_DR)
 
 
 class _Leave(torch.autograd.Function):
@@ -253,7 +276,7 @@ class _Leave(torch.autograd.Function):
             *(x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d),
             *(out_a, out_b, both_a, gate_b, up_b, down_a, down_b),
         )
-        ctx.fixed = fixed
+        ctx.fixed, ctx.gone = fixed, False
         return y_TD
 
     @staticmethod
@@ -262,10 +285,12 @@ class _Leave(torch.autograd.Function):
         x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d, *narrow = ctx.saved_tensors
         out_a, out_b, both_a, gate_b, up_b, down_a, down_b = narrow
         fixed: _Exit = ctx.fixed
+        # What the forward pass kept is overwritten here.
+        assert not ctx.gone, "a second way back"
+        ctx.gone = True
         dy_TD = dy_TD.contiguous()
         dlow_d, ddown_b = _through(dy_TD, low_d, down_b)
         ups = _ups(low_g, gate_b, up_b)
-        # What the forward pass kept is overwritten: a second way back would need it.
         dboth = gate_kernels.gated_low_back(
             both_TF2, ups, down_a, fixed.down.back(dy_TD), dlow_d, fixed.down_drop
         )

@@ -41,10 +41,11 @@ class Ups(NamedTuple):
     up_FR: Tensor
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
-def _gate(both, low, gates, ups, a, h, partial, rows, width, ranks, per_chunk, seed, threshold,
-          times, is_updated: tl.constexpr, is_low: tl.constexpr, is_dropped: tl.constexpr,
-          block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+def _gate(both, low, gates, ups, a, h, partial, rows, width, ranks, per_chunk, seed, salt,
+          threshold, times, is_updated: tl.constexpr, is_low: tl.constexpr,
+          is_dropped: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+          block_r: tl.constexpr):  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     chunk = tl.program_id(1)
     r = tl.arange(0, block_r)
@@ -76,7 +77,7 @@ def _gate(both, low, gates, ups, a, h, partial, rows, width, ranks, per_chunk, s
         tl.store(h + at_M[:, None] * width + c[None, :], h_MN, mask=inside)
         if is_low:
             if is_dropped:
-                h_MN = tl.where(kept(seed, m, c, threshold), h_MN, 0.0)
+                h_MN = tl.where(kept(seed, salt, m, c, threshold), h_MN, 0.0)
             inside_RN = inside_R[:, None] & inside_N[None, :]
             a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)
             low_MR += tl.dot(h_MN, tl.trans(a_RN))
@@ -99,7 +100,7 @@ def gated_low(
     low, gates, uppers = (both_TF2, both_TF2, both_TF2) if ups is None else ups
     _gate[(tall, chunks)](
         both_TF2, low, gates, uppers, h_TF if a_RF is None else a_RF, h_TF, partial_CTR,
-        rows, width, ranks, per_chunk, drop.seed, drop.threshold, drop.times,
+        rows, width, ranks, per_chunk, *drop.told(both_TF2),
         is_updated=ups is not None, is_low=a_RF is not None, is_dropped=drop.share > 0.0,
         block_m=tile.rows, block_n=tile.columns, block_r=rank_block(ranks),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -115,9 +116,9 @@ def _ranks(ups: Ups | None, a_RF: Tensor | None) -> int:
     return 1 if a_RF is None else len(a_RF)
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
+@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
 def _gate_back(both, low, gates, ups, a, dh, dlow, dlow_back, rows, width, ranks, per_chunk,
-               seed, threshold, times, is_updated: tl.constexpr, is_low: tl.constexpr,
+               seed, salt, threshold, times, is_updated: tl.constexpr, is_low: tl.constexpr,
                is_dropped: tl.constexpr, is_summed: tl.constexpr, block_m: tl.constexpr,
                block_n: tl.constexpr, block_r: tl.constexpr):  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
@@ -161,7 +162,7 @@ def _gate_back(both, low, gates, ups, a, dh, dlow, dlow_back, rows, width, ranks
             more_MN = tl.dot(dlow_MR, a_RN) * times
             h_MN = silu_MN * u_MN * times
             if is_dropped:
-                kept_MN = kept(seed, m, c, threshold)
+                kept_MN = kept(seed, salt, m, c, threshold)
                 more_MN = tl.where(kept_MN, more_MN, 0.0)
                 h_MN = tl.where(kept_MN, h_MN, 0.0)
             dh_MN += more_MN
@@ -204,10 +205,10 @@ def gated_low_back(
     _gate_back[(tall, chunks)](
         both_TF2, low, gates, uppers, dh_TF if a_RF is None else a_RF, dh_TF,
         dh_TF if dlow_TR is None else dlow_TR, partial_CTS,
-        rows, width, ranks, per_chunk, drop.seed, drop.threshold, drop.times,
+        rows, width, ranks, per_chunk, *drop.told(both_TF2),
         is_updated=ups is not None, is_low=a_RF is not None, is_dropped=drop.share > 0.0,
-        is_summed=SUMMED and ups is not None, block_m=tile.rows, block_n=tile.columns, block_r=rank_block(ranks),
-        num_warps=tile.warps, num_stages=tile.stages,
+        is_summed=SUMMED and ups is not None, block_m=tile.rows, block_n=tile.columns,
+        block_r=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     # Where `dh` lay is now the input of the down-projection, dropped out and scaled.
     da_RF = None if dlow_TR is None else dlow_TR.T @ dh_TF

@@ -50,7 +50,8 @@ def turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tens
     blocks = triton.next_power_of_2(heads), triton.next_power_of_2(half)
     _turn[(tokens,)](
         x_THD, y_THD, cos_T1D, sin_T1D, x_THD.stride(0), x_THD.stride(1), heads, half, sign,
-        round_first=cos_T1D.dtype == x_THD.dtype, block_h=blocks[0], block_f=blocks[1], num_warps=WARPS,
+        round_first=cos_T1D.dtype == x_THD.dtype, block_h=blocks[0], block_f=blocks[1],
+        num_warps=WARPS,
     )  # fmt: skip
     return y_THD
 

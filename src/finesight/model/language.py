@@ -105,9 +105,10 @@ class DecoderLayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, attention: PackedAttention, only_L: Tensor | None
     ) -> Tensor:
         attn, mlp = self.self_attn, self.mlp
+        at = fused_layer.Pass(attn.layer, attention.seed_1)
         assert isinstance(mlp, GatedMlp), f"no gated MLP but a {type(mlp).__name__}"
         x_TD, q_THD, k_TKD, v_TKD = fused_layer.enter(
-            x_TD, self.input_layernorm, attn.qkv_proj, attn.head_width, rotation
+            x_TD, self.input_layernorm, attn.qkv_proj, attn.head_width, rotation, at
         )
         o_TI = attention(attn.layer, q_THD, k_TKD, v_TKD).flatten(1)
         if only_L is not None:
@@ -119,6 +120,7 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm,
             mlp.gate_up_proj,
             mlp.down_proj,
+            at,
         )
 
 
@@ -166,4 +168,6 @@ class Decoder(nn.Module):
             x_TD = run_layer(layer, number < again, x_TD, rotations, attention)
             if deepstack is not None:
                 x_TD = deepstack.after(number, x_TD)
-        return run_layer(last, again > len(layers), x_TD, rotations, attention, only_L)
+        last_again = again > len(layers)
+        y_TD: Tensor = run_layer(last, last_again, x_TD, rotations, attention, only_L)
+        return y_TD

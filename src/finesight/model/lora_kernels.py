@@ -27,22 +27,25 @@ class Blocks(NamedTuple):
     stages: int
 
 
-LOWERED, LOW_BACK, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+LOWERED, UPDATED, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""
 
 
 class Drop(NamedTuple):
-    """Which numbers of an adapter's input are zero: a function of `seed`, row and column. `times`
-    scales what is left, and carries the adapter's own scale."""
+    """Which numbers of an adapter's input are zero: a function of `seed_1` (int32, on the device),
+    of `salt`, another for each adapter, and of row and column. `times` scales what is left, and
+    carries the adapter's own scale."""
 
-    seed: int
+    seed_1: Tensor | None
+    salt: int
     share: float
     times: float
 
-    @property
-    def threshold(self) -> int:
-        """Of 2^32 equally likely numbers, how many stand for zero."""
-        return round(self.share * 2**32)
+    def told(self, anything: Tensor) -> tuple[Tensor, int, int, float]:
+        """What kernels take: the seed (where nothing is dropped it is not read, and any pointer
+        does), the salt, how many of 2^32 equally likely numbers stand for zero, and `times`."""
+        seed_1 = anything if self.seed_1 is None else self.seed_1
+        return seed_1, self.salt, round(self.share * 2**32), self.times
 
 
 @triton.jit
@@ -56,17 +59,18 @@ def mixed(x):
 
 
 @triton.jit
-def kept(seed, m, c, threshold):
+def kept(seed, salt, m, c, threshold):
     """Which numbers of rows `m` [M] and columns `c` [N] are not dropped, [M, N]."""
-    key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
+    key = mixed(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0xC2B2AE35))
+    key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + key)
     return mixed(key_M[:, None] ^ (c.to(tl.uint32) * 0x85EBCA77)[None, :]) >= threshold
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
-def _lowered(x, a, low, rows, width, ranks, seed, threshold, times, is_dropped: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+def _lowered(x, a, low, rows, width, ranks, seed, salt, threshold, times, is_dropped: tl.constexpr,
              block_m: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    s = tl.arange(0, block_s)
+    s = tl.program_id(1) * block_s + tl.arange(0, block_s)
     inside_M, at_M = m < rows, m.to(tl.int64)
     low_MS = tl.zeros((block_m, block_s), tl.float32)
     for start in range(0, width, block_n):
@@ -74,7 +78,7 @@ def _lowered(x, a, low, rows, width, ranks, seed, threshold, times, is_dropped: 
         inside = inside_M[:, None] & (c < width)[None, :]
         x_MN = tl.load(x + at_M[:, None] * width + c[None, :], mask=inside, other=0.0)
         if is_dropped:
-            x_MN = tl.where(kept(seed, m, c, threshold), x_MN, 0.0)
+            x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
         inside_SN = (s < ranks)[:, None] & (c < width)[None, :]
         a_SN = tl.load(a + s[:, None] * width + c[None, :], mask=inside_SN, other=0.0)
         low_MS += tl.dot(x_MN, tl.trans(a_SN))
@@ -86,56 +90,69 @@ def lowered(x_TI: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
     """drop(x) A^T: [T, S]."""
     (rows, width), ranks, tile = x_TI.shape, len(a_SI), LOWERED
     low_TS = x_TI.new_empty(rows, ranks)
-    _lowered[(triton.cdiv(rows, tile.rows),)](
-        x_TI, a_SI, low_TS, rows, width, ranks, drop.seed, drop.threshold, drop.times,
+    block_s = min(64, rank_block(ranks))
+    _lowered[(triton.cdiv(rows, tile.rows), triton.cdiv(ranks, block_s))](
+        x_TI, a_SI, low_TS, rows, width, ranks, *drop.told(x_TI),
         is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
-        block_s=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
+        block_s=block_s, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return low_TS
 
 
 def rank_block(ranks: int) -> int:
     """What a kernel takes at once of so many ranks."""
-    return max(16, triton.next_power_of_2(ranks))
+    return max(16, int(triton.next_power_of_2(ranks)))
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
-def _low_back(dn, dlow, a, dx, rows, width, ranks, seed, threshold, times,
-              is_dropped: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-              block_s: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+def _updated(x, more, low, factor, y, rows, width, ranks, stride_s, stride_n, seed, salt, threshold,
+             times, is_added: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
+             block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     c = tl.program_id(1) * block_n + tl.arange(0, block_n)
     s = tl.arange(0, block_s)
-    inside_M, inside_N, inside_S = m < rows, c < width, s < ranks
+    inside_M, inside_N, inside_S, at_M = m < rows, c < width, s < ranks, m.to(tl.int64)
     inside = inside_M[:, None] & inside_N[None, :]
-    at = m.to(tl.int64)[:, None] * width + c[None, :]
-    dlow_MS = tl.load(dlow + m.to(tl.int64)[:, None] * ranks + s[None, :],
-                      mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
-    a_SN = tl.load(a + s[:, None] * width + c[None, :],
-                   mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
-    more_MN = tl.dot(dlow_MS, a_SN) * times
+    at = at_M[:, None] * width + c[None, :]
+    low_MS = tl.load(low + at_M[:, None] * ranks + s[None, :],
+                     mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
+    factor_SN = tl.load(factor + s[:, None] * stride_s + c[None, :] * stride_n,
+                        mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
+    update_MN = tl.dot(low_MS, factor_SN) * times
     if is_dropped:
-        more_MN = tl.where(kept(seed, m, c, threshold), more_MN, 0.0)
-    dn_MN = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + at, dn_MN + more_MN, mask=inside)
+        update_MN = tl.where(kept(seed, salt, m, c, threshold), update_MN, 0.0)
+    update_MN += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if is_added:
+        update_MN += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, update_MN, mask=inside)
+
+
+def _update(
+    x: Tensor, more: Tensor | None, low: Tensor, factor_SN: Tensor, y: Tensor, drop: Drop
+) -> Tensor:
+    (rows, width), ranks, tile = x.shape, low.shape[1], UPDATED
+    _updated[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
+        x, x if more is None else more, low, factor_SN, y, rows, width, ranks,
+        factor_SN.stride(0), factor_SN.stride(1), *drop.told(x), is_added=more is not None,
+        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
+        block_s=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
 
 
 def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
     """`dn` plus the gradient by `x` of `lowered`, in place of `dn`."""
-    rows, width = dn_TI.shape
-    tile = LOW_BACK
-    grid = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
-    _low_back[grid](
-        dn_TI, dlow_TS, a_SI, dn_TI, rows, width, len(a_SI),
-        drop.seed, drop.threshold, drop.times, is_dropped=drop.share > 0.0,
-        block_m=tile.rows, block_n=tile.columns, block_s=rank_block(len(a_SI)),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return dn_TI
+    return _update(dn_TI, None, dlow_TS, a_SI, dn_TI, drop)
 
 
-@triton.jit(do_not_specialize=["rows", "per_chunk", "seed", "threshold"])
-def _down_grad(x, w, scales, dlow, partial, rows, per_chunk, width, ranks, seed, threshold, times,
+def added(x_TD: Tensor, y_TD: Tensor, low_TR: Tensor, b_DR: Tensor) -> Tensor:
+    """x + y + low B^T, rounded once, in place of `y`."""
+    return _update(x_TD, y_TD, low_TR, b_DR.T, y_TD, Drop(None, 0, 0.0, 1.0))
+
+
+@triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
+def _down_grad(x, w, scales, dlow, partial, rows, per_chunk, width, ranks, seed, salt,
+               threshold, times,
                is_normed: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
                block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -157,7 +174,7 @@ def _down_grad(x, w, scales, dlow, partial, rows, per_chunk, width, ranks, seed,
             scale_M = tl.load(scales + m, mask=inside_M, other=0.0)
             x_MN = (x_MN.to(tl.float32) * scale_M[:, None] * w_N[None, :]).to(x_MN.dtype)
         if is_dropped:
-            x_MN = tl.where(kept(seed, m, c, threshold), x_MN, 0.0)
+            x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
         dlow_MS = tl.load(dlow + at_M[:, None] * ranks + s[None, :],
                           mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
         da_SN += tl.dot(tl.trans(dlow_MS), x_MN)
@@ -179,7 +196,7 @@ def down_grad(
     partial_CSI = torch.empty(chunks, ranks, width, dtype=torch.float32, device=x_TI.device)
     _down_grad[(wide, chunks)](
         x_TI, w, scales, dlow_TS, partial_CSI, rows, per_chunk, width, ranks,
-        drop.seed, drop.threshold, drop.times, is_normed=norm is not None,
+        *drop.told(x_TI), is_normed=norm is not None,
         is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
         block_s=rank_block(ranks), num_warps=2 * tile.warps if ranks > 64 else tile.warps,
         num_stages=tile.stages,
@@ -194,7 +211,7 @@ PROGRAMS = 512
 def rows_of_chunk(rows: int, beside: int) -> int:
     """Rows that one of a kernel's programs takes, where `beside` of them take each row."""
     chunks = max(1, min(PROGRAMS // beside, triton.cdiv(rows, 64)))
-    return max(1, triton.cdiv(triton.cdiv(rows, chunks), 64)) * 64
+    return max(1, int(triton.cdiv(triton.cdiv(rows, chunks), 64))) * 64
 
 
 @triton.jit

@@ -134,7 +134,10 @@ class VisionLanguageModel(nn.Module):
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
         `features_MKD` are those of its pictures where they are known."""
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-        attention = PackedAttention(segments)
+        seed_1 = None
+        if self.training and batch.ids_T.is_cuda:
+            seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)
+        attention = PackedAttention(segments, seed_1)
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
 
 

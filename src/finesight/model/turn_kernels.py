@@ -1,8 +1,8 @@
 """Triton kernels between the product that makes queries, keys and values and the attention, and
 back: what adapters add, and the turn of queries and keys by their positions.
 
-Sums are fp32. Shapes: T rows, E columns of the joint product (queries, keys, values), H query heads,
-K key heads, D numbers of a head, R ranks of each layer. Imported only where Triton is.
+Sums are fp32. Shapes: T rows, E columns of the joint product (queries, keys, values), H query
+heads, K key heads, D numbers of a head, R ranks of each layer. Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def turn_heads(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _turn_back(source, cos, sin, djoint, rows, heads, first, columns, half, is_turned: tl.constexpr,
-               round_first: tl.constexpr, block_m: tl.constexpr, block_f: tl.constexpr):  # fmt: skip
+def _turn_back(source, cos, sin, djoint, rows, heads, first, columns, half,
+               is_turned: tl.constexpr, round_first: tl.constexpr, block_m: tl.constexpr,
+               block_f: tl.constexpr):  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     own = tl.program_id(1)
     f = tl.arange(0, block_f)

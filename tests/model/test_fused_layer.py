@@ -1,0 +1,202 @@
+"""Decoder layers in few kernels: what they compute is what the layers compute one step after the
+other, forwards and backwards, as near to fp32 as those are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from finesight.model import fused_layer
+from finesight.model.attention import PackedAttention, Segments
+from finesight.model.geometry import LanguageGeometry
+from finesight.model.language import DecoderLayer
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup, LowRank
+from finesight.model.rope import Rotation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+LENGTHS = (140, 3, 271, 64)
+TOKENS = sum(LENGTHS)
+GEOMETRY = LanguageGeometry(
+    vocabulary=64,
+    width=384,
+    mlp_width=1088,
+    depth=1,
+    heads=6,
+    kv_heads=2,
+    head_width=64,
+    normed_heads=False,
+    norm_eps=1e-6,
+    theta=1e4,
+    rows=(0,) * 32,
+    positions=1024,
+    tied=True,
+)
+ONLY = torch.tensor([2, 139, 141, 200, 413])
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A pass's output and gradients, in fp32."""
+
+    y: Tensor
+    grads: Mapping[str, Tensor]
+
+
+def layer(rank: int | None, dropout: float = 0.0) -> DecoderLayer:
+    made = DecoderLayer(GEOMETRY, 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        parameter.requires_grad_(False)
+    for group in groups(made):
+        if rank is not None:
+            layers = {name: LowRank(rank, 2.0 * rank) for name in group.outputs}
+            group.adapter = LoraGroup(group, layers, dropout)
+            for parameter in group.adapter.parameters():
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return made.to(CUDA).train()
+
+
+def groups(made: DecoderLayer) -> list[GroupedLinear]:
+    return [module for module in made.modules() if isinstance(module, GroupedLinear)]
+
+
+def passed(made: DecoderLayer, dtype: torch.dtype, only: Tensor | None, seed: int = 7) -> Passed:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, GEOMETRY.width, generator=generator).to(CUDA, dtype).requires_grad_()
+    angles = torch.randn(TOKENS, 32, generator=generator).to(CUDA)
+    rotation = Rotation.by(angles, dtype)
+    segments = Segments.of(LENGTHS, CUDA)
+    attention = PackedAttention(segments, torch.tensor([seed], dtype=torch.int32, device=CUDA))
+    made.to(dtype)
+    y = made(x, rotation, attention, only)
+    weights = torch.randn(y.shape, generator=generator).to(CUDA, dtype)
+    named = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, [x, *named.values()], weights)
+    wide = dict(zip(["x", *named], (grad.float() for grad in grads), strict=True))
+    return Passed(y.detach().float(), wide)
+
+
+def off(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
+@pytest.mark.parametrize("rank", [None, 4, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_as_near_to_fp32_as_one_step_after_the_other(
+    rank: int | None,
+    dtype: torch.dtype,
+    only: Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only = None if only is None else only.to(CUDA)
+    made = layer(rank)
+    fused = passed(made, dtype, only)
+    monkeypatch.setattr(fused_layer, "takes", lambda *_: False)
+    plain = passed(made, dtype, only)
+    exact = passed(made, torch.float32, only)
+    assert fused.grads.keys() == exact.grads.keys()
+    assert len(fused.grads) == (1 if rank is None else 12)
+    assert off(fused.y, exact.y) <= 1.2 * off(plain.y, exact.y)
+    for name, grad in exact.grads.items():
+        assert off(fused.grads[name], grad) <= 1.3 * off(plain.grads[name], grad), name
+    assert not torch.equal(fused.y, plain.y), "the same path twice"
+
+
+def test_the_same_bits_again() -> None:
+    made = layer(16, dropout=0.3)
+    one, other = passed(made, torch.bfloat16, None), passed(made, torch.bfloat16, None)
+    assert torch.equal(one.y, other.y)
+    assert all(torch.equal(one.grads[name], other.grads[name]) for name in one.grads)
+    another = passed(made, torch.bfloat16, None, seed=8)
+    assert not torch.equal(one.y, another.y)
+
+
+def test_drop_out_is_that_of_its_share_on_average() -> None:
+    """The mean over many seeds is what comes without: of the output, where it is linear."""
+    from finesight.model import lora_kernels
+
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
+    a = torch.randn(24, 384, generator=generator).to(CUDA, torch.bfloat16)
+    total = torch.zeros(300, 24, device=CUDA)
+    for seed in range(400):
+        seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
+        drop = lora_kernels.Drop(seeds, salt=5, share=0.25, times=1 / 0.75)
+        total += lora_kernels.lowered(x, a, drop).float()
+    exact = x.float() @ a.float().T
+    # Of 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) of what a row and a column share.
+    expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
+    z = (total / 400 - exact) / expected
+    assert float(z.abs().max()) < 6.0
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
+    """The mask is made anew for each use: a gradient of the adapter's input is zero exactly where
+    its number was dropped."""
+    from finesight.model import lora_kernels
+
+    seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
+    drop = lora_kernels.Drop(seeds, salt=1, share=0.4, times=1.0)
+    ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
+    eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
+    forth = lora_kernels.lowered(ones, eye, drop)
+    back = lora_kernels.lowered_back(torch.zeros_like(ones), ones, eye, drop)
+    assert torch.equal(forth, back)
+    assert set(forth.unique().tolist()) == {0.0, 1.0}
+    assert float(forth.float().mean()) == pytest.approx(0.6, abs=0.02)
+    by_row, by_column = forth.float().mean(1), forth.float().mean(0)
+    assert float(by_row.std()) == pytest.approx((0.24 / 128) ** 0.5, rel=0.3)
+    assert float(by_column.std()) == pytest.approx((0.24 / 200) ** 0.5, rel=0.3)
+    sums = lora_kernels.down_grad(ones, eye.repeat(2, 1)[:200], drop)
+    assert float(sums.diagonal()[:72].sum()) == float(
+        forth[:128].diagonal()[:72].sum() + forth[128:].diagonal()[:72].sum()
+    )
+
+
+def test_a_second_way_back_is_refused() -> None:
+    made = layer(16)
+    x = torch.randn(TOKENS, GEOMETRY.width, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    rotation = Rotation.by(torch.randn(TOKENS, 32, device=CUDA), torch.bfloat16)
+    made.to(torch.bfloat16)
+    y = made(x, rotation, PackedAttention(Segments.of(LENGTHS, CUDA)))
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="second way back"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rank", "scale", "part", "trained", "norm"])
+def test_what_kernels_do_not_take_goes_one_step_after_the_other(kind: str) -> None:
+    made = layer(16)
+    group = made.self_attn.qkv_proj
+    if kind == "rank":
+        layers = {name: LowRank(8 if name == "q_proj" else 4, 8.0) for name in group.outputs}
+        group.adapter = LoraGroup(group, layers, 0.0)
+    if kind == "scale":
+        layers = {name: LowRank(8, 8.0 if name == "q_proj" else 4.0) for name in group.outputs}
+        group.adapter = LoraGroup(group, layers, 0.0)
+    if kind == "part":
+        group.adapter = LoraGroup(group, {"q_proj": LowRank(8, 8.0)}, 0.0)
+    if kind == "trained":
+        group.adapter = None
+        group.weight.requires_grad_(True)
+    if kind == "norm":
+        made.input_layernorm.weight.requires_grad_(True)
+    made.to(CUDA)
+    found = passed(made, torch.bfloat16, None)
+    assert all(grad.isfinite().all() for grad in found.grads.values())
+    if kind in ("trained", "norm"):
+        name = "self_attn.qkv_proj.weight" if kind == "trained" else "input_layernorm.weight"
+        assert found.grads[name].any()

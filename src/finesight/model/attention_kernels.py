@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks
+from finesight.model.lora_kernels import Blocks, Ptr
 
 FORTH = Blocks(64, 64, 4, 2)
 BACK_Q = Blocks(64, 64, 4, 2)
@@ -32,7 +32,8 @@ class Bounds(NamedTuple):
 
 
 @triton.jit
-def _rows_of(x, first, at, stride, head, width, length, d):
+def _rows_of(x: tl.tensor, first: tl.tensor, at: tl.tensor, stride: tl.tensor, head: tl.tensor,
+             width: tl.tensor, length: tl.tensor, d: tl.tensor) -> tl.tensor:  # fmt: skip
     """Rows `at` [M] of a segment that begins at `first`, of one head: [M, D], zero beyond."""
     inside = (at < length)[:, None] & (d < width)[None, :]
     place = x + (first + at).to(tl.int64)[:, None] * stride + head * width + d[None, :]
@@ -40,9 +41,10 @@ def _rows_of(x, first, at, stride, head, width, length, d):
 
 
 @triton.jit
-def _forth(q, k, v, o, lse, bounds, q_stride, k_stride, v_stride, heads, group, rows, width, by,
+def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int, k_stride: int,
+           v_stride: int, heads: int, group: int, rows: int, width: int, by: float,
            causal: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-           block_d: tl.constexpr):  # fmt: skip
+           block_d: tl.constexpr) -> None:  # fmt: skip
     segment, head = tl.program_id(0), tl.program_id(2)
     first = tl.load(bounds + segment)
     length = tl.load(bounds + segment + 1) - first
@@ -78,9 +80,10 @@ def _forth(q, k, v, o, lse, bounds, q_stride, k_stride, v_stride, heads, group, 
 
 
 @triton.jit
-def _back_q(q, k, v, o, do, lse, delta, dq, bounds, q_stride, k_stride, v_stride, heads, group,
-            rows, width, by, scale, causal: tl.constexpr, block_m: tl.constexpr,
-            block_n: tl.constexpr, block_d: tl.constexpr):  # fmt: skip
+def _back_q(q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: Ptr, bounds: Ptr,
+            q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
+            width: int, by: float, scale: float, causal: tl.constexpr, block_m: tl.constexpr,
+            block_n: tl.constexpr, block_d: tl.constexpr) -> None:  # fmt: skip
     segment, head = tl.program_id(0), tl.program_id(2)
     first = tl.load(bounds + segment)
     length = tl.load(bounds + segment + 1) - first
@@ -113,9 +116,10 @@ def _back_q(q, k, v, o, do, lse, delta, dq, bounds, q_stride, k_stride, v_stride
 
 
 @triton.jit
-def _back_k(q, k, v, do, lse, delta, dk, dv, bounds, q_stride, k_stride, v_stride, heads, group,
-            rows, width, by, scale, causal: tl.constexpr, block_m: tl.constexpr,
-            block_n: tl.constexpr, block_d: tl.constexpr):  # fmt: skip
+def _back_k(q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: Ptr, bounds: Ptr,
+            q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
+            width: int, by: float, scale: float, causal: tl.constexpr, block_m: tl.constexpr,
+            block_n: tl.constexpr, block_d: tl.constexpr) -> None:  # fmt: skip
     segment, key_head = tl.program_id(0), tl.program_id(2)
     first = tl.load(bounds + segment)
     length = tl.load(bounds + segment + 1) - first

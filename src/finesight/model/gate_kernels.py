@@ -20,6 +20,7 @@ from finesight.model.lora_kernels import (
     PROGRAMS,
     Blocks,
     Drop,
+    Ptr,
     folded,
     kept,
     rank_block,
@@ -42,10 +43,10 @@ class Ups(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _gate(both, low, gates, ups, a, h, partial, rows, width, ranks, per_chunk, seed, salt,
-          threshold, times, is_updated: tl.constexpr, is_low: tl.constexpr,
-          is_dropped: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-          block_r: tl.constexpr):  # fmt: skip
+def _gate(both: Ptr, low: Ptr, gates: Ptr, ups: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int,
+          width: int, ranks: int, per_chunk: int, seed: Ptr, salt: int, threshold: int,
+          times: float, is_updated: tl.constexpr, is_low: tl.constexpr, is_dropped: tl.constexpr,
+          block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     chunk = tl.program_id(1)
     r = tl.arange(0, block_r)
@@ -117,10 +118,12 @@ def _ranks(ups: Ups | None, a_RF: Tensor | None) -> int:
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _gate_back(both, low, gates, ups, a, dh, dlow, dlow_back, rows, width, ranks, per_chunk,
-               seed, salt, threshold, times, is_updated: tl.constexpr, is_low: tl.constexpr,
-               is_dropped: tl.constexpr, is_summed: tl.constexpr, block_m: tl.constexpr,
-               block_n: tl.constexpr, block_r: tl.constexpr):  # fmt: skip
+def _gate_back(both: Ptr, low: Ptr, gates: Ptr, ups: Ptr, a: Ptr, dh: Ptr, dlow: Ptr,
+               dlow_back: Ptr, rows: int, width: int, ranks: int, per_chunk: int, seed: Ptr,
+               salt: int, threshold: int, times: float, is_updated: tl.constexpr,
+               is_low: tl.constexpr, is_dropped: tl.constexpr, is_summed: tl.constexpr,
+               block_m: tl.constexpr, block_n: tl.constexpr,
+               block_r: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     chunk = tl.program_id(1)
     r = tl.arange(0, block_r)

@@ -9,12 +9,15 @@ rows. Imported only where Triton is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Ptr: TypeAlias = tl.tensor
+"""Where a tensor begins, as a kernel sees it."""
 
 
 class Blocks(NamedTuple):
@@ -49,7 +52,7 @@ class Drop(NamedTuple):
 
 
 @triton.jit
-def mixed(x):
+def mixed(x: tl.tensor) -> tl.tensor:
     """A 32-bit number whose bits all depend on all bits of `x` (lowbias32 of C. Wellons)."""
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -59,7 +62,9 @@ def mixed(x):
 
 
 @triton.jit
-def kept(seed, salt, m, c, threshold):
+def kept(
+    seed: tl.tensor, salt: tl.tensor, m: tl.tensor, c: tl.tensor, threshold: tl.tensor
+) -> tl.tensor:
     """Which numbers of rows `m` [M] and columns `c` [N] are not dropped, [M, N]."""
     key = mixed(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0xC2B2AE35))
     key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + key)
@@ -67,8 +72,9 @@ def kept(seed, salt, m, c, threshold):
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _lowered(x, a, low, rows, width, ranks, seed, salt, threshold, times, is_dropped: tl.constexpr,
-             block_m: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
+def _lowered(x: Ptr, a: Ptr, low: Ptr, rows: int, width: int, ranks: int, seed: Ptr, salt: int,
+             threshold: int, times: float, is_dropped: tl.constexpr, block_m: tl.constexpr,
+             block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     s = tl.program_id(1) * block_s + tl.arange(0, block_s)
     inside_M, at_M = m < rows, m.to(tl.int64)
@@ -105,9 +111,10 @@ def rank_block(ranks: int) -> int:
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _updated(x, more, low, factor, y, rows, width, ranks, stride_s, stride_n, seed, salt, threshold,
-             times, is_added: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
-             block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
+def _updated(x: Ptr, more: Ptr, low: Ptr, factor: Ptr, y: Ptr, rows: int, width: int, ranks: int,
+             stride_s: int, stride_n: int, seed: Ptr, salt: int, threshold: int, times: float,
+             is_added: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
+             block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     c = tl.program_id(1) * block_n + tl.arange(0, block_n)
     s = tl.arange(0, block_s)
@@ -151,10 +158,10 @@ def added(x_TD: Tensor, y_TD: Tensor, low_TR: Tensor, b_DR: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
-def _down_grad(x, w, scales, dlow, partial, rows, per_chunk, width, ranks, seed, salt,
-               threshold, times,
+def _down_grad(x: Ptr, w: Ptr, scales: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int,
+               width: int, ranks: int, seed: Ptr, salt: int, threshold: int, times: float,
                is_normed: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
-               block_n: tl.constexpr, block_s: tl.constexpr):  # fmt: skip
+               block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
     chunk = tl.program_id(1)
     s = tl.arange(0, block_s)
@@ -215,7 +222,7 @@ def rows_of_chunk(rows: int, beside: int) -> int:
 
 
 @triton.jit
-def _folded(partial, y, total, chunks, block: tl.constexpr):
+def _folded(partial: Ptr, y: Ptr, total: int, chunks: int, block: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < total
     sums = tl.zeros((block,), tl.float32)

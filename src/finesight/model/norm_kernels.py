@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finesight.model.lora_kernels import Ptr
+
 
 @triton.jit(do_not_specialize=["rows"])
-def _added_norm(x, y, w, b, total, n, rows, width, eps, is_centred: tl.constexpr,
-                is_biased: tl.constexpr, block_d: tl.constexpr):  # fmt: skip
+def _added_norm(x: Ptr, y: Ptr, w: Ptr, b: Ptr, total: Ptr, n: Ptr, rows: int, width: int,
+                eps: float, is_centred: tl.constexpr, is_biased: tl.constexpr,
+                block_d: tl.constexpr) -> None:  # fmt: skip
     d = tl.arange(0, block_d)
     inside = d < width
     at = tl.program_id(0).to(tl.int64) * width + d
@@ -47,7 +50,9 @@ def added_norm(
 
 
 @triton.jit
-def _rms(x, w, n, scales, width, eps, block_d: tl.constexpr):
+def _rms(
+    x: Ptr, w: Ptr, n: Ptr, scales: Ptr, width: int, eps: float, block_d: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block_d)
     inside = d < width
@@ -70,7 +75,8 @@ def rms_normed(x_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _rms_back(x, w, scales, dn, added, dx, width, block_d: tl.constexpr):
+def _rms_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, added: Ptr, dx: Ptr, width: int,
+              block_d: tl.constexpr) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block_d)
     inside, at = d < width, row * width + d

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, rank_block
+from finesight.model.lora_kernels import Blocks, Ptr, rank_block
 
 TURN = Blocks(32, 0, 4, 2)
 """What was quickest on an H200; a program takes whole heads."""
@@ -43,9 +43,10 @@ class Heads(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _turn(joint, low, q_ups, k_ups, v_ups, cos, sin, rows, heads, keys, half, ranks,
-          is_updated: tl.constexpr, round_first: tl.constexpr, block_m: tl.constexpr,
-          block_f: tl.constexpr, block_r: tl.constexpr):  # fmt: skip
+def _turn(joint: Ptr, low: Ptr, q_ups: Ptr, k_ups: Ptr, v_ups: Ptr, cos: Ptr, sin: Ptr, rows: int,
+          heads: int, keys: int, half: int, ranks: int, is_updated: tl.constexpr,
+          round_first: tl.constexpr, block_m: tl.constexpr, block_f: tl.constexpr,
+          block_r: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     head = tl.program_id(1)
     f, r = tl.arange(0, block_f), tl.arange(0, block_r)
@@ -101,9 +102,9 @@ def turn_heads(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _turn_back(source, cos, sin, djoint, rows, heads, first, columns, half,
-               is_turned: tl.constexpr, round_first: tl.constexpr, block_m: tl.constexpr,
-               block_f: tl.constexpr):  # fmt: skip
+def _turn_back(source: Ptr, cos: Ptr, sin: Ptr, djoint: Ptr, rows: int, heads: int, first: int,
+               columns: int, half: int, is_turned: tl.constexpr, round_first: tl.constexpr,
+               block_m: tl.constexpr, block_f: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     own = tl.program_id(1)
     f = tl.arange(0, block_f)

@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finesight.model.lora_kernels import Ptr
+
 _BLOCK, _WARPS = 4096, 8
 """Words that a program takes at once, and its warps."""
 
 
 @triton.jit(do_not_specialize=["labelled"])
-def _cross(logits, target, scale, losses, labelled, width, is_learned: tl.constexpr,
-           block: tl.constexpr):  # fmt: skip
+def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, width: int,
+           is_learned: tl.constexpr, block: tl.constexpr) -> None:  # fmt: skip
     row = tl.program_id(0)
     at = logits + row.to(tl.int64) * width
     v = tl.arange(0, block)

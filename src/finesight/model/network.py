@@ -130,12 +130,17 @@ class VisionLanguageModel(nn.Module):
             return F.linear(h_TD, self.model.embed_tokens.weight)
         return only(self.lm_head(h_TD))
 
-    def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None = None,
+        seed_1: Tensor | None = None,
+    ) -> Tensor:
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
-        `features_MKD` are those of its pictures where they are known."""
+        `features_MKD` are those of its pictures where they are known. `seed_1` (int32, on the
+        device) is what drop-outs are a function of on a GPU; by default it is drawn."""
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-        seed_1 = None
-        if self.training and batch.ids_T.is_cuda:
+        if seed_1 is None and self.training and batch.ids_T.is_cuda:
             seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)
         attention = PackedAttention(segments, seed_1)
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))

@@ -22,7 +22,8 @@ def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, wid
     row = tl.program_id(0)
     at = logits + row.to(tl.int64) * width
     v = tl.arange(0, block)
-    if row >= labelled:
+    wanted = tl.load(target + row, mask=row < labelled, other=-1)
+    if wanted < 0:
         # Filling has neither loss nor gradient.
         tl.store(losses + row, 0.0)
         if is_learned:
@@ -42,7 +43,6 @@ def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, wid
         most_V = higher_V
     most = tl.max(most_V, 0)
     total = tl.sum(tl.where(sum_V > 0.0, sum_V * tl.exp(most_V - most), 0.0), 0)
-    wanted = tl.load(target + row)
     at_target = tl.load(at + wanted).to(tl.float32)
     tl.store(losses + row, tl.log(total) + most - at_target)
     if is_learned:
@@ -58,8 +58,8 @@ def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, wid
 
 
 def cross_entropy(logits_CV: Tensor, target_T: Tensor, scale: Tensor, *, learned: bool) -> Tensor:
-    """Cross entropy of each row, [C] in fp32, zero for rows beyond the targets. Where `learned`,
-    `scale` times its gradient replaces the logits, each number rounded once."""
+    """Cross entropy of each row, [C] in fp32, zero for rows beyond the targets and for targets
+    below zero. Where `learned`, `scale` times its gradient replaces the logits, rounded once."""
     rows, width = logits_CV.shape
     losses_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
     _cross[(rows,)](

@@ -1,0 +1,189 @@
+"""Small packs forwards and backwards, recorded as CUDA graphs: with few tokens a card computes its
+kernels faster than a processor launches them.
+
+A recording is of a kind of pack: sizes are rounded up to those of few kinds, and what fills a pack
+up is a sequence of nothing after its own. Everything that changes from pack to pack lies in tensors
+that the recording reads, the seed of its drop-outs included.
+
+Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
+predict a learned one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from finesight.encode.pack import EVEN, PackedBatch
+from finesight.infer.recorded import Recorded
+from finesight.model.any_family import AnyModel
+from finesight.model.network import VisionLanguageModel
+from finesight.train.loss import label_loss
+
+MOST_TOKENS = 6144
+"""Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
+
+MOST_KINDS = 12
+"""Recordings that are kept: each holds some hundred kilobytes for every thousand of its kernels."""
+
+
+class Kind(NamedTuple):
+    """Sizes of a recording."""
+
+    tokens: int
+    sequences: int
+    longest: int
+    places: int
+    labels: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch, places: int) -> Kind:
+        """That of this pack, with room for at least one token of nothing."""
+        return cls(
+            tokens=_up(len(batch.ids_T) + 1, EVEN),
+            sequences=_up(len(batch.lengths) + 1, 8),
+            longest=_up(max(batch.lengths), EVEN),
+            places=_up(places, 4 * EVEN),
+            labels=_up(len(batch.predict_L), EVEN),
+        )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a recording reads: a pack of its kind, the features of its pictures, the factor of its
+    loss, and the seed of its drop-outs."""
+
+    kind: Kind
+    batch: PackedBatch
+    features_MKD: Tensor | None
+    share: Tensor
+    seed_1: Tensor
+
+    @classmethod
+    def room(cls, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> Held:
+        """Room for packs of this kind."""
+        device = batch.ids_T.device
+
+        def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        room = replace(
+            batch,
+            sample_ids=(),
+            lengths=(kind.longest,) * kind.sequences,
+            grids=(),
+            ids_T=whole(kind.tokens),
+            positions_3T=whole(3, kind.tokens),
+            bounds_S1=whole(kind.sequences + 1, dtype=torch.int32),
+            patches_ND=batch.patches_ND[:0],
+            visual_at_M=whole(kind.places),
+            predict_L=whole(kind.labels),
+            target_L=whole(kind.labels),
+        )
+        features = None
+        if features_MKD is not None:
+            features = whole(kind.places, *features_MKD.shape[1:], dtype=features_MKD.dtype)
+        return cls(kind, room, features, torch.zeros((), device=device), whole(1).int())
+
+    def lay(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> None:
+        """Put a pack where the recording reads it; nothing waits."""
+        held, tokens = self.batch, len(batch.ids_T)
+        own = torch.arange(self.kind.tokens - tokens, device=batch.ids_T.device)
+        _fill(held.ids_T, batch.ids_T, 0)
+        held.positions_3T[:, :tokens].copy_(batch.positions_3T)
+        held.positions_3T[:, tokens:].copy_(own)
+        # After the sequence of nothing there are empty ones.
+        _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
+        _fill(held.predict_L, batch.predict_L, 0)
+        _fill(held.target_L, batch.target_L, -1)
+        if features_MKD is not None and self.features_MKD is not None:
+            # What is left there of an earlier pack goes to a token of nothing.
+            _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
+            self.features_MKD[: len(features_MKD)].copy_(features_MKD)
+        self.share.copy_(share)
+        self.seed_1.random_(2**31 - 1)
+
+
+def _fill(room: Tensor, values: Tensor, rest: int) -> None:
+    room[: len(values)].copy_(values)
+    room[len(values) :].fill_(rest)
+
+
+class Passes:
+    """Packs forwards and backwards; the gradients are left with the parameters."""
+
+    def __init__(self, model: AnyModel, learning: Sequence[nn.Parameter]) -> None:
+        self._model = model
+        self._learning = list(learning)
+        self._held: dict[Kind, Held] = {}
+        self._losses: dict[Kind, Tensor] = {}
+        self._gradients: list[Tensor | None] = []
+        device = self._learning[0].device
+        self._recorded = Recorded(device) if device.type == "cuda" else None
+
+    def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
+        """The loss of a pack on the device, times `share`."""
+        features_MKD = self._seen(batch, features_MKD)
+        if self._recorded is None or not self._pays(batch, features_MKD):
+            return self._launch(batch, features_MKD, share)
+        kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
+        if kind not in self._held:
+            if len(self._held) == MOST_KINDS:
+                return self._launch(batch, features_MKD, share)
+            self._held[kind] = Held.room(kind, batch, features_MKD)
+        held = self._held[kind]
+        held.lay(batch, features_MKD, share)
+        number = [*self._held].index(kind)
+        loss = self._recorded.run(number, lambda: self._forth_and_back(held))
+        for parameter, gradient in zip(self._learning, self._gradients, strict=True):
+            parameter.grad = gradient
+        return loss.clone()
+
+    def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
+        """The features of the pack's pictures, if nothing is learned from how they are made."""
+        model = self._model
+        if (
+            features_MKD is not None
+            or not batch.grids
+            or not isinstance(model, VisionLanguageModel)
+        ):
+            return features_MKD
+        if any(parameter.requires_grad for parameter in model.visual.parameters()):
+            return None
+        with torch.no_grad():
+            return model.see(batch.patches_ND, batch.grids)
+
+    def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
+        model = self._model
+        if not isinstance(model, VisionLanguageModel) or not model.recordable or model.recompute:
+            return False
+        known = features_MKD is not None or not batch.grids
+        return known and len(batch.ids_T) <= MOST_TOKENS and len(batch.target_L) > 0
+
+    def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
+        h_LD = self._model(batch, features_MKD)
+        loss = label_loss(h_LD, self._model.head_weight, batch.target_L, share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _forth_and_back(self, held: Held) -> Tensor:
+        """As `_launch`, but what it makes lies where a recording can leave it."""
+        model = self._model
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        h_LD = model(held.batch, held.features_MKD, held.seed_1)
+        loss = label_loss(h_LD, model.head_weight, held.batch.target_L, held.share)
+        made = torch.autograd.grad(loss, self._learning, allow_unused=True)
+        if not self._gradients:
+            # Of all recordings: they are summed up before the next one runs.
+            self._gradients = [None if one is None else torch.empty_like(one) for one in made]
+        ours = [one for one in self._gradients if one is not None]
+        torch._foreach_copy_(ours, [one for one in made if one is not None])
+        return loss.detach()

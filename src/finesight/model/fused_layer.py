@@ -1,5 +1,5 @@
-"""A decoder layer's way forth and back over a pack, in few kernels, where its weights are frozen
-and its linear layers carry low-rank adapters or none.
+"""A decoder layer's way forth and back over a pack, in few kernels: its linear layers learn, or are
+frozen and carry low-rank adapters or none.
 
 What layers compute is what `model.language` says; this is how a card does it with each wide tensor
 read once. Kept for the way back are the layer's input, its joint products, attention's output and
@@ -35,13 +35,8 @@ MOST_RANKS = 128
 
 
 def fits(group: GroupedLinear) -> bool:
-    """Whether the group's weight is frozen and its adapter, if any, is one that kernels take: of
-    all its layers, with one rank and scale."""
-    weight = group.weight
-    if (weight.requires_grad if isinstance(weight, Tensor) else False) or (
-        group.bias is not None and group.bias.requires_grad
-    ):
-        return False
+    """Whether the group's adapter is one that kernels take: none, or one of all its layers with one
+    rank and scale."""
     if group.adapter is None:
         return True
     if not isinstance(group.adapter, LoraGroup):
@@ -52,14 +47,13 @@ def fits(group: GroupedLinear) -> bool:
     return alike and len(layers) == len(group.outputs) and low.rank <= MOST_RANKS
 
 
-def takes(x_TD: Tensor, *norms: nn.RMSNorm) -> bool:
-    """Whether kernels are there for these numbers, and the norms are frozen."""
-    learns = any(norm.weight.requires_grad for norm in norms)
-    return KERNELS and not learns and len(x_TD) > 0 and has_varlen(x_TD.unsqueeze(0))
+def takes(x_TD: Tensor) -> bool:
+    """Whether kernels are there for these numbers."""
+    return KERNELS and len(x_TD) > 0 and has_varlen(x_TD.unsqueeze(0))
 
 
 class Wide(NamedTuple):
-    """The frozen part of a group of linear layers."""
+    """The wide part of a group of linear layers, and whether it learns."""
 
     weight: Tensor | FrozenWeight
     bias: Tensor | None
@@ -69,6 +63,17 @@ class Wide(NamedTuple):
         """That of this group."""
         return cls(group.weight, group.bias)
 
+    @property
+    def learns(self) -> bool:
+        """Whether its weight does."""
+        return isinstance(self.weight, Tensor) and self.weight.requires_grad
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias as autograd has to see them: where they learn."""
+        weight = self.weight if isinstance(self.weight, Tensor) and self.learns else None
+        return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
+
     def forth(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias of all layers side by side."""
         return joint_product(x_TI, self.weight, self.bias)
@@ -76,6 +81,13 @@ class Wide(NamedTuple):
     def back(self, dy_TO: Tensor) -> Tensor:
         """dy W."""
         return joint_product_back(dy_TO, self.weight)
+
+    def gradients(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Those of `inputs`: dy^T x, and the sum of dy."""
+        weight, bias = self.inputs
+        assert weight is None or x_TI is not None, "a weight learns of an input that is not kept"
+        dw_OI = None if weight is None or x_TI is None else dy_TO.T @ x_TI
+        return dw_OI, None if bias is None else dy_TO.sum(0)
 
 
 def _narrow(group: GroupedLinear) -> tuple[Tensor | None, ...]:
@@ -132,7 +144,7 @@ def enter(
     heads = Heads(queries, keys, head_width)
     entry = _Entry(Wide.of(qkv), _eps(norm), at.drop(qkv, 0), heads, rotation)
     passed: tuple[Tensor, Tensor, Tensor, Tensor] = _Enter.apply(  # type: ignore[no-untyped-call]
-        x_TD, norm.weight, entry, *_narrow(qkv)
+        x_TD, norm.weight, entry, *entry.wide.inputs, *_narrow(qkv)
     )
     return passed
 
@@ -149,6 +161,8 @@ class _Enter(torch.autograd.Function):
         x_TD: Tensor,
         w_D: Tensor,
         entry: _Entry,
+        _weight: Tensor | None,
+        _bias: Tensor | None,
         a_SD: Tensor | None,
         *bs_OR: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -158,7 +172,8 @@ class _Enter(torch.autograd.Function):
         ups = _head_ups(low_TS, bs_OR)
         rotation, heads = entry.rotation, entry.heads
         turn_kernels.turn_heads(joint_TE, heads, ups, rotation.cos_T1D, rotation.sin_T1D)
-        ctx.save_for_backward(x_TD, w_D, scale_T, low_TS, a_SD, *bs_OR)
+        kept_TD = n_TD if entry.wide.learns else None
+        ctx.save_for_backward(x_TD, w_D, scale_T, kept_TD, low_TS, a_SD, *bs_OR)
         ctx.entry = entry
         all_TND = joint_TE.view(len(x_TD), -1, heads.width)
         return x_TD, *torch.split(all_TND, [heads.queries, heads.keys, heads.keys], 1)
@@ -166,7 +181,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, added_TD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w_D, scale_T, low_TS, a_SD, *bs_OR = ctx.saved_tensors
+        x_TD, w_D, scale_T, n_TD, low_TS, a_SD, *bs_OR = ctx.saved_tensors
         entry: _Entry = ctx.entry
         djoint_TE = turn_kernels.turn_heads_back(
             (grads[0], grads[1], grads[2]),
@@ -184,13 +199,16 @@ class _Enter(torch.autograd.Function):
                 torch.mm(dy_TO, b_OR, out=dlow_TR)
                 dbs_OR[i] = dy_TO.T @ low_TR
             da_SD = lora_kernels.down_grad(x_TD, dlow_TS, entry.drop, (w_D, scale_T))
-        dx_TD = None
-        if ctx.needs_input_grad[0]:
+        wide = entry.wide.gradients(djoint_TE, n_TD)
+        dx_TD, dw_D = None, None
+        if any(ctx.needs_input_grad[:2]):
             dn_TD = entry.wide.back(djoint_TE)
             if dlow_TS is not None:
                 lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
-            dx_TD = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, added_TD)
-        return dx_TD, None, None, da_SD, *dbs_OR
+            learned = ctx.needs_input_grad[1]
+            norm = x_TD, w_D, scale_T
+            dx_TD, dw_D = norm_kernels.rms_back(*norm, dn_TD, added_TD, learned=learned)
+        return dx_TD, dw_D, None, *wide, da_SD, *dbs_OR
 
 
 def _head_ups(low_TS: Tensor | None, bs_OR: tuple[Tensor | None, ...]) -> HeadUps | None:
@@ -233,7 +251,9 @@ def leave(
         _eps(norm),
     )
     y_TD: Tensor = _Leave.apply(  # type: ignore[no-untyped-call]
-        x_TD, o_TI, norm.weight, fixed, *_narrow(out), *_narrow(both), *_narrow(down)
+        *(x_TD, o_TI, norm.weight, fixed),
+        *(*fixed.out.inputs, *fixed.both.inputs, *fixed.down.inputs),
+        *(*_narrow(out), *_narrow(both), *_narrow(down)),
     )
     return y_TD
 
@@ -256,14 +276,9 @@ class _Leave(torch.autograd.Function):
         o_TI: Tensor,
         w_D: Tensor,
         fixed: _Exit,
-        out_a: Tensor | None,
-        out_b: Tensor | None,
-        both_a: Tensor | None,
-        gate_b: Tensor | None,
-        up_b: Tensor | None,
-        down_a: Tensor | None,
-        down_b: Tensor | None,
+        *learned: Tensor | None,
     ) -> Tensor:
+        out_a, out_b, both_a, gate_b, up_b, down_a, down_b = learned[6:]
         low_o = None if out_a is None else lora_kernels.lowered(o_TI, out_a, fixed.out_drop)
         x_TD = _added(x_TD, fixed.out, o_TI, low_o, out_b)
         n_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, fixed.eps)
@@ -272,8 +287,9 @@ class _Leave(torch.autograd.Function):
         ups = _ups(low_g, gate_b, up_b)
         h_TF, low_d = gate_kernels.gated_low(both_TF2, ups, down_a, fixed.down_drop)
         y_TD = _added(x_TD, fixed.down, h_TF, low_d, down_b)
+        kept_TD = n_TD if fixed.both.learns else None
         ctx.save_for_backward(
-            *(x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d),
+            *(x_TD, o_TI, w_D, scale_T, kept_TD, low_o, low_g, both_TF2, low_d),
             *(out_a, out_b, both_a, gate_b, up_b, down_a, down_b),
         )
         ctx.fixed, ctx.gone = fixed, False
@@ -282,7 +298,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, o_TI, w_D, scale_T, low_o, low_g, both_TF2, low_d, *narrow = ctx.saved_tensors
+        x_TD, o_TI, w_D, scale_T, n_TD, low_o, low_g, both_TF2, low_d, *narrow = ctx.saved_tensors
         out_a, out_b, both_a, gate_b, up_b, down_a, down_b = narrow
         fixed: _Exit = ctx.fixed
         # What the forward pass kept is overwritten here.
@@ -290,25 +306,28 @@ class _Leave(torch.autograd.Function):
         ctx.gone = True
         dy_TD = dy_TD.contiguous()
         dlow_d, ddown_b = _through(dy_TD, low_d, down_b)
-        ups = _ups(low_g, gate_b, up_b)
-        dboth = gate_kernels.gated_low_back(
-            both_TF2, ups, down_a, fixed.down.back(dy_TD), dlow_d, fixed.down_drop
-        )
+        dh_TF, ups = fixed.down.back(dy_TD), _ups(low_g, gate_b, up_b)
+        gated = both_TF2, ups, down_a, dh_TF, dlow_d, fixed.down_drop
+        dboth = gate_kernels.gated_low_back(*gated, again=fixed.down.learns)
+        down = fixed.down.gradients(dy_TD, dboth.h_TF)
+        both = fixed.both.gradients(dboth.both_TF2, n_TD)
         dn_TD = fixed.both.back(dboth.both_TF2)
         dboth_a = None
         if dboth.low_TS is not None:
             norm = w_D, scale_T
             dboth_a = lora_kernels.down_grad(x_TD, dboth.low_TS, fixed.both_drop, norm)
             lora_kernels.lowered_back(dn_TD, dboth.low_TS, both_a, fixed.both_drop)
-        dx_TD = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD)
+        learned = ctx.needs_input_grad[2]
+        dx_TD, dw_D = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD, learned=learned)
+        out = fixed.out.gradients(dx_TD, o_TI)
         do_TI = fixed.out.back(dx_TD)
         dlow_o, dout_b = _through(dx_TD, low_o, out_b)
         dout_a = None
         if dlow_o is not None:
             dout_a = lora_kernels.down_grad(o_TI, dlow_o, fixed.out_drop)
             do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)
-        ups_grads = dboth_a, dboth.gate_FR, dboth.up_FR
-        return dx_TD, do_TI, None, None, dout_a, dout_b, *ups_grads, dboth.a_RF, ddown_b
+        narrow_grads = dout_a, dout_b, dboth_a, dboth.gate_FR, dboth.up_FR, dboth.a_RF, ddown_b
+        return dx_TD, do_TI, dw_D, None, *out, *both, *down, *narrow_grads
 
 
 def _ups(low_TS: Tensor | None, gate: Tensor | None, up: Tensor | None) -> Ups | None:

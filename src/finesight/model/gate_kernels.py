@@ -122,7 +122,7 @@ def _gate_back(both: Ptr, low: Ptr, gates: Ptr, ups: Ptr, a: Ptr, dh: Ptr, dlow:
                dlow_back: Ptr, rows: int, width: int, ranks: int, per_chunk: int, seed: Ptr,
                salt: int, threshold: int, times: float, is_updated: tl.constexpr,
                is_low: tl.constexpr, is_dropped: tl.constexpr, is_summed: tl.constexpr,
-               block_m: tl.constexpr, block_n: tl.constexpr,
+               is_kept: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
                block_r: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     chunk = tl.program_id(1)
@@ -160,15 +160,17 @@ def _gate_back(both: Ptr, low: Ptr, gates: Ptr, ups: Ptr, a: Ptr, dh: Ptr, dlow:
             u_MN += tl.dot(up_MR, tl.trans(up_NR))
         sig_MN = tl.sigmoid(g_MN)
         silu_MN = g_MN * sig_MN
+        h_MN = silu_MN * u_MN
         if is_low:
             a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)
             more_MN = tl.dot(dlow_MR, a_RN) * times
-            h_MN = silu_MN * u_MN * times
+            h_MN *= times
             if is_dropped:
                 kept_MN = kept(seed, salt, m, c, threshold)
                 more_MN = tl.where(kept_MN, more_MN, 0.0)
                 h_MN = tl.where(kept_MN, h_MN, 0.0)
             dh_MN += more_MN
+        if is_kept:
             tl.store(at_h, h_MN, mask=inside)
         dgate_MN = (dh_MN * u_MN * sig_MN * (1.0 + g_MN * (1.0 - sig_MN))).to(narrow)
         dup_MN = (dh_MN * silu_MN).to(narrow)
@@ -184,9 +186,11 @@ def _gate_back(both: Ptr, low: Ptr, gates: Ptr, ups: Ptr, a: Ptr, dh: Ptr, dlow:
 
 
 class Gradients(NamedTuple):
-    """Of `gated_low` by `both`; by `low_TS`, gate and up of `Ups`; and by A."""
+    """Of `gated_low` by `both`; by `low_TS`, gate and up of `Ups`; and by A. `h_TF` is its first
+    result made again, where it is wanted."""
 
     both_TF2: Tensor
+    h_TF: Tensor | None
     low_TS: Tensor | None
     gate_FR: Tensor | None
     up_FR: Tensor | None
@@ -195,9 +199,11 @@ class Gradients(NamedTuple):
 
 def gated_low_back(
     both_TF2: Tensor, ups: Ups | None, a_RF: Tensor | None, dh_TF: Tensor,
-    dlow_TR: Tensor | None, drop: Drop,
+    dlow_TR: Tensor | None, drop: Drop, *, again: bool = False,
 ) -> Gradients:  # fmt: skip
-    """From those of `gated_low`'s two results; `both` and `dh` are overwritten."""
+    """From those of `gated_low`'s two results; `both` and `dh` are overwritten. `again` says that
+    the first result is wanted, too: not with an A, which wants another in its place."""
+    assert not (again and a_RF is not None), "the down-projection is learned and has an adapter"
     rows, width = dh_TF.shape
     ranks, tile = _ranks(ups, a_RF), GATE_BACK
     tall, chunks, per_chunk = _shared(rows, width, tile)
@@ -210,13 +216,15 @@ def gated_low_back(
         dh_TF if dlow_TR is None else dlow_TR, partial_CTS,
         rows, width, ranks, per_chunk, *drop.told(both_TF2),
         is_updated=ups is not None, is_low=a_RF is not None, is_dropped=drop.share > 0.0,
-        is_summed=SUMMED and ups is not None, block_m=tile.rows, block_n=tile.columns,
-        block_r=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
+        is_summed=SUMMED and ups is not None, is_kept=again or a_RF is not None,
+        block_m=tile.rows, block_n=tile.columns, block_r=rank_block(ranks),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    # Where `dh` lay is now the input of the down-projection, dropped out and scaled.
+    # Where `dh` lay is now the input of the down-projection; for an adapter dropped out and scaled.
+    h_TF = dh_TF if again else None
     da_RF = None if dlow_TR is None else dlow_TR.T @ dh_TF
     if ups is None:
-        return Gradients(both_TF2, None, None, None, da_RF)
+        return Gradients(both_TF2, h_TF, None, None, None, da_RF)
     (dgate_TF, dup_TF), (gate_TR, up_TR) = both_TF2.chunk(2, 1), ups.low_TS.chunk(2, 1)
     if SUMMED:
         dlow_TS = folded(partial_CTS, dh_TF.dtype)
@@ -224,7 +232,7 @@ def gated_low_back(
         dlow_TS = torch.empty_like(ups.low_TS)
         torch.mm(dgate_TF, gates, out=dlow_TS[:, :ranks])
         torch.mm(dup_TF, uppers, out=dlow_TS[:, ranks:])
-    return Gradients(both_TF2, dlow_TS, dgate_TF.T @ gate_TR, dup_TF.T @ up_TR, da_RF)
+    return Gradients(both_TF2, h_TF, dlow_TS, dgate_TF.T @ gate_TR, dup_TF.T @ up_TR, da_RF)
 
 
 def _shared(rows: int, width: int, tile: Blocks) -> tuple[int, int, int]:

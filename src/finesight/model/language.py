@@ -98,8 +98,7 @@ class DecoderLayer(nn.Module):
         if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
             return False
         groups = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
-        norms = self.input_layernorm, self.post_attention_layernorm
-        return fused_layer.takes(x_TD, *norms) and all(map(fused_layer.fits, groups))
+        return fused_layer.takes(x_TD) and all(map(fused_layer.fits, groups))
 
     def _quickly(
         self, x_TD: Tensor, rotation: Rotation, attention: PackedAttention, only_L: Tensor | None

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Ptr
+from finesight.model.lora_kernels import PROGRAMS, Ptr, folded
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -74,27 +74,42 @@ def rms_normed(x_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return n_TD, scale_T
 
 
-@triton.jit
-def _rms_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, added: Ptr, dx: Ptr, width: int,
+@triton.jit(do_not_specialize=["rows", "per_program"])
+def _rms_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, added: Ptr, dx: Ptr, dw: Ptr, rows: int,
+              per_program: int, width: int, is_learned: tl.constexpr,
               block_d: tl.constexpr) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block_d)
-    inside, at = d < width, row * width + d
-    scale = tl.load(scales + row)
-    x_D = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
-    dn_D = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
-    dn_D *= tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
-    dx_D = (dn_D - x_D * (tl.sum(dn_D * x_D, 0) / width)) * scale
-    dx_D += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + at, dx_D, mask=inside)
+    inside = d < width
+    w_D = tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
+    dw_D = tl.zeros((block_d,), tl.float32)
+    first = tl.program_id(0) * per_program
+    for row in range(first, tl.minimum(rows, first + per_program)):
+        at = tl.cast(row, tl.int64) * width + d
+        scale = tl.load(scales + row)
+        x_D = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
+        dn_D = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        if is_learned:
+            dw_D += dn_D * x_D
+        dn_D *= w_D
+        dx_D = (dn_D - x_D * (tl.sum(dn_D * x_D, 0) / width)) * scale
+        dx_D += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, dx_D, mask=inside)
+    if is_learned:
+        tl.store(dw + tl.program_id(0).to(tl.int64) * width + d, dw_D, mask=inside)
 
 
-def rms_back(x_TD: Tensor, w_D: Tensor, scale_T: Tensor, dn_TD: Tensor, added_TD: Tensor) -> Tensor:
-    """The gradient by `x` of `rms_normed`, and `added_TD`, which comes to `x` from elsewhere; in
-    place of `dn_TD`."""
+def rms_back(
+    x_TD: Tensor, w_D: Tensor, scale_T: Tensor, dn_TD: Tensor, added_TD: Tensor, *, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient by `x` of `rms_normed` and `added_TD`, which comes to `x` from elsewhere, in
+    place of `dn_TD`; where the weight is `learned`, its gradient, too."""
     rows, width = x_TD.shape
-    _rms_back[(rows,)](
-        x_TD, w_D, scale_T, dn_TD, added_TD, dn_TD, width,
-        block_d=triton.next_power_of_2(width), num_warps=4,
+    # A program that sums up for the weight takes several rows: their sums have to be summed again.
+    per_program = triton.cdiv(rows, PROGRAMS) if learned else 1
+    programs = triton.cdiv(rows, max(1, per_program))
+    dw_PD = torch.empty(programs if learned else 0, width, dtype=torch.float32, device=x_TD.device)
+    _rms_back[(programs,)](
+        x_TD, w_D, scale_T, dn_TD, added_TD, dn_TD, dw_PD, rows, per_program, width,
+        is_learned=learned, block_d=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
-    return dn_TD
+    return dn_TD, folded(dw_PD, w_D.dtype) if learned else None

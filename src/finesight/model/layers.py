@@ -22,7 +22,7 @@ from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
 
 if KERNELS:
-    from finesight.model import norm_kernels
+    from finesight.model import norm_kernels, turn_kernels
 
 
 def recomputed(share: float, depth: int) -> int:
@@ -125,9 +125,16 @@ class VisionAttention(nn.Module):
     def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         """[N, width] to [N, width]."""
         heads = self.heads
-        qkv_NHD = only(self.qkv(x_ND)).view(len(x_ND), 3 * heads, -1)
-        qk_NHD, v_NHD = torch.split(qkv_NHD, [2 * heads, heads], dim=1)
-        q_NHD, k_NHD = rotate(qk_NHD, rotation).chunk(2, dim=1)
+        joint_NE = only(self.qkv(x_ND))
+        qk_NHD, v_NHD = torch.split(
+            joint_NE.view(len(x_ND), 3 * heads, -1), [2 * heads, heads], dim=1
+        )
+        if has_kernels(joint_NE) and not torch.is_grad_enabled():
+            sizes = turn_kernels.Heads(heads, heads, qk_NHD.shape[-1])
+            turn_kernels.turn_heads(joint_NE, sizes, None, rotation.cos_T1D, rotation.sin_T1D)
+        else:
+            qk_NHD = rotate(qk_NHD, rotation)
+        q_NHD, k_NHD = qk_NHD.chunk(2, dim=1)
         o_NHD = attend(q_NHD, k_NHD, v_NHD, segments, causal=False)
         return only(self.proj(o_NHD.flatten(1)))
 

@@ -93,7 +93,9 @@ def turn_heads(
     rows, half = len(joint_TE), heads.width // 2
     ranks = 1 if ups is None else ups.q_ER.shape[1]
     low, q_ups, k_ups, v_ups = (joint_TE,) * 4 if ups is None else ups
-    _turn[(triton.cdiv(rows, TURN.rows), heads.queries + 2 * heads.keys)](
+    # Values change only where an adapter adds to them.
+    number = heads.queries + (1 if ups is None else 2) * heads.keys
+    _turn[(triton.cdiv(rows, TURN.rows), number)](
         joint_TE, low, q_ups, k_ups, v_ups, cos_T1D, sin_T1D, rows, heads.queries, heads.keys,
         half, ranks, is_updated=ups is not None, round_first=cos_T1D.dtype == joint_TE.dtype,
         block_m=TURN.rows, block_f=max(16, triton.next_power_of_2(half)),

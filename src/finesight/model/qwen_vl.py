@@ -21,6 +21,7 @@ from finesight.encode.encoded import Grid
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Segments, attend
 from finesight.model.geometry import Pixels, Settings, VisionGeometry
+from finesight.model.layers import added_norm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import FIRST
 from finesight.model.qwen_language import QwenDecoder, read_qwen_language
@@ -81,11 +82,13 @@ class Block(nn.Module):
         self.attn = FusedAttention(geometry.width, geometry.heads)
         self.mlp = Mlp(geometry.width, geometry.mlp_width)
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]; positions are learned, nothing is turned."""
-        x_ND = x_ND + self.attn(self.ln_1(x_ND), segments)
-        y_ND: Tensor = x_ND + self.mlp(self.ln_2(x_ND))
-        return y_ND
+    def forward(
+        self, x_ND: Tensor, y_ND: Tensor | None, rotation: Rotation, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """As `VisionBlock`; positions are learned, nothing is turned."""
+        x_ND, n_ND = added_norm(x_ND, y_ND, self.ln_1)
+        x_ND, n_ND = added_norm(x_ND, self.attn(n_ND, segments), self.ln_2)
+        return x_ND, self.mlp(n_ND)
 
 
 class CrossAttention(nn.Module):

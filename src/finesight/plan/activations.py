@@ -122,13 +122,11 @@ class Activations:
         return self._computing.number if wanted else 0
 
     def _logits(self, labels: int) -> int:
-        """Of a chunk, in fp32 and in the model's type; the one before it is still there where there
-        are several (`train.loss`)."""
+        """Of a chunk, in fp32 and in the model's type (`train.loss`)."""
         vocabulary = self._model.geometry.language.vocabulary
         rows = min(labels, max(1, LOGITS_BYTES // (WIDE * vocabulary)))
         number = self._computing.number
-        chunks = 2 if labels > rows else 1
-        return chunks * rows * vocabulary * (WIDE + (number if number < WIDE else 0))
+        return rows * vocabulary * (WIDE + (number if number < WIDE else 0))
 
     def _rotations(self, load: Load) -> int:
         """Cosines and sines, and the places that tokens are sorted by, once for all layers."""

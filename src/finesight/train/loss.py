@@ -92,6 +92,8 @@ class _LabelLoss(torch.autograd.Function):
                 torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])
             if grad_VD is not None:
                 grad_VD += grad_CV.T @ h_CD
+            # Or it would be there until the next one is.
+            del grad_CV
         narrow_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
         ctx.save_for_backward(grad_LD, narrow_VD)  # type: ignore[arg-type]
         return total * scale

@@ -106,6 +106,8 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         try:
+            if micro:
+                session.masters.add_up()
             total += _learn(session, packed, share, seen, step.members[micro])
         except torch.OutOfMemoryError as error:
             session.masters.forget_gradients()

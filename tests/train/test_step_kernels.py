@@ -84,7 +84,7 @@ def test_a_card_steps_as_a_cpu_does(
                 assert float(off.max()) < 1e-6 * float(expected.abs().max())
             else:
                 # A number in the middle between two levels goes to one or the other.
-                assert float((off > 1e-6 * expected.abs().max()).float().mean()) < 1e-3
+                assert float((off > 1e-6 * expected.abs().max()).float().mean()) < 5e-3
                 assert float(off.norm() / expected.norm()) < 5e-3
 
 

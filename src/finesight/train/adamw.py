@@ -3,8 +3,8 @@ Triton is, stretch by stretch else.
 
 Bytes for each number that learns in bf16: 2 that the model computes with, 2 beside them for the
 fp32 master, 2 of gradient from the backward pass to the step, and moments of 8, or of 2.03 in eight
-bits: 14 or 8.03. Where several micro-batches make a step, 4 more for the sum of their gradients. A
-step reads and writes 26 bytes a number, or 14, and 2 for the gradient's norm.
+bits: 14 or 8.03. Where several micro-batches make a step, the sum of their gradients takes 4
+instead of 2. A step reads and writes 26 bytes a number, or 14, and 2 for the gradient's norm.
 
 Shapes: E numbers of a group of parameters end to end, M of a stretch of them.
 """
@@ -55,8 +55,8 @@ class AdamW:
         self.taken += 1
         pace = Pace(rate, decay, self._betas, self.taken)
         tiles, moments = self._gradients.tiles, (self.first, self.second)
+        of_each = self._gradients.of_each()
         if tiles is not None:
-            of_each = self._gradients.of_each()
             step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, pace)
             return
         for start in range(0, len(self._numbers), MOST):

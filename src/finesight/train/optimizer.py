@@ -71,7 +71,8 @@ class Group:
                 for piece in self.pieces
                 for matrix in piece.matrices(stacked.get(piece.name, piece.rows))
             )
-            self.steps = Muon(self.masters, self.gradients.sum_always(), matrices)
+            self.gradients.sum_always()
+            self.steps = Muon(self.masters, self.gradients.whole(), matrices)
         else:
             eight_bits = train.optimizer == "adamw8bit" and self.multiplies
             self.steps = AdamW(self.masters, self.gradients, train.betas, eight_bits)
@@ -81,8 +82,7 @@ class Group:
         up."""
         rate = self.rate * factor
         if isinstance(self.steps, Muon):
-            self.gradients.of_each()
-            self.gradients.sum_always().mul_(shrink)
+            self.gradients.whole().mul_(shrink)
             self.steps.step(rate, self.decay)
         else:
             self.steps.step(shrink, rate, self.decay)

@@ -85,24 +85,30 @@ def _gradient(addresses_P, p, first, at_RN, inside_RN, like):
 
 
 @triton.jit
-def _add_up(parameter_T, table_P3, addresses_P, like, sums, fresh: tl.constexpr,
-            even: tl.constexpr, rows: tl.constexpr):  # fmt: skip
-    p, first, begin, at_RN, inside_RN = _tile(parameter_T, table_P3, even, rows)
-    grad_RN = _gradient(addresses_P, p, first, at_RN, inside_RN, like)
-    to = sums + begin + at_RN
-    if not fresh:
-        grad_RN += tl.load(to, mask=inside_RN, other=0.0)
-    tl.store(to, grad_RN, mask=inside_RN)
+def _add_up(parameter_T, table_P3, gradients_P, sums_P, came_P, like, wide, even: tl.constexpr,
+            rows: tl.constexpr):  # fmt: skip
+    p, first, _, at_RN, inside_RN = _tile(parameter_T, table_P3, even, rows)
+    if tl.load(gradients_P + p) != 0:
+        grad_RN = _gradient(gradients_P, p, first, at_RN, inside_RN, like)
+        grad_RN += _gradient(came_P, p, first, at_RN, inside_RN, wide)
+        sums = tl.multiple_of(tl.load(sums_P + p).to(wide.dtype), 16)
+        tl.store(sums + first + at_RN, grad_RN, mask=inside_RN)
 
 
 def add_up(
-    tiles: Tiles, gradients: Sequence[Tensor | None], like: Tensor, sum_E: Tensor, fresh: bool
+    tiles: Tiles,
+    gradients: Sequence[Tensor | None],
+    sums: Sequence[Tensor],
+    came: Sequence[bool],
 ) -> None:
-    """Add gradients, of the type of `like`, to their sums, or put `fresh` ones in place of them."""
+    """Add gradients to those fp32 sums that something came to before, and put them in place of
+    others."""
     gradients = _aligned(gradients)
+    like = next(gradient for gradient in gradients if gradient is not None)
+    before = [own if some else None for own, some in zip(sums, came, strict=True)]
     _add_up[(len(tiles.parameter_T),)](
-        tiles.parameter_T, tiles.table_P3, tiles.addresses(gradients), like, sum_E,
-        fresh=fresh, even=tiles.even, rows=ROWS, num_warps=WARPS,
+        tiles.parameter_T, tiles.table_P3, tiles.addresses(gradients), tiles.addresses(sums),
+        tiles.addresses(before), like, sums[0], even=tiles.even, rows=ROWS, num_warps=WARPS,
     )  # fmt: skip
 
 

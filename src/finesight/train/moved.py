@@ -67,7 +67,7 @@ class Watch:
         self._start = {name: _sampled(tensor).clone() for name, tensor in masters.items()}
 
     def _checksums(self) -> dict[str, int]:
-        sums = checksums({**self._frozen, **self._masters})
+        sums = checksums(self._frozen) | checksums(self._masters)
         for name, weight in self._few.items():
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums

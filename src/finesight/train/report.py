@@ -197,7 +197,7 @@ def plan_of(session: Session) -> str:
         "embeddings": tune.embeddings,
     }
     learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
-    numbers = sum(value.numel() for value in session.masters.values().values())
+    numbers = session.masters.numbers
     whole = sum(parameter.numel() for parameter in session.model.parameters())
     few = frozen_weights(session.model)
     whole += sum(weight.numbers for weight in few.values())

@@ -106,6 +106,8 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         known = None if seen is None else step.known[micro]
         try:
+            if micro:
+                session.masters.add_up()
             total += _learn(session, packed, share, seen, known)
         except torch.OutOfMemoryError as error:
             session.masters.forget_gradients()

@@ -90,7 +90,9 @@ def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measur
     step = made.clock.step([load(run, 1.0)] * run.packs, run.recompute)
     activations = Activations(made.model, made.computing, run.recompute)
     peak = peak_of(
-        made.stays, activations, [load(run, run.grown)], made.computing, made.patch_bytes
+        *(made.stays, activations, [load(run, run.grown)]),
+        *(made.computing, made.patch_bytes),
+        several=run.packs > 1,
     )
     peak_gb, seconds = measured(run)
     assert peak.allocated / 1e9 == pytest.approx(peak_gb, rel=0.1)

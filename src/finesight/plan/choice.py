@@ -58,6 +58,7 @@ class Steps:
     def __init__(self, steps: Sequence[Sequence[Glance]]) -> None:
         self._steps = steps
         self._fullest: dict[int, list[Load]] = {}
+        self._several: dict[int, bool] = {}
 
     @property
     def longest(self) -> int:
@@ -72,9 +73,15 @@ class Steps:
     def fullest(self, budget: int) -> list[Load]:
         """Packs that may take the most memory: the largest by each size, and by all together."""
         if budget not in self._fullest:
-            loads = [load for step in self._steps for load in packed(step, budget)]
-            self._fullest[budget] = list(_largest(loads))
+            packs = [packed(step, budget) for step in self._steps]
+            self._fullest[budget] = list(_largest([load for step in packs for load in step]))
+            self._several[budget] = any(len(step) > 1 for step in packs)
         return self._fullest[budget]
+
+    def several(self, budget: int) -> bool:
+        """Whether a step has more than one pack."""
+        self.fullest(budget)
+        return self._several[budget]
 
     def timed(self, budget: int) -> list[list[Load]]:
         """Steps for timing."""
@@ -141,7 +148,9 @@ class Chooser:
         sized = self._sized(setting.nf4)
         activations = Activations(sized.model, sized.computing, setting.recompute)
         loads = self._steps.fullest(setting.pack_tokens)
-        return peak_of(sized.stays, activations, loads, sized.computing, sized.patch_bytes)
+        several = self._steps.several(setting.pack_tokens)
+        sizes = sized.computing, sized.patch_bytes
+        return peak_of(sized.stays, activations, loads, *sizes, several=several)
 
     def _fits(self, setting: Setting) -> bool:
         return self._peak(setting).in_all <= self._room

@@ -16,13 +16,13 @@ from finesight.model.parts import trainable
 from finesight.plan.activations import Activations, Moment
 from finesight.plan.kept import WIDE, Computing
 from finesight.plan.load import Load
-from finesight.train.eight_bit import BLOCK
-from finesight.train.eight_bit import MOST as STEPPED
+from finesight.train.adamw import MOST as STEPPED
+from finesight.train.moments import BLOCK
 from finesight.train.muon import MOST as TURNED
 from finesight.train.optimizer import Group, Masters
 
 STEPPED_BYTES = 20
-"""Bytes of a number while AdamW of eight bits steps it (`train.eight_bit`)."""
+"""Bytes of a number while AdamW steps it without a kernel (`train.adamw`)."""
 
 LIBRARIES = 70 << 20
 """Bytes that cuBLAS takes from torch's own memory on a card of compute capability 9.0 to work in
@@ -43,19 +43,17 @@ FULL = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Bytes that stay from the first step to the last. `masters` are fp32 copies of 16-bit weights
-    that learn; `stepping` is what the optimiser's step works with for a moment."""
+    """Bytes that stay from the first step to the last. `masters` are what fp32 masters take beside
+    the weights; `sums` come to the gradients where a step has several packs; `stepping` is what the
+    optimiser's step works with for a moment. `numbers` learn."""
 
+    numbers: int
     weights: int
     masters: int
     gradients: int
+    sums: int
     moments: int
     stepping: int
-
-    @property
-    def in_all(self) -> int:
-        """What stays."""
-        return self.weights + self.masters + self.gradients + self.moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +91,27 @@ def standing(model: VisionLanguageModel, train: Train, computing: Computing) -> 
         learning, train.model_copy(update={"optimizer": "adamw"}), stacked(model)
     ).groups
     tensors = [*model.parameters(), *model.buffers()]
-    numbers = sum(len(group.grad_E) for group in groups)
+    numbers = sum(len(group.masters) for group in groups)
+    always = sum(len(group.masters) for group in groups if _sums_always(group, train))
+    rests = [group.masters.rest_E for group in groups]
     return Standing(
+        numbers=numbers,
         weights=sum(tensor.nbytes for tensor in tensors),
-        masters=WIDE * numbers if computing.number < WIDE else 0,
-        gradients=WIDE * numbers,
+        masters=sum(rest_E.nbytes for rest_E in rests if rest_E is not None),
+        gradients=computing.number * numbers + WIDE * always,
+        sums=WIDE * (numbers - always),
         moments=sum(_moments(group, train) for group in groups),
         stepping=max(_stepping(group, train, computing) for group in groups),
     )
 
 
+def _sums_always(group: Group, train: Train) -> bool:
+    """Whether one pack's gradients are summed, too."""
+    return group.multiplies and train.optimizer == "muon"
+
+
 def _moments(group: Group, train: Train) -> int:
-    numbers = len(group.grad_E)
+    numbers = len(group.masters)
     if group.multiplies and train.optimizer == "muon":
         return WIDE * numbers
     if group.multiplies and train.optimizer == "adamw8bit":
@@ -113,13 +120,11 @@ def _moments(group: Group, train: Train) -> int:
 
 
 def _stepping(group: Group, train: Train, computing: Computing) -> int:
-    """Torch's fused AdamW needs nothing; without it, on a CPU, two copies of a group."""
-    numbers = len(group.grad_E)
+    """AdamW's kernel needs nothing."""
+    numbers = len(group.masters)
     if group.multiplies and train.optimizer == "muon":
         return 3 * WIDE * min(numbers, TURNED)
-    if group.multiplies and train.optimizer == "adamw8bit":
-        return STEPPED_BYTES * min(numbers, STEPPED)
-    return 0 if computing.cuda else 2 * WIDE * numbers
+    return 0 if computing.cuda else STEPPED_BYTES * min(numbers, STEPPED)
 
 
 def peak_of(
@@ -128,9 +133,11 @@ def peak_of(
     loads: Iterable[Load],
     computing: Computing,
     patch_bytes: int,
+    *,
+    several: bool,
 ) -> Peak:
-    """The fullest moment over these packs; `patch_bytes` are those of a patch on its way to the
-    tower."""
+    """The fullest moment over these packs, of which a step has `several` or one; `patch_bytes` are
+    those of a patch on its way to the tower."""
     fullest, inputs = Moment(kept=0, working=stays.stepping), 0
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
@@ -140,7 +147,7 @@ def peak_of(
     return Peak(
         weights=stays.weights,
         masters=stays.masters,
-        gradients=stays.gradients,
+        gradients=stays.gradients + (stays.sums if several else 0),
         moments=stays.moments,
         activations=fullest.kept,
         working=fullest.working,

@@ -102,7 +102,7 @@ class Clock:
         self._pace = _pace_of(target)
         self._arithmetic = Arithmetic(model)
         self._plain = Activations(model, target.computing, 0.0)
-        numbers = stays.gradients / WIDE
+        numbers = stays.numbers
         self._optimiser = STEPPED[train.optimizer] * numbers / target.bandwidth
         self._dequantised = DEQUANTISED * sum(w.numbers for w in frozen_weights(model).values())
 

@@ -42,6 +42,7 @@ from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.progress import Screen
+from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
 from finesight.train.survey import Survey, pictures_of, survey
@@ -119,6 +120,7 @@ class Session:
     data: StepData
     model: AnyModel
     masters: Masters
+    passes: Passes
     watch: Watch
     scale: LossScale
     schedule: Schedule
@@ -219,7 +221,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         continue_adapter(model, base.adapter, base=base.folder)
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
-    masters = Masters(trainable(model), recipe.train, stacked(model))
+    learning = trainable(model)
+    masters = Masters(learning, recipe.train, stacked(model))
     budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
@@ -235,6 +238,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         ),
         model=model.train(),
         masters=masters,
+        passes=Passes(model, list(learning.values())),
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,

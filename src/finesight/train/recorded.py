@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finesight.encode.pack import EVEN, PackedBatch
 from finesight.infer.recorded import Recorded
 from finesight.model.any_family import AnyModel
+from finesight.model.attention import has_varlen
 from finesight.model.network import VisionLanguageModel
 from finesight.train.loss import label_loss
 
@@ -112,6 +113,15 @@ class Held:
         self.seed_1.random_(2**31 - 1)
 
 
+def _recordable(model: AnyModel, device: torch.device) -> bool:
+    """Whether nothing in a pass waits for the device, and attention takes its segments' lengths
+    from there: those of a recording are not the pack's."""
+    if device.type != "cuda" or not isinstance(model, VisionLanguageModel) or not model.recordable:
+        return False
+    width, kind = model.geometry.language.head_width, model.model.embed_tokens.weight.dtype
+    return has_varlen(torch.empty(1, 1, width, dtype=kind, device=device))
+
+
 def _fill(room: Tensor, values: Tensor, rest: int) -> None:
     room[: len(values)].copy_(values)
     room[len(values) :].fill_(rest)
@@ -127,12 +137,14 @@ class Passes:
         self._losses: dict[Kind, Tensor] = {}
         self._gradients: list[Tensor | None] = []
         device = self._learning[0].device
-        self._recorded = Recorded(device) if device.type == "cuda" else None
+        self._recorded = Recorded(device) if _recordable(model, device) else None
 
     def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         """The loss of a pack on the device, times `share`."""
+        if self._recorded is None:
+            return self._launch(batch, features_MKD, share)
         features_MKD = self._seen(batch, features_MKD)
-        if self._recorded is None or not self._pays(batch, features_MKD):
+        if not self._pays(batch, features_MKD):
             return self._launch(batch, features_MKD, share)
         kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
         if kind not in self._held:
@@ -162,8 +174,7 @@ class Passes:
             return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
-        model = self._model
-        if not isinstance(model, VisionLanguageModel) or not model.recordable or model.recompute:
+        if self._model.recompute:
             return False
         known = features_MKD is not None or not batch.grids
         return known and len(batch.ids_T) <= MOST_TOKENS and len(batch.target_L) > 0

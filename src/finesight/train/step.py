@@ -13,7 +13,6 @@ from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step
-from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.seen import Seen
@@ -119,12 +118,9 @@ def _learn(
     session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, known: Tensor | None
 ) -> Tensor:
     """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
-    model, batch = session.model, session.placed(packed)
+    batch = session.placed(packed)
     features_MKD = None if seen is None or known is None else seen.of(known)
-    h_LD = model(batch, features_MKD)
-    loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    return session.passes.learn(batch, features_MKD, share)
 
 
 def recorded(device: torch.device) -> torch.cuda.Event | None:

@@ -205,7 +205,7 @@ def test_a_run_in_four_bits_is_merged_into_the_published_weights_and_says_so(
     result = run_command(run, tmp_path / "merged")
     assert result.exit_code == 0, result.exception
     assert "the run had the weights of language in NF4" in result.output.splitlines()[-1]
-    assert "against the base in NF4, as it was trained" in result.output.splitlines()[-2]
+    assert "against the base in few bits, as it was trained" in result.output.splitlines()[-2]
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "merged")]
     assert weights[0] == weights[1]
     told = json.loads(run_command(run, tmp_path / "again", "--json").output)

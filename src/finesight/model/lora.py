@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.frozen import FrozenWeight
 from finesight.model.fused import drop, drop_alike
-from finesight.model.linear import GroupedLinear, matrices, products
+from finesight.model.linear import GroupedLinear, add_products_back, products
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,7 @@ class _AdaptedProduct(torch.autograd.Function):
             dx_TI = dlow_TS @ a_SI
             if kept_TI is not None:
                 dx_TI = drop_alike(dx_TI, kept_TI, ctx.dropout)
-            weights = matrices(ctx.weight, ctx.layout.widths)
-            for dy_TO, rows_OI in zip(dys_TO, weights, strict=True):
-                dx_TI.addmm_(dy_TO, rows_OI)
+            add_products_back(dx_TI, dys_TO, ctx.weight)
         return dx_TI, None, None, da_SI, None, None, *dbs_OR
 
 

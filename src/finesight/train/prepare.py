@@ -28,6 +28,7 @@ from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
 from finesight.model.any_family import AnyModel, load_any
 from finesight.model.fallback import LIMITS, FallbackModel
+from finesight.model.fp8 import refuse_device
 from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
@@ -205,6 +206,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     if recipe.tune.nf4:
         bitsandbytes("tune.nf4")
     machine = _machine(recipe)
+    if recipe.tune.fp8:
+        refuse_device(machine.device, "tune.fp8")
     base = base_of(recipe)
     renderer = base.renderer(recipe)
     train, held_out = texts_of(recipe, renderer, machine.workers, screen)
@@ -215,7 +218,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     found = checkpoints.newest() if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
-    model = load_any(base.folder, machine.dtype, machine.device, recipe.tune.nf4 or ())
+    nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
+    model = load_any(base.folder, machine.dtype, machine.device, nf4, fp8=fp8)
     apply_tuning(model, recipe.tune, recipe.train.seed)
     if base.adapter is not None:
         continue_adapter(model, base.adapter, base=base.folder)

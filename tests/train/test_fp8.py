@@ -140,7 +140,7 @@ def test_a_card_that_cannot_is_refused_before_anything_is_read(
     monkeypatch.setattr("finesight.train.prepare.measured_peak", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "an older card")
-    with pytest.raises(UserError, match="an older card has compute capability 8.0"):
+    with pytest.raises(UserError, match=r"an older card has compute capability 8\.0"):
         task.run("data.train=nowhere.jsonl", tune=BOTH)
     assert not (task.folder / "run").exists()
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):

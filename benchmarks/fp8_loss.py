@@ -1,12 +1,13 @@
 """What products in FP8 change of a run: its loss beside that of the same run in bf16.
 
     python benchmarks/fp8_loss.py --out benchmarks/results/fp8_loss_cpu.json
-        [--recipe RECIPE] [--only "bf16,other packs,fp8"] [--threads 2] [SETTING=VALUE ...]
+        [--recipe RECIPE] [--only "bf16,fp32,other packs,fp8"] [--threads 2] [SETTING=VALUE ...]
 
 Without a recipe, finesight-tiny learns to read generated train tickets, as the quickstart has it; a
 recipe brings other pictures and another model. Every variant takes the same seed and samples, in a
-process of its own. `other packs` computes what `bf16` does with other sums: what it differs by is
-chance. `losses` are means over 20 steps each, `differences` are relative to those of `bf16`.
+process of its own. `other packs` adds up in another order what `bf16` adds up, and `fp32`
+rounds less: how far these two differ is what a difference of `fp8` is to be seen beside. `losses`
+are means over 20 steps each, `differences` are relative to those of `bf16`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
+    "fp32": ("train.precision=fp32",),
     "other packs": ("train.pack_tokens=2048",),
     "fp8": ("tune.fp8=[language, vision]",),
 }

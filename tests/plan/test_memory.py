@@ -93,7 +93,7 @@ def test_what_stays_is_what_a_run_has(
     task: Path, dtype: torch.dtype, tune: dict[str, Any], optimizer: str
 ) -> None:
     train = Train.model_validate({"optimizer": optimizer})
-    bare = shapes(ModelFolder(task / "deep"), dtype, ())
+    bare = shapes(ModelFolder(task / "deep"), dtype, (), ())
     apply_tuning(bare, Tune.model_validate(tune), 0)
     said = standing(bare, train, Computing(cuda=False, number=dtype.itemsize, flash=False))
     model = tuned(task, dtype, tune)

@@ -6,15 +6,17 @@ read once. Kept for the way back are the layer's input, its joint products, atte
 the adapters' narrow numbers: norms, the gated product and all masks of drop-outs are made again.
 
 Shapes: T rows, D width, E columns of the joint product of queries, keys and values, F inner width,
-S ranks of a group, R ranks of a layer.
+S ranks of a group, R ranks of a layer, J columns of an input and of what is joined to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,9 +28,8 @@ from finesight.model.rope import Rotation
 
 if KERNELS:
     from finesight.model import gate_kernels, lora_kernels, norm_kernels, turn_kernels
-    from finesight.model.gate_kernels import Ups
     from finesight.model.lora_kernels import Drop
-    from finesight.model.turn_kernels import Heads, HeadUps
+    from finesight.model.turn_kernels import Heads
 
 MOST_RANKS = 128
 """Of an adapter that the kernels' sums have room for."""
@@ -53,15 +54,25 @@ def takes(x_TD: Tensor) -> bool:
 
 
 class Wide(NamedTuple):
-    """The wide part of a group of linear layers, and whether it learns."""
+    """A group of so many linear layers of inputs of this width: the weight, the up-projections of
+    its adapter, and both in one matrix where they can be (see `LoraGroup.joined`)."""
 
+    width: int
+    layers: int
     weight: Tensor | FrozenWeight
     bias: Tensor | None
+    joined_OJ: Tensor | None
+    ups_OR: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, group: GroupedLinear) -> Wide:
         """That of this group."""
-        return cls(group.weight, group.bias)
+        weight, adapter = group.weight, group.adapter
+        fixed = group.inputs, len(group.outputs), weight, group.bias
+        if not isinstance(adapter, LoraGroup):
+            return cls(*fixed, None, ())
+        joined_OJ = adapter.joined(weight) if isinstance(weight, nn.Parameter) else None
+        return cls(*fixed, joined_OJ, tuple(adapter.b.values()))
 
     @property
     def learns(self) -> bool:
@@ -69,18 +80,60 @@ class Wide(NamedTuple):
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
     @property
+    def room(self) -> int:
+        """Columns behind those of an input, for what the adapter makes of it."""
+        return 0 if self.joined_OJ is None else self.joined_OJ.shape[1] - self.width
+
+    @property
     def inputs(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias as autograd has to see them: where they learn."""
         weight = self.weight if isinstance(self.weight, Tensor) and self.learns else None
         return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
 
-    def forth(self, x_TI: Tensor) -> Tensor:
-        """x W^T + bias of all layers side by side."""
-        return joint_product(x_TI, self.weight, self.bias)
+    def forth(self, x_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
+        """x W^T + bias of all layers side by side, and what the adapter adds."""
+        if self.joined_OJ is not None:
+            return F.linear(x_TJ, self.joined_OJ, self.bias)
+        y_TO = joint_product(x_TJ, self.weight, self.bias)
+        for y, low_TR, b_OR in self._layers(y_TO, low_TS):
+            y.addmm_(low_TR, b_OR.T)
+        return y_TO
 
-    def back(self, dy_TO: Tensor) -> Tensor:
-        """dy W."""
-        return joint_product_back(dy_TO, self.weight)
+    def added(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
+        """x plus what `forth` gives for `h`."""
+        weight = self.weight if self.joined_OJ is None else self.joined_OJ
+        if self.bias is None and isinstance(weight, Tensor):
+            return torch.addmm(x_TO, h_TJ, weight.T)
+        return self.forth(h_TJ, low_TS).add_(x_TO)
+
+    def back(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients by the input and by what the adapter made of it."""
+        if self.joined_OJ is None:
+            return joint_product_back(dy_TO, self.weight), self.low_back(dy_TO)
+        ranks = sum(b_OR.shape[1] for b_OR in self.ups_OR)
+        dx_TJ = dy_TO @ self.joined_OJ
+        return dx_TJ[:, : self.width], dx_TJ[:, self.width : self.width + ranks]
+
+    def low_back(self, dy_TO: Tensor) -> Tensor | None:
+        """The second of `back` alone."""
+        sides = [dy @ b_OR for dy, _, b_OR in self._layers(dy_TO, None)]
+        return torch.cat(sides, 1) if sides else None
+
+    def up_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
+        """The gradients by `ups_OR`, or as many times nothing."""
+        if not self.ups_OR:
+            return [None] * self.layers
+        return [dy.T @ low_TR for dy, low_TR, _ in self._layers(dy_TO, low_TS)]
+
+    def _layers(
+        self, y_TO: Tensor, low_TS: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A layer's columns, those of its ranks (of `y`, where there is no `low`), and its B."""
+        if not self.ups_OR:
+            return
+        ys = torch.split(y_TO, [len(b_OR) for b_OR in self.ups_OR], 1)
+        lows = ys if low_TS is None else low_TS.chunk(len(self.ups_OR), 1)
+        yield from zip(ys, lows, self.ups_OR, strict=True)
 
     def gradients(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Those of `inputs`: dy^T x, and the sum of dy."""
@@ -164,16 +217,14 @@ class _Enter(torch.autograd.Function):
         _weight: Tensor | None,
         _bias: Tensor | None,
         a_SD: Tensor | None,
-        *bs_OR: Tensor | None,
+        *_bs_OR: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        n_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, entry.eps)
-        low_TS = None if a_SD is None else lora_kernels.lowered(n_TD, a_SD, entry.drop)
-        joint_TE = entry.wide.forth(n_TD)
-        ups = _head_ups(low_TS, bs_OR)
-        rotation, heads = entry.rotation, entry.heads
-        turn_kernels.turn_heads(joint_TE, heads, ups, rotation.cos_T1D, rotation.sin_T1D)
-        kept_TD = n_TD if entry.wide.learns else None
-        ctx.save_for_backward(x_TD, w_D, scale_T, kept_TD, low_TS, a_SD, *bs_OR)
+        n_TJ, scale_T, low_TS = _normed(x_TD, w_D, entry.eps, entry.wide, a_SD, entry.drop)
+        joint_TE = entry.wide.forth(n_TJ, low_TS)
+        heads, rotation = entry.heads, entry.rotation
+        turn_kernels.turn_heads(joint_TE, heads, rotation.cos_T1D, rotation.sin_T1D)
+        kept_TD = n_TJ if entry.wide.learns else None
+        ctx.save_for_backward(x_TD, w_D, scale_T, kept_TD, low_TS, a_SD)
         ctx.entry = entry
         all_TND = joint_TE.view(len(x_TD), -1, heads.width)
         return x_TD, *torch.split(all_TND, [heads.queries, heads.keys, heads.keys], 1)
@@ -181,41 +232,41 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, added_TD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w_D, scale_T, n_TD, low_TS, a_SD, *bs_OR = ctx.saved_tensors
+        x_TD, w_D, scale_T, n_TD, low_TS, a_SD = ctx.saved_tensors
         entry: _Entry = ctx.entry
+        wide, rotation = entry.wide, entry.rotation
         djoint_TE = turn_kernels.turn_heads_back(
-            (grads[0], grads[1], grads[2]),
-            entry.heads,
-            entry.rotation.cos_T1D,
-            entry.rotation.sin_T1D,
+            (grads[0], grads[1], grads[2]), entry.heads, rotation.cos_T1D, rotation.sin_T1D
         )
-        dlow_TS, da_SD = None, None
-        dbs_OR: list[Tensor | None] = [None] * len(bs_OR)
-        if low_TS is not None:
-            dlow_TS = torch.empty_like(low_TS)
-            sides = torch.split(djoint_TE, [len(b_OR) for b_OR in bs_OR], 1)
-            narrow = zip(sides, bs_OR, dlow_TS.chunk(3, 1), low_TS.chunk(3, 1), strict=True)
-            for i, (dy_TO, b_OR, dlow_TR, low_TR) in enumerate(narrow):
-                torch.mm(dy_TO, b_OR, out=dlow_TR)
-                dbs_OR[i] = dy_TO.T @ low_TR
-            da_SD = lora_kernels.down_grad(x_TD, dlow_TS, entry.drop, (w_D, scale_T))
-        wide = entry.wide.gradients(djoint_TE, n_TD)
-        dx_TD, dw_D = None, None
+        dn_TD, dx_TD, dw_D, da_SD = None, None, None, None
         if any(ctx.needs_input_grad[:2]):
-            dn_TD = entry.wide.back(djoint_TE)
+            dn_TD, dlow_TS = wide.back(djoint_TE)
+        else:
+            dlow_TS = wide.low_back(djoint_TE)
+        if dlow_TS is not None:
+            da_SD = lora_kernels.down_grad(x_TD, dlow_TS, entry.drop, (w_D, scale_T))
+        if dn_TD is not None:
             if dlow_TS is not None:
-                lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
-            learned = ctx.needs_input_grad[1]
+                dn_TD = lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
             norm = x_TD, w_D, scale_T
+            learned = ctx.needs_input_grad[1]
             dx_TD, dw_D = norm_kernels.rms_back(*norm, dn_TD, added_TD, learned=learned)
-        return dx_TD, dw_D, None, *wide, da_SD, *dbs_OR
+        learned = wide.gradients(djoint_TE, n_TD)
+        dbs_OR = wide.up_grads(djoint_TE, low_TS)
+        return dx_TD, dw_D, None, *learned, da_SD, *dbs_OR
 
 
-def _head_ups(low_TS: Tensor | None, bs_OR: tuple[Tensor | None, ...]) -> HeadUps | None:
-    q, k, v = bs_OR
-    if low_TS is None or q is None or k is None or v is None:
-        return None
-    return HeadUps(low_TS, q, k, v)
+def _normed(
+    x_TD: Tensor, w_D: Tensor, eps: float, wide: Wide, a_SD: Tensor | None, drop: Drop
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The norm of `x` with room behind it, each row's scale, and what the adapter makes of the
+    norm, which stands there, too, where there is room."""
+    n_TJ = x_TD.new_empty(len(x_TD), x_TD.shape[1] + wide.room)
+    n_TD = n_TJ[:, : x_TD.shape[1]]
+    scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, n_TD)
+    if a_SD is None:
+        return n_TJ, scale_T, None
+    return n_TJ, scale_T, lora_kernels.lowered(n_TD, a_SD, drop, n_TJ if wide.room else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,16 +309,6 @@ def leave(
     return y_TD
 
 
-def _added(
-    x_TD: Tensor, wide: Wide, h_TI: Tensor, low_TR: Tensor | None, b_DR: Tensor | None
-) -> Tensor:
-    """x plus the product of `h` and what its adapter adds."""
-    y_TD = wide.forth(h_TI)
-    if low_TR is None or b_DR is None:
-        return y_TD.add_(x_TD)
-    return lora_kernels.added(x_TD, y_TD, low_TR, b_DR)
-
-
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -278,19 +319,23 @@ class _Leave(torch.autograd.Function):
         fixed: _Exit,
         *learned: Tensor | None,
     ) -> Tensor:
-        out_a, out_b, both_a, gate_b, up_b, down_a, down_b = learned[6:]
-        low_o = None if out_a is None else lora_kernels.lowered(o_TI, out_a, fixed.out_drop)
-        x_TD = _added(x_TD, fixed.out, o_TI, low_o, out_b)
-        n_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, fixed.eps)
-        low_g = None if both_a is None else lora_kernels.lowered(n_TD, both_a, fixed.both_drop)
-        both_TF2 = fixed.both.forth(n_TD)
-        ups = _ups(low_g, gate_b, up_b)
-        h_TF, low_d = gate_kernels.gated_low(both_TF2, ups, down_a, fixed.down_drop)
-        y_TD = _added(x_TD, fixed.down, h_TF, low_d, down_b)
-        kept_TD = n_TD if fixed.both.learns else None
+        out_a, _, both_a, _, _, down_a, _ = learned[6:]
+        out, both, down = fixed.out, fixed.both, fixed.down
+        o_TJ, low_o = o_TI, None
+        if out_a is not None:
+            if out.room:
+                o_TJ = o_TI.new_empty(len(o_TI), o_TI.shape[1] + out.room)
+            into = o_TJ if out.room else None
+            low_o = lora_kernels.lowered(o_TI, out_a, fixed.out_drop, into, copied=into is not None)
+        x_TD = out.added(x_TD, o_TJ, low_o)
+        n_TJ, scale_T, low_g = _normed(x_TD, w_D, fixed.eps, both, both_a, fixed.both_drop)
+        both_TF2 = both.forth(n_TJ, low_g)
+        h_TJ, low_d = gate_kernels.gated_low(both_TF2, down_a, fixed.down_drop, down.room)
+        y_TD = down.added(x_TD, h_TJ, low_d)
+        kept_TD = n_TJ if both.learns else None
         ctx.save_for_backward(
-            *(x_TD, o_TI, w_D, scale_T, kept_TD, low_o, low_g, both_TF2, low_d),
-            *(out_a, out_b, both_a, gate_b, up_b, down_a, down_b),
+            *(x_TD, o_TI, w_D, scale_T, kept_TD, both_TF2),
+            *(low_o, low_g, low_d, out_a, both_a, down_a),
         )
         ctx.fixed, ctx.gone = fixed, False
         return y_TD
@@ -298,46 +343,35 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, o_TI, w_D, scale_T, n_TD, low_o, low_g, both_TF2, low_d, *narrow = ctx.saved_tensors
-        out_a, out_b, both_a, gate_b, up_b, down_a, down_b = narrow
+        x_TD, o_TI, w_D, scale_T, n_TD, both_TF2, *narrow = ctx.saved_tensors
+        low_o, low_g, low_d, out_a, both_a, down_a = narrow
         fixed: _Exit = ctx.fixed
+        out, both, down = fixed.out, fixed.both, fixed.down
         # What the forward pass kept is overwritten here.
         assert not ctx.gone, "a second way back"
         ctx.gone = True
         dy_TD = dy_TD.contiguous()
-        dlow_d, ddown_b = _through(dy_TD, low_d, down_b)
-        dh_TF, ups = fixed.down.back(dy_TD), _ups(low_g, gate_b, up_b)
-        gated = both_TF2, ups, down_a, dh_TF, dlow_d, fixed.down_drop
-        dboth = gate_kernels.gated_low_back(*gated, again=fixed.down.learns)
-        down = fixed.down.gradients(dy_TD, dboth.h_TF)
-        both = fixed.both.gradients(dboth.both_TF2, n_TD)
-        dn_TD = fixed.both.back(dboth.both_TF2)
+        dh_TF, dlow_d = down.back(dy_TD)
+        ddown_b = down.up_grads(dy_TD, low_d)
+        gated = both_TF2, down_a, dh_TF, dlow_d, fixed.down_drop
+        dgated = gate_kernels.gated_low_back(*gated, again=down.learns)
+        ddown = down.gradients(dy_TD, dgated.h_TF)
+        dboth = both.gradients(both_TF2, n_TD)
+        dn_TD, dlow_g = both.back(both_TF2)
+        dboth_b = both.up_grads(both_TF2, low_g)
         dboth_a = None
-        if dboth.low_TS is not None:
+        if dlow_g is not None:
             norm = w_D, scale_T
-            dboth_a = lora_kernels.down_grad(x_TD, dboth.low_TS, fixed.both_drop, norm)
-            lora_kernels.lowered_back(dn_TD, dboth.low_TS, both_a, fixed.both_drop)
+            dboth_a = lora_kernels.down_grad(x_TD, dlow_g, fixed.both_drop, norm)
+            dn_TD = lora_kernels.lowered_back(dn_TD, dlow_g, both_a, fixed.both_drop)
         learned = ctx.needs_input_grad[2]
         dx_TD, dw_D = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD, learned=learned)
-        out = fixed.out.gradients(dx_TD, o_TI)
-        do_TI = fixed.out.back(dx_TD)
-        dlow_o, dout_b = _through(dx_TD, low_o, out_b)
+        dout = out.gradients(dx_TD, o_TI)
+        do_TI, dlow_o = out.back(dx_TD)
+        dout_b = out.up_grads(dx_TD, low_o)
         dout_a = None
         if dlow_o is not None:
             dout_a = lora_kernels.down_grad(o_TI, dlow_o, fixed.out_drop)
             do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)
-        narrow_grads = dout_a, dout_b, dboth_a, dboth.gate_FR, dboth.up_FR, dboth.a_RF, ddown_b
-        return dx_TD, do_TI, dw_D, None, *out, *both, *down, *narrow_grads
-
-
-def _ups(low_TS: Tensor | None, gate: Tensor | None, up: Tensor | None) -> Ups | None:
-    return None if low_TS is None or gate is None or up is None else Ups(low_TS, gate, up)
-
-
-def _through(
-    dy_TO: Tensor, low_TR: Tensor | None, b_OR: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients by `low` and by B of low B^T."""
-    if low_TR is None or b_OR is None:
-        return None, None
-    return dy_TO @ b_OR, dy_TO.T @ low_TR
+        narrow = dout_a, *dout_b, dboth_a, *dboth_b, dgated.a_RF, *ddown_b
+        return dx_TD, do_TI, dw_D, None, *dout, *dboth, *ddown, *narrow

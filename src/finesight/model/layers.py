@@ -131,7 +131,7 @@ class VisionAttention(nn.Module):
         )
         if has_kernels(joint_NE) and not torch.is_grad_enabled():
             sizes = turn_kernels.Heads(heads, heads, qk_NHD.shape[-1])
-            turn_kernels.turn_heads(joint_NE, sizes, None, rotation.cos_T1D, rotation.sin_T1D)
+            turn_kernels.turn_heads(joint_NE, sizes, rotation.cos_T1D, rotation.sin_T1D)
         else:
             qk_NHD = rotate(qk_NHD, rotation)
         q_NHD, k_NHD = qk_NHD.chunk(2, dim=1)

@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-LOWERED, UPDATED, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+LOWERED, LOWERED_BACK, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""
 
 
@@ -72,9 +72,11 @@ def kept(
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _lowered(x: Ptr, a: Ptr, low: Ptr, rows: int, width: int, ranks: int, seed: Ptr, salt: int,
-             threshold: int, times: float, is_dropped: tl.constexpr, block_m: tl.constexpr,
-             block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
+def _lowered(x: Ptr, a: Ptr, low: Ptr, joined: Ptr, rows: int, width: int, ranks: int,
+             x_stride: int, joined_stride: int, seed: Ptr, salt: int, threshold: int,
+             times: float, is_dropped: tl.constexpr, is_joined: tl.constexpr,
+             is_copied: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+             block_s: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     s = tl.program_id(1) * block_s + tl.arange(0, block_s)
     inside_M, at_M = m < rows, m.to(tl.int64)
@@ -82,7 +84,9 @@ def _lowered(x: Ptr, a: Ptr, low: Ptr, rows: int, width: int, ranks: int, seed: 
     for start in range(0, width, block_n):
         c = start + tl.arange(0, block_n)
         inside = inside_M[:, None] & (c < width)[None, :]
-        x_MN = tl.load(x + at_M[:, None] * width + c[None, :], mask=inside, other=0.0)
+        x_MN = tl.load(x + at_M[:, None] * x_stride + c[None, :], mask=inside, other=0.0)
+        if is_copied:
+            tl.store(joined + at_M[:, None] * joined_stride + c[None, :], x_MN, mask=inside)
         if is_dropped:
             x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
         inside_SN = (s < ranks)[:, None] & (c < width)[None, :]
@@ -90,16 +94,28 @@ def _lowered(x: Ptr, a: Ptr, low: Ptr, rows: int, width: int, ranks: int, seed: 
         low_MS += tl.dot(x_MN, tl.trans(a_SN))
     inside_MS = inside_M[:, None] & (s < ranks)[None, :]
     tl.store(low + at_M[:, None] * ranks + s[None, :], low_MS * times, mask=inside_MS)
+    if is_joined:
+        # Beyond the ranks there are zeros: so are the sums.
+        to_MS = joined + at_M[:, None] * joined_stride + (width + s)[None, :]
+        inside_MS = inside_M[:, None] & (width + s < joined_stride)[None, :]
+        tl.store(to_MS, low_MS * times, mask=inside_MS)
 
 
-def lowered(x_TI: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
-    """drop(x) A^T: [T, S]."""
+def lowered(
+    x_TI: Tensor, a_SI: Tensor, drop: Drop, joined_TJ: Tensor | None = None, *, copied: bool = False
+) -> Tensor:
+    """drop(x) A^T: [T, S]. It is put after the first I columns of `joined_TJ`, too; before it `x`,
+    where that is to be `copied`."""
     (rows, width), ranks, tile = x_TI.shape, len(a_SI), LOWERED
     low_TS = x_TI.new_empty(rows, ranks)
-    block_s = min(64, rank_block(ranks))
-    _lowered[(triton.cdiv(rows, tile.rows), triton.cdiv(ranks, block_s))](
-        x_TI, a_SI, low_TS, rows, width, ranks, *drop.told(x_TI),
-        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
+    room = ranks if joined_TJ is None else joined_TJ.shape[1] - width
+    # One program for all ranks where the input is copied.
+    block_s = rank_block(room) if copied else min(64, rank_block(room))
+    into = low_TS if joined_TJ is None else joined_TJ
+    _lowered[(triton.cdiv(rows, tile.rows), triton.cdiv(room, block_s))](
+        x_TI, a_SI, low_TS, into, rows, width, ranks, x_TI.stride(0), into.stride(0),
+        *drop.told(x_TI), is_dropped=drop.share > 0.0, is_joined=joined_TJ is not None,
+        is_copied=copied, block_m=tile.rows, block_n=tile.columns,
         block_s=block_s, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return low_TS
@@ -111,57 +127,50 @@ def rank_block(ranks: int) -> int:
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _updated(x: Ptr, more: Ptr, low: Ptr, factor: Ptr, y: Ptr, rows: int, width: int, ranks: int,
-             stride_s: int, stride_n: int, seed: Ptr, salt: int, threshold: int, times: float,
-             is_added: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
-             block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
+def _lowered_back(dn: Ptr, dlow: Ptr, a: Ptr, dx: Ptr, rows: int, width: int, ranks: int,
+                  dn_stride: int, dlow_stride: int, seed: Ptr, salt: int, threshold: int,
+                  times: float, is_dropped: tl.constexpr, block_m: tl.constexpr,
+                  block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     c = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    s = tl.arange(0, block_s)
-    inside_M, inside_N, inside_S, at_M = m < rows, c < width, s < ranks, m.to(tl.int64)
+    inside_M, inside_N, at_M = m < rows, c < width, m.to(tl.int64)
     inside = inside_M[:, None] & inside_N[None, :]
-    at = at_M[:, None] * width + c[None, :]
-    low_MS = tl.load(low + at_M[:, None] * ranks + s[None, :],
-                     mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
-    factor_SN = tl.load(factor + s[:, None] * stride_s + c[None, :] * stride_n,
-                        mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
-    update_MN = tl.dot(low_MS, factor_SN) * times
+    more_MN = tl.zeros((block_m, block_n), tl.float32)
+    for start in range(0, ranks, block_s):
+        s = start + tl.arange(0, block_s)
+        inside_S = s < ranks
+        dlow_MS = tl.load(dlow + at_M[:, None] * dlow_stride + s[None, :],
+                          mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
+        a_SN = tl.load(a + s[:, None] * width + c[None, :],
+                       mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
+        more_MN += tl.dot(dlow_MS, a_SN)
+    more_MN *= times
     if is_dropped:
-        update_MN = tl.where(kept(seed, salt, m, c, threshold), update_MN, 0.0)
-    update_MN += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if is_added:
-        update_MN += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, update_MN, mask=inside)
-
-
-def _update(
-    x: Tensor, more: Tensor | None, low: Tensor, factor_SN: Tensor, y: Tensor, drop: Drop
-) -> Tensor:
-    (rows, width), ranks, tile = x.shape, low.shape[1], UPDATED
-    _updated[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
-        x, x if more is None else more, low, factor_SN, y, rows, width, ranks,
-        factor_SN.stride(0), factor_SN.stride(1), *drop.told(x), is_added=more is not None,
-        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
-        block_s=rank_block(ranks), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return y
+        more_MN = tl.where(kept(seed, salt, m, c, threshold), more_MN, 0.0)
+    dn_MN = tl.load(dn + at_M[:, None] * dn_stride + c[None, :], mask=inside, other=0.0)
+    to_MN = dx + at_M[:, None] * width + c[None, :]
+    tl.store(to_MN, more_MN + dn_MN.to(tl.float32), mask=inside)
 
 
 def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
-    """`dn` plus the gradient by `x` of `lowered`, in place of `dn`."""
-    return _update(dn_TI, None, dlow_TS, a_SI, dn_TI, drop)
-
-
-def added(x_TD: Tensor, y_TD: Tensor, low_TR: Tensor, b_DR: Tensor) -> Tensor:
-    """x + y + low B^T, rounded once, in place of `y`."""
-    return _update(x_TD, y_TD, low_TR, b_DR.T, y_TD, Drop(None, 0, 0.0, 1.0))
+    """`dn` plus the gradient by `x` of `lowered`, in a piece of its own."""
+    (rows, width), ranks, tile = dn_TI.shape, len(a_SI), LOWERED_BACK
+    dx_TI = dn_TI.new_empty(rows, width)
+    _lowered_back[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
+        dn_TI, dlow_TS, a_SI, dx_TI, rows, width, ranks, dn_TI.stride(0), dlow_TS.stride(0),
+        *drop.told(dn_TI), is_dropped=drop.share > 0.0, block_m=tile.rows,
+        block_n=tile.columns, block_s=min(64, rank_block(ranks)), num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    return dx_TI
 
 
 @triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
 def _down_grad(x: Ptr, w: Ptr, scales: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int,
-               width: int, ranks: int, seed: Ptr, salt: int, threshold: int, times: float,
-               is_normed: tl.constexpr, is_dropped: tl.constexpr, block_m: tl.constexpr,
-               block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
+               width: int, ranks: int, dlow_stride: int, seed: Ptr, salt: int,
+               threshold: int, times: float, is_normed: tl.constexpr, is_dropped: tl.constexpr,
+               block_m: tl.constexpr, block_n: tl.constexpr,
+               block_s: tl.constexpr) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
     chunk = tl.program_id(1)
     s = tl.arange(0, block_s)
@@ -182,7 +191,7 @@ def _down_grad(x: Ptr, w: Ptr, scales: Ptr, dlow: Ptr, partial: Ptr, rows: int, 
             x_MN = (x_MN.to(tl.float32) * scale_M[:, None] * w_N[None, :]).to(x_MN.dtype)
         if is_dropped:
             x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
-        dlow_MS = tl.load(dlow + at_M[:, None] * ranks + s[None, :],
+        dlow_MS = tl.load(dlow + at_M[:, None] * dlow_stride + s[None, :],
                           mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
         da_SN += tl.dot(tl.trans(dlow_MS), x_MN)
     at = partial + (chunk * ranks + s).to(tl.int64)[:, None] * width + c[None, :]
@@ -203,7 +212,7 @@ def down_grad(
     partial_CSI = torch.empty(chunks, ranks, width, dtype=torch.float32, device=x_TI.device)
     _down_grad[(wide, chunks)](
         x_TI, w, scales, dlow_TS, partial_CSI, rows, per_chunk, width, ranks,
-        *drop.told(x_TI), is_normed=norm is not None,
+        dlow_TS.stride(0), *drop.told(x_TI), is_normed=norm is not None,
         is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
         block_s=rank_block(ranks), num_warps=2 * tile.warps if ranks > 64 else tile.warps,
         num_stages=tile.stages,

@@ -51,7 +51,14 @@ def added_norm(
 
 @triton.jit
 def _rms(
-    x: Ptr, w: Ptr, n: Ptr, scales: Ptr, width: int, eps: float, block_d: tl.constexpr
+    x: Ptr,
+    w: Ptr,
+    n: Ptr,
+    scales: Ptr,
+    width: int,
+    n_stride: int,
+    eps: float,
+    block_d: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block_d)
@@ -60,18 +67,19 @@ def _rms(
     scale = 1.0 / tl.sqrt(tl.sum(x_D * x_D, 0) / width + eps)
     tl.store(scales + row, scale)
     w_D = tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(n + row * width + d, x_D * scale * w_D, mask=inside)
+    tl.store(n + row * n_stride + d, x_D * scale * w_D, mask=inside)
 
 
-def rms_normed(x_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) w, and what each row was multiplied by, [T] in fp32."""
+def rms_normed(x_TD: Tensor, w_D: Tensor, eps: float, n_TD: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) w in `n_TD`, whose rows may lie apart; returns what each row was
+    multiplied by, [T] in fp32."""
     rows, width = x_TD.shape
-    n_TD = torch.empty_like(x_TD)
     scale_T = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
     _rms[(rows,)](
-        x_TD, w_D, n_TD, scale_T, width, eps, block_d=triton.next_power_of_2(width), num_warps=4
-    )
-    return n_TD, scale_T
+        x_TD, w_D, n_TD, scale_T, width, n_TD.stride(0), eps,
+        block_d=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return scale_T
 
 
 @triton.jit(do_not_specialize=["rows", "per_program"])

@@ -1,8 +1,9 @@
 """Triton kernels between the product that makes queries, keys and values and the attention, and
-back: what adapters add, and the turn of queries and keys by their positions.
+back: the turn of queries and keys by their positions (see `model.rope`).
 
-Sums are fp32. Shapes: T rows, E columns of the joint product (queries, keys, values), H query
-heads, K key heads, D numbers of a head, R ranks of each layer. Imported only where Triton is.
+Both halves of a head turn by the same angles: one half of the cosines, and of the sines the one
+without the minus, is read. Shapes: T rows, E columns of the joint product (queries, keys, values),
+H query heads, K key heads, D numbers of a head. Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -13,20 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, Ptr, rank_block
+from finesight.model.lora_kernels import Blocks, Ptr
 
-TURN = Blocks(32, 0, 4, 2)
-"""What was quickest on an H200; a program takes whole heads."""
-
-
-class HeadUps(NamedTuple):
-    """What adapters add to queries, keys and values: `low_TS`, their ranks in this order, times the
-    up-projections."""
-
-    low_TS: Tensor
-    q_ER: Tensor
-    k_ER: Tensor
-    v_ER: Tensor
+TURN = Blocks(16, 8, 4, 2)
+"""Rows and heads that a program takes; what was quickest on an H200."""
 
 
 class Heads(NamedTuple):
@@ -42,94 +33,72 @@ class Heads(NamedTuple):
         return (self.queries + 2 * self.keys) * self.width
 
 
+@triton.jit
+def _by_angles(x1: tl.tensor, x2: tl.tensor, cos: tl.tensor, sin: tl.tensor, narrow: tl.constexpr,
+               round_first: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    straight1, straight2 = x1 * cos, x2 * cos
+    if round_first:
+        straight1, straight2 = straight1.to(narrow).to(tl.float32), straight2.to(narrow)
+        straight2 = straight2.to(tl.float32)
+    return straight1 - x2 * sin, straight2 + x1 * sin
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _turn(joint: Ptr, low: Ptr, q_ups: Ptr, k_ups: Ptr, v_ups: Ptr, cos: Ptr, sin: Ptr, rows: int,
-          heads: int, keys: int, half: int, ranks: int, is_updated: tl.constexpr,
-          round_first: tl.constexpr, block_m: tl.constexpr, block_f: tl.constexpr,
-          block_r: tl.constexpr) -> None:  # fmt: skip
+def _turn(joint: Ptr, cos: Ptr, sin: Ptr, rows: int, turned: int, columns: int,
+          half: tl.constexpr, round_first: tl.constexpr, block_m: tl.constexpr,
+          block_h: tl.constexpr, block_f: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    head = tl.program_id(1)
-    f, r = tl.arange(0, block_f), tl.arange(0, block_r)
-    inside_M, inside_F, inside_R, at_M = m < rows, f < half, r < ranks, m.to(tl.int64)
-    inside = inside_M[:, None] & inside_F[None, :]
-    at = at_M[:, None] * (heads + 2 * keys) * 2 * half + (head * 2 * half + f)[None, :]
-    narrow = joint.dtype.element_ty
-    x1 = tl.load(joint + at, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(joint + at + half, mask=inside, other=0.0).to(tl.float32)
-    if is_updated:
-        ups, of, own = q_ups, 0, head
-        if head >= heads:
-            ups, of, own = k_ups, 1, head - heads
-        if head >= heads + keys:
-            ups, of, own = v_ups, 2, head - heads - keys
-        low_MR = tl.load(low + at_M[:, None] * 3 * ranks + (of * ranks + r)[None, :],
-                         mask=inside_M[:, None] & inside_R[None, :], other=0.0)  # fmt: skip
-        up = ups + (own * 2 * half + f)[:, None] * ranks + r[None, :]
-        inside_FR = inside_F[:, None] & inside_R[None, :]
-        x1 += tl.dot(low_MR, tl.trans(tl.load(up, mask=inside_FR, other=0.0)))
-        up += half * ranks
-        x2 += tl.dot(low_MR, tl.trans(tl.load(up, mask=inside_FR, other=0.0)))
-    if head < heads + keys:
-        x1, x2 = x1.to(narrow).to(tl.float32), x2.to(narrow).to(tl.float32)
-        angle = at_M[:, None] * 2 * half + f[None, :]
-        cos1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-        cos2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-        sin2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
-        straight1, straight2 = x1 * cos1, x2 * cos2
-        if round_first:
-            straight1 = straight1.to(narrow).to(tl.float32)
-            straight2 = straight2.to(narrow).to(tl.float32)
-        x1, x2 = straight1 + x2 * sin1, straight2 + x1 * sin2
-    if is_updated or head < heads + keys:
-        tl.store(joint + at, x1, mask=inside)
-        tl.store(joint + at + half, x2, mask=inside)
+    f = tl.arange(0, block_f)
+    at_M = m.to(tl.int64)
+    inside = (m < rows)[:, None] & (f < half)[None, :]
+    angle = at_M[:, None] * 2 * half + half + f[None, :]
+    cos_MF = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    sin_MF = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * block_h
+    for head in range(first, tl.minimum(turned, first + block_h)):
+        at = joint + at_M[:, None] * columns + (head * 2 * half + f)[None, :]
+        x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = _by_angles(x1, x2, cos_MF, sin_MF, joint.dtype.element_ty, round_first)
+        tl.store(at, y1, mask=inside)
+        tl.store(at + half, y2, mask=inside)
 
 
-def turn_heads(
-    joint_TE: Tensor, heads: Heads, ups: HeadUps | None, cos_T1D: Tensor, sin_T1D: Tensor
-) -> None:
-    """In place: the update of all heads, then the turn of queries and keys (see `model.rope`)."""
-    rows, half = len(joint_TE), heads.width // 2
-    ranks = 1 if ups is None else ups.q_ER.shape[1]
-    low, q_ups, k_ups, v_ups = (joint_TE,) * 4 if ups is None else ups
-    # Values change only where an adapter adds to them.
-    number = heads.queries + (1 if ups is None else 2) * heads.keys
-    _turn[(triton.cdiv(rows, TURN.rows), number)](
-        joint_TE, low, q_ups, k_ups, v_ups, cos_T1D, sin_T1D, rows, heads.queries, heads.keys,
-        half, ranks, is_updated=ups is not None, round_first=cos_T1D.dtype == joint_TE.dtype,
-        block_m=TURN.rows, block_f=max(16, triton.next_power_of_2(half)),
-        block_r=rank_block(ranks), num_warps=TURN.warps, num_stages=TURN.stages,
+def turn_heads(joint_TE: Tensor, heads: Heads, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
+    """Turn queries and keys where they lie."""
+    rows, half, turned = len(joint_TE), heads.width // 2, heads.queries + heads.keys
+    _turn[(triton.cdiv(rows, TURN.rows), triton.cdiv(turned, TURN.columns))](
+        joint_TE, cos_T1D, sin_T1D, rows, turned, heads.columns, half=half,
+        round_first=cos_T1D.dtype == joint_TE.dtype, block_m=TURN.rows, block_h=TURN.columns,
+        block_f=triton.next_power_of_2(half), num_warps=TURN.warps,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _turn_back(source: Ptr, cos: Ptr, sin: Ptr, djoint: Ptr, rows: int, heads: int, first: int,
-               columns: int, half: int, is_turned: tl.constexpr, round_first: tl.constexpr,
-               block_m: tl.constexpr, block_f: tl.constexpr) -> None:  # fmt: skip
+               columns: int, half: tl.constexpr, is_turned: tl.constexpr,
+               round_first: tl.constexpr, block_m: tl.constexpr, block_h: tl.constexpr,
+               block_f: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    own = tl.program_id(1)
     f = tl.arange(0, block_f)
     at_M = m.to(tl.int64)
     inside = (m < rows)[:, None] & (f < half)[None, :]
-    narrow = source.dtype.element_ty
-    at = source + at_M[:, None] * heads * 2 * half + (own * 2 * half + f)[None, :]
-    d1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    d2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    cos_MF = tl.zeros((block_m, block_f), tl.float32)
+    sin_MF = cos_MF
     if is_turned:
-        angle = at_M[:, None] * 2 * half + f[None, :]
-        cos1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-        cos2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-        sin2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
-        straight1, straight2 = d1 * cos1, d2 * cos2
-        if round_first:
-            straight1 = straight1.to(narrow).to(tl.float32)
-            straight2 = straight2.to(narrow).to(tl.float32)
-        d1, d2 = straight1 - d2 * sin1, straight2 - d1 * sin2
-    to = djoint + at_M[:, None] * columns + (first + own * 2 * half + f)[None, :]
-    tl.store(to, d1, mask=inside)
-    tl.store(to + half, d2, mask=inside)
+        angle = at_M[:, None] * 2 * half + half + f[None, :]
+        cos_MF = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        sin_MF = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    begin = tl.program_id(1) * block_h
+    for head in range(begin, tl.minimum(heads, begin + block_h)):
+        at = source + at_M[:, None] * heads * 2 * half + (head * 2 * half + f)[None, :]
+        d1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        d2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        if is_turned:
+            d1, d2 = _by_angles(d1, d2, cos_MF, -sin_MF, source.dtype.element_ty, round_first)
+        to = djoint + at_M[:, None] * columns + (first + head * 2 * half + f)[None, :]
+        tl.store(to, d1, mask=inside)
+        tl.store(to + half, d2, mask=inside)
 
 
 def turn_heads_back(
@@ -142,11 +111,11 @@ def turn_heads_back(
     numbers = heads.queries, heads.keys, heads.keys
     first = 0
     for grad, number in zip(grads, numbers, strict=True):
-        _turn_back[(triton.cdiv(rows, TURN.rows), number)](
+        _turn_back[(triton.cdiv(rows, TURN.rows), triton.cdiv(number, TURN.columns))](
             grad.contiguous(), cos_T1D, sin_T1D, djoint_TE, rows, number, first, heads.columns,
-            half, is_turned=first < (heads.queries + heads.keys) * heads.width,
-            round_first=cos_T1D.dtype == grad.dtype, block_m=TURN.rows,
-            block_f=max(16, triton.next_power_of_2(half)), num_warps=TURN.warps,
+            half=half, is_turned=first < (heads.queries + heads.keys) * heads.width,
+            round_first=cos_T1D.dtype == grad.dtype, block_m=TURN.rows, block_h=TURN.columns,
+            block_f=triton.next_power_of_2(half), num_warps=TURN.warps,
         )  # fmt: skip
         first += number * heads.width
     return djoint_TE

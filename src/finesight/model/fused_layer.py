@@ -244,7 +244,9 @@ class _Enter(torch.autograd.Function):
         else:
             dlow_TS = wide.low_back(djoint_TE)
         if dlow_TS is not None:
-            da_SD = lora_kernels.down_grad(x_TD, dlow_TS, entry.drop, (w_D, scale_T))
+            d_TD, _ = norm_kernels.rms_normed(x_TD, w_D, entry.eps, None, entry.drop)
+            da_SD = _down_grad(d_TD, dlow_TS, a_SD, entry.drop)
+            del d_TD
         if dn_TD is not None:
             if dlow_TS is not None:
                 dn_TD = lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
@@ -263,10 +265,29 @@ def _normed(
     norm, which stands there, too, where there is room."""
     n_TJ = x_TD.new_empty(len(x_TD), x_TD.shape[1] + wide.room)
     n_TD = n_TJ[:, : x_TD.shape[1]]
-    scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, n_TD)
-    if a_SD is None:
-        return n_TJ, scale_T, None
-    return n_TJ, scale_T, lora_kernels.lowered(n_TD, a_SD, drop, n_TJ if wide.room else None)
+    d_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, n_TD, drop)
+    return n_TJ, scale_T, None if a_SD is None else _lowered(d_TD, a_SD, drop, n_TJ)
+
+
+def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor) -> Tensor:
+    """What an adapter makes of its dropped input, which stands behind the first I columns of
+    `into_TJ`, too, where there is room."""
+    low_TS = d_TI.new_empty(len(d_TI), len(a_SI))
+    torch.addmm(low_TS, d_TI, a_SI.T, beta=0, alpha=drop.times, out=low_TS)
+    _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
+    return low_TS
+
+
+def _lay(low_TS: Tensor, room: Tensor) -> None:
+    if room.shape[1]:
+        room[:, : low_TS.shape[1]].copy_(low_TS)
+        room[:, low_TS.shape[1] :].zero_()
+
+
+def _down_grad(d_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
+    """The gradient by A of `_lowered`."""
+    # With beta 0 the first operand only gives the shape.
+    return torch.addmm(a_SI, dlow_TS.T, d_TI, beta=0, alpha=drop.times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,10 +344,10 @@ class _Leave(torch.autograd.Function):
         out, both, down = fixed.out, fixed.both, fixed.down
         o_TJ, low_o = o_TI, None
         if out_a is not None:
-            if out.room:
-                o_TJ = o_TI.new_empty(len(o_TI), o_TI.shape[1] + out.room)
-            into = o_TJ if out.room else None
-            low_o = lora_kernels.lowered(o_TI, out_a, fixed.out_drop, into, copied=into is not None)
+            o_TJ = o_TI.new_empty(len(o_TI), o_TI.shape[1] + out.room)
+            d_TI = lora_kernels.dropped(o_TI, fixed.out_drop, o_TJ)
+            low_o = _lowered(d_TI, out_a, fixed.out_drop, o_TJ)
+            del d_TI
         x_TD = out.added(x_TD, o_TJ, low_o)
         n_TJ, scale_T, low_g = _normed(x_TD, w_D, fixed.eps, both, both_a, fixed.both_drop)
         both_TF2 = both.forth(n_TJ, low_g)
@@ -361,8 +382,9 @@ class _Leave(torch.autograd.Function):
         dboth_b = both.up_grads(both_TF2, low_g)
         dboth_a = None
         if dlow_g is not None:
-            norm = w_D, scale_T
-            dboth_a = lora_kernels.down_grad(x_TD, dlow_g, fixed.both_drop, norm)
+            d_TD, _ = norm_kernels.rms_normed(x_TD, w_D, fixed.eps, None, fixed.both_drop)
+            dboth_a = _down_grad(d_TD, dlow_g, both_a, fixed.both_drop)
+            del d_TD
             dn_TD = lora_kernels.lowered_back(dn_TD, dlow_g, both_a, fixed.both_drop)
         learned = ctx.needs_input_grad[2]
         dx_TD, dw_D = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD, learned=learned)
@@ -371,7 +393,9 @@ class _Leave(torch.autograd.Function):
         dout_b = out.up_grads(dx_TD, low_o)
         dout_a = None
         if dlow_o is not None:
-            dout_a = lora_kernels.down_grad(o_TI, dlow_o, fixed.out_drop)
+            d_TI = lora_kernels.dropped(o_TI, fixed.out_drop) if fixed.out_drop.share else o_TI
+            dout_a = _down_grad(d_TI, dlow_o, out_a, fixed.out_drop)
+            del d_TI
             do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)
         narrow = dout_a, *dout_b, dboth_a, *dboth_b, dgated.a_RF, *ddown_b
         return dx_TD, do_TI, dw_D, None, *dout, *dboth, *ddown, *narrow

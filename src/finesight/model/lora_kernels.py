@@ -1,10 +1,8 @@
-"""Triton kernels of low-rank adapters: each reads what it needs of the wide activations once, and
-makes the drop-out's mask anew wherever it is needed, so that no mask is kept.
+"""Triton kernels of low-rank adapters, and what kernels beside them share. A drop-out's mask is
+made anew wherever it is needed, so that none is kept.
 
-An adapter's down-projection gives `low`, S numbers of each row, that carry the adapter's scale and
-the drop-out's; it is the consumer of the wide product that adds `low` times the up-projection. Sums
-are fp32. Shapes: T rows (tokens), I inputs, D width, S ranks of a group end to end, C chunks of
-rows. Imported only where Triton is.
+Sums are fp32. Shapes: T rows (tokens), I inputs, S ranks of a group end to end, J columns of an
+input and of what is joined to it, C chunks of rows. Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-LOWERED, LOWERED_BACK, DOWN_GRAD = Blocks(16, 128, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+LOWERED_BACK = Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""
 
 
@@ -65,60 +63,39 @@ def mixed(x: tl.tensor) -> tl.tensor:
 def kept(
     seed: tl.tensor, salt: tl.tensor, m: tl.tensor, c: tl.tensor, threshold: tl.tensor
 ) -> tl.tensor:
-    """Which numbers of rows `m` [M] and columns `c` [N] are not dropped, [M, N]."""
+    """Which numbers of rows `m` [M] and columns `c` [N] are not dropped, [M, N]: what is done for
+    each number, and not for a row or a column, is as little as scatters them."""
     key = mixed(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0xC2B2AE35))
     key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + key)
-    return mixed(key_M[:, None] ^ (c.to(tl.uint32) * 0x85EBCA77)[None, :]) >= threshold
+    key_N = mixed(c.to(tl.uint32) * 0x85EBCA77 + 0x7FEB352D)
+    x_MN = (key_M[:, None] ^ key_N[None, :]) * 0x9E3779B1
+    return (x_MN ^ (x_MN >> 15)) * 0x846CA68B >= threshold
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _lowered(x: Ptr, a: Ptr, low: Ptr, joined: Ptr, rows: int, width: int, ranks: int,
-             x_stride: int, joined_stride: int, seed: Ptr, salt: int, threshold: int,
-             times: float, is_dropped: tl.constexpr, is_joined: tl.constexpr,
-             is_copied: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-             block_s: tl.constexpr) -> None:  # fmt: skip
+def _dropped(x: Ptr, y: Ptr, copy: Ptr, rows: int, width: int, copy_stride: int, seed: Ptr,
+             salt: int, threshold: int, is_copied: tl.constexpr, block_m: tl.constexpr,
+             block_n: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    s = tl.program_id(1) * block_s + tl.arange(0, block_s)
-    inside_M, at_M = m < rows, m.to(tl.int64)
-    low_MS = tl.zeros((block_m, block_s), tl.float32)
-    for start in range(0, width, block_n):
-        c = start + tl.arange(0, block_n)
-        inside = inside_M[:, None] & (c < width)[None, :]
-        x_MN = tl.load(x + at_M[:, None] * x_stride + c[None, :], mask=inside, other=0.0)
-        if is_copied:
-            tl.store(joined + at_M[:, None] * joined_stride + c[None, :], x_MN, mask=inside)
-        if is_dropped:
-            x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
-        inside_SN = (s < ranks)[:, None] & (c < width)[None, :]
-        a_SN = tl.load(a + s[:, None] * width + c[None, :], mask=inside_SN, other=0.0)
-        low_MS += tl.dot(x_MN, tl.trans(a_SN))
-    inside_MS = inside_M[:, None] & (s < ranks)[None, :]
-    tl.store(low + at_M[:, None] * ranks + s[None, :], low_MS * times, mask=inside_MS)
-    if is_joined:
-        # Beyond the ranks there are zeros: so are the sums.
-        to_MS = joined + at_M[:, None] * joined_stride + (width + s)[None, :]
-        inside_MS = inside_M[:, None] & (width + s < joined_stride)[None, :]
-        tl.store(to_MS, low_MS * times, mask=inside_MS)
+    c = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    at_M = m.to(tl.int64)
+    inside = (m < rows)[:, None] & (c < width)[None, :]
+    at = at_M[:, None] * width + c[None, :]
+    x_MN = tl.load(x + at, mask=inside, other=0.0)
+    if is_copied:
+        tl.store(copy + at_M[:, None] * copy_stride + c[None, :], x_MN, mask=inside)
+    tl.store(y + at, tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0), mask=inside)
 
 
-def lowered(
-    x_TI: Tensor, a_SI: Tensor, drop: Drop, joined_TJ: Tensor | None = None, *, copied: bool = False
-) -> Tensor:
-    """drop(x) A^T: [T, S]. It is put after the first I columns of `joined_TJ`, too; before it `x`,
-    where that is to be `copied`."""
-    (rows, width), ranks, tile = x_TI.shape, len(a_SI), LOWERED
-    low_TS = x_TI.new_empty(rows, ranks)
-    room = ranks if joined_TJ is None else joined_TJ.shape[1] - width
-    # One program for all ranks where the input is copied.
-    block_s = rank_block(room) if copied else min(64, rank_block(room))
-    into = low_TS if joined_TJ is None else joined_TJ
-    _lowered[(triton.cdiv(rows, tile.rows), triton.cdiv(room, block_s))](
-        x_TI, a_SI, low_TS, into, rows, width, ranks, x_TI.stride(0), into.stride(0),
-        *drop.told(x_TI), is_dropped=drop.share > 0.0, is_joined=joined_TJ is not None,
-        is_copied=copied, block_m=tile.rows, block_n=tile.columns,
-        block_s=block_s, num_warps=tile.warps, num_stages=tile.stages,
+def dropped(x_TI: Tensor, drop: Drop, copy_TJ: Tensor | None = None) -> Tensor:
+    """`x` with zeros for what is dropped; and `x` itself in the first columns of `copy_TJ`."""
+    (rows, width), y_TI = x_TI.shape, torch.empty_like(x_TI)
+    copy = y_TI if copy_TJ is None else copy_TJ
+    _dropped[(triton.cdiv(rows, 16), triton.cdiv(width, 256))](
+        x_TI, y_TI, copy, rows, width, copy.stride(0), *drop.told(x_TI)[:3],
+        is_copied=copy_TJ is not None, block_m=16, block_n=256, num_warps=4,
     )  # fmt: skip
-    return low_TS
+    return y_TI
 
 
 def rank_block(ranks: int) -> int:
@@ -153,7 +130,8 @@ def _lowered_back(dn: Ptr, dlow: Ptr, a: Ptr, dx: Ptr, rows: int, width: int, ra
 
 
 def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
-    """`dn` plus the gradient by `x` of `lowered`, in a piece of its own."""
+    """`dn` plus the gradient by `x` of `drop.times` times dropped(x) A^T, from that of the latter:
+    in a piece of its own."""
     (rows, width), ranks, tile = dn_TI.shape, len(a_SI), LOWERED_BACK
     dx_TI = dn_TI.new_empty(rows, width)
     _lowered_back[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
@@ -165,62 +143,7 @@ def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Te
     return dx_TI
 
 
-@triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
-def _down_grad(x: Ptr, w: Ptr, scales: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int,
-               width: int, ranks: int, dlow_stride: int, seed: Ptr, salt: int,
-               threshold: int, times: float, is_normed: tl.constexpr, is_dropped: tl.constexpr,
-               block_m: tl.constexpr, block_n: tl.constexpr,
-               block_s: tl.constexpr) -> None:  # fmt: skip
-    c = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    chunk = tl.program_id(1)
-    s = tl.arange(0, block_s)
-    inside_N, inside_S = c < width, s < ranks
-    w_N = tl.full((block_n,), 1.0, tl.float32)
-    if is_normed:
-        w_N = tl.load(w + c, mask=inside_N, other=0.0).to(tl.float32)
-    da_SN = tl.zeros((block_s, block_n), tl.float32)
-    last = tl.minimum(rows, (chunk + 1) * per_chunk)
-    for start in range(chunk * per_chunk, last, block_m):
-        m = start + tl.arange(0, block_m)
-        inside_M = m < last
-        at_M = m.to(tl.int64)
-        x_MN = tl.load(x + at_M[:, None] * width + c[None, :],
-                       mask=inside_M[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
-        if is_normed:
-            scale_M = tl.load(scales + m, mask=inside_M, other=0.0)
-            x_MN = (x_MN.to(tl.float32) * scale_M[:, None] * w_N[None, :]).to(x_MN.dtype)
-        if is_dropped:
-            x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
-        dlow_MS = tl.load(dlow + at_M[:, None] * dlow_stride + s[None, :],
-                          mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
-        da_SN += tl.dot(tl.trans(dlow_MS), x_MN)
-    at = partial + (chunk * ranks + s).to(tl.int64)[:, None] * width + c[None, :]
-    tl.store(at, da_SN * times, mask=inside_S[:, None] & inside_N[None, :])
-
-
-def down_grad(
-    x_TI: Tensor, dlow_TS: Tensor, drop: Drop, norm: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """The gradient by A of drop(x) A^T, [S, I]; with `norm`, a weight and the rows' scales, of
-    drop(norm(x)) A^T. Always summed in the same order."""
-    (rows, width), ranks = x_TI.shape, dlow_TS.shape[1]
-    w, scales = (x_TI, x_TI) if norm is None else norm
-    tile = DOWN_GRAD
-    wide = triton.cdiv(width, tile.columns)
-    per_chunk = rows_of_chunk(rows, wide)
-    chunks = triton.cdiv(rows, per_chunk)
-    partial_CSI = torch.empty(chunks, ranks, width, dtype=torch.float32, device=x_TI.device)
-    _down_grad[(wide, chunks)](
-        x_TI, w, scales, dlow_TS, partial_CSI, rows, per_chunk, width, ranks,
-        dlow_TS.stride(0), *drop.told(x_TI), is_normed=norm is not None,
-        is_dropped=drop.share > 0.0, block_m=tile.rows, block_n=tile.columns,
-        block_s=rank_block(ranks), num_warps=2 * tile.warps if ranks > 64 else tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-    return folded(partial_CSI, x_TI.dtype)
-
-
-PROGRAMS = 512
+PROGRAMS = 2048
 """Of a kernel that fill a large card."""
 
 

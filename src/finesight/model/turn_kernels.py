@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finesight.model.lora_kernels import Blocks, Ptr
 
-TURN = Blocks(16, 8, 4, 2)
+TURN = Blocks(8, 8, 2, 2)
 """Rows and heads that a program takes; what was quickest on an H200."""
 
 

@@ -134,8 +134,8 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
     total = torch.zeros(300, 24, device=CUDA)
     for seed in range(400):
         seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        drop = lora_kernels.Drop(seeds, salt=5, share=0.25, times=1 / 0.75)
-        total += lora_kernels.lowered(x, a, drop).float()
+        drop = lora_kernels.Drop(seeds, salt=5, share=0.25, times=1.0)
+        total += lora_kernels.dropped(x, drop).float() @ a.float().T / 0.75
     exact = x.float() @ a.float().T
     # Of 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) of what a row and a column share.
     expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
@@ -145,26 +145,78 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
 
 
 def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
-    """The mask is made anew for each use: a gradient of the adapter's input is zero exactly where
-    its number was dropped."""
-    from finesight.model import lora_kernels
+    """The mask is made anew for each use, by several kernels: a gradient of the adapter's input is
+    zero exactly where its number was dropped."""
+    from finesight.model import gate_kernels, lora_kernels, norm_kernels
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
     drop = lora_kernels.Drop(seeds, salt=1, share=0.4, times=1.0)
     ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
     eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
-    forth = lora_kernels.lowered(ones, eye, drop)
-    back = lora_kernels.lowered_back(torch.zeros_like(ones), ones, eye, drop)
-    assert torch.equal(forth, back)
+    forth = lora_kernels.dropped(ones, drop)
+    assert torch.equal(forth, lora_kernels.lowered_back(torch.zeros_like(ones), ones, eye, drop))
+    room = torch.empty(200, 192, device=CUDA, dtype=torch.bfloat16)
+    again = lora_kernels.dropped(ones, drop, room)
+    assert torch.equal(again, forth)
+    assert torch.equal(room[:, :128], ones)
+    normed, _ = norm_kernels.rms_normed(ones, ones[0], 0.0, None, drop)
+    assert torch.equal(normed, forth)
+    # silu(gate) up with gates so large that it is their product.
+    both = torch.cat([64 * ones, ones / 64], 1)
+    gated, low = gate_kernels.gated_low(both, eye, drop, 64)
+    assert torch.equal(gated[:, :128], ones)
+    assert low is not None
+    assert torch.equal(low, forth)
+    back = gate_kernels.gated_low_back(both.clone(), eye, torch.zeros_like(ones), ones, drop)
+    assert torch.equal(back.both_TF2[:, 128:], 64 * forth)
+    assert back.a_RF is not None
+    assert torch.equal(back.a_RF, ones.T @ forth)
     assert set(forth.unique().tolist()) == {0.0, 1.0}
     assert float(forth.float().mean()) == pytest.approx(0.6, abs=0.02)
     by_row, by_column = forth.float().mean(1), forth.float().mean(0)
     assert float(by_row.std()) == pytest.approx((0.24 / 128) ** 0.5, rel=0.3)
     assert float(by_column.std()) == pytest.approx((0.24 / 200) ** 0.5, rel=0.3)
-    sums = lora_kernels.down_grad(ones, eye.repeat(2, 1)[:200], drop)
-    assert float(sums.diagonal()[:72].sum()) == float(
-        forth[:128].diagonal()[:72].sum() + forth[128:].diagonal()[:72].sum()
-    )
+
+
+def test_masks_of_rows_columns_and_seeds_have_nothing_in_common() -> None:
+    """Each mask beside its neighbours': as many numbers in common as chance gives, and no squares
+    of rows and columns that go together."""
+    from finesight.model import lora_kernels
+
+    ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
+
+    def mask(seed: int, salt: int) -> Tensor:
+        seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
+        drop = lora_kernels.Drop(seeds, salt, share=0.5, times=1.0)
+        return lora_kernels.dropped(ones, drop).double() * 2 - 1
+
+    own = mask(1, 0)
+    spread = own.numel() ** -0.5
+    neighbours = (own.roll(1, 0), own.roll(1, 1), own.roll(64, 0), mask(2, 0), mask(1, 1))
+    for other in neighbours:
+        assert abs(float((own * other).mean())) < 5 * spread
+    for rows, columns in ((1, 1), (1, 2), (2, 64), (16, 256)):
+        square = own * own.roll(rows, 0) * own.roll(columns, 1) * own.roll((rows, columns), (0, 1))
+        assert abs(float(square.mean())) < 5 * spread
+
+
+def test_what_was_learned_is_laid_beside_the_weights_before_the_next_pass() -> None:
+    from finesight.model.joined import Laying
+
+    made, laying = layer(16).to(torch.bfloat16), Laying()
+    first = passed(made, torch.bfloat16, None)
+    for group in groups(made):
+        assert isinstance(group.adapter, LoraGroup)
+        for parameter in group.adapter.b.values():
+            # Where it lies changes, too.
+            parameter.data = parameter.data * -1.5
+    laying.lay(fused_layer.joined(groups(made)))
+    second = passed(made, torch.bfloat16, None)
+    for group in groups(made):
+        group.weight = torch.nn.Parameter(group.weight.detach().contiguous(), requires_grad=False)
+    anew = passed(made, torch.bfloat16, None)
+    assert not torch.equal(first.y, second.y)
+    assert torch.equal(second.y, anew.y)
 
 
 def test_a_second_way_back_is_refused() -> None:

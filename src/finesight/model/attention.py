@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finesight.model.frozen import KERNELS
 from finesight.model.runs import Runs, alike, padded, upload
@@ -24,9 +25,8 @@ from finesight.model.short_attention import LONGEST, attend_short
 if KERNELS:
     from finesight.model import attention_kernels
 
-SHORT, MIDDLING = 256, 4096
-"""Tokens of a segment up to which `attention_kernels` are the quickest on an H200: of the causal
-ones, both ways; and of the others, without a way back."""
+SHORT = 256
+"""Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""
 
 _TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
@@ -124,10 +124,20 @@ def attend(
     if KERNELS and causal and segments.longest <= SHORT:
         bounds = attention_kernels.Bounds(segments.bounds_S1, segments.longest)
         return _short(q_THD, k_TKD, v_TKD, bounds)
-    if KERNELS and not (causal or torch.is_grad_enabled()) and segments.longest <= MIDDLING:
-        bounds = attention_kernels.Bounds(segments.bounds_S1, segments.longest)
-        return attention_kernels.forth(q_THD, k_TKD, v_TKD, bounds, causal=False, kept=False)[0]
+    if not (causal or torch.is_grad_enabled()) and len(set(segments.lengths)) == 1:
+        return _attend_alike(q_THD, k_TKD, v_TKD, len(segments.lengths))
     return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
+
+
+def _attend_alike(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
+    """Segments of one length: cuDNN's kernel is the quickest, and has no variable lengths."""
+
+    def lined(x_THD: Tensor) -> Tensor:
+        return torch.unflatten(x_THD, 0, (number, -1)).transpose(1, 2)
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+        o_NHLD = F.scaled_dot_product_attention(lined(q_THD), lined(k_THD), lined(v_THD))
+    return o_NHLD.transpose(1, 2).flatten(0, 1)
 
 
 class _Short(torch.autograd.Function):

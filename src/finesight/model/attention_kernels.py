@@ -19,7 +19,6 @@ from torch import Tensor
 from finesight.model.lora_kernels import Blocks, Ptr
 
 FORTH = Blocks(64, 32, 4, 3)
-FORTH_ALL = Blocks(128, 64, 8, 2)
 BACK_Q = Blocks(64, 32, 4, 3)
 BACK_K = Blocks(32, 64, 4, 2)
 """Queries and keys of a tile. What was quickest on an H200 for heads of 128 numbers."""
@@ -43,22 +42,17 @@ def _rows_of(x: tl.tensor, first: tl.tensor, at: tl.tensor, stride: tl.tensor, h
 
 @triton.jit
 def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int, k_stride: int,
-           v_stride: int, heads: int, group: int, rows: int, width: tl.constexpr,
-           by: float, causal: tl.constexpr, is_kept: tl.constexpr, block_m: tl.constexpr,
-           block_n: tl.constexpr, block_d: tl.constexpr,
-           block_e: tl.constexpr) -> None:  # fmt: skip
+           v_stride: int, heads: int, group: int, rows: int, width: int, by: float,
+           causal: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+           block_d: tl.constexpr) -> None:  # fmt: skip
     segment, head = tl.program_id(0), tl.program_id(2)
     first = tl.load(bounds + segment)
     length = tl.load(bounds + segment + 1) - first
     start_m = tl.program_id(1) * block_m
     if start_m >= length:
         return
-    # Heads of 80 numbers are 64 and 16: filled up to 128, they would cost half as much again.
-    m, d, e = start_m + tl.arange(0, block_m), tl.arange(0, block_d), tl.arange(0, block_e)
-    e += block_d
+    m, d = start_m + tl.arange(0, block_m), tl.arange(0, block_d)
     q_MD = _rows_of(q, first, m, q_stride, head, width, length, d)
-    q_ME = _rows_of(q, first, m, q_stride, head, width, length, e)
-    o_ME = tl.zeros((block_m, block_e), tl.float32)
     most_M = tl.full((block_m,), -float("inf"), tl.float32)
     sum_M = tl.zeros((block_m,), tl.float32)
     o_MD = tl.zeros((block_m, block_d), tl.float32)
@@ -66,11 +60,7 @@ def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int,
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _rows_of(k, first, n, k_stride, head // group, width, length, d)
-        s_MN = tl.dot(q_MD, tl.trans(k_ND))
-        if block_d < width:
-            k_NE = _rows_of(k, first, n, k_stride, head // group, width, length, e)
-            s_MN += tl.dot(q_ME, tl.trans(k_NE))
-        s_MN *= by
+        s_MN = tl.dot(q_MD, tl.trans(k_ND)) * by
         seen_MN = (n < length)[None, :]
         if causal:
             seen_MN = seen_MN & (n[None, :] <= m[:, None])
@@ -81,20 +71,12 @@ def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int,
         fade_M = tl.exp2(most_M - higher_M)
         sum_M = sum_M * fade_M + tl.sum(p_MN, 1)
         v_ND = _rows_of(v, first, n, v_stride, head // group, width, length, d)
-        p_MN = p_MN.to(v_ND.dtype)
-        o_MD = o_MD * fade_M[:, None] + tl.dot(p_MN, v_ND)
-        if block_d < width:
-            v_NE = _rows_of(v, first, n, v_stride, head // group, width, length, e)
-            o_ME = o_ME * fade_M[:, None] + tl.dot(p_MN, v_NE)
+        o_MD = o_MD * fade_M[:, None] + tl.dot(p_MN.to(v_ND.dtype), v_ND)
         most_M = higher_M
-    place_M1 = o + (first + m).to(tl.int64)[:, None] * heads * width + head * width
     inside = (m < length)[:, None] & (d < width)[None, :]
-    tl.store(place_M1 + d[None, :], o_MD / sum_M[:, None], mask=inside)
-    if block_d < width:
-        inside = (m < length)[:, None] & (e < width)[None, :]
-        tl.store(place_M1 + e[None, :], o_ME / sum_M[:, None], mask=inside)
-    if is_kept:
-        tl.store(lse + head * rows + first + m, most_M + tl.log2(sum_M), mask=m < length)
+    place = o + (first + m).to(tl.int64)[:, None] * heads * width + head * width + d[None, :]
+    tl.store(place, o_MD / sum_M[:, None], mask=inside)
+    tl.store(lse + head * rows + first + m, most_M + tl.log2(sum_M), mask=m < length)
 
 
 @triton.jit
@@ -175,21 +157,19 @@ def _back_k(q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: 
 
 
 def forth(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Bounds, *, causal: bool, kept: bool = True
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Bounds, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v within each segment, [T, H, D]; and, where `kept`, the logarithms
-    to base 2 of the softmax's sums, [H, T]. Rows of a head lie one after the other in memory."""
+    """softmax(q k^T / sqrt(D)) v within each segment, [T, H, D], and the logarithms to base 2 of
+    the softmax's sums, [H, T]. Rows of a head lie one after the other in memory."""
     rows, heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, heads, width)
-    lse_HT = q_THD.new_empty(heads if kept else 0, rows, dtype=torch.float32)
-    tile = FORTH if causal else FORTH_ALL
-    block_d = max(16, 1 << (width.bit_length() - 1))
-    _forth[_grid(bounds, tile.rows, heads)](
+    lse_HT = q_THD.new_empty(heads, rows, dtype=torch.float32)
+    _forth[_grid(bounds, FORTH.rows, heads)](
         q_THD, k_TKD, v_TKD, o_THD, lse_HT, bounds.bounds_S1,
         q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), heads, heads // k_TKD.shape[1], rows,
-        width, _scale(width) / math.log(2), causal=causal, is_kept=kept, block_m=tile.rows,
-        block_n=tile.columns, block_d=block_d, block_e=_head_block(max(1, width - block_d)),
-        num_warps=tile.warps, num_stages=tile.stages,
+        width, _scale(width) / math.log(2), causal=causal, block_m=FORTH.rows,
+        block_n=FORTH.columns, block_d=_head_block(width),
+        num_warps=FORTH.warps, num_stages=FORTH.stages,
     )  # fmt: skip
     return o_THD, lse_HT
 

@@ -11,7 +11,7 @@ S ranks of a group, R ranks of a layer, J columns of an input and of what is joi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import has_varlen
 from finesight.model.frozen import KERNELS, FrozenWeight
+from finesight.model.joined import Joined
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
 from finesight.model.rope import Rotation
@@ -48,6 +49,15 @@ def fits(group: GroupedLinear) -> bool:
     return alike and len(layers) == len(group.outputs) and low.rank <= MOST_RANKS
 
 
+def joined(groups: Iterable[GroupedLinear]) -> list[Joined]:
+    """Where these groups' weights and up-projections lie side by side, made where it is not yet."""
+    made = []
+    for group in groups:
+        if isinstance(group.adapter, LoraGroup) and isinstance(group.weight, nn.Parameter):
+            made.append(group.adapter.joined(group.weight))
+    return made
+
+
 def takes(x_TD: Tensor) -> bool:
     """Whether kernels are there for these numbers."""
     return KERNELS and len(x_TD) > 0 and has_varlen(x_TD.unsqueeze(0))
@@ -71,7 +81,9 @@ class Wide(NamedTuple):
         fixed = group.inputs, len(group.outputs), weight, group.bias
         if not isinstance(adapter, LoraGroup):
             return cls(*fixed, None, ())
-        joined_OJ = adapter.joined(weight) if isinstance(weight, nn.Parameter) else None
+        joined_OJ = None
+        if isinstance(weight, nn.Parameter):
+            joined_OJ = adapter.joined(weight).weight_OJ
         return cls(*fixed, joined_OJ, tuple(adapter.b.values()))
 
     @property

@@ -93,12 +93,17 @@ class DecoderLayer(nn.Module):
         return y_TD
 
     def _fused(self, x_TD: Tensor) -> bool:
-        """Whether the layer is one that `fused_layer` computes."""
+        """Whether `fused_layer` computes the layer."""
+        return bool(self.fusible) and fused_layer.takes(x_TD)
+
+    @property
+    def fusible(self) -> tuple[GroupedLinear, ...]:
+        """The groups of a layer that is one of those that `fused_layer` computes, or none."""
         mlp, attn = self.mlp, self.self_attn
         if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
-            return False
+            return ()
         groups = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
-        return fused_layer.takes(x_TD) and all(map(fused_layer.fits, groups))
+        return groups if all(map(fused_layer.fits, groups)) else ()
 
     def _quickly(
         self, x_TD: Tensor, rotation: Rotation, attention: PackedAttention, only_L: Tensor | None

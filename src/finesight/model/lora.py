@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) of groups of linear layers.
 
 Legend of the shape suffixes: T rows (tokens or patches), I inputs, O outputs of one layer,
-R rank of one layer, S ranks of a whole group end to end, J inputs and room for ranks.
+R rank of one layer, S ranks of a whole group end to end.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.frozen import FrozenWeight
 from finesight.model.fused import drop, drop_alike
+from finesight.model.joined import Beside, Joined
 from finesight.model.linear import GroupedLinear, add_products_back, products
-
-_ROOM = 64
-"""Of what is joined to a weight, the columns are a multiple."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class LoraGroup(nn.Module):
             shape = group.outputs[name], low.rank
             self.b[name] = nn.Parameter(torch.zeros(shape, dtype=kind, device=device))
         self.bands = self._lay_out(group.outputs)
-        self._joined_OJ: Tensor | None = None
+        self._beside: Joined | None = None
         self._layout = Layout(tuple(group.outputs.values()), tuple(self.bands.values()))
 
     def _lay_out(self, outputs: Mapping[str, int]) -> dict[str, Band]:
@@ -124,25 +122,14 @@ class LoraGroup(nn.Module):
         )
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
-    @torch.no_grad()
-    def joined(self, weight: nn.Parameter) -> Tensor:
-        """[W | B]: the group's weight and all up-projections in one matrix of J columns. One
-        product computes [x | low] [W | B]^T = x W^T + low B^T, and one dy [W | B] = [dx | dlow].
-
-        The weight is frozen, and lies there from the first call on; B is copied at each. A layer's
-        B stands in its rows and in the columns of its ranks, elsewhere there are zeros.
-        """
-        inputs = weight.shape[1]
-        if self._joined_OJ is None or self._joined_OJ.data_ptr() != weight.data_ptr():
-            # Tensor cores read rows that begin at multiples of 128 bytes.
-            room = -(-len(self.a) // _ROOM) * _ROOM
-            self._joined_OJ = weight.new_zeros(len(weight), inputs + room)
-            self._joined_OJ[:, :inputs] = weight
-            weight.data = self._joined_OJ[:, :inputs]
-        for name, band in self.bands.items():
-            ranks = slice(inputs + band.rows.start, inputs + band.rows.stop)
-            self._joined_OJ[band.columns, ranks] = self.b[name]
-        return self._joined_OJ
+    def joined(self, weight: nn.Parameter) -> Joined:
+        """The group's weight, which is frozen, beside the up-projections: it lies there from the
+        first call on. Whoever changes these lays them there again."""
+        if self._beside is None or not self._beside.holds(weight):
+            bands = self.bands.items()
+            places = [Beside(self.b[name], band.columns, band.rows) for name, band in bands]
+            self._beside = Joined(weight, len(self.a), places)
+        return self._beside
 
     def factors(self) -> dict[str, Factors]:
         """A (a view of the stacked one) and B of each adapted layer."""

@@ -143,6 +143,30 @@ def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Te
     return dx_TI
 
 
+@triton.jit
+def _laid(table: Ptr, kind: Ptr, block_m: tl.constexpr, block_n: tl.constexpr) -> None:
+    row = table + tl.program_id(0).to(tl.int64) * 5
+    source = tl.load(row).to(kind.dtype)
+    place = tl.load(row + 1).to(kind.dtype)
+    rows, columns, stride = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    start = tl.program_id(1) * block_m
+    if start >= rows:
+        return
+    m, n = start + tl.arange(0, block_m), tl.arange(0, block_n)
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    x_MN = tl.load(source + m[:, None] * columns + n[None, :], mask=inside)
+    tl.store(place + m[:, None] * stride + n[None, :], x_MN, mask=inside)
+
+
+def laid(table_P5: Tensor, most_rows: int, most_columns: int, kind: Tensor) -> None:
+    """Copy matrices whose rows lie end to end to where rows lie apart: of each, `table_P5` (int64,
+    on the device) tells both addresses, rows, columns, and numbers from row to row of the copy.
+    All have the type of `kind`."""
+    _laid[(len(table_P5), triton.cdiv(most_rows, 64))](
+        table_P5, kind, block_m=64, block_n=rank_block(most_columns), num_warps=8
+    )
+
+
 PROGRAMS = 2048
 """Of a kernel that fill a large card."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from small_run import make_task
-from torch.profiler import ProfilerActivity, profile
 
 from finesight.config import DataFile, PixelRange, Train, Tune
 from finesight.data.sources import load_sources
@@ -53,18 +54,22 @@ def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguag
     return model
 
 
-def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
-    """Most bytes that one pack, forwards and backwards, has beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+def fullest(
+    task: Path, batch: PackedBatch, dtype: torch.dtype, tune: dict[str, Any], share: float
+) -> tuple[int, int]:
+    """Most bytes that this pack, forwards and backwards, is said to have beside what was there
+    before, and those that it has."""
+    model = tuned(task, dtype, tune)
+    masters = Masters(trainable(model), Train(), stacked(model))
+    model.recompute = share
+    with allocated() as really:
         loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
         loss.backward()  # type: ignore[no-untyped-call]
-    assert profiled.profiler is not None
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    masters.forget_gradients()
+    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
+    load = Load(batch.lengths, batch.grids, batch.supervised)
+    moments = Activations(model, computing, share).moments(load)
+    return max(moment.in_all for moment in moments), really.most
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -73,15 +78,21 @@ def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
 def test_the_fullest_moment_of_a_pack_is_within_an_eighth(
     task: Path, dtype: torch.dtype, tune: dict[str, Any], share: float
 ) -> None:
-    model, batch = tuned(task, dtype, tune), batch_of(task)
-    masters = Masters(trainable(model), Train(), stacked(model))
-    model.recompute = share
-    really = allocated(model, batch)
-    masters.forget_gradients()
-    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
-    load = Load(batch.lengths, batch.grids, batch.supervised)
-    moments = Activations(model, computing, share).moments(load)
-    assert max(moment.in_all for moment in moments) == pytest.approx(really, rel=0.125)
+    said, really = fullest(task, batch_of(task), dtype, tune, share)
+    assert said == pytest.approx(really, rel=0.125)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
+def test_so_it_is_where_scores_of_a_long_sequence_are_the_most(
+    task: Path, tune: dict[str, Any], share: float
+) -> None:
+    batch = batch_of(task)
+    tokens = sum(batch.lengths)
+    bounds_S1 = torch.tensor([0, tokens], dtype=torch.int32)
+    long = replace(batch, lengths=(tokens,), bounds_S1=bounds_S1)
+    said, really = fullest(task, long, torch.bfloat16, tune, share)
+    assert said == pytest.approx(really, rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])

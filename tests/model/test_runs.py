@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import CPU
 
-from finesight.model.runs import BUCKET, alike, padded
+from finesight.model.runs import EVEN, LIKE, alike, padded
 
 LENGTHS = [[5], [5, 5], [5, 9, 40, 33, 5, 64, 1, 70], [32, 33, 31, 65], [70, 3, 70]]
 
@@ -43,9 +43,20 @@ def test_a_segment_keeps_its_order_and_stands_at_the_start_of_its_row(lengths: l
     segments = sorted((part.tolist() for part in tokens.split(lengths)), key=len)
     for row, segment in zip(rows, segments, strict=True):
         assert row[: len(segment)] == segment
-        assert len(row) - len(segment) < BUCKET
+        assert len(row) % EVEN == 0 or len(row) == len(segment)
+        assert len(row) < max(LIKE * len(segment) + EVEN, 2 * EVEN)
 
 
 def test_nothing_is_padded_where_lengths_are_those_of_their_batches() -> None:
-    assert padded([40, 8, 40], CPU).padding_P is None
-    assert padded([40, 8, 40], CPU).lengths == alike([40, 8, 40], CPU).lengths == ((8, 1), (40, 2))
+    lengths = [192, 64, 192]
+    assert padded(lengths, CPU).padding_P is None
+    assert padded(lengths, CPU).lengths == alike(lengths, CPU).lengths == ((64, 1), (192, 2))
+
+
+def test_sizes_come_again() -> None:
+    """Packs of twenty texts of 60 to 250 tokens: a handful of sizes for hundreds of lengths."""
+    generator = torch.Generator().manual_seed(0)
+    packs = [torch.randint(60, 250, (20,), generator=generator).tolist() for _ in range(50)]
+    sizes = {length for lengths in packs for length, _ in padded(lengths, CPU).lengths}
+    assert sizes <= {64, 128, 192, 256}
+    assert all(len(padded(lengths, CPU).lengths) <= 3 for lengths in packs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from small_run import make_task
-from torch.profiler import ProfilerActivity, profile
 
 from finesight.config import DataFile, PixelRange, Train, Tune
 from finesight.data.sources import load_sources
@@ -53,20 +54,26 @@ def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguag
     return model
 
 
-def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
-    """Most bytes that one pack, forwards and backwards, has beside what stays: its gradients are
-    there from the pack before."""
-    label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0)).backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
-        loss.backward()  # type: ignore[no-untyped-call]
-    assert profiled.profiler is not None
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+def learned_from(model: VisionLanguageModel, batch: PackedBatch) -> None:
+    """The batch forwards and backwards."""
+    loss = label_loss(model(batch), model.head_weight, batch.target_L, torch.tensor(1.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def fullest(
+    task: Path, batch: PackedBatch, dtype: torch.dtype, tune: dict[str, Any], share: float
+) -> tuple[int, int]:
+    """Most bytes that this pack, forwards and backwards, is said to have beside what was there
+    before, and those that it has: its gradients are there from the pack before."""
+    model = tuned(task, dtype, tune)
+    model.recompute = share
+    learned_from(model, batch)
+    with allocated() as really:
+        learned_from(model, batch)
+    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
+    load = Load(batch.lengths, batch.grids, batch.supervised)
+    moments = Activations(model, computing, share).moments(load)
+    return max(moment.in_all for moment in moments), really.most
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -75,15 +82,21 @@ def allocated(model: VisionLanguageModel, batch: PackedBatch) -> int:
 def test_the_fullest_moment_of_a_pack_is_within_an_eighth(
     task: Path, dtype: torch.dtype, tune: dict[str, Any], share: float
 ) -> None:
-    model, batch = tuned(task, dtype, tune), batch_of(task)
-    masters = Masters(trainable(model), Train(), stacked(model))
-    model.recompute = share
-    really = allocated(model, batch)
-    masters.forget_gradients()
-    computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
-    load = Load(batch.lengths, batch.grids, batch.supervised)
-    moments = Activations(model, computing, share).moments(load)
-    assert max(moment.in_all for moment in moments) == pytest.approx(really, rel=0.125)
+    said, really = fullest(task, batch_of(task), dtype, tune, share)
+    assert said == pytest.approx(really, rel=0.125)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
+def test_so_it_is_where_scores_of_a_long_sequence_are_the_most(
+    task: Path, tune: dict[str, Any], share: float
+) -> None:
+    batch = batch_of(task)
+    tokens = sum(batch.lengths)
+    bounds_S1 = torch.tensor([0, tokens], dtype=torch.int32)
+    long = replace(batch, lengths=(tokens,), bounds_S1=bounds_S1)
+    said, really = fullest(task, long, torch.bfloat16, tune, share)
+    assert said == pytest.approx(really, rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
@@ -104,7 +117,7 @@ def test_what_stays_is_what_a_run_has(
     numbers = sum(len(group.masters) for group in groups)
     assert said.numbers == pytest.approx(numbers, rel=0.01)
     assert said.masters == (0 if wide else 2 * said.numbers)
-    allocated(model, batch_of(task))
+    learned_from(model, batch_of(task))
     came = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     masters.add_up()
     sums = sum(g.nbytes for group in groups for g in group.gradients.of_each() if g is not None)

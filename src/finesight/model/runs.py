@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BUCKET = 32
-"""Lengths that differ by less than this share a padded batch."""
+LIKE, EVEN = 2, 64
+"""Segments share a padded batch where the longest is at most `LIKE` times the shortest, and are
+filled up to a multiple of `EVEN`: few sizes, which come again from pack to pack. For each new one a
+CPU builds its kernels anew, which costs more than the products with what was filled in."""
 
 
 def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -52,23 +54,27 @@ def alike(lengths: Sequence[int], device: torch.device) -> Runs:
 
 
 def padded(lengths: Sequence[int], device: torch.device) -> Runs:
-    """Batches of segments of like length, each filled up to the longest of its batch."""
+    """Batches of segments of like length, all segments of a batch filled up to one."""
     of_S = np.array(lengths)
     by_length = np.argsort(of_S, kind="stable")
     sorted_S = of_S[by_length]
-    buckets = (sorted_S - 1) // BUCKET
-    # The last one of a bucket is its longest.
-    longest = sorted_S[np.searchsorted(buckets, buckets, side="right") - 1]
-    if np.array_equal(longest, sorted_S):
+    room_S = np.empty_like(sorted_S)
+    stop = len(room_S)
+    while stop:
+        longest = sorted_S[stop - 1]
+        start = np.searchsorted(sorted_S * LIKE, longest)
+        room_S[start:stop] = -(-longest // EVEN) * EVEN
+        stop = int(start)
+    if np.array_equal(room_S, sorted_S):
         return alike(lengths, device)
-    order = _places(of_S, by_length, longest)
-    within = np.arange(longest.sum()) - np.repeat(np.cumsum(longest) - longest, longest)
-    padding = within >= np.repeat(sorted_S, longest)
+    order = _places(of_S, by_length, room_S)
+    within = np.arange(room_S.sum()) - np.repeat(np.cumsum(room_S) - room_S, room_S)
+    padding = within >= np.repeat(sorted_S, room_S)
     order[padding] = 0
     real = np.flatnonzero(~padding)
     back = real[np.argsort(order[real])]
     tensors = (upload(array, device) for array in (order, back, padding))
-    return Runs(_counted(longest.tolist()), *tensors)
+    return Runs(_counted(room_S.tolist()), *tensors)
 
 
 def _counted(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -75,6 +75,7 @@ class Activations:
         places = self._places(load)
         layers = self._layers.kept(places)
         rotations = self._rotations(load)
+        yield Moment(seen + sum(layers) + rotations, self._layers.going_forth(places))
         ends = labels * self._ends()
         kept = seen + sum(layers) + rotations + ends + self._head_gradient()
         yield Moment(kept, self._head_work(), self._logits(labels))
@@ -86,6 +87,7 @@ class Activations:
         if self._sees and load.patches:
             seats = self._seats(load)
             blocks = self._blocks.kept(seats)
+            yield Moment(seen, self._blocks.going_forth(seats))
             for number in self._blocks.telling():
                 working = self._blocks.going_back(number, seats)
                 yield Moment(seen - sum(blocks[number + 1 :]), working)
@@ -289,12 +291,23 @@ class _Stack:
         last = len(self.layers) - 1
         return {last, max(0, last - 1), max(0, self.again - 1)}
 
+    def going_forth(self, places: Sequence[Place]) -> int:
+        """Bytes that the attention of the last layer works with on the way forward, when all but
+        what comes after it is kept."""
+        if self.again == len(self.layers):
+            # Made again on the way back, beside a gradient.
+            return 0
+        lengths, rows = places[-1]
+        return max(0, self.layers[-1].going_forth(lengths, rows, self.computing))
+
     def going_back(self, number: int, places: Sequence[Place]) -> int:
         """Bytes that the backward pass of a layer works with, less what it has freed by then."""
         layer, (lengths, rows) = self.layers[number], places[number]
-        whole = layer.of(lengths, rows, self.computing) if number < self.again else 0
-        widest = max(rows * layer.back, 2 * rows * layer.entering + layer.gradients)
-        return max(0, whole + widest - rows * layer.freed)
+        working = layer.going_back(lengths, rows, self.computing)
+        if number < self.again:
+            again = layer.going_forth(lengths, rows, self.computing)
+            working = layer.of(lengths, rows, self.computing) + max(working, again)
+        return max(0, working)
 
 
 Place = tuple[Sequence[int], int]

@@ -25,6 +25,7 @@ from finesight.model.qwen_language import QwenLayer
 from finesight.model.qwen_vl import Block, Resampler
 from finesight.model.runs import alike, padded
 from finesight.model.short_attention import LONGEST
+from finesight.plan.short_attention import ShortAttention
 
 WIDE = 4
 """Bytes of a number in fp32: what norms, softmax and rotary angles keep."""
@@ -106,9 +107,8 @@ class Look:
     def kept(self, lengths: Sequence[int], computing: Computing) -> int:
         """Bytes for a pack of these sequences (`model.attention.attend`)."""
         tokens, number = sum(lengths), computing.number
-        short = not computing.cuda and number == 2 and max(lengths) <= LONGEST
-        if short:
-            return number * self._short(lengths)
+        if is_short(lengths, computing):
+            return self._short(lengths).kept
         scales = WIDE * self.heads * tokens
         if computing.flash:
             return number * tokens * (self.made + self.queries) + scales
@@ -117,28 +117,45 @@ class Look:
         # Grouped heads are repeated, or tokens sorted: copies either way.
         return number * tokens * 4 * self.queries + scales
 
-    def _short(self, lengths: Sequence[int]) -> int:
-        """Numbers of copies of queries, keys and values and of all weights: by products."""
-        runs = (padded if self.causal else alike)(lengths, CPU).lengths
-        rows = sum(length * count for length, count in runs)
-        squares = sum(length**2 * count for length, count in runs)
-        return rows * (self.queries + 2 * self.shared) + self.heads * squares
+    def forth(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes on the way forward beside what is kept, queries, keys and values included. Other
+        kernels make no scores of all pairs, and take less than an MLP: not counted."""
+        if not is_short(lengths, computing):
+            return 0
+        short = self._short(lengths)
+        return computing.number * self.made * short.tokens + short.forth - short.kept
+
+    def back(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes on the way back beside what is kept, the output's gradient included; of other
+        kernels not counted either."""
+        return self._short(lengths).back if is_short(lengths, computing) else 0
+
+    def _short(self, lengths: Sequence[int]) -> ShortAttention:
+        runs = (padded if self.causal else alike)(lengths, CPU)
+        return ShortAttention(
+            self.queries, self.shared, self.heads, self.causal, sum(lengths), runs
+        )
+
+
+def is_short(lengths: Sequence[int], computing: Computing) -> bool:
+    """Whether attention over these sequences is in plain products (`model.attention.attend`)."""
+    return not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
 
 
 def sorting(lengths: Sequence[int], computing: Computing) -> int:
     """Bytes of the places that tokens are sorted by, once for all layers."""
     if computing.flash:
         return 0
-    short = not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
-    if short or alike(lengths, CPU).order_T is None:
+    if is_short(lengths, computing) or alike(lengths, CPU).order_T is None:
         return 0
     return 2 * INDEX * sum(lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Of one layer: bytes for each row of its attention's side (`beside`), for each row of its
-    `mlp`, and how it looks (None where no gradient comes through).
+    """Of one layer: bytes for each row of its attention's side (`beside`), those of the product
+    after the attention among them (`out`), for each row of its `mlp`, and how it looks (None where
+    no gradient comes through).
 
     `entering` is what a row of its input takes, `inner` the numbers of its widest product. On the
     way back, in the MLP, `freed` of each row is gone when its activation takes `back`, and when
@@ -146,6 +163,7 @@ class Kept:
     """
 
     beside: int
+    out: int
     look: Look | None
     mlp: int
     entering: int
@@ -159,6 +177,24 @@ class Kept:
         """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
         look = 0 if self.look is None else self.look.kept(lengths, computing)
         return self.beside * sum(lengths) + look + self.mlp * rows
+
+    def going_forth(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+        """Bytes that its attention works with on the way forward, less what is not there yet."""
+        if self.look is None:
+            return 0
+        return self.look.forth(lengths, computing) + self._around(lengths, rows)
+
+    def going_back(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+        """Bytes that its MLP or its attention works with on the way back, less what is gone."""
+        mlp = max(rows * self.back, 2 * rows * self.entering + self.gradients) - rows * self.freed
+        if self.look is None:
+            return mlp
+        return max(mlp, self.look.back(lengths, computing) + self._around(lengths, rows))
+
+    def _around(self, lengths: Sequence[int], rows: int) -> int:
+        """Bytes around its attention, less those of what comes after it: on the way forward its
+        normed input, on the way back the gradient of what its output was added to."""
+        return (self.entering - self.out) * sum(lengths) - self.mlp * rows
 
 
 class KeptMlp(NamedTuple):
@@ -294,14 +330,15 @@ def _of_block(
     seen = reached or learns(norms[0]) or learns(into)
     if seen:
         beside += normed
-    beside += of_group(out, computing)
+    last = of_group(out, computing)
     if seen and computing.flash and shares_input(out):
         # What attention keeps of its output is what comes to the product.
-        beside -= out.inputs * number
+        last -= out.inputs * number
     after = seen or learns(out)
     inside = of_mlp(mlp, after or learns(norms[1]), computing)
     return Kept(
-        beside=beside,
+        beside=beside + last,
+        out=last,
         look=look if seen else None,
         mlp=of_norm(norms[1], width, after, computing) + inside.row,
         entering=width * number,

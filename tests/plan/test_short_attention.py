@@ -1,0 +1,42 @@
+"""What attention in plain products is said to take against what it really allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from allocations import allocated
+
+from finesight.model.attention import Segments, attend
+from finesight.plan.short_attention import ShortAttention
+
+CPU = torch.device("cpu")
+WIDTH = 64
+CLOSE = 0.01
+"""What oneDNN makes for itself is not counted."""
+
+# Two sequences of a length at least: where heads are not grouped, one alone is a view of what
+# others copy.
+SHORT, LONG, EVEN = [43, 48, 45, 100, 44, 46] * 4, [490, 120, 490, 120], [128, 128]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2)])
+@pytest.mark.parametrize("lengths", [SHORT, LONG, EVEN], ids=["short", "long", "even"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bytes_are_those_that_are_allocated(
+    lengths: list[int], heads: int, kv_heads: int, causal: bool
+) -> None:
+    tokens, segments = sum(lengths), Segments.of(lengths, CPU)
+    q_THD, k_TKD, v_TKD = (
+        torch.randn(tokens, count, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    runs = segments.padded if causal else segments.runs
+    widths = heads * WIDTH, kv_heads * WIDTH
+    said = ShortAttention(*widths, heads, causal, tokens, runs)
+    with allocated() as forth:
+        o_THD = attend(q_THD, k_TKD, v_TKD, segments, causal=causal)
+    do_THD = torch.randn_like(o_THD)
+    with allocated() as back:
+        o_THD.backward(do_THD)  # type: ignore[no-untyped-call]
+    assert said.forth == pytest.approx(forth.most, rel=CLOSE)
+    assert said.back == pytest.approx(back.most + do_THD.nbytes, rel=CLOSE)

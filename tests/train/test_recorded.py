@@ -95,12 +95,14 @@ def test_kinds_are_few(folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_recording_learns_what_its_launches_would(
-    folder: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+    folder: Path, known: bool, recompute: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = torch.device("cuda")
     model = tuned(torch.bfloat16, cuda)
+    model.recompute = recompute
     samples = encoded(folder)
     packs = [pack(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable(model).values())

@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, only_L: Tensor | None = None
     ) -> Tensor:
         """[T, width] to [T, width], or to [L, width] for the tokens `only_L`."""
-        if isinstance(attention, PackedAttention) and self._fused(x_TD):
+        if isinstance(attention, PackedAttention) and self.fused(x_TD):
             return self._quickly(x_TD, rotation, attention, only_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
         if only_L is not None:
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return y_TD
 
-    def _fused(self, x_TD: Tensor) -> bool:
+    def fused(self, x_TD: Tensor) -> bool:
         """Whether `fused_layer` computes the layer."""
         return bool(self.fusible) and fused_layer.takes(x_TD)
 
@@ -169,9 +169,18 @@ class Decoder(nn.Module):
         again = recomputed(recompute, len(self.layers))
         *layers, last = self.layers
         for number, layer in enumerate(layers):
-            x_TD = run_layer(layer, number < again, x_TD, rotations, attention)
+            draws = _draws(layer, x_TD)
+            inputs = x_TD, rotations, attention
+            x_TD = run_layer(layer, number < again, *inputs, draws=draws)
             if deepstack is not None:
                 x_TD = deepstack.after(number, x_TD)
         last_again = again > len(layers)
-        y_TD: Tensor = run_layer(last, last_again, x_TD, rotations, attention, only_L)
+        inputs = x_TD, rotations, attention
+        draws = _draws(last, x_TD)
+        y_TD: Tensor = run_layer(last, last_again, *inputs, only_L, draws=draws)
         return y_TD
+
+
+def _draws(layer: nn.Module, x_TD: Tensor) -> bool:
+    """Whether the layer draws random numbers: kernels have theirs from a seed."""
+    return not (isinstance(layer, DecoderLayer) and layer.fused(x_TD))

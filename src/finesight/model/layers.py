@@ -32,11 +32,11 @@ def recomputed(share: float, depth: int) -> int:
     return math.ceil(round(share * depth, 6))
 
 
-def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Any:
+def run_layer(layer: nn.Module, recompute: bool, *inputs: object, draws: bool = True) -> Any:
     """The layer's output; with `recompute` its inner activations are made again in the backward
-    pass instead of kept, from the same random numbers."""
+    pass instead of kept, from the same random numbers where it `draws` any."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return layer(*inputs)
 
 

@@ -44,9 +44,10 @@ class Drop(NamedTuple):
 
     def told(self, anything: Tensor) -> tuple[Tensor, int, int, float]:
         """What kernels take: the seed (where nothing is dropped it is not read, and any pointer
-        does), the salt, how many of 2^32 equally likely numbers stand for zero, and `times`."""
+        does), the salt, how many of 2^32 equally likely numbers stand for zero, less 2^31 (what
+        kernels take as a whole number has a sign), and `times`."""
         seed_1 = anything if self.seed_1 is None else self.seed_1
-        return seed_1, self.salt, round(self.share * 2**32), self.times
+        return seed_1, self.salt, round(self.share * 2**32) - 2**31, self.times
 
 
 @triton.jit
@@ -69,7 +70,8 @@ def kept(
     key_M = mixed(m.to(tl.uint32) * 0x9E3779B1 + key)
     key_N = mixed(c.to(tl.uint32) * 0x85EBCA77 + 0x7FEB352D)
     x_MN = (key_M[:, None] ^ key_N[None, :]) * 0x9E3779B1
-    return (x_MN ^ (x_MN >> 15)) * 0x846CA68B >= threshold
+    x_MN = (x_MN ^ (x_MN >> 15)) * 0x846CA68B
+    return x_MN.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])

@@ -22,6 +22,7 @@ from finesight.encode.pack import EVEN, PackedBatch
 from finesight.infer.recorded import Recorded
 from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_varlen
+from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
 from finesight.train.loss import label_loss
 
@@ -47,9 +48,9 @@ class Kind(NamedTuple):
         return cls(
             tokens=_up(len(batch.ids_T) + 1, EVEN),
             sequences=_up(len(batch.lengths) + 1, 8),
-            longest=_up(max(batch.lengths), EVEN),
+            longest=_up(max(batch.lengths), 4 * EVEN),
             places=_up(places, 4 * EVEN),
-            labels=_up(len(batch.predict_L), EVEN),
+            labels=_up(len(batch.predict_L), 2 * EVEN),
         )
 
 
@@ -174,10 +175,16 @@ class Passes:
             return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
-        if self._model.recompute:
+        if self._model.recompute and not self._all_fused:
+            # What torch draws again cannot be recorded.
             return False
         known = features_MKD is not None or not batch.grids
         return known and len(batch.ids_T) <= MOST_TOKENS and len(batch.target_L) > 0
+
+    @property
+    def _all_fused(self) -> bool:
+        layers = getattr(self._model.model, "layers", ())
+        return all(isinstance(layer, DecoderLayer) and layer.fusible for layer in layers)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)

@@ -29,8 +29,11 @@ from finesight.train.loss import label_loss
 MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
-MOST_KINDS = 12
+MOST_KINDS = 32
 """Recordings that are kept: each holds some hundred kilobytes for every thousand of its kernels."""
+
+LAUNCHED = 3
+"""Packs of a kind that are launched first: to record one takes as long as a few save."""
 
 
 class Kind(NamedTuple):
@@ -45,12 +48,14 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, batch: PackedBatch, places: int) -> Kind:
         """That of this pack, with room for at least one token of nothing."""
+        labels = len(batch.predict_L)
         return cls(
             tokens=_up(len(batch.ids_T) + 1, EVEN),
             sequences=_up(len(batch.lengths) + 1, 8),
             longest=_up(max(batch.lengths), 4 * EVEN),
             places=_up(places, 4 * EVEN),
-            labels=_up(len(batch.predict_L), 2 * EVEN),
+            # Up to the next quarter of a power of two: their share of the work is small.
+            labels=_up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
         )
 
 
@@ -138,7 +143,7 @@ class Passes:
         self._losses: dict[Kind, Tensor] = {}
         self._gradients: list[Tensor | None] = []
         device = self._learning[0].device
-        self._recorded = Recorded(device) if _recordable(model, device) else None
+        self._recorded = Recorded(device, LAUNCHED) if _recordable(model, device) else None
 
     def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         """The loss of a pack on the device, times `share`."""

@@ -210,7 +210,7 @@ def test_what_was_learned_is_laid_beside_the_weights_before_the_next_pass() -> N
         for parameter in group.adapter.b.values():
             # Where it lies changes, too.
             parameter.data = parameter.data * -1.5
-    laying.lay(fused_layer.joined(groups(made)))
+    laying.lay(fused_layer.joined_groups(groups(made)))
     second = passed(made, torch.bfloat16, None)
     for group in groups(made):
         group.weight = torch.nn.Parameter(group.weight.detach().contiguous(), requires_grad=False)

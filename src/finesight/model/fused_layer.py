@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import has_varlen
 from finesight.model.frozen import KERNELS, FrozenWeight
-from finesight.model.joined import Joined
+from finesight.model.joined import Joined, joined
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
 from finesight.model.rope import Rotation
@@ -49,13 +49,16 @@ def fits(group: GroupedLinear) -> bool:
     return alike and len(layers) == len(group.outputs) and low.rank <= MOST_RANKS
 
 
-def joined(groups: Iterable[GroupedLinear]) -> list[Joined]:
+def joined_groups(groups: Iterable[GroupedLinear]) -> list[Joined]:
     """Where these groups' weights and up-projections lie side by side, made where it is not yet."""
-    made = []
-    for group in groups:
-        if isinstance(group.adapter, LoraGroup) and isinstance(group.weight, nn.Parameter):
-            made.append(group.adapter.joined(group.weight))
-    return made
+    return [made for made in map(_joined, groups) if made is not None]
+
+
+def _joined(group: GroupedLinear) -> Joined | None:
+    adapter = group.adapter
+    if isinstance(adapter, LoraGroup) and isinstance(group.weight, nn.Parameter):
+        return joined(group, len(adapter.a), adapter.beside())
+    return None
 
 
 def takes(x_TD: Tensor) -> bool:
@@ -77,14 +80,12 @@ class Wide(NamedTuple):
     @classmethod
     def of(cls, group: GroupedLinear) -> Wide:
         """That of this group."""
-        weight, adapter = group.weight, group.adapter
-        fixed = group.inputs, len(group.outputs), weight, group.bias
-        if not isinstance(adapter, LoraGroup):
+        fixed = group.inputs, len(group.outputs), group.weight, group.bias
+        if not isinstance(group.adapter, LoraGroup):
             return cls(*fixed, None, ())
-        joined_OJ = None
-        if isinstance(weight, nn.Parameter):
-            joined_OJ = adapter.joined(weight).weight_OJ
-        return cls(*fixed, joined_OJ, tuple(adapter.b.values()))
+        beside = _joined(group)
+        whole = None if beside is None else beside.weight_OJ
+        return cls(*fixed, whole, tuple(group.adapter.b.values()))
 
     @property
     def learns(self) -> bool:

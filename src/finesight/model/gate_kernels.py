@@ -29,6 +29,9 @@ GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
 """What was quickest on an H200."""
 
 
+UNDROPPED = Drop(None, 0, 0.0, 1.0)
+
+
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
 def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks: int,
           h_stride: int, per_chunk: int, seed: Ptr, salt: int, threshold: int, times: float,
@@ -67,7 +70,7 @@ def gated_low(
 ) -> tuple[Tensor, Tensor | None]:
     """silu(gate) up of the joint product `both`, gate before up: the first F columns of [T, J],
     with `room` behind them; and drop(that) A^T [T, R], which stands there, too, where there is
-    room."""
+    room. What is left of it is zero."""
     rows, width = len(both_TF2), both_TF2.shape[1] // 2
     h_TJ = both_TF2.new_empty(rows, width + room)
     ranks, tile = 1 if a_RF is None else len(a_RF), GATE
@@ -83,6 +86,7 @@ def gated_low(
         block_r=rank_block(ranks), num_warps=tile.warps, ahead=tile.stages,
     )  # fmt: skip
     if a_RF is None:
+        h_TJ[:, width:].zero_()
         return h_TJ, None
     low_TR = folded(partial_CTR, h_TJ.dtype)
     if room:

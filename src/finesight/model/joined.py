@@ -1,8 +1,10 @@
 """A frozen weight and the up-projections of its adapter in one matrix: one product computes both.
 
 [x | low] [W | B]^T = x W^T + low B^T, and dy [W | B] = [dx | dlow], where `low` is what the adapter
-makes of `x`. Shapes: O outputs, I inputs, S ranks of all layers of the weight, R of one of them,
-J inputs and room for ranks.
+makes of `x`. Without an adapter, a matrix whose rows begin where tensor cores want them.
+
+Shapes: O outputs, I inputs, S ranks of all layers of the weight, R of one of them, J inputs, ranks
+and room.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from finesight.model.frozen import KERNELS
+from finesight.model.linear import GroupedLinear
 from finesight.model.runs import upload
 
 if KERNELS:
     from finesight.model import lora_kernels
 
-_ROOM = 64
-"""Of which the columns beside a weight are a multiple: tensor cores read rows that begin at
-multiples of 128 bytes."""
+_MULTIPLE = 64
+"""Of which the columns are a multiple: tensor cores read rows that begin at multiples of 16 bytes,
+and quickest where of 128."""
 
 
 class Beside(NamedTuple):
@@ -47,12 +50,13 @@ class Joined:
     @torch.no_grad()
     def __init__(self, weight: nn.Parameter, ranks: int, beside: Sequence[Beside]) -> None:
         outputs, inputs = weight.shape
-        self.weight_OJ = weight.new_zeros(outputs, inputs + -(-ranks // _ROOM) * _ROOM)
+        columns = -(-(inputs + ranks) // _MULTIPLE) * _MULTIPLE
+        self.weight_OJ = weight.new_zeros(outputs, columns)
         self.weight_OJ[:, :inputs] = weight
         weight.data = self.weight_OJ[:, :inputs]
         self.pairs: list[Pair] = []
-        for b_OR, rows, columns in beside:
-            place_OR = self.weight_OJ[rows, inputs:][:, columns]
+        for b_OR, rows, own in beside:
+            place_OR = self.weight_OJ[rows, inputs:][:, own]
             place_OR.copy_(b_OR)
             assert b_OR.dtype == weight.dtype, f"an adapter in {b_OR.dtype}"
             self.pairs.append(Pair(b_OR, place_OR))
@@ -60,6 +64,17 @@ class Joined:
     def holds(self, weight: Tensor) -> bool:
         """Whether this weight lies here."""
         return self.weight_OJ.data_ptr() == weight.data_ptr()
+
+
+def joined(group: GroupedLinear, ranks: int = 0, beside: Sequence[Beside] = ()) -> Joined:
+    """Where the frozen weight of a group lies beside these up-projections, from the first call on.
+    Whoever changes them lays them there again."""
+    weight = group.weight
+    assert isinstance(weight, nn.Parameter), f"{type(weight).__name__} beside up-projections"
+    known = group.joined
+    if not (isinstance(known, Joined) and known.holds(weight)):
+        known = group.joined = Joined(weight, ranks, beside)
+    return known
 
 
 class Laying:

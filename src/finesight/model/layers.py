@@ -18,11 +18,12 @@ from finesight.model.attention import Segments, attend
 from finesight.model.frozen import KERNELS
 from finesight.model.fused import gated, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
+from finesight.model.joined import joined
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
 
 if KERNELS:
-    from finesight.model import norm_kernels, turn_kernels
+    from finesight.model import gate_kernels, norm_kernels, turn_kernels
 
 
 def recomputed(share: float, depth: int) -> int:
@@ -84,8 +85,29 @@ class GatedMlp(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, width] to [T, width]."""
+        if has_kernels(x_TD) and not torch.is_grad_enabled() and self._is_plain:
+            return self._aligned(x_TD)
         gate, up = self.gate_up_proj(x_TD)
         return only(self.down_proj(gated(gate, up)))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is three frozen matrices and nothing more."""
+        groups = self.gate_up_proj, self.down_proj
+        return all(
+            isinstance(group.weight, nn.Parameter)
+            and not group.weight.requires_grad
+            and group.adapter is None
+            for group in groups
+        )
+
+    def _aligned(self, x_TD: Tensor) -> Tensor:
+        """Without a way back, and quick for any inner width: Qwen2.5-VL's tower has 3420."""
+        down, gate_up = joined(self.down_proj).weight_OJ, self.gate_up_proj
+        both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)  # type: ignore[arg-type]
+        room = down.shape[1] - self.down_proj.inputs
+        h_TJ, _ = gate_kernels.gated_low(both_TF2, None, gate_kernels.UNDROPPED, room)
+        return F.linear(h_TJ, down, self.down_proj.bias)
 
 
 class PatchEmbed(nn.Module):

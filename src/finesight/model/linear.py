@@ -36,6 +36,8 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, inputs))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.adapter: nn.Module | None = None
+        self.joined: object = None
+        """What `model.joined` has made of the weight."""
 
     def freeze_as(
         self,

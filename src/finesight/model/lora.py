@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.frozen import FrozenWeight
 from finesight.model.fused import drop, drop_alike
-from finesight.model.joined import Beside, Joined
+from finesight.model.joined import Beside
 from finesight.model.linear import GroupedLinear, add_products_back, products
 
 
@@ -90,7 +90,6 @@ class LoraGroup(nn.Module):
             shape = group.outputs[name], low.rank
             self.b[name] = nn.Parameter(torch.zeros(shape, dtype=kind, device=device))
         self.bands = self._lay_out(group.outputs)
-        self._beside: Joined | None = None
         self._layout = Layout(tuple(group.outputs.values()), tuple(self.bands.values()))
 
     def _lay_out(self, outputs: Mapping[str, int]) -> dict[str, Band]:
@@ -122,14 +121,10 @@ class LoraGroup(nn.Module):
         )
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
-    def joined(self, weight: nn.Parameter) -> Joined:
-        """The group's weight, which is frozen, beside the up-projections: it lies there from the
-        first call on. Whoever changes these lays them there again."""
-        if self._beside is None or not self._beside.holds(weight):
-            bands = self.bands.items()
-            places = [Beside(self.b[name], band.columns, band.rows) for name, band in bands]
-            self._beside = Joined(weight, len(self.a), places)
-        return self._beside
+    def beside(self) -> list[Beside]:
+        """The up-projections as `model.joined` takes them."""
+        bands = self.bands.items()
+        return [Beside(self.b[name], band.columns, band.rows) for name, band in bands]
 
     def factors(self) -> dict[str, Factors]:
         """A (a view of the stacked one) and B of each adapted layer."""

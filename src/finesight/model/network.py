@@ -148,7 +148,7 @@ class VisionLanguageModel(nn.Module):
         if fused_layer.takes(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             groups = (group for layer in layers for group in layer.fusible)
-            self._laying.lay(fused_layer.joined(groups))
+            self._laying.lay(fused_layer.joined_groups(groups))
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finesight.encode.pack import PackedBatch
 from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
-from finesight.model.layers import RmsNorm, added_norm
+from finesight.model.layers import GatedMlp, RmsNorm, added_norm
 from finesight.model.network import VisionLanguageModel
 
 pytestmark = [
@@ -173,3 +173,26 @@ def test_a_norm_of_a_sum_is_that_of_the_two_steps(dtype: torch.dtype) -> None:
         kept, expected = added_norm(x, y, own)
         assert torch.equal(total, kept)
         torch.testing.assert_close(normed, expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("inner", [100, 128])
+def test_a_frozen_gated_mlp_is_as_near_to_fp32_as_one_that_could_learn(
+    inner: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mlp = GatedMlp(64, inner, bias=True).requires_grad_(False)
+    for parameter in mlp.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    x = torch.randn(70, 64, generator=generator)
+    exact = mlp(x).to(CUDA)
+    mlp, x = mlp.to(CUDA, dtype), x.to(CUDA, dtype)
+    plain = mlp(x)
+    with torch.no_grad():
+        found = mlp(x)
+    assert distance(found, exact) <= 1.2 * distance(plain, exact)
+    # Its weights lie elsewhere now, and are what they were.
+    assert torch.equal(mlp(x), plain)
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data * 2
+    with torch.no_grad():
+        assert distance(mlp(x), 2 * exact) < 0.1

@@ -61,10 +61,10 @@ CASES = (
     Case("7B LoRA FP8", SEVEN, 644, 829, 16, (LORA, "tune.fp8=[language,vision]")),
     Case("7B QLoRA", SEVEN, 644, 1024, 1, (LORA, FEW_BITS)),
     Case("7B QLoRA recomputed", SEVEN, 644, 1024, 1, (LORA, FEW_BITS, "train.recompute=true")),
-    Case("2B full, recomputed", TWO, 280, 160, 8, (*ALL, "train.recompute=true")),
+    Case("2B full, recomputed", TWO, 280, 200, 8, (*ALL, "train.recompute=true")),
     Case(
         "2B full, 8 bit, recomputed",
-        *(TWO, 280, 160, 8),
+        *(TWO, 280, 200, 8),
         (*ALL, "train.recompute=true", "train.optimizer=adamw8bit"),
     ),
     Case("32B QLoRA", "32B", 644, 1024, 1, (LORA, FEW_BITS, "train.recompute=true")),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import has_varlen
+from finesight.model.fp8 import Rows, room_for
 from finesight.model.frozen import KERNELS
 from finesight.model.joined import Joined
 from finesight.model.linear import GroupedLinear
@@ -180,21 +181,26 @@ class _Enter(torch.autograd.Function):
 
 def _normed(
     x_TD: Tensor, w_D: Tensor, eps: float, wide: Wide, a_SD: Tensor | None, drop: Drop
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The norm of `x` with room behind it, each row's scale, and what the adapter makes of the
-    norm, which stands there, too, where there is room."""
+) -> tuple[Tensor | Rows, Tensor, Tensor | None]:
+    """The norm of `x` with room behind it, or in FP8 where the layers take it so, each row's scale,
+    and what the adapter makes of the norm, which stands behind it, too, where there is room."""
+    if wide.takes_rows:
+        coded = room_for(x_TD)
+        d_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, None, drop, coded)
+        return coded, scale_T, None if a_SD is None else _lowered(d_TD, a_SD, drop, None)
     n_TJ = x_TD.new_empty(len(x_TD), x_TD.shape[1] + wide.room)
     n_TD = n_TJ[:, : x_TD.shape[1]]
     d_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, n_TD, drop)
     return n_TJ, scale_T, None if a_SD is None else _lowered(d_TD, a_SD, drop, n_TJ)
 
 
-def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor) -> Tensor:
+def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor | None) -> Tensor:
     """What an adapter makes of its dropped input, which stands behind the first I columns of
     `into_TJ`, too, where there is room."""
     low_TS = d_TI.new_empty(len(d_TI), len(a_SI))
     torch.addmm(low_TS, d_TI, a_SI.T, beta=0, alpha=drop.times, out=low_TS)
-    _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
+    if into_TJ is not None:
+        _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
     return low_TS
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finesight.model.fp8 import Rows, takes_rows
 from finesight.model.frozen import FrozenWeight
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
@@ -53,14 +54,19 @@ class Wide(NamedTuple):
         return 0 if self.joined_OJ is None else self.joined_OJ.shape[1] - self.width
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether the input of `forth` may be in FP8 already."""
+        return takes_rows(self.weight)
+
+    @property
     def inputs(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias as autograd has to see them: where they learn."""
         weight = self.weight if isinstance(self.weight, Tensor) and self.learns else None
         return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
 
-    def forth(self, x_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
+    def forth(self, x_TJ: Tensor | Rows, low_TS: Tensor | None) -> Tensor:
         """x W^T + bias of all layers side by side, and what the adapter adds."""
-        if self.joined_OJ is not None:
+        if self.joined_OJ is not None and isinstance(x_TJ, Tensor):
             return F.linear(x_TJ, self.joined_OJ, self.bias)
         y_TO = joint_product(x_TJ, self.weight, self.bias)
         for y, low_TR, b_OR in self._layers(y_TO, low_TS):

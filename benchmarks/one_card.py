@@ -1,6 +1,6 @@
 """What one card holds and how fast it learns there: runs at the edges of memory and of length.
 
-    python benchmarks/one_card.py CONFIGS --work DIR --out FILE [--only NAME,...] [--steps 20]
+    python benchmarks/one_card.py CONFIGS --work DIR --out FILE [--only "NAME;..."] [--steps 20]
 
 CONFIGS holds folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct and
 Qwen2.5-VL-7B-Instruct; the model of 32B is the latter with the sizes that are published for it.
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("configs", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[])
+    parser.add_argument("--only", type=lambda text: text.split(";"), default=[])
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from finesight.encode.pack import PackedBatch
 from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
 from finesight.model.layers import GatedMlp, RmsNorm, added_norm
+from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
 
 pytestmark = [
@@ -168,9 +169,10 @@ def test_a_norm_of_a_sum_is_that_of_the_two_steps(dtype: torch.dtype) -> None:
     for norm in (torch.nn.LayerNorm(1280, eps=1e-6), RmsNorm(1280, eps=1e-6)):
         norm.weight.data.normal_(generator=generator)
         own = norm.to(CUDA, dtype)
+        reader = GroupedLinear(1280, {"qkv": 16}, bias=False)
         with torch.no_grad():
-            total, normed = added_norm(x, y, own)
-        kept, expected = added_norm(x, y, own)
+            total, normed = added_norm(x, y, own, reader)
+        kept, expected = added_norm(x, y, own, reader)
         assert torch.equal(total, kept)
         torch.testing.assert_close(normed, expected, rtol=2**-7, atol=2**-9)
 

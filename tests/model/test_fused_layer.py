@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.model import fused_layer
+from finesight.model import fused_layer, wide
 from finesight.model.attention import PackedAttention, Segments
+from finesight.model.fp8 import Fp8Weight
 from finesight.model.geometry import LanguageGeometry
 from finesight.model.language import DecoderLayer
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.rope import Rotation
+from finesight.model.rowwise import Fp8Matrix
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +70,19 @@ def layer(rank: int | None, dropout: float = 0.0, *, learns: bool = False) -> De
     return made.to(CUDA).train()
 
 
+def in_fp8(made: DecoderLayer) -> DecoderLayer:
+    """The layer with the weights of its products in FP8."""
+    for group in groups(made):
+        weights = torch.split(group.weight.detach(), list(group.outputs.values()))
+        group.freeze_as(Fp8Matrix, Fp8Weight)
+        assert isinstance(group.weight, Fp8Weight)
+        group.weight.to(CUDA)
+        for matrix, weight in zip(group.weight.matrices, weights, strict=True):
+            (piece,) = matrix.pieces()
+            piece.fill(weight)
+    return made
+
+
 def groups(made: DecoderLayer) -> list[GroupedLinear]:
     return [module for module in made.modules() if isinstance(module, GroupedLinear)]
 
@@ -79,7 +94,8 @@ def passed(made: DecoderLayer, dtype: torch.dtype, only: Tensor | None, seed: in
     rotation = Rotation.by(angles, dtype)
     segments = Segments.of(LENGTHS, CUDA)
     attention = PackedAttention(segments, torch.tensor([seed], dtype=torch.int32, device=CUDA))
-    made.to(dtype)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(dtype)
     y = made(x, rotation, attention, only)
     weights = torch.randn(y.shape, generator=generator).to(CUDA, dtype)
     named = {name: p for name, p in made.named_parameters() if p.requires_grad}
@@ -122,6 +138,22 @@ def test_the_same_bits_again() -> None:
     assert all(torch.equal(one.grads[name], other.grads[name]) for name in one.grads)
     another = passed(made, torch.bfloat16, None, seed=8)
     assert not torch.equal(one.y, another.y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rank", "share"), [(None, 0.0), (16, 0.0), (16, 0.3)])
+def test_norms_in_fp8_give_what_products_put_into_fp8_give(
+    rank: int | None, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, forwards and backwards; and near to fp32, as FP8 is."""
+    exact = passed(layer(rank), torch.float32, None)
+    made = in_fp8(layer(rank, share).to(dtype))
+    codes = passed(made, dtype, None)
+    monkeypatch.setattr(wide, "takes_rows", lambda _: False)
+    own = passed(made, dtype, None)
+    assert torch.equal(codes.y, own.y)
+    assert all(torch.equal(codes.grads[name], own.grads[name]) for name in own.grads)
+    assert share or off(codes.y, exact.y) < 0.05
 
 
 def test_drop_out_is_that_of_its_share_on_average() -> None:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.errors import UserError
 from finesight.model.frozen import KERNELS, FrozenMatrix, FrozenWeight
+from finesight.model.fused import has_kernels, quick_gelu
 from finesight.model.rowwise import Fp8Matrix
 
 if KERNELS:
@@ -31,6 +32,9 @@ if KERNELS:
 
 MULTIPLE = 16
 """Of which inputs and each layer's outputs have to be multiples: what tensor cores take."""
+
+KIND, MOST = Fp8Matrix.kind, Fp8Matrix.most
+"""The type of codes, and the largest of them."""
 
 LEAST = 1e-30
 """The largest magnitude that a row is taken to have at least: what it is divided by is finite."""
@@ -58,15 +62,27 @@ class Rows(NamedTuple):
     scales_T1: Tensor
 
 
+def room_for(x_TI: Tensor) -> Rows:
+    """Where these rows go in FP8."""
+    scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
+    return Rows(x_TI.new_empty(x_TI.shape, dtype=KIND), scales_T1)
+
+
 def quantised(x_TI: Tensor, by_I: Tensor | None = None) -> Rows:
     """The rows of x by_I in FP8: each number is off by a sixteenth of itself at most, or by 2^-10
     of the row's scale, whichever is more. A row with a number that is not finite has NaN."""
-    kind, most = Fp8Matrix.kind, Fp8Matrix.most
     if KERNELS and x_TI.is_cuda:
-        return Rows(*fp8_kernels.quantised(x_TI, by_I, kind, most, LEAST))
+        return Rows(*fp8_kernels.quantised(x_TI, by_I, KIND, MOST, LEAST))
     wide_TI = x_TI.float() if by_I is None else x_TI * by_I
     largest_T1 = wide_TI.abs().amax(1, keepdim=True).clamp_min(LEAST)
-    return Rows((wide_TI * (most / largest_T1)).to(kind), largest_T1 / most)
+    return Rows((wide_TI * (MOST / largest_T1)).to(KIND), largest_T1 / MOST)
+
+
+def quantised_gelu(x_TI: Tensor) -> Rows:
+    """The rows of `quick_gelu` of x in FP8, by one kernel where there are kernels."""
+    if has_kernels(x_TI):
+        return Rows(*fp8_kernels.quantised(x_TI, None, KIND, MOST, LEAST, gelu=True))
+    return quantised(quick_gelu(x_TI))
 
 
 def multiplied(
@@ -142,27 +158,37 @@ class Fp8Weight(FrozenWeight):
             self._back = _Side(codes_IO, codes_IO.new_ones(len(codes_IO), dtype=torch.float32))
         return self._back
 
-    def products(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """x W_i^T + bias_i of each layer, [..., I] to [..., O] each, with a way back."""
+    def products(self, x: Tensor | Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """x W_i^T + bias_i of each layer, [..., I] to [..., O] each, with a way back where `x` is
+        not in FP8 yet."""
+        if isinstance(x, Rows):
+            return self.each(x, bias)
         if not self.training:
             return super().products(x, bias)
         x_TI = x.reshape(-1, x.shape[-1])
         ys_TO = _Products.apply(x_TI, bias, self)  # type: ignore[no-untyped-call]
         return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in ys_TO)
 
-    def each(self, x_TI: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    def each(self, x_TI: Tensor | Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
         """x W_i^T + bias_i of each layer in FP8, without a way back."""
-        rows, dtype = quantised(x_TI), x_TI.dtype
+        rows, dtype = self._read(x_TI)
         return tuple(
             multiplied(rows, layer.codes_OI, layer.scales_O, some, dtype)
             for layer, some in zip(self._layers, self.split(bias), strict=True)
         )
 
-    def joint(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
+    def joint(self, x_TI: Tensor | Rows, bias: Tensor | None) -> Tensor:
         """x W^T + bias of all layers side by side, without a way back."""
-        if not self.training:
+        if not (self.training or isinstance(x_TI, Rows)):
             return super().joint(x_TI, bias)
-        return multiplied(quantised(x_TI), *self._joined(), bias, x_TI.dtype)
+        rows, dtype = self._read(x_TI)
+        return multiplied(rows, *self._joined(), bias, dtype)
+
+    def _read(self, x_TI: Tensor | Rows) -> tuple[Rows, torch.dtype]:
+        """An input in FP8, and the type of what is made of it."""
+        if isinstance(x_TI, Rows):
+            return x_TI, self.dtype
+        return quantised(x_TI), x_TI.dtype
 
     def joint_back(self, dy_TO: Tensor) -> Tensor:
         """dy W for the gradients of all layers side by side."""
@@ -177,6 +203,11 @@ class Fp8Weight(FrozenWeight):
             super().add_back(dx_TI, dys_TO)
             return
         dx_TI.add_(self.joint_back(_end_to_end(dys_TO, 1)))
+
+
+def takes_rows(weight: Tensor | FrozenWeight) -> bool:
+    """Whether an input of this weight may be in FP8 already: it would be put into it anyway."""
+    return isinstance(weight, Fp8Weight) and weight.training
 
 
 def _end_to_end(tensors: Sequence[Tensor], along: int) -> Tensor:

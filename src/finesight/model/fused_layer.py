@@ -11,21 +11,22 @@ S ranks of a group, R ranks of a layer, J columns of an input and of what is joi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import has_varlen
-from finesight.model.frozen import KERNELS, FrozenWeight
-from finesight.model.joined import Joined, joined
-from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
+from finesight.model.fp8 import Rows, room_for
+from finesight.model.frozen import KERNELS
+from finesight.model.joined import Joined
+from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup
 from finesight.model.rope import Rotation
+from finesight.model.wide import Wide, joined_of
 
 if KERNELS:
     from finesight.model import gate_kernels, lora_kernels, norm_kernels, turn_kernels
@@ -51,109 +52,12 @@ def fits(group: GroupedLinear) -> bool:
 
 def joined_groups(groups: Iterable[GroupedLinear]) -> list[Joined]:
     """Where these groups' weights and up-projections lie side by side, made where it is not yet."""
-    return [made for made in map(_joined, groups) if made is not None]
-
-
-def _joined(group: GroupedLinear) -> Joined | None:
-    adapter = group.adapter
-    if isinstance(adapter, LoraGroup) and isinstance(group.weight, nn.Parameter):
-        return joined(group, len(adapter.a), adapter.beside())
-    return None
+    return [made for made in map(joined_of, groups) if made is not None]
 
 
 def takes(x_TD: Tensor) -> bool:
     """Whether kernels are there for these numbers."""
     return KERNELS and len(x_TD) > 0 and has_varlen(x_TD.unsqueeze(0))
-
-
-class Wide(NamedTuple):
-    """A group of so many linear layers of inputs of this width: the weight, the up-projections of
-    its adapter, and both in one matrix where they can be (see `LoraGroup.joined`)."""
-
-    width: int
-    layers: int
-    weight: Tensor | FrozenWeight
-    bias: Tensor | None
-    joined_OJ: Tensor | None
-    ups_OR: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, group: GroupedLinear) -> Wide:
-        """That of this group."""
-        fixed = group.inputs, len(group.outputs), group.weight, group.bias
-        if not isinstance(group.adapter, LoraGroup):
-            return cls(*fixed, None, ())
-        beside = _joined(group)
-        whole = None if beside is None else beside.weight_OJ
-        return cls(*fixed, whole, tuple(group.adapter.b.values()))
-
-    @property
-    def learns(self) -> bool:
-        """Whether its weight does."""
-        return isinstance(self.weight, Tensor) and self.weight.requires_grad
-
-    @property
-    def room(self) -> int:
-        """Columns behind those of an input, for what the adapter makes of it."""
-        return 0 if self.joined_OJ is None else self.joined_OJ.shape[1] - self.width
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias as autograd has to see them: where they learn."""
-        weight = self.weight if isinstance(self.weight, Tensor) and self.learns else None
-        return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
-
-    def forth(self, x_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
-        """x W^T + bias of all layers side by side, and what the adapter adds."""
-        if self.joined_OJ is not None:
-            return F.linear(x_TJ, self.joined_OJ, self.bias)
-        y_TO = joint_product(x_TJ, self.weight, self.bias)
-        for y, low_TR, b_OR in self._layers(y_TO, low_TS):
-            y.addmm_(low_TR, b_OR.T)
-        return y_TO
-
-    def added(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
-        """x plus what `forth` gives for `h`."""
-        weight = self.weight if self.joined_OJ is None else self.joined_OJ
-        if self.bias is None and isinstance(weight, Tensor):
-            return torch.addmm(x_TO, h_TJ, weight.T)
-        return self.forth(h_TJ, low_TS).add_(x_TO)
-
-    def back(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients by the input and by what the adapter made of it."""
-        if self.joined_OJ is None:
-            return joint_product_back(dy_TO, self.weight), self.low_back(dy_TO)
-        ranks = sum(b_OR.shape[1] for b_OR in self.ups_OR)
-        dx_TJ = dy_TO @ self.joined_OJ
-        return dx_TJ[:, : self.width], dx_TJ[:, self.width : self.width + ranks]
-
-    def low_back(self, dy_TO: Tensor) -> Tensor | None:
-        """The second of `back` alone."""
-        sides = [dy @ b_OR for dy, _, b_OR in self._layers(dy_TO, None)]
-        return torch.cat(sides, 1) if sides else None
-
-    def up_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
-        """The gradients by `ups_OR`, or as many times nothing."""
-        if not self.ups_OR:
-            return [None] * self.layers
-        return [dy.T @ low_TR for dy, low_TR, _ in self._layers(dy_TO, low_TS)]
-
-    def _layers(
-        self, y_TO: Tensor, low_TS: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A layer's columns, those of its ranks (of `y`, where there is no `low`), and its B."""
-        if not self.ups_OR:
-            return
-        ys = torch.split(y_TO, [len(b_OR) for b_OR in self.ups_OR], 1)
-        lows = ys if low_TS is None else low_TS.chunk(len(self.ups_OR), 1)
-        yield from zip(ys, lows, self.ups_OR, strict=True)
-
-    def gradients(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Those of `inputs`: dy^T x, and the sum of dy."""
-        weight, bias = self.inputs
-        assert weight is None or x_TI is not None, "a weight learns of an input that is not kept"
-        dw_OI = None if weight is None or x_TI is None else dy_TO.T @ x_TI
-        return dw_OI, None if bias is None else dy_TO.sum(0)
 
 
 def _narrow(group: GroupedLinear) -> tuple[Tensor | None, ...]:
@@ -273,21 +177,26 @@ class _Enter(torch.autograd.Function):
 
 def _normed(
     x_TD: Tensor, w_D: Tensor, eps: float, wide: Wide, a_SD: Tensor | None, drop: Drop
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The norm of `x` with room behind it, each row's scale, and what the adapter makes of the
-    norm, which stands there, too, where there is room."""
+) -> tuple[Tensor | Rows, Tensor, Tensor | None]:
+    """The norm of `x` with room behind it, or in FP8 where the layers take it so, each row's scale,
+    and what the adapter makes of the norm, which stands behind it, too, where there is room."""
+    if wide.takes_rows:
+        coded = room_for(x_TD)
+        d_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, None, drop, coded)
+        return coded, scale_T, None if a_SD is None else _lowered(d_TD, a_SD, drop, None)
     n_TJ = x_TD.new_empty(len(x_TD), x_TD.shape[1] + wide.room)
     n_TD = n_TJ[:, : x_TD.shape[1]]
     d_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, eps, n_TD, drop)
     return n_TJ, scale_T, None if a_SD is None else _lowered(d_TD, a_SD, drop, n_TJ)
 
 
-def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor) -> Tensor:
+def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor | None) -> Tensor:
     """What an adapter makes of its dropped input, which stands behind the first I columns of
     `into_TJ`, too, where there is room."""
     low_TS = d_TI.new_empty(len(d_TI), len(a_SI))
     torch.addmm(low_TS, d_TI, a_SI.T, beta=0, alpha=drop.times, out=low_TS)
-    _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
+    if into_TJ is not None:
+        _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
     return low_TS
 
 

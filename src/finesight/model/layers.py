@@ -6,6 +6,7 @@ Shapes: T tokens, N patches, D width, M squares of merged patches, R rows of a t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, attend
+from finesight.model.fp8 import Rows, quantised
 from finesight.model.frozen import KERNELS
 from finesight.model.fused import gated, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
@@ -24,6 +26,10 @@ from finesight.model.rope import Rotation, rotate
 
 if KERNELS:
     from finesight.model import gate_kernels, norm_kernels, turn_kernels
+
+
+ALIGNED = 8
+"""Numbers of 16 bits, at a multiple of which tensor cores want rows to begin."""
 
 
 def recomputed(share: float, depth: int) -> int:
@@ -60,21 +66,42 @@ class RmsNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-def added_norm(x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + y, and the norm of that."""
-    if y_ND is None:
-        return x_ND, norm(x_ND)
-    if has_kernels(x_ND) and not torch.is_grad_enabled():
-        if isinstance(norm, nn.LayerNorm):
-            rest = norm.bias, norm.eps
-            return norm_kernels.added_norm(x_ND, y_ND, norm.weight, *rest, centred=True)
-        if isinstance(norm, RmsNorm) and norm.eps is not None:
-            return norm_kernels.added_norm(x_ND, y_ND, norm.weight, None, norm.eps, centred=False)
-    x_ND = x_ND + y_ND
-    return x_ND, norm(x_ND)
+def added_norm(
+    x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, reader: GroupedLinear
+) -> tuple[Tensor, Tensor | Rows]:
+    """x + y, and the norm of that: in FP8 where the layers that read it take it so."""
+    if y_ND is not None:
+        if has_kernels(x_ND) and not torch.is_grad_enabled():
+            fused = _added_norm(x_ND, y_ND, norm, coded=reader.takes_rows)
+            if fused is not None:
+                return fused
+        x_ND = x_ND + y_ND
+    n_ND = norm(x_ND)
+    return x_ND, quantised(n_ND) if reader.takes_rows else n_ND
 
 
-class GatedMlp(nn.Module):
+def _added_norm(
+    x_ND: Tensor, y_ND: Tensor, norm: nn.Module, *, coded: bool
+) -> tuple[Tensor, Tensor | Rows] | None:
+    """`added_norm` in one kernel, or None where there is none for this norm."""
+    if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
+        return None
+    centred = isinstance(norm, nn.LayerNorm)
+    bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    factors = norm.weight, bias_D, norm.eps
+    return norm_kernels.added_norm(x_ND, y_ND, *factors, centred=centred, coded=coded)
+
+
+class FeedForward(nn.Module, ABC):
+    """An MLP that tells what reads its input."""
+
+    @property
+    @abstractmethod
+    def first(self) -> GroupedLinear:
+        """The layers that do."""
+
+
+class GatedMlp(FeedForward):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, width: int, mlp_width: int, *, bias: bool) -> None:
@@ -83,15 +110,21 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = GroupedLinear(width, outputs, bias=bias)
         self.down_proj = GroupedLinear(mlp_width, {"down_proj": width}, bias=bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    @property
+    def first(self) -> GroupedLinear:
+        """Gate and up."""
+        return self.gate_up_proj
+
+    def forward(self, x_TD: Tensor | Rows) -> Tensor:
         """[T, width] to [T, width]."""
-        if has_kernels(x_TD) and not torch.is_grad_enabled() and self._is_plain:
+        odd = self.down_proj.inputs % ALIGNED and not torch.is_grad_enabled()
+        if odd and isinstance(x_TD, Tensor) and has_kernels(x_TD) and self._is_frozen:
             return self._aligned(x_TD)
         gate, up = self.gate_up_proj(x_TD)
         return only(self.down_proj(gated(gate, up)))
 
     @property
-    def _is_plain(self) -> bool:
+    def _is_frozen(self) -> bool:
         """Whether it is three frozen matrices and nothing more."""
         groups = self.gate_up_proj, self.down_proj
         return all(
@@ -102,7 +135,8 @@ class GatedMlp(nn.Module):
         )
 
     def _aligned(self, x_TD: Tensor) -> Tensor:
-        """Without a way back, and quick for any inner width: Qwen2.5-VL's tower has 3420."""
+        """Without a way back, for an inner width whose rows do not begin where tensor cores read
+        quickly: Qwen2.5-VL's tower has 3420."""
         down, gate_up = joined(self.down_proj).weight_OJ, self.gate_up_proj
         both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)  # type: ignore[arg-type]
         room = down.shape[1] - self.down_proj.inputs
@@ -144,12 +178,12 @@ class VisionAttention(nn.Module):
         self.qkv = GroupedLinear(width, {"qkv": 3 * width}, bias=True)
         self.proj = GroupedLinear(width, {"proj": width}, bias=True)
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+    def forward(self, x_ND: Tensor | Rows, rotation: Rotation, segments: Segments) -> Tensor:
         """[N, width] to [N, width]."""
         heads = self.heads
         joint_NE = only(self.qkv(x_ND))
         qk_NHD, v_NHD = torch.split(
-            joint_NE.view(len(x_ND), 3 * heads, -1), [2 * heads, heads], dim=1
+            joint_NE.view(len(joint_NE), 3 * heads, -1), [2 * heads, heads], dim=1
         )
         if has_kernels(joint_NE) and not torch.is_grad_enabled():
             sizes = turn_kernels.Heads(heads, heads, qk_NHD.shape[-1])
@@ -165,7 +199,7 @@ class VisionBlock(nn.Module):
     """Attention within a segment, then the MLP, each on the norm of what it is added to."""
 
     def __init__(
-        self, geometry: VisionGeometry, norm: Callable[[int], nn.Module], mlp: nn.Module
+        self, geometry: VisionGeometry, norm: Callable[[int], nn.Module], mlp: FeedForward
     ) -> None:
         super().__init__()
         self.norm1 = norm(geometry.width)
@@ -178,8 +212,9 @@ class VisionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The stream [N, width] and what the block before still has to add to it, to the same of
         this block: a sum and the norm of it are one step."""
-        x_ND, n_ND = added_norm(x_ND, y_ND, self.norm1)
-        x_ND, n_ND = added_norm(x_ND, self.attn(n_ND, rotation, segments), self.norm2)
+        x_ND, n_ND = added_norm(x_ND, y_ND, self.norm1, self.attn.qkv)
+        o_ND = self.attn(n_ND, rotation, segments)
+        x_ND, n_ND = added_norm(x_ND, o_ND, self.norm2, self.mlp.first)
         return x_ND, self.mlp(n_ND)
 
 

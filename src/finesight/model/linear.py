@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
 
 
@@ -61,7 +62,12 @@ class GroupedLinear(nn.Module):
         del self.weight
         self.weight = weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def takes_rows(self) -> bool:
+        """Whether its input may be in FP8 already: no adapter reads it, nothing goes back to it."""
+        return self.adapter is None and not torch.is_grad_enabled() and takes_rows(self.weight)
+
+    def forward(self, x: Tensor | Rows) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
@@ -69,13 +75,16 @@ class GroupedLinear(nn.Module):
 
 
 def products(
-    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, widths: Sequence[int]
+    x: Tensor | Rows, weight: Tensor | FrozenWeight, bias: Tensor | None, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i for the layers of a group, [..., inputs] to [..., width] each.
 
     Layer by layer, so that each output lies in one piece: what follows reads it several times as
     fast as a slice of a joint product, whose gradients would have to be joined on the way back.
     """
+    if isinstance(weight, Fp8Weight):
+        return weight.products(x, bias)
+    x = _not_in_fp8(x)
     if isinstance(weight, FrozenWeight):
         return weight.products(x, bias)
     if len(widths) == 1:
@@ -97,8 +106,16 @@ def add_products_back(
         dx_TI.addmm_(dy_TO, w_OI)
 
 
-def joint_product(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
+def _not_in_fp8(x: Tensor | Rows) -> Tensor:
+    assert isinstance(x, Tensor), "an input in FP8 for a weight that is not"
+    return x
+
+
+def joint_product(x: Tensor | Rows, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias of all layers of a group side by side, [T, inputs] to [T, sum of widths]."""
+    if isinstance(weight, Fp8Weight):
+        return weight.joint(x, bias)
+    x = _not_in_fp8(x)
     return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.joint(x, bias)
 
 

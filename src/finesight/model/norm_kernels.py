@@ -10,19 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import PROGRAMS, Blocks, Drop, Ptr, folded, kept
+from finesight.model.fp8 import LEAST, MOST, Rows, room_for
+from finesight.model.fp8_kernels import factor_and_scale
+from finesight.model.lora_kernels import Blocks, Drop, Ptr, folded, kept
 
 RMS = Blocks(4, 0, 8, 1)
 """What was quickest on an H200; a program takes whole rows."""
 
+SUMS = 128
+"""Programs that each have a sum for the weight of a norm, which one program adds up for a column.
+"""
+
 
 @triton.jit(do_not_specialize=["rows"])
-def _added_norm(x: Ptr, y: Ptr, w: Ptr, b: Ptr, total: Ptr, n: Ptr, rows: int, width: int,
-                eps: float, is_centred: tl.constexpr, is_biased: tl.constexpr,
+def _added_norm(x: Ptr, y: Ptr, w: Ptr, b: Ptr, total: Ptr, n: Ptr, scales: Ptr, rows: int,
+                width: int, eps: float, most: float, least: float, is_centred: tl.constexpr,
+                is_biased: tl.constexpr, is_coded: tl.constexpr,
                 block_d: tl.constexpr) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, block_d)
     inside = d < width
-    at = tl.program_id(0).to(tl.int64) * width + d
+    at = row * width + d
     x_D = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     x_D += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     narrow_D = x_D.to(total.dtype.element_ty)
@@ -35,26 +43,42 @@ def _added_norm(x: Ptr, y: Ptr, w: Ptr, b: Ptr, total: Ptr, n: Ptr, rows: int, w
     n_D *= tl.load(w + d, mask=inside, other=0.0).to(tl.float32)
     if is_biased:
         n_D += tl.load(b + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(n + at, n_D, mask=inside)
+    if is_coded:
+        # The codes are those of the norm as it would be kept.
+        n_D = n_D.to(x.dtype.element_ty).to(tl.float32)
+        factor, scale = factor_and_scale(tl.max(tl.abs(n_D), 0), most, least)
+        n_D *= factor
+        tl.store(scales + row, scale)
+    tl.store(n + at, n_D.to(n.dtype.element_ty), mask=inside)
 
 
 def added_norm(
-    x_ND: Tensor, y_ND: Tensor, w_D: Tensor, b_D: Tensor | None, eps: float, *, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """x + y, and its layer norm (`centred`) or RMS norm."""
+    x_ND: Tensor,
+    y_ND: Tensor,
+    w_D: Tensor,
+    b_D: Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    coded: bool,
+) -> tuple[Tensor, Tensor | Rows]:
+    """x + y, and its layer norm (`centred`) or RMS norm, in FP8 if it is wanted `coded`."""
     rows, width = x_ND.shape
-    total_ND, n_ND = torch.empty_like(x_ND), torch.empty_like(x_ND)
+    total_ND = torch.empty_like(x_ND)
+    n = room_for(x_ND) if coded else torch.empty_like(x_ND)
+    to_ND, scales = n if isinstance(n, Rows) else (n, n)
     _added_norm[(rows,)](
-        x_ND, y_ND, w_D, w_D if b_D is None else b_D, total_ND, n_ND, rows, width, eps,
-        is_centred=centred, is_biased=b_D is not None,
-        block_d=triton.next_power_of_2(width), num_warps=4,
+        x_ND, y_ND, w_D, w_D if b_D is None else b_D, total_ND, to_ND, scales, rows, width, eps,
+        MOST, LEAST, is_centred=centred, is_biased=b_D is not None, is_coded=coded,
+        block_d=triton.next_power_of_2(width), num_warps=2,
     )  # fmt: skip
-    return total_ND, n_ND
+    return total_ND, n
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _rms(x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, scales: Ptr, rows: int, width: int, n_stride: int,
-         eps: float, seed: Ptr, salt: int, threshold: int, is_normed: tl.constexpr,
+def _rms(x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, codes: Ptr, sizes: Ptr, scales: Ptr, rows: int,
+         width: int, n_stride: int, eps: float, most: float, least: float, seed: Ptr, salt: int,
+         threshold: int, is_scaled: tl.constexpr, is_normed: tl.constexpr, is_coded: tl.constexpr,
          is_dropped: tl.constexpr, block_m: tl.constexpr,
          block_d: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
@@ -65,30 +89,44 @@ def _rms(x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, scales: Ptr, rows: int, width: in
     x_MD = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
     w_D = tl.load(w + d, mask=d < width, other=0.0).to(tl.float32)
-    n_MD = x_MD * scale_M[:, None] * w_D[None, :]
-    if is_normed:
+    n_MD = (x_MD * scale_M[:, None] * w_D[None, :]).to(x.dtype.element_ty)
+    if is_scaled:
         tl.store(scales + m, scale_M, mask=m < rows)
+    if is_normed:
         tl.store(n + at_M[:, None] * n_stride + d[None, :], n_MD, mask=inside)
     if is_dropped:
-        n_MD = tl.where(kept(seed, salt, m, d, threshold), n_MD, 0.0)
-        tl.store(dropped + at, n_MD, mask=inside)
+        kept_MD = kept(seed, salt, m, d, threshold)
+        tl.store(dropped + at, tl.where(kept_MD, n_MD, 0.0), mask=inside)
+    if is_coded:
+        wide_MD = n_MD.to(tl.float32)
+        factor_M, size_M = factor_and_scale(tl.max(tl.abs(wide_MD), 1), most, least)
+        tl.store(sizes + m, size_M, mask=m < rows)
+        tl.store(codes + at, (wide_MD * factor_M[:, None]).to(codes.dtype.element_ty), mask=inside)
 
 
 def rms_normed(
-    x_TD: Tensor, w_D: Tensor, eps: float, n_TD: Tensor | None, drop: Drop
+    x_TD: Tensor,
+    w_D: Tensor,
+    eps: float,
+    n_TD: Tensor | None,
+    drop: Drop,
+    coded: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n = x / sqrt(mean(x^2) + eps) w in `n_TD`, whose rows may lie apart, if it is wanted; returns
-    n with zeros for what is dropped, and what each row was multiplied by, [T] in fp32, if n was
-    wanted."""
+    """n = x / sqrt(mean(x^2) + eps) w in `n_TD`, whose rows may lie apart, and in FP8 in `coded`,
+    where these are wanted; returns n with zeros for what is dropped, and what each row was
+    multiplied by, [T] in fp32, if n was wanted."""
     rows, width = x_TD.shape
+    wanted = not (n_TD is None and coded is None)
     if n_TD is None and not drop.share:
         n_TD = torch.empty_like(x_TD)
-    scale_T = torch.empty(0 if n_TD is None else rows, dtype=torch.float32, device=x_TD.device)
+    scale_T = torch.empty(rows if wanted else 0, dtype=torch.float32, device=x_TD.device)
     dropped_TD = torch.empty_like(x_TD) if drop.share or n_TD is None else n_TD
     n = dropped_TD if n_TD is None else n_TD
+    codes, sizes = (scale_T, scale_T) if coded is None else coded
     _rms[(triton.cdiv(rows, RMS.rows),)](
-        x_TD, w_D, n, dropped_TD, scale_T, rows, width, n.stride(0), eps, *drop.told(x_TD)[:3],
-        is_normed=n_TD is not None, is_dropped=drop.share > 0.0, block_m=RMS.rows,
+        x_TD, w_D, n, dropped_TD, codes, sizes, scale_T, rows, width, n.stride(0), eps, MOST,
+        LEAST, *drop.told(x_TD)[:3], is_scaled=wanted, is_normed=n_TD is not None,
+        is_coded=coded is not None, is_dropped=drop.share > 0.0, block_m=RMS.rows,
         block_d=triton.next_power_of_2(width), num_warps=RMS.warps,
     )  # fmt: skip
     return dropped_TD, scale_T
@@ -125,7 +163,7 @@ def rms_back(
     place of `dn_TD`; where the weight is `learned`, its gradient, too."""
     rows, width = x_TD.shape
     # A program that sums up for the weight takes several rows: their sums have to be summed again.
-    per_program = triton.cdiv(rows, PROGRAMS) if learned else 1
+    per_program = triton.cdiv(rows, SUMS) if learned else 1
     programs = triton.cdiv(rows, max(1, per_program))
     dw_PD = torch.empty(programs if learned else 0, width, dtype=torch.float32, device=x_TD.device)
     _rms_back[(programs,)](

@@ -164,8 +164,8 @@ def test_a_norm_in_fp8_is_that_of_the_two_steps(
 def test_a_norm_of_the_decoder_in_fp8_is_that_of_the_two_steps(
     width: int, share: float, dtype: torch.dtype
 ) -> None:
-    from finesight.model import norm_kernels
-    from finesight.model.lora_kernels import Drop
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels.drop import Drop
 
     drop = Drop(torch.tensor([5], dtype=torch.int32, device="cuda"), 1, share, 1.0)
     x_TD = numbers((50, width), 3).to("cuda", dtype)

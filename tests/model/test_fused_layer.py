@@ -158,7 +158,7 @@ def test_norms_in_fp8_give_what_products_put_into_fp8_give(
 
 def test_drop_out_is_that_of_its_share_on_average() -> None:
     """The mean over many seeds is what comes without: of the output, where it is linear."""
-    from finesight.model import lora_kernels
+    from finesight.model.kernels import drop as drop_kernels
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
@@ -166,8 +166,8 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
     total = torch.zeros(300, 24, device=CUDA)
     for seed in range(400):
         seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        drop = lora_kernels.Drop(seeds, salt=5, share=0.25, times=1.0)
-        total += lora_kernels.dropped(x, drop).float() @ a.float().T / 0.75
+        drop = drop_kernels.Drop(seeds, salt=5, share=0.25, times=1.0)
+        total += drop_kernels.dropped(x, drop).float() @ a.float().T / 0.75
     exact = x.float() @ a.float().T
     # Of 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) of what a row and a column share.
     expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
@@ -179,16 +179,19 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
 def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
     """The mask is made anew for each use, by several kernels: a gradient of the adapter's input is
     zero exactly where its number was dropped."""
-    from finesight.model import gate_kernels, lora_kernels, norm_kernels
+    from finesight.model.kernels import drop as drop_kernels
+    from finesight.model.kernels import gate as gate_kernels
+    from finesight.model.kernels import lora as lora_kernels
+    from finesight.model.kernels import norm as norm_kernels
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
-    drop = lora_kernels.Drop(seeds, salt=1, share=0.4, times=1.0)
+    drop = drop_kernels.Drop(seeds, salt=1, share=0.4, times=1.0)
     ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
     eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
-    forth = lora_kernels.dropped(ones, drop)
+    forth = drop_kernels.dropped(ones, drop)
     assert torch.equal(forth, lora_kernels.lowered_back(torch.zeros_like(ones), ones, eye, drop))
     room = torch.empty(200, 192, device=CUDA, dtype=torch.bfloat16)
-    again = lora_kernels.dropped(ones, drop, room)
+    again = drop_kernels.dropped(ones, drop, room)
     assert torch.equal(again, forth)
     assert torch.equal(room[:, :128], ones)
     normed, _ = norm_kernels.rms_normed(ones, ones[0], 0.0, None, drop)
@@ -213,14 +216,14 @@ def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
 def test_masks_of_rows_columns_and_seeds_have_nothing_in_common() -> None:
     """Each mask beside its neighbours': as many numbers in common as chance gives, and no squares
     of rows and columns that go together."""
-    from finesight.model import lora_kernels
+    from finesight.model.kernels import drop as drop_kernels
 
     ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
 
     def mask(seed: int, salt: int) -> Tensor:
         seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        drop = lora_kernels.Drop(seeds, salt, share=0.5, times=1.0)
-        return lora_kernels.dropped(ones, drop).double() * 2 - 1
+        drop = drop_kernels.Drop(seeds, salt, share=0.5, times=1.0)
+        return drop_kernels.dropped(ones, drop).double() * 2 - 1
 
     own = mask(1, 0)
     spread = own.numel() ** -0.5

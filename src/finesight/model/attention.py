@@ -23,7 +23,7 @@ from finesight.model.runs import Runs, alike, padded, upload
 from finesight.model.short_attention import LONGEST, attend_short
 
 if KERNELS:
-    from finesight.model import attention_kernels
+    from finesight.model.kernels import attention as attention_kernels
 
 SHORT = 256
 """Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""

@@ -28,7 +28,7 @@ from finesight.model.fused import has_kernels, quick_gelu
 from finesight.model.rowwise import Fp8Matrix
 
 if KERNELS:
-    from finesight.model import fp8_kernels
+    from finesight.model.kernels import fp8 as fp8_kernels
 
 MULTIPLE = 16
 """Of which inputs and each layer's outputs have to be multiples: what tensor cores take."""

@@ -19,7 +19,7 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes."""
 
 if _TRITON:
-    from finesight.model import kernels
+    from finesight.model.kernels import elementwise
 
 
 def turn(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Turn(torch.autograd.Function):
 
 def _turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
     if has_kernels(x_THD):
-        return kernels.turned(x_THD, cos_T1D, sin_T1D, sign)
+        return elementwise.turned(x_THD, cos_T1D, sin_T1D, sign)
     straight_THD = x_THD * cos_T1D
     y_THD = x_THD.new_empty(x_THD.shape)
     halves = (x.chunk(2, dim=-1) for x in (straight_THD, x_THD, sin_T1D, y_THD))
@@ -112,7 +112,7 @@ class _QuickGelu(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD)
         # silu(a x) / a is the same with less traffic, but rounds a x where it matters in 16 bits.
-        return kernels.quick_gelu(x_TD) if has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
+        return elementwise.quick_gelu(x_TD) if has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +132,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate_TD: Tensor, up_TD: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TD, up_TD)
         if has_kernels(gate_TD):
-            return kernels.gated(gate_TD, up_TD)
+            return elementwise.gated(gate_TD, up_TD)
         return F.silu(gate_TD).mul_(up_TD)
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_TD, up_TD = ctx.saved_tensors
         if has_kernels(gate_TD):
-            return kernels.gated_back(gate_TD, up_TD, dy_TD)
+            return elementwise.gated_back(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
 

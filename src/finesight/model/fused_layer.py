@@ -29,9 +29,13 @@ from finesight.model.rope import Rotation
 from finesight.model.wide import Wide, joined_of
 
 if KERNELS:
-    from finesight.model import gate_kernels, lora_kernels, norm_kernels, turn_kernels
-    from finesight.model.lora_kernels import Drop
-    from finesight.model.turn_kernels import Heads
+    from finesight.model.kernels import drop as drop_kernels
+    from finesight.model.kernels import gate as gate_kernels
+    from finesight.model.kernels import lora as lora_kernels
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels import turn as turn_kernels
+    from finesight.model.kernels.drop import Drop
+    from finesight.model.kernels.turn import Heads
 
 MOST_RANKS = 128
 """Of an adapter that the kernels' sums have room for."""
@@ -267,7 +271,7 @@ class _Leave(torch.autograd.Function):
         o_TJ, low_o = o_TI, None
         if out_a is not None:
             o_TJ = o_TI.new_empty(len(o_TI), o_TI.shape[1] + out.room)
-            d_TI = lora_kernels.dropped(o_TI, fixed.out_drop, o_TJ)
+            d_TI = drop_kernels.dropped(o_TI, fixed.out_drop, o_TJ)
             low_o = _lowered(d_TI, out_a, fixed.out_drop, o_TJ)
             del d_TI
         x_TD = out.added(x_TD, o_TJ, low_o)
@@ -315,7 +319,7 @@ class _Leave(torch.autograd.Function):
         dout_b = out.up_grads(dx_TD, low_o)
         dout_a = None
         if dlow_o is not None:
-            d_TI = lora_kernels.dropped(o_TI, fixed.out_drop) if fixed.out_drop.share else o_TI
+            d_TI = drop_kernels.dropped(o_TI, fixed.out_drop) if fixed.out_drop.share else o_TI
             dout_a = _down_grad(d_TI, dlow_o, out_a, fixed.out_drop)
             del d_TI
             do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)

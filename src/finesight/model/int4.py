@@ -21,7 +21,9 @@ from finesight.model.lora import hub_name
 from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
-    from finesight.model import int4_kernels, tile_kernels, word_kernels
+    from finesight.model.kernels import int4 as int4_kernels
+    from finesight.model.kernels import tile as tile_kernels
+    from finesight.model.kernels import word as word_kernels
 
 ROUNDED_GROUP = 64
 """Inputs that share a scale and a zero where they are rounded here."""

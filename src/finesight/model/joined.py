@@ -21,7 +21,7 @@ from finesight.model.linear import GroupedLinear
 from finesight.model.runs import upload
 
 if KERNELS:
-    from finesight.model import lora_kernels
+    from finesight.model.kernels import lora as lora_kernels
 
 _MULTIPLE = 64
 """Of which the columns are a multiple: tensor cores read rows that begin at multiples of 16 bytes,

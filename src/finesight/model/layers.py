@@ -25,7 +25,9 @@ from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
 
 if KERNELS:
-    from finesight.model import gate_kernels, norm_kernels, turn_kernels
+    from finesight.model.kernels import gate as gate_kernels
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels import turn as turn_kernels
 
 
 ALIGNED = 8

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Ptr
+from finesight.model.kernels.programs import Ptr
 
 _BLOCK, _WARPS = 4096, 8
 """Words that a program takes at once, and its warps."""

@@ -1,6 +1,6 @@
 """Triton kernels of norms, with what is added before or after them.
 
-Sums are fp32. Shapes: N or T rows, D width. Imported only where Triton is.
+Sums are fp32. Shapes: N or T rows, D width.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.fp8 import LEAST, MOST, Rows, room_for
-from finesight.model.fp8_kernels import factor_and_scale
-from finesight.model.lora_kernels import Blocks, Drop, Ptr, folded, kept
+from finesight.model.kernels.drop import Drop, kept
+from finesight.model.kernels.fp8 import factor_and_scale
+from finesight.model.kernels.programs import Blocks, Ptr, folded
 
 RMS = Blocks(4, 0, 8, 1)
 """What was quickest on an H200; a program takes whole rows."""

@@ -3,7 +3,7 @@ back: the turn of queries and keys by their positions (see `model.rope`).
 
 Both halves of a head turn by the same angles: one half of the cosines, and of the sines the one
 without the minus, is read. Shapes: T rows, E columns of the joint product (queries, keys, values),
-H query heads, K key heads, D numbers of a head. Imported only where Triton is.
+H query heads, K key heads, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, Ptr
+from finesight.model.kernels.programs import Blocks, Ptr
 
 TURN = Blocks(8, 8, 2, 2)
 """Rows and heads that a program takes; what was quickest on an H200."""

@@ -2,7 +2,7 @@
 
 Each does in one pass what its eager twin in `model.fused` does in several, and rounds to 16 bits
 wherever the twin does: the results are the same but for the order of additions that the compiler
-may fuse. Triton comes with torch's builds for CUDA; this file is imported only where it is.
+may fuse.
 
 Shapes: T tokens or patches, H heads, D numbers of a head; E numbers of any shape, end to end.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
-WARPS = 4
+_WARPS = 4
 _BLOCK = 4096
 """Numbers that one program of an elementwise kernel takes."""
 
@@ -51,7 +51,7 @@ def turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tens
     _turn[(tokens,)](
         x_THD, y_THD, cos_T1D, sin_T1D, x_THD.stride(0), x_THD.stride(1), heads, half, sign,
         round_first=cos_T1D.dtype == x_THD.dtype, block_h=blocks[0], block_f=blocks[1],
-        num_warps=WARPS,
+        num_warps=_WARPS,
     )  # fmt: skip
     return y_THD
 

@@ -3,7 +3,7 @@ arXiv:2307.08691): the general kernels are made for segments of thousands of tok
 of their tiles empty where a picture and its caption are 140.
 
 Grouped key heads are read, and their gradients summed, as they are. Sums are fp32. Shapes: T rows,
-H query heads, K key heads, D numbers of a head, S segments. Imported only where Triton is.
+H query heads, K key heads, D numbers of a head, S segments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, Ptr
+from finesight.model.kernels.programs import Blocks, Ptr
 
 FORTH = Blocks(64, 32, 4, 3)
 BACK_Q = Blocks(64, 32, 4, 3)

@@ -3,7 +3,6 @@
 A row is read once where a program's registers hold it, else twice, the second time from the cache.
 
 Shapes: T rows, I numbers of one, or as many of its first as a power of two, J those left of it.
-Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels import quick_gelu_of
+from finesight.model.kernels.elementwise import quick_gelu_of
 
 _IN_REGISTERS = 16384
 """Longest row that one program holds."""

@@ -2,7 +2,7 @@
 and back: each wide tensor is read once each way.
 
 Sums are fp32. Shapes: T rows, F inner width, R ranks, J columns of an input and of what is joined
-to it, C chunks. Imported only where Triton is.
+to it, C chunks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import (
+from finesight.model.kernels.drop import Drop, kept
+from finesight.model.kernels.programs import (
     PROGRAMS,
     Blocks,
-    Drop,
     Ptr,
     folded,
-    kept,
     rank_block,
     rows_of_chunk,
 )

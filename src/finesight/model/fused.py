@@ -20,6 +20,8 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 if _TRITON:
     from finesight.model.kernels import elementwise
+    from finesight.model.kernels import gate as gate_kernels
+    from finesight.model.kernels.drop import UNDROPPED
 
 
 def turn(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -39,6 +41,13 @@ def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     """silu(gate) up (Shazeer 2020)."""
     y_TD: Tensor = _Gated.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def gated_jointly(both_TF2: Tensor, room: int) -> Tensor:
+    """`gated` of what lies side by side, gate before up, with so many zeros behind each row. Only
+    where there are kernels; what is given is overwritten on the way back."""
+    y_TJ: Tensor = _GatedJointly.apply(both_TF2, room)  # type: ignore[no-untyped-call]
+    return y_TJ
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -143,6 +152,24 @@ class _Gated(torch.autograd.Function):
             return elementwise.gated_back(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
+
+
+class _GatedJointly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both_TF2: Tensor, room: int) -> Tensor:
+        ctx.save_for_backward(both_TF2)
+        ctx.gone = False
+        y_TJ, _ = gate_kernels.gated_low(both_TF2, None, UNDROPPED, room)
+        return y_TJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TJ: Tensor) -> tuple[Tensor, None]:
+        (both_TF2,) = ctx.saved_tensors
+        assert not ctx.gone, "a second way back"
+        ctx.gone = True
+        dy_TF = dy_TJ[:, : both_TF2.shape[1] // 2]
+        return gate_kernels.gated_low_back(both_TF2, None, dy_TF, None, UNDROPPED).both_TF2, None
 
 
 class RmsNormed(torch.autograd.Function):

@@ -18,14 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from finesight.model.attention import Segments, attend
 from finesight.model.fp8 import Rows, quantised
 from finesight.model.frozen import KERNELS
-from finesight.model.fused import gated, has_kernels, rms_norm
+from finesight.model.fused import gated, gated_jointly, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.joined import joined
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
 
 if KERNELS:
-    from finesight.model.kernels import gate as gate_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import turn as turn_kernels
 
@@ -119,31 +118,32 @@ class GatedMlp(FeedForward):
 
     def forward(self, x_TD: Tensor | Rows) -> Tensor:
         """[T, width] to [T, width]."""
-        odd = self.down_proj.inputs % ALIGNED and not torch.is_grad_enabled()
-        if odd and isinstance(x_TD, Tensor) and has_kernels(x_TD) and self._is_frozen:
+        odd = self.down_proj.inputs % ALIGNED != 0 and self._is_dense
+        if odd and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._aligned(x_TD)
         gate, up = self.gate_up_proj(x_TD)
         return only(self.down_proj(gated(gate, up)))
 
     @property
-    def _is_frozen(self) -> bool:
-        """Whether it is three frozen matrices and nothing more."""
+    def _is_dense(self) -> bool:
+        """Whether it is three matrices and nothing more."""
         groups = self.gate_up_proj, self.down_proj
-        return all(
-            isinstance(group.weight, nn.Parameter)
-            and not group.weight.requires_grad
-            and group.adapter is None
-            for group in groups
-        )
+        return all(isinstance(g.weight, nn.Parameter) and g.adapter is None for g in groups)
 
     def _aligned(self, x_TD: Tensor) -> Tensor:
-        """Without a way back, for an inner width whose rows do not begin where tensor cores read
-        quickly: Qwen2.5-VL's tower has 3420."""
-        down, gate_up = joined(self.down_proj).weight_OJ, self.gate_up_proj
-        both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)  # type: ignore[arg-type]
-        room = down.shape[1] - self.down_proj.inputs
-        h_TJ, _ = gate_kernels.gated_low(both_TF2, None, gate_kernels.UNDROPPED, room)
-        return F.linear(h_TJ, down, self.down_proj.bias)
+        """For an inner width whose rows do not begin where tensor cores read quickly: Qwen2.5-VL's
+        tower has 3420."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        assert isinstance(gate_up.weight, nn.Parameter), "three matrices"
+        assert isinstance(down.weight, nn.Parameter), "three matrices"
+        both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)
+        if down.weight.requires_grad:
+            # What learns lies among other masters, and is copied.
+            down_DJ = F.pad(down.weight, (0, -down.inputs % ALIGNED))
+        else:
+            down_DJ = joined(down).weight_OJ
+        h_TJ = gated_jointly(both_TF2, down_DJ.shape[1] - down.inputs)
+        return F.linear(h_TJ, down_DJ, down.bias)
 
 
 class PatchEmbed(nn.Module):

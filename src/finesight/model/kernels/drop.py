@@ -33,6 +33,9 @@ class Drop(NamedTuple):
         return seed_1, self.salt, round(self.share * 2**32) - 2**31, self.times
 
 
+UNDROPPED = Drop(None, 0, 0.0, 1.0)
+
+
 @triton.jit
 def mixed(x: tl.tensor) -> tl.tensor:
     """A 32-bit number whose bits all depend on all bits of `x` (lowbias32 of C. Wellons)."""

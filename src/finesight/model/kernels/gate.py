@@ -28,9 +28,6 @@ GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
 """What was quickest on an H200."""
 
 
-UNDROPPED = Drop(None, 0, 0.0, 1.0)
-
-
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
 def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks: int,
           h_stride: int, per_chunk: int, seed: Ptr, salt: int, threshold: int, times: float,

@@ -2,12 +2,13 @@
 
     python benchmarks/one_card.py CONFIGS --work DIR --out FILE [--only "NAME;..."] [--steps 20]
 
-CONFIGS holds folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct and
-Qwen2.5-VL-7B-Instruct; the model of 32B is the latter with the sizes that are published for it.
+CONFIGS holds folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct,
+Qwen2.5-VL-3B-Instruct and Qwen2.5-VL-7B-Instruct; the model of 32B is the last with the sizes that
+are published for it.
 Weights are drawn at random, written to DIR and deleted after their runs. Of the 32B those of the
 first layers are drawn, the others are zeros that take no room on the disk: they cost the same time
 and memory. Every run is a real `finesight train` of drawn scenes, whose questions are made so long
-that a sample has --tokens of its case; the picture's features are made anew in every step.
+that a sample has the tokens of its case; the picture's features are made anew in every step.
 `gb` is the most that was allocated in it, in 10^9 bytes.
 """
 
@@ -56,6 +57,7 @@ class Case:
 
 
 SEVEN, TWO = "Qwen2.5-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"
+THREE = "Qwen2.5-VL-3B-Instruct"
 CASES = (
     Case("7B LoRA", SEVEN, 644, 829, 16, (LORA,)),
     Case("7B LoRA FP8", SEVEN, 644, 829, 16, (LORA, "tune.fp8=[language,vision]")),
@@ -67,6 +69,7 @@ CASES = (
         *(TWO, 280, 200, 8),
         (*ALL, "train.recompute=true", "train.optimizer=adamw8bit"),
     ),
+    Case("3B full", THREE, 196, 130, 8, ALL),
     Case("32B QLoRA", "32B", 644, 1024, 1, (LORA, FEW_BITS, "train.recompute=true")),
 )
 

@@ -4,12 +4,11 @@
 
 CONFIGS holds folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct,
 Qwen2.5-VL-3B-Instruct and Qwen2.5-VL-7B-Instruct; the model of 32B is the last with the sizes that
-are published for it.
-Weights are drawn at random, written to DIR and deleted after their runs. Of the 32B those of the
-first layers are drawn, the others are zeros that take no room on the disk: they cost the same time
-and memory. Every run is a real `finesight train` of drawn scenes, whose questions are made so long
-that a sample has the tokens of its case; the picture's features are made anew in every step.
-`gb` is the most that was allocated in it, in 10^9 bytes.
+are published for it. Weights are drawn at random, written to DIR and deleted after their runs. Of
+the 32B those of the first layers are drawn, the others are zeros that take no room on the disk:
+they cost the same time and memory. Every run is a real `finesight train` of drawn scenes, whose
+questions are made so long that a sample has the tokens of its case; the picture's features are made
+anew in every step. `gb` is the most that was allocated in it, in 10^9 bytes.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@
 --configs holds a folder of configuration and tokenizer files for each model (Qwen2-VL-2B-Instruct,
 Qwen2.5-VL-3B-Instruct, Qwen2.5-VL-7B-Instruct); the weights are drawn at random, which costs the
 same time and memory as trained ones. --model-folder takes one existing model for all recipes
-instead, to rehearse; --set changes a setting of all. --data holds captions/, grounding/ and latex_ocr/ with a JSONL table and
-pictures each. Every recipe is stopped by SIGTERM at half of its steps and resumed in a new
-process; loss, speed and memory are read from the run's own metrics.jsonl.
+instead, to rehearse; --set changes a setting of all. --data holds captions/, grounding/ and
+latex_ocr/ with a JSONL table and pictures each. Every recipe is stopped by SIGTERM at half of its
+steps and resumed in a new process; loss, speed and memory are read from the run's own
+metrics.jsonl.
 """
 
 from __future__ import annotations

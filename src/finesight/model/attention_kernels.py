@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, Ptr
+from finesight.model.kernel_sizes import Blocks
+from finesight.model.lora_kernels import Ptr
 
 FORTH = Blocks(64, 32, 4, 3)
 BACK_Q = Blocks(64, 32, 4, 3)

@@ -14,19 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import (
-    PROGRAMS,
-    Blocks,
-    Drop,
-    Ptr,
-    folded,
-    kept,
-    rank_block,
-    rows_of_chunk,
-)
-
-GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
-"""What was quickest on an H200."""
+from finesight.model.kernel_sizes import GATE, GATE_BACK, columns_of_chunk, rows_of_chunk
+from finesight.model.lora_kernels import Drop, Ptr, folded, kept, rank_block
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
@@ -71,9 +60,7 @@ def gated_low(
     rows, width = len(both_TF2), both_TF2.shape[1] // 2
     h_TJ = both_TF2.new_empty(rows, width + room)
     ranks, tile = 1 if a_RF is None else len(a_RF), GATE
-    tall = triton.cdiv(rows, tile.rows)
-    chunks = max(1, min(PROGRAMS // max(1, tall), triton.cdiv(width, 4 * tile.columns)))
-    per_chunk = triton.cdiv(triton.cdiv(width, chunks), tile.columns) * tile.columns
+    tall, per_chunk = triton.cdiv(rows, tile.rows), columns_of_chunk(rows, width, tile)
     chunks = triton.cdiv(width, per_chunk)
     partial_CTR = h_TJ.new_empty(chunks, rows, ranks, dtype=torch.float32)
     _gate[(tall, chunks)](

@@ -25,6 +25,11 @@ _ROOM = 64
 multiples of 128 bytes."""
 
 
+def room(ranks: int) -> int:
+    """Columns beside a weight for so many ranks."""
+    return -(-ranks // _ROOM) * _ROOM
+
+
 class Beside(NamedTuple):
     """An up-projection [O, R], the rows of its layer and the columns of its ranks."""
 
@@ -47,7 +52,7 @@ class Joined:
     @torch.no_grad()
     def __init__(self, weight: nn.Parameter, ranks: int, beside: Sequence[Beside]) -> None:
         outputs, inputs = weight.shape
-        self.weight_OJ = weight.new_zeros(outputs, inputs + -(-ranks // _ROOM) * _ROOM)
+        self.weight_OJ = weight.new_zeros(outputs, inputs + room(ranks))
         self.weight_OJ[:, :inputs] = weight
         weight.data = self.weight_OJ[:, :inputs]
         self.pairs: list[Pair] = []

@@ -14,18 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finesight.model.kernel_sizes import Blocks
+
 Ptr: TypeAlias = tl.tensor
 """Where a tensor begins, as a kernel sees it."""
-
-
-class Blocks(NamedTuple):
-    """How a kernel's programs share the work: rows and columns of a tile, warps, and tiles that are
-    loaded ahead."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
 
 
 LOWERED_BACK = Blocks(64, 64, 4, 2)
@@ -165,16 +157,6 @@ def laid(table_P5: Tensor, most_rows: int, most_columns: int, kind: Tensor) -> N
     _laid[(len(table_P5), triton.cdiv(most_rows, 64))](
         table_P5, kind, block_m=64, block_n=rank_block(most_columns), num_warps=8
     )
-
-
-PROGRAMS = 2048
-"""Of a kernel that fill a large card."""
-
-
-def rows_of_chunk(rows: int, beside: int) -> int:
-    """Rows that one of a kernel's programs takes, where `beside` of them take each row."""
-    chunks = max(1, min(PROGRAMS // beside, triton.cdiv(rows, 64)))
-    return max(1, int(triton.cdiv(triton.cdiv(rows, chunks), 64))) * 64
 
 
 @triton.jit

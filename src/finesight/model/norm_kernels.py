@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import PROGRAMS, Blocks, Drop, Ptr, folded, kept
+from finesight.model.kernel_sizes import PROGRAMS, Blocks
+from finesight.model.lora_kernels import Drop, Ptr, folded, kept
 
 RMS = Blocks(4, 0, 8, 1)
 """What was quickest on an H200; a program takes whole rows."""

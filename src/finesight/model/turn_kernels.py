@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.lora_kernels import Blocks, Ptr
+from finesight.model.kernel_sizes import Blocks
+from finesight.model.lora_kernels import Ptr
 
 TURN = Blocks(8, 8, 2, 2)
 """Rows and heads that a program takes; what was quickest on an H200."""

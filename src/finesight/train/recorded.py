@@ -43,13 +43,18 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, batch: PackedBatch, places: int) -> Kind:
-        """That of this pack, with room for at least one token of nothing."""
+        """That of this pack."""
+        return cls.around(batch.lengths, places, len(batch.predict_L))
+
+    @classmethod
+    def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
+        """That of a pack of these sequences, with room for at least one token of nothing."""
         return cls(
-            tokens=_up(len(batch.ids_T) + 1, EVEN),
-            sequences=_up(len(batch.lengths) + 1, 8),
-            longest=_up(max(batch.lengths), EVEN),
+            tokens=_up(sum(lengths) + 1, EVEN),
+            sequences=_up(len(lengths) + 1, 8),
+            longest=_up(max(lengths), EVEN),
             places=_up(places, 4 * EVEN),
-            labels=_up(len(batch.predict_L), EVEN),
+            labels=_up(labels, EVEN),
         )
 
 
@@ -113,6 +118,11 @@ class Held:
         self.seed_1.random_(2**31 - 1)
 
 
+def pays(tokens: int, labels: int, recompute: float) -> bool:
+    """Whether a pack of so many, the features of its pictures known, is quicker as a recording."""
+    return not recompute and tokens <= MOST_TOKENS and labels > 0
+
+
 def _recordable(model: AnyModel, device: torch.device) -> bool:
     """Whether nothing in a pass waits for the device, and attention takes its segments' lengths
     from there: those of a recording are not the pack's."""
@@ -174,10 +184,8 @@ class Passes:
             return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
-        if self._model.recompute:
-            return False
         known = features_MKD is not None or not batch.grids
-        return known and len(batch.ids_T) <= MOST_TOKENS and len(batch.target_L) > 0
+        return known and pays(len(batch.ids_T), len(batch.target_L), self._model.recompute)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)

@@ -17,6 +17,7 @@ from finesight.plan.activations import Activations, Moment
 from finesight.plan.kept import WIDE, Computing
 from finesight.plan.load import Load
 from finesight.train.adamw import MOST as STEPPED
+from finesight.train.gradients import LARGE
 from finesight.train.moments import BLOCK
 from finesight.train.muon import MOST as TURNED
 from finesight.train.optimizer import Group, Masters
@@ -43,17 +44,23 @@ FULL = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Bytes that stay from the first step to the last. `masters` are what fp32 masters take beside
-    the weights; `sums` come to the gradients where a step has several packs; `stepping` is what the
-    optimiser's step works with for a moment. `numbers` learn."""
+    """Bytes that stay from the first step to the last, and `stepping`, what the optimiser's step
+    works with for a moment. `masters` are what fp32 masters take beside the weights; `numbers`
+    learn.
+
+    Sums of gradients are there `always`, or, for `sums`, where a step has several packs. `taken`
+    are ids of parameters whose gradients go into their sums as soon as they come, with one pack in
+    a step and with several.
+    """
 
     numbers: int
     weights: int
     masters: int
-    gradients: int
+    always: int
     sums: int
     moments: int
     stepping: int
+    taken: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +99,24 @@ def standing(model: VisionLanguageModel, train: Train, computing: Computing) -> 
     ).groups
     tensors = [*model.parameters(), *model.buffers()]
     numbers = sum(len(group.masters) for group in groups)
-    always = sum(len(group.masters) for group in groups if _sums_always(group, train))
+    always = [group for group in groups if _sums_always(group, train)]
+    summed = sum(len(group.masters) for group in always)
     rests = [group.masters.rest_E for group in groups]
     return Standing(
         numbers=numbers,
         weights=sum(tensor.nbytes for tensor in tensors),
         masters=sum(rest_E.nbytes for rest_E in rests if rest_E is not None),
-        gradients=computing.number * numbers + WIDE * always,
-        sums=WIDE * (numbers - always),
+        always=WIDE * summed,
+        sums=WIDE * (numbers - summed),
         moments=sum(_moments(group, train) for group in groups),
         stepping=max(_stepping(group, train, computing) for group in groups),
+        taken=(_taken(always), _taken(groups)),
     )
+
+
+def _taken(groups: Iterable[Group]) -> frozenset[int]:
+    pieces = (piece for group in groups for piece in group.pieces)
+    return frozenset(id(p.parameter) for p in pieces if p.parameter.numel() >= LARGE)
 
 
 def _sums_always(group: Group, train: Train) -> bool:
@@ -138,16 +152,17 @@ def peak_of(
 ) -> Peak:
     """The fullest moment over these packs, of which a step has `several` or one; `patch_bytes` are
     those of a patch on its way to the tower."""
-    fullest, inputs = Moment(kept=0, working=stays.stepping), 0
+    come = activations.come(stays.taken[several])
+    fullest, inputs = Moment(kept=0, working=stays.stepping, gradients=come.at_end), 0
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
-        for moment in activations.moments(load):
+        for moment in activations.moments(load, come):
             if moment.in_all + brought > fullest.in_all + inputs:
                 fullest, inputs = moment, brought
     return Peak(
-        weights=stays.weights,
+        weights=stays.weights + activations.stays,
         masters=stays.masters,
-        gradients=stays.gradients + (stays.sums if several else 0),
+        gradients=fullest.gradients + stays.always + (stays.sums if several else 0),
         moments=stays.moments,
         activations=fullest.kept,
         working=fullest.working,

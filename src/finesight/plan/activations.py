@@ -28,6 +28,7 @@ from finesight.plan.kept import (
 )
 from finesight.plan.load import Load
 from finesight.plan.merger import of_merger, turned_in
+from finesight.plan.recorded import Recording, recording
 from finesight.plan.stack import Place, Stack
 from finesight.train.loss import LOGITS_BYTES
 
@@ -52,7 +53,7 @@ class Activations:
     """Of one model as it is tuned; it needs no numbers, and may be on the meta device."""
 
     def __init__(self, model: VisionLanguageModel, computing: Computing, recompute: float) -> None:
-        self._model, self._computing = model, computing
+        self._model, self._computing, self._recompute = model, computing, recompute
         visual, decoder = model.visual, model.model
         self._sees = visual.trains
         inside = {id(p) for part in (visual.blocks, *_mergers(visual)) for p in part.parameters()}
@@ -69,6 +70,10 @@ class Activations:
         tower = self._model.visual
         merged = sum(turned_in(merger, self._sees) for merger in _mergers(tower))
         return self._layers.stays + self._blocks.stays + merged
+
+    def recording(self, load: Load) -> Recording | None:
+        """That which a run learns from this pack by, if any."""
+        return recording(self._model, self._computing, self._recompute, load)
 
     def looking(self, load: Load) -> Moment:
         """The tower's fullest moment on the way forward, as far as it learns with what it keeps."""

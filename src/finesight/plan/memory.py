@@ -7,7 +7,7 @@ within a pack (`plan.activations`), or within the optimiser's step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from finesight.config import Train
 from finesight.model.lora import stacked
@@ -21,6 +21,7 @@ from finesight.train.gradients import LARGE
 from finesight.train.moments import BLOCK
 from finesight.train.muon import MOST as TURNED
 from finesight.train.optimizer import Group, Masters
+from finesight.train.recorded import MOST_KINDS, Kind
 
 STEPPED_BYTES = 20
 """Bytes of a number while AdamW steps it without a kernel (`train.adamw`)."""
@@ -154,20 +155,48 @@ def peak_of(
     those of a patch on its way to the tower."""
     come = activations.come(stays.taken[several])
     fullest, inputs = Moment(kept=0, working=stays.stepping, gradients=come.at_end), 0
+    recordings = _Recordings(activations)
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
-        for moment in activations.moments(load, come):
+        for moment in recordings.moments(load) or activations.moments(load, come):
             if moment.in_all + brought > fullest.in_all + inputs:
                 fullest, inputs = moment, brought
     return Peak(
         weights=stays.weights + activations.stays,
         masters=stays.masters,
-        gradients=fullest.gradients + stays.always + (stays.sums if several else 0),
+        gradients=fullest.gradients
+        + recordings.gradients
+        + stays.always
+        + (stays.sums if several else 0),
         moments=stays.moments,
         activations=fullest.kept,
         working=fullest.working,
         logits=fullest.logits,
-        inputs=inputs,
-        libraries=LIBRARIES if computing.cuda else PROCESS,
-        outside=CONTEXT if computing.cuda else 0,
+        inputs=inputs + sum(recordings.rooms.values()),
+        libraries=(LIBRARIES if computing.cuda else PROCESS) * (2 if recordings.rooms else 1),
+        outside=(CONTEXT if computing.cuda else 0) + recordings.pool,
     )
+
+
+class _Recordings:
+    """Of packs: `rooms` by kind, the `gradients` that recordings leave theirs in, and their own
+    memory (`pool`), which nothing else may use: no figure of what is allocated has it."""
+
+    def __init__(self, activations: Activations) -> None:
+        self._activations = activations
+        self._come = activations.come()
+        self.rooms: dict[Kind, int] = {}
+        self.gradients = self.pool = 0
+
+    def moments(self, load: Load) -> list[Moment]:
+        """Of a pack that is recorded, while it is; of another none."""
+        found = self._activations.recording(load)
+        if found is None or (found.kind not in self.rooms and len(self.rooms) == MOST_KINDS):
+            return []
+        self.rooms[found.kind] = found.room
+        self.gradients = self._come.at_end
+        features = self._activations.features(load)
+        within = [*self._activations.moments(found.load, self._come)]
+        self.pool = max(self.pool, *(moment.in_all for moment in within))
+        there = [replace(moment, kept=moment.kept + features) for moment in within]
+        return [*there, self._activations.looking(load)] if load.patches else there

@@ -87,10 +87,11 @@ def test_a_recording_has_its_own_memory_and_gradients(batch: PackedBatch) -> Non
     found = peak(model, [load], 0.0)
     within = found.activations + found.working + found.logits + found.gradients - learning
     assert found.gradients >= learning
-    assert found.outside - CONTEXT == pytest.approx(within, rel=0.1)
+    assert found.recordings == pytest.approx(within, rel=0.1)
+    assert found.allocated == found.in_all - found.recordings - CONTEXT
     assert found.libraries == 2 * LIBRARIES
     launched = peak(model, [load], 1.0)
-    assert (launched.outside, launched.libraries) == (CONTEXT, LIBRARIES)
+    assert (launched.recordings, launched.libraries) == (0, LIBRARIES)
 
 
 def test_later_kinds_are_launched(batch: PackedBatch) -> None:
@@ -99,4 +100,4 @@ def test_later_kinds_are_launched(batch: PackedBatch) -> None:
     another = Load((MOST_TOKENS - 64,), (), 10)
     few, many = peak(model, kinds, 0.0), peak(model, [*kinds, another], 0.0)
     assert many.activations > 2 * few.activations
-    assert many.outside == few.outside
+    assert many.recordings == few.recordings

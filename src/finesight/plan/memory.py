@@ -66,7 +66,8 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The fullest moment, in bytes. `outside` is what no run's own figure counts."""
+    """The fullest moment, in bytes. No run's own figure counts `outside`, which is CUDA's own, nor
+    `recordings`: memory that is set aside for these, and counted only while they are made."""
 
     weights: int
     masters: int
@@ -77,12 +78,13 @@ class Peak:
     logits: int
     inputs: int
     libraries: int
+    recordings: int
     outside: int
 
     @property
     def allocated(self) -> int:
         """What a run says of itself (`memory_gb` of metrics.jsonl)."""
-        return self.in_all - self.outside
+        return self.in_all - self.outside - self.recordings
 
     @property
     def in_all(self) -> int:
@@ -174,7 +176,8 @@ def peak_of(
         logits=fullest.logits,
         inputs=inputs + sum(recordings.rooms.values()),
         libraries=(LIBRARIES if computing.cuda else PROCESS) * (2 if recordings.rooms else 1),
-        outside=(CONTEXT if computing.cuda else 0) + recordings.pool,
+        recordings=recordings.pool,
+        outside=CONTEXT if computing.cuda else 0,
     )
 
 

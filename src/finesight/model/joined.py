@@ -28,6 +28,11 @@ _MULTIPLE = 64
 and quickest where of 128."""
 
 
+def room(inputs: int, ranks: int) -> int:
+    """Columns beside a weight of so many inputs for so many ranks."""
+    return -(-(inputs + ranks) // _MULTIPLE) * _MULTIPLE - inputs
+
+
 class Beside(NamedTuple):
     """An up-projection [O, R], the rows of its layer and the columns of its ranks."""
 
@@ -50,8 +55,7 @@ class Joined:
     @torch.no_grad()
     def __init__(self, weight: nn.Parameter, ranks: int, beside: Sequence[Beside]) -> None:
         outputs, inputs = weight.shape
-        columns = -(-(inputs + ranks) // _MULTIPLE) * _MULTIPLE
-        self.weight_OJ = weight.new_zeros(outputs, columns)
+        self.weight_OJ = weight.new_zeros(outputs, inputs + room(inputs, ranks))
         self.weight_OJ[:, :inputs] = weight
         weight.data = self.weight_OJ[:, :inputs]
         self.pairs: list[Pair] = []

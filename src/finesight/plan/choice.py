@@ -13,6 +13,7 @@ from finesight.plan.load import Load, packed
 from finesight.plan.memory import FULL, Peak, peak_of
 from finesight.plan.model import Sized
 from finesight.plan.seconds import StepTime
+from finesight.train.recorded import MOST_KINDS, Kind
 from finesight.train.survey import Glance
 
 SENSIBLE = 4096
@@ -71,10 +72,12 @@ class Steps:
         return max(sum(sample.tokens for sample in step) for step in self._steps)
 
     def fullest(self, budget: int) -> list[Load]:
-        """Packs that may take the most memory: the largest by each size, and by all together."""
+        """Packs that may take the most memory: the first of each kind that a run may record, the
+        largest by each size, and by all together."""
         if budget not in self._fullest:
             packs = [packed(step, budget) for step in self._steps]
-            self._fullest[budget] = list(_largest([load for step in packs for load in step]))
+            loads = [load for step in packs for load in step]
+            self._fullest[budget] = [*_kinds(loads), *_largest(loads)]
             self._several[budget] = any(len(step) > 1 for step in packs)
         return self._fullest[budget]
 
@@ -87,6 +90,15 @@ class Steps:
         """Steps for timing."""
         every = math.ceil(len(self._steps) / TIMED)
         return [packed(step, budget) for step in self._steps[::every]]
+
+
+def _kinds(loads: Sequence[Load]) -> list[Load]:
+    found: dict[Kind, Load] = {}
+    for load in loads:
+        found.setdefault(Kind.around(load.lengths, load.patches, load.supervised), load)
+        if len(found) == MOST_KINDS:
+            break
+    return list(found.values())
 
 
 def _largest(loads: Sequence[Load]) -> Iterator[Load]:

@@ -1,7 +1,8 @@
 """What layers keep for the backward pass, in bytes for each row: one function a kind of layer.
 
-This is the one place that knows it. Whoever makes a layer keep other tensors changes its function
-here; tests/plan/test_kept.py counts what autograd really saves.
+This is the one place that knows it, but for layers in few kernels (`plan.fused_layer`). Whoever
+makes a layer keep other tensors changes its function here; tests/plan/test_kept.py counts what
+autograd really saves.
 
 A gradient `reaches` a layer where something before it learns. Rows are tokens or patches.
 """
@@ -16,13 +17,14 @@ import torch
 from torch import nn
 
 from finesight.model.experts import SparseMlp
+from finesight.model.fp8 import Fp8Weight
 from finesight.model.language import DecoderLayer, SelfAttention
 from finesight.model.layers import GatedMlp, RmsNorm, VisionBlock
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup
 from finesight.model.qwen_language import Mlp as QwenMlp
 from finesight.model.qwen_language import QwenLayer
-from finesight.model.qwen_vl import Block, Resampler
+from finesight.model.qwen_vl import Block
 from finesight.model.runs import alike, padded
 from finesight.model.short_attention import LONGEST
 from finesight.plan.short_attention import ShortAttention
@@ -46,6 +48,16 @@ class Computing:
     flash: bool
 
     @property
+    def fused(self) -> bool:
+        """Whether decoder layers go through few kernels (`model.fused_layer.takes`)."""
+        return self.cuda and self.flash
+
+    @property
+    def kernels(self) -> bool:
+        """Whether what is done number by number is in kernels (`model.fused.has_kernels`)."""
+        return self.cuda and self.number == 2
+
+    @property
     def mask(self) -> int:
         """Bytes of a number's place in a dropout mask: on a CPU a mask is as wide as its numbers
         (`model.fused.drop`)."""
@@ -66,6 +78,14 @@ def of_group(group: GroupedLinear, computing: Computing) -> int:
         mask = group.inputs * computing.mask if group.adapter.dropout else 0
         return inputs + mask + ranks
     return inputs if _trained(group) else 0
+
+
+def turned(group: GroupedLinear) -> int:
+    """Codes in FP8 laid out the other way, with a scale for each row, which the first way back
+    through the group makes and leaves there (`model.fp8`)."""
+    if not isinstance(group.weight, Fp8Weight):
+        return 0
+    return group.weight.numbers + group.inputs * WIDE
 
 
 def _trained(group: GroupedLinear) -> bool:
@@ -157,39 +177,47 @@ class Kept:
     after the attention among them (`out`), for each row of its `mlp`, and how it looks (None where
     no gradient comes through).
 
-    `entering` is what a row of its input takes, `inner` the numbers of its widest product. On the
-    way back, in the MLP, `freed` of each row is gone when its activation takes `back`, and when
-    `gradients` of weights wait to be summed up. `leaves`: its output has a gradient.
+    `entering` is what a row of its input takes, and `has_input` says whether that is among what it
+    keeps. On the way back, in the MLP, `freed` of each row is gone when its activation takes
+    `back`, and when `gradients` of weights wait to be summed up.
+    `leaves`: its output has a gradient. `stays` is there from the first pack on beside the weights.
     """
 
+    computing: Computing
     beside: int
     out: int
     look: Look | None
     mlp: int
     entering: int
-    inner: int
+    has_input: bool
     back: int
     freed: int
     gradients: int
     leaves: bool
+    stays: int
 
-    def of(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+    @property
+    def looks(self) -> bool:
+        """Whether it holds what its attention needs."""
+        return self.look is not None
+
+    def of_pack(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
-        look = 0 if self.look is None else self.look.kept(lengths, computing)
+        look = 0 if self.look is None else self.look.kept(lengths, self.computing)
         return self.beside * sum(lengths) + look + self.mlp * rows
 
-    def going_forth(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+    def going_forth(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes that its attention works with on the way forward, less what is not there yet."""
         if self.look is None:
             return 0
-        return self.look.forth(lengths, computing) + self._around(lengths, rows)
+        return self.look.forth(lengths, self.computing) + self._around(lengths, rows)
 
-    def going_back(self, lengths: Sequence[int], rows: int, computing: Computing) -> int:
+    def going_back(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes that its MLP or its attention works with on the way back, less what is gone."""
         mlp = max(rows * self.back, 2 * rows * self.entering + self.gradients) - rows * self.freed
         if self.look is None:
             return mlp
-        return max(mlp, self.look.back(lengths, computing) + self._around(lengths, rows))
+        return max(mlp, self.look.back(lengths, self.computing) + self._around(lengths, rows))
 
     def _around(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes around its attention, less those of what comes after it: on the way forward its
@@ -201,9 +229,9 @@ class KeptMlp(NamedTuple):
     """Of an MLP: bytes for each row, and as in `Kept`."""
 
     row: int
-    inner: int
     back: int
     freed: int
+    stays: int = 0
 
 
 def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
@@ -212,10 +240,28 @@ def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
         return _of_experts(mlp, reached, computing)
     up, down = _products(mlp)
     inside = sum(up.outputs.values())
-    activation = inside * computing.number if reached or learns(up) else 0
+    after = reached or learns(up)
+    activation = inside * computing.number if after else 0
     last = of_group(down, computing)
     back = _back(inside, inside > down.inputs) * computing.number
-    return KeptMlp(of_group(up, computing) + activation + last, inside, back, last)
+    stays = (turned(up) if reached else 0) + (turned(down) if after else 0)
+    return KeptMlp(of_group(up, computing) + activation + last, back, last, stays)
+
+
+def widest(mlp: nn.Module) -> int:
+    """Numbers of a row of an MLP's first product."""
+    up, _ = _products(mlp)
+    return sum(up.outputs.values())
+
+
+def passing(mlp: nn.Module, width: int, computing: Computing) -> int:
+    """The most bytes of a row that an MLP without a gradient makes of one of `width` numbers: both
+    ends of its activation, of which a gated one's factors are there until the end."""
+    up, down = _products(mlp)
+    number, inside = computing.number, sum(up.outputs.values())
+    codes = down.inputs + WIDE if isinstance(down.weight, Fp8Weight) else 0
+    ends, last = (inside + down.inputs) * number, codes + width * number
+    return ends + last if inside > down.inputs else max(ends, down.inputs * number + last)
 
 
 def _back(inside: int, gated: bool) -> int:
@@ -237,7 +283,7 @@ def _of_experts(mlp: SparseMlp, reached: bool, computing: Computing) -> KeptMlp:
     """Of each chosen expert: its input, both factors and their product, its output and its share;
     of the router its shares in fp32, and places."""
     if not (reached or learns(mlp)):
-        return KeptMlp(0, 0, 0, 0)
+        return KeptMlp(0, 0, 0)
     width, number = mlp.gate.in_features, computing.number
     inner = mlp.experts.down_proj.shape[1]
     full = learns(mlp.experts)
@@ -247,11 +293,11 @@ def _of_experts(mlp: SparseMlp, reached: bool, computing: Computing) -> KeptMlp:
     router = width * number if learns(mlp.gate) else 0
     inside = 2 * mlp.chosen * inner
     back = _back(inside, gated=True) * number
-    return KeptMlp(mlp.chosen * pairs + shares + places + router, inside, back, 0)
+    return KeptMlp(mlp.chosen * pairs + shares + places + router, back, 0)
 
 
 def of_layer(layer: nn.Module, reached: bool, computing: Computing) -> Kept:
-    """A layer of the decoder or of a tower."""
+    """A layer of the decoder or of a tower that computes one step after the other."""
     if isinstance(layer, DecoderLayer):
         attention = layer.self_attn
         return _of_block(
@@ -336,34 +382,18 @@ def _of_block(
         last -= out.inputs * number
     after = seen or learns(out)
     inside = of_mlp(mlp, after or learns(norms[1]), computing)
+    entered = reached or learns(norms[0])
     return Kept(
+        computing=computing,
         beside=beside + last,
         out=last,
         look=look if seen else None,
         mlp=of_norm(norms[1], width, after, computing) + inside.row,
         entering=width * number,
-        inner=inside.inner,
+        has_input=entered,
         back=2 * width * number + inside.back,
         freed=inside.freed,
         gradients=2 * number * max(p.numel() * p.requires_grad for p in mlp.parameters()),
         leaves=after or learns(norms[1]) or learns(mlp),
+        stays=turned(into) * entered + turned(out) * seen + inside.stays,
     )
-
-
-def of_resampler(merger: Resampler, patches: int, reached: bool, computing: Computing) -> int:
-    """The first Qwen-VL's (`model.qwen_vl`): queries of each picture look at its patches."""
-    pool, number = merger.attn_pool, computing.number
-    if not (reached or learns(merger)):
-        return 0
-    queries, width = pool.query.shape
-    rows = patches // merger.side**2 * queries
-    trained = pool.attn.in_proj_weight.requires_grad
-    of_patch = of_norm(pool.ln_kv, width, True, computing) + (2 + 2 * trained) * width * number
-    if pool.kv_proj is not None:
-        of_patch += of_group(pool.kv_proj, computing)
-    # Queries, what they took, and what norm and last product are given.
-    of_query = (2 + trained) * width * number + WIDE * pool.attn.heads
-    of_query += of_group(pool.attn.out_proj, computing)
-    of_query += of_norm(merger.ln_post, width, True, computing)
-    of_query += width * number * merger.proj.requires_grad
-    return patches * of_patch + rows * of_query

@@ -7,7 +7,7 @@ within a pack (`plan.activations`), or within the optimiser's step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from finesight.config import Train
 from finesight.model.lora import stacked
@@ -17,9 +17,11 @@ from finesight.plan.activations import Activations, Moment
 from finesight.plan.kept import WIDE, Computing
 from finesight.plan.load import Load
 from finesight.train.adamw import MOST as STEPPED
+from finesight.train.gradients import LARGE
 from finesight.train.moments import BLOCK
 from finesight.train.muon import MOST as TURNED
 from finesight.train.optimizer import Group, Masters
+from finesight.train.recorded import MOST_KINDS, Kind
 
 STEPPED_BYTES = 20
 """Bytes of a number while AdamW steps it without a kernel (`train.adamw`)."""
@@ -43,22 +45,29 @@ FULL = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Bytes that stay from the first step to the last. `masters` are what fp32 masters take beside
-    the weights; `sums` come to the gradients where a step has several packs; `stepping` is what the
-    optimiser's step works with for a moment. `numbers` learn."""
+    """Bytes that stay from the first step to the last, and `stepping`, what the optimiser's step
+    works with for a moment. `masters` are what fp32 masters take beside the weights; `numbers`
+    learn.
+
+    Sums of gradients are there `always`, or, for `sums`, where a step has several packs. `taken`
+    are ids of parameters whose gradients go into their sums as soon as they come, with one pack in
+    a step and with several.
+    """
 
     numbers: int
     weights: int
     masters: int
-    gradients: int
+    always: int
     sums: int
     moments: int
     stepping: int
+    taken: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The fullest moment, in bytes. `outside` is what no run's own figure counts."""
+    """The fullest moment, in bytes. No run's own figure counts `outside`, which is CUDA's own, nor
+    `recordings`: memory that is set aside for these, and counted only while they are made."""
 
     weights: int
     masters: int
@@ -69,12 +78,13 @@ class Peak:
     logits: int
     inputs: int
     libraries: int
+    recordings: int
     outside: int
 
     @property
     def allocated(self) -> int:
         """What a run says of itself (`memory_gb` of metrics.jsonl)."""
-        return self.in_all - self.outside
+        return self.in_all - self.outside - self.recordings
 
     @property
     def in_all(self) -> int:
@@ -92,17 +102,24 @@ def standing(model: VisionLanguageModel, train: Train, computing: Computing) -> 
     ).groups
     tensors = [*model.parameters(), *model.buffers()]
     numbers = sum(len(group.masters) for group in groups)
-    always = sum(len(group.masters) for group in groups if _sums_always(group, train))
+    always = [group for group in groups if _sums_always(group, train)]
+    summed = sum(len(group.masters) for group in always)
     rests = [group.masters.rest_E for group in groups]
     return Standing(
         numbers=numbers,
         weights=sum(tensor.nbytes for tensor in tensors),
         masters=sum(rest_E.nbytes for rest_E in rests if rest_E is not None),
-        gradients=computing.number * numbers + WIDE * always,
-        sums=WIDE * (numbers - always),
+        always=WIDE * summed,
+        sums=WIDE * (numbers - summed),
         moments=sum(_moments(group, train) for group in groups),
         stepping=max(_stepping(group, train, computing) for group in groups),
+        taken=(_taken(always), _taken(groups)),
     )
+
+
+def _taken(groups: Iterable[Group]) -> frozenset[int]:
+    pieces = (piece for group in groups for piece in group.pieces)
+    return frozenset(id(p.parameter) for p in pieces if p.parameter.numel() >= LARGE)
 
 
 def _sums_always(group: Group, train: Train) -> bool:
@@ -138,21 +155,51 @@ def peak_of(
 ) -> Peak:
     """The fullest moment over these packs, of which a step has `several` or one; `patch_bytes` are
     those of a patch on its way to the tower."""
-    fullest, inputs = Moment(kept=0, working=stays.stepping), 0
+    come = activations.come(stays.taken[several])
+    fullest, inputs = Moment(kept=0, working=stays.stepping, gradients=come.at_end), 0
+    recordings = _Recordings(activations)
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
-        for moment in activations.moments(load):
+        for moment in recordings.moments(load) or activations.moments(load, come):
             if moment.in_all + brought > fullest.in_all + inputs:
                 fullest, inputs = moment, brought
     return Peak(
-        weights=stays.weights,
+        weights=stays.weights + activations.stays,
         masters=stays.masters,
-        gradients=stays.gradients + (stays.sums if several else 0),
+        gradients=fullest.gradients
+        + recordings.gradients
+        + stays.always
+        + (stays.sums if several else 0),
         moments=stays.moments,
         activations=fullest.kept,
         working=fullest.working,
         logits=fullest.logits,
-        inputs=inputs,
-        libraries=LIBRARIES if computing.cuda else PROCESS,
+        inputs=inputs + sum(recordings.rooms.values()),
+        libraries=(LIBRARIES if computing.cuda else PROCESS) * (2 if recordings.rooms else 1),
+        recordings=recordings.pool,
         outside=CONTEXT if computing.cuda else 0,
     )
+
+
+class _Recordings:
+    """Of packs: `rooms` by kind, the `gradients` that recordings leave theirs in, and their own
+    memory (`pool`), which nothing else may use: no figure of what is allocated has it."""
+
+    def __init__(self, activations: Activations) -> None:
+        self._activations = activations
+        self._come = activations.come()
+        self.rooms: dict[Kind, int] = {}
+        self.gradients = self.pool = 0
+
+    def moments(self, load: Load) -> list[Moment]:
+        """Of a pack that is recorded, while it is; of another none."""
+        found = self._activations.recording(load)
+        if found is None or (found.kind not in self.rooms and len(self.rooms) == MOST_KINDS):
+            return []
+        self.rooms[found.kind] = found.room
+        self.gradients = self._come.at_end
+        features = self._activations.features(load)
+        within = [*self._activations.moments(found.load, self._come)]
+        self.pool = max(self.pool, *(moment.in_all for moment in within))
+        there = [replace(moment, kept=moment.kept + features) for moment in within]
+        return [*there, self._activations.looking(load)] if load.patches else there

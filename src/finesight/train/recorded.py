@@ -47,12 +47,16 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, batch: PackedBatch, places: int) -> Kind:
-        """That of this pack, with room for at least one token of nothing."""
-        labels = len(batch.predict_L)
+        """That of this pack."""
+        return cls.around(batch.lengths, places, len(batch.predict_L))
+
+    @classmethod
+    def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
+        """That of a pack of these sequences, with room for at least one token of nothing."""
         return cls(
-            tokens=_up(len(batch.ids_T) + 1, EVEN),
-            sequences=_up(len(batch.lengths) + 1, 8),
-            longest=_up(max(batch.lengths), 4 * EVEN),
+            tokens=_up(sum(lengths) + 1, EVEN),
+            sequences=_up(len(lengths) + 1, 8),
+            longest=_up(max(lengths), 4 * EVEN),
             places=_up(places, 4 * EVEN),
             # Up to the next quarter of a power of two: their share of the work is small.
             labels=_up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
@@ -119,6 +123,19 @@ class Held:
         self.seed_1.random_(2**31 - 1)
 
 
+def pays(model: VisionLanguageModel, tokens: int, labels: int, recompute: float) -> bool:
+    """Whether a pack of so many, the features of its pictures known, is quicker as a recording."""
+    if recompute and not _all_fused(model):
+        # What torch draws again cannot be recorded.
+        return False
+    return tokens <= MOST_TOKENS and labels > 0
+
+
+def _all_fused(model: VisionLanguageModel) -> bool:
+    layers = model.model.layers
+    return all(isinstance(layer, DecoderLayer) and layer.fusible for layer in layers)
+
+
 def _recordable(model: AnyModel, device: torch.device) -> bool:
     """Whether nothing in a pass waits for the device, and attention takes its segments' lengths
     from there: those of a recording are not the pack's."""
@@ -180,16 +197,10 @@ class Passes:
             return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
-        if self._model.recompute and not self._all_fused:
-            # What torch draws again cannot be recorded.
-            return False
+        model = self._model
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
         known = features_MKD is not None or not batch.grids
-        return known and len(batch.ids_T) <= MOST_TOKENS and len(batch.target_L) > 0
-
-    @property
-    def _all_fused(self) -> bool:
-        layers = getattr(self._model.model, "layers", ())
-        return all(isinstance(layer, DecoderLayer) and layer.fusible for layer in layers)
+        return known and pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)

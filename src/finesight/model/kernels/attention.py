@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.programs import Blocks, Ptr
+from finesight.model.kernels.programs import Ptr
+from finesight.model.kernels.sizes import Blocks
 
 FORTH = Blocks(64, 32, 4, 3)
 BACK_Q = Blocks(64, 32, 4, 3)

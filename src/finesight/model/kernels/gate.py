@@ -15,17 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.drop import Drop, kept
-from finesight.model.kernels.programs import (
-    PROGRAMS,
-    Blocks,
-    Ptr,
-    folded,
-    rank_block,
-    rows_of_chunk,
-)
-
-GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
-"""What was quickest on an H200."""
+from finesight.model.kernels.programs import Ptr, folded, rank_block
+from finesight.model.kernels.sizes import GATE, GATE_BACK, columns_of_chunk, rows_of_chunk
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
@@ -70,9 +61,7 @@ def gated_low(
     rows, width = len(both_TF2), both_TF2.shape[1] // 2
     h_TJ = both_TF2.new_empty(rows, width + room)
     ranks, tile = 1 if a_RF is None else len(a_RF), GATE
-    tall = triton.cdiv(rows, tile.rows)
-    chunks = max(1, min(PROGRAMS // max(1, tall), triton.cdiv(width, 4 * tile.columns)))
-    per_chunk = triton.cdiv(triton.cdiv(width, chunks), tile.columns) * tile.columns
+    tall, per_chunk = triton.cdiv(rows, tile.rows), columns_of_chunk(rows, width, tile)
     chunks = triton.cdiv(width, per_chunk)
     partial_CTR = h_TJ.new_empty(chunks, rows, ranks, dtype=torch.float32)
     _gate[(tall, chunks)](

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.drop import Drop, kept
-from finesight.model.kernels.programs import Blocks, Ptr, rank_block
+from finesight.model.kernels.programs import Ptr, rank_block
+from finesight.model.kernels.sizes import Blocks
 
 LOWERED_BACK = Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""

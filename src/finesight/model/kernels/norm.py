@@ -13,14 +13,11 @@ from torch import Tensor
 from finesight.model.fp8 import LEAST, MOST, Rows, room_for
 from finesight.model.kernels.drop import Drop, kept
 from finesight.model.kernels.fp8 import factor_and_scale
-from finesight.model.kernels.programs import Blocks, Ptr, folded
+from finesight.model.kernels.programs import Ptr, folded
+from finesight.model.kernels.sizes import SUMS, Blocks
 
 RMS = Blocks(4, 0, 8, 1)
 """What was quickest on an H200; a program takes whole rows."""
-
-SUMS = 128
-"""Programs that each have a sum for the weight of a norm, which one program adds up for a column.
-"""
 
 
 @triton.jit(do_not_specialize=["rows"])

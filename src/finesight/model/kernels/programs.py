@@ -1,8 +1,8 @@
-"""How kernels share the work among their programs, and add up what each of them has."""
+"""What kernels share: adding up what each of their programs has."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import triton
@@ -13,29 +13,9 @@ Ptr: TypeAlias = tl.tensor
 """Where a tensor begins, as a kernel sees it."""
 
 
-class Blocks(NamedTuple):
-    """How a kernel's programs share the work: rows and columns of a tile, warps, and tiles that are
-    loaded ahead."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
 def rank_block(ranks: int) -> int:
     """What a kernel takes at once of so many ranks."""
     return max(16, int(triton.next_power_of_2(ranks)))
-
-
-PROGRAMS = 2048
-"""Of a kernel that fill a large card."""
-
-
-def rows_of_chunk(rows: int, beside: int) -> int:
-    """Rows that one of a kernel's programs takes, where `beside` of them take each row."""
-    chunks = max(1, min(PROGRAMS // beside, triton.cdiv(rows, 64)))
-    return max(1, int(triton.cdiv(triton.cdiv(rows, chunks), 64))) * 64
 
 
 @triton.jit

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.programs import Blocks, Ptr
+from finesight.model.kernels.programs import Ptr
+from finesight.model.kernels.sizes import Blocks
 
 TURN = Blocks(8, 8, 2, 2)
 """Rows and heads that a program takes; what was quickest on an H200."""

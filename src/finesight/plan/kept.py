@@ -45,11 +45,10 @@ class Computing:
     number: int
     flash: bool
 
-    @property
-    def mask(self) -> int:
-        """Bytes of a number's place in a dropout mask: on a CPU a mask is as wide as its numbers
-        (`model.fused.drop`)."""
-        return 1 if self.cuda else self.number
+    def mask(self, dropout: float) -> float:
+        """Bytes for each number of which such a share is dropped out: on a CPU the places of those
+        that are gone (`model.fused.drop`)."""
+        return 1 if self.cuda else INDEX * dropout
 
 
 def learns(module: nn.Module) -> bool:
@@ -63,8 +62,9 @@ def of_group(group: GroupedLinear, computing: Computing) -> int:
     inputs = group.inputs * computing.number
     if isinstance(group.adapter, LoraGroup):
         ranks = len(group.adapter.a) * computing.number
-        mask = group.inputs * computing.mask if group.adapter.dropout else 0
-        return inputs + mask + ranks
+        dropout = group.adapter.dropout
+        mask = group.inputs * computing.mask(dropout) if dropout else 0
+        return inputs + round(mask) + ranks
     return inputs if _trained(group) else 0
 
 

@@ -128,7 +128,8 @@ def test_some_layers_of_a_group_are_adapted(task: Path, targets: list[str]) -> N
     batch, dtype = batch_of(task, "qwen2_vl"), torch.float32
     tune = {"language": "lora", "lora": LORA | {"targets": targets}}
     model = model_of(task, "qwen2_vl", dtype, tune)
-    assert told(model, batch, dtype, 0.0) == saved(model, batch)
+    # But for how many numbers are dropped, which is drawn.
+    assert told(model, batch, dtype, 0.0) == pytest.approx(saved(model, batch), rel=0.01)
 
 
 def test_recomputed_layers_keep_their_input_and_what_all_layers_share(task: Path) -> None:

@@ -23,7 +23,6 @@ from finesight.plan.kept import (
     learns,
     of_norm,
     passing,
-    sorting,
     widest,
 )
 from finesight.plan.load import Load
@@ -203,7 +202,7 @@ class Activations:
             wide = isinstance(self._model.model, QwenDecoder)
             number = WIDE if wide else computing.number
             found += 2 * load.tokens * geometry.language.head_width * number
-            found += sorting(load.lengths, computing)
+            found += self._layers.sorting(load.lengths, computing)
         return found
 
     def _places(self, load: Load) -> list[Place]:
@@ -241,7 +240,7 @@ class Activations:
             if self._blocks.looks and self._rotates():
                 found += 2 * load.patches * tower.geometry.head_width * WIDE
             for lengths in {tuple(lengths) for lengths, _ in seats}:
-                found += sorting(lengths, computing)
+                found += self._blocks.sorting(lengths, computing)
         for merger in _mergers(tower):
             found += of_merger(merger, tower.geometry, load.patches, self._sees, computing)
         if self._merges:

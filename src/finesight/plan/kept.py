@@ -57,11 +57,10 @@ class Computing:
         """Whether what is done number by number is in kernels (`model.fused.has_kernels`)."""
         return self.cuda and self.number == 2
 
-    @property
-    def mask(self) -> int:
-        """Bytes of a number's place in a dropout mask: on a CPU a mask is as wide as its numbers
-        (`model.fused.drop`)."""
-        return 1 if self.cuda else self.number
+    def mask(self, dropout: float) -> float:
+        """Bytes for each number of which such a share is dropped out: on a CPU the places of those
+        that are gone (`model.fused.drop`)."""
+        return 1 if self.cuda else INDEX * dropout
 
 
 def learns(module: nn.Module) -> bool:
@@ -75,8 +74,9 @@ def of_group(group: GroupedLinear, computing: Computing) -> int:
     inputs = group.inputs * computing.number
     if isinstance(group.adapter, LoraGroup):
         ranks = len(group.adapter.a) * computing.number
-        mask = group.inputs * computing.mask if group.adapter.dropout else 0
-        return inputs + mask + ranks
+        dropout = group.adapter.dropout
+        mask = group.inputs * computing.mask(dropout) if dropout else 0
+        return inputs + round(mask) + ranks
     return inputs if _trained(group) else 0
 
 
@@ -150,6 +150,14 @@ class Look:
         kernels not counted either."""
         return self._short(lengths).back if is_short(lengths, computing) else 0
 
+    def sorting(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes of the places that tokens are sorted by, once for all layers."""
+        if computing.flash:
+            return 0
+        if is_short(lengths, computing):
+            return self._short(lengths).places
+        return 0 if alike(lengths, CPU).order_T is None else 2 * INDEX * sum(lengths)
+
     def _short(self, lengths: Sequence[int]) -> ShortAttention:
         runs = (padded if self.causal else alike)(lengths, CPU)
         return ShortAttention(
@@ -160,15 +168,6 @@ class Look:
 def is_short(lengths: Sequence[int], computing: Computing) -> bool:
     """Whether attention over these sequences is in plain products (`model.attention.attend`)."""
     return not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
-
-
-def sorting(lengths: Sequence[int], computing: Computing) -> int:
-    """Bytes of the places that tokens are sorted by, once for all layers."""
-    if computing.flash:
-        return 0
-    if is_short(lengths, computing) or alike(lengths, CPU).order_T is None:
-        return 0
-    return 2 * INDEX * sum(lengths)
 
 
 @dataclass(frozen=True, slots=True)

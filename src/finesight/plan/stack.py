@@ -54,6 +54,12 @@ class Stack:
         """Whether any keeps what its attention needs; recomputed ones hold the angles too."""
         return any(layer.looks for layer in self.layers)
 
+    def sorting(self, lengths: Sequence[int], computing: Computing) -> int:
+        """Bytes of the places that tokens are sorted by, which all layers share."""
+        layers = (layer for layer in self.layers if isinstance(layer, Kept))
+        looks = (layer.look for layer in layers if layer.look is not None)
+        return max((look.sorting(lengths, computing) for look in looks), default=0)
+
     @property
     def stays(self) -> int:
         """What is there from the first pack on beside the weights."""

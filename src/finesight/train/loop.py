@@ -16,6 +16,7 @@ from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
+from finesight.train.heap import freed_kept
 from finesight.train.loader import read_steps
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
@@ -73,7 +74,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         # After the trackers, which may take hold of signals themselves.
         stop, reporter = Stop(), Reporter(session, screen, tracks)
         reporter.started(time.perf_counter() - start)
-        with stop.listening(), _one_thread(session.machine.device):
+        device = session.machine.device
+        with stop.listening(), _one_thread(device), freed_kept(device):
             return Loop(session, screen, reporter, stop).go()
 
 

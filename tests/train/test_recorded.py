@@ -3,6 +3,7 @@ launches would."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,51 @@ def test_kinds_are_few(folder: Path) -> None:
         assert kind.labels >= batch.supervised
 
 
+class Full:
+    """Recordings for which there is no memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.asked = 0
+
+    def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
+        self.asked += 1
+        raise torch.OutOfMemoryError("no room for a recording")
+
+
+def test_where_there_is_no_memory_for_recordings_all_is_launched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Full)
+    model = tuned(torch.float32, CPU).eval()
+    learning = list(trainable(model).values())
+    passes, plain = Passes(model, learning), Passes(model, learning)
+    plain.forget()
+    full = passes._recorded
+    batch, share = pack(encoded(folder)[:4]), torch.tensor(0.25)
+    found = []
+    for own in (plain, *[passes] * (recorded.LAUNCHED + 2)):
+        loss = own.learn(batch, None, share)
+        grads = [p.grad.clone() for p in learning if p.grad is not None]
+        found.append((loss, grads))
+        for parameter in learning:
+            parameter.grad = None
+    assert isinstance(full, Full)
+    assert full.asked == 1, "kinds that come once are not recorded, and one failure is enough"
+    assert passes._recorded is None
+    (loss, grads), *others = found
+    for loss_1, grads_1 in others:
+        assert torch.equal(loss, loss_1)
+        assert all(torch.equal(one, other) for one, other in zip(grads, grads_1, strict=True))
+
+
+def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned(torch.float32, CPU)
+    assert recorded.learns_little(model)
+    monkeypatch.setattr(recorded, "MOST_LEARNED", 1000)
+    assert not recorded.learns_little(model)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recompute", [0.0, 1.0])
@@ -104,6 +150,7 @@ def test_a_recording_learns_what_its_launches_would(
     model = tuned(torch.bfloat16, cuda)
     model.recompute = recompute
     samples = encoded(folder)
+    monkeypatch.setattr(recorded, "LAUNCHED", 0)
     packs = [pack(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable(model).values())
     passes = Passes(model, learning)

@@ -67,7 +67,7 @@ def test_the_next_one_waits_for_the_last(tmp_path: Path) -> None:
     saving = Saving(checkpoints, meanwhile=True)
     for step in (1, 2, 3):
         saving.save(state(step), numbers(step), numbers(step))
-        assert checkpoints.steps() in ([*range(max(1, step - 2), step)], [*range(step - 1, step)])
+        assert step - 1 in {0, *checkpoints.steps()}
     saving.wait()
     assert checkpoints.steps() == [2, 3]
     saving.save(state(3), numbers(9), numbers(9))

@@ -4,7 +4,6 @@ its kernels than to run them."""
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -15,22 +14,21 @@ from torch import Tensor
 class Recorded:
     """Recordings by a whole number, each of a function that reads and writes tensors of its own.
 
-    The first `launched` calls of each are launched as they are: what it needs has to be set up
-    before it can be recorded, and a recording has to pay. The function is handed over with each
-    call and not kept: its owner would keep itself alive, and its cache with it.
+    The first call of each is launched as it is: what it needs has to be set up before it can be
+    recorded. The function is handed over with each call and not kept: its owner would keep itself
+    alive, and its cache with it.
     """
 
-    def __init__(self, device: torch.device, launched: int = 1) -> None:
-        assert launched > 0, "recorded before anything is set up"
-        self._device, self._times = device, launched
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._launched: Counter[int] = Counter()
+        self._launched: set[int] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
         """What the function gives, which its next run overwrites."""
-        if self._launched[number] < self._times:
-            self._launched[number] += 1
+        if number not in self._launched:
+            self._launched.add(number)
             return function()
         if number not in self._graphs:
             self._graphs[number] = self._record(function)

@@ -6,7 +6,6 @@ Each keeps only its inputs for the backward pass. Shapes: T tokens or patches, H
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TRITON = find_spec("triton") is not None
+from finesight.model.frozen import KERNELS
+
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 
-if _TRITON:
+if KERNELS:
     from finesight.model.kernels import elementwise
     from finesight.model.kernels import gate as gate_kernels
     from finesight.model.kernels.drop import UNDROPPED
@@ -97,7 +97,7 @@ def _without(x: Tensor, dropped: Tensor) -> Tensor:
 
 def has_kernels(x: Tensor) -> bool:
     """Kernels are for 16-bit numbers on a card: these wait for memory, not for arithmetic."""
-    return _TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
+    return KERNELS and x.is_cuda and x.dtype in _KERNEL_TYPES
 
 
 class _Turn(torch.autograd.Function):

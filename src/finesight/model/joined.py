@@ -52,6 +52,7 @@ class Joined:
     """[W | B]. A layer's B stands in its rows and in the columns of its ranks; elsewhere there are
     zeros. The weight lies here from now on; B learns elsewhere, and is copied by `lay`."""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, weight: nn.Parameter, ranks: int, beside: Sequence[Beside]) -> None:
         outputs, inputs = weight.shape
@@ -65,9 +66,13 @@ class Joined:
             assert b_OR.dtype == weight.dtype, f"an adapter in {b_OR.dtype}"
             self.pairs.append(Pair(b_OR, place_OR))
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether this weight lies here."""
-        return self.weight_OJ.data_ptr() == weight.data_ptr()
+    def holds(self, weight: Tensor, beside: Sequence[Beside]) -> bool:
+        """Whether this weight lies here, beside these very up-projections."""
+        own = [pair.b_OR for pair in self.pairs]
+        same = len(own) == len(beside) and all(
+            one is other.b_OR for one, other in zip(own, beside, strict=True)
+        )
+        return same and self.weight_OJ.data_ptr() == weight.data_ptr()
 
 
 def joined(group: GroupedLinear, ranks: int = 0, beside: Sequence[Beside] = ()) -> Joined:
@@ -76,7 +81,7 @@ def joined(group: GroupedLinear, ranks: int = 0, beside: Sequence[Beside] = ()) 
     weight = group.weight
     assert isinstance(weight, nn.Parameter), f"{type(weight).__name__} beside up-projections"
     known = group.joined
-    if not (isinstance(known, Joined) and known.holds(weight)):
+    if not (isinstance(known, Joined) and known.holds(weight, beside)):
         known = group.joined = Joined(weight, ranks, beside)
     return known
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finesight.model.network import VisionLanguageModel
 from finesight.plan.kept import INDEX, Computing
 from finesight.plan.load import Load
-from finesight.train.recorded import Kind, pays
+from finesight.train.recorded import Kind, learns_little, pays
 
 BOUND = 4
 """Bytes of where a sequence begins."""
@@ -31,7 +31,9 @@ def recording(
     tower = model.visual
     learns = any(parameter.requires_grad for parameter in tower.parameters())
     known = not (load.patches and learns)
-    if not (computing.flash and known and pays(model, load.tokens, load.supervised, recompute)):
+    if not (computing.flash and known and learns_little(model)):
+        return None
+    if not pays(model, load.tokens, load.supervised, recompute):
         return None
     places = load.patches // tower.geometry.merge**2
     kind = Kind.around(load.lengths, places, load.supervised)

@@ -153,7 +153,8 @@ class Loop:
             raise self.interruption() from cause
         finally:
             # Nobody else may have the run's folder while it is written to.
-            self.saving.end()
+            if (failed := self.saving.end()) is not None:
+                self.screen.say(f"the last checkpoint was not written: {failed}")
         return finish(self.session, self.screen, self.checkpoints)
 
     def steps(self) -> None:

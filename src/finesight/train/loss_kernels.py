@@ -42,7 +42,8 @@ def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, wid
         sum_V = sum_V * fade_V + own_V
         most_V = higher_V
     most = tl.max(most_V, 0)
-    total = tl.sum(tl.where(sum_V > 0.0, sum_V * tl.exp(most_V - most), 0.0), 0)
+    # Not what is no number: that has to show in the loss.
+    total = tl.sum(tl.where(sum_V == 0.0, 0.0, sum_V * tl.exp(most_V - most)), 0)
     at_target = tl.load(at + wanted).to(tl.float32)
     tl.store(losses + row, tl.log(total) + most - at_target)
     if is_learned:

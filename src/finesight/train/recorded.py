@@ -11,6 +11,7 @@ predict a learned one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,11 +30,15 @@ from finesight.train.loss import label_loss
 MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
-MOST_KINDS = 32
-"""Recordings that are kept: each holds some hundred kilobytes for every thousand of its kernels."""
+MOST_KINDS = 16
+"""Recordings that are kept: each holds the features of a pack, and some hundred kilobytes for every
+thousand of its kernels."""
 
 LAUNCHED = 3
 """Packs of a kind that are launched first: to record one takes as long as a few save."""
+
+MOST_LEARNED = 400_000_000
+"""Numbers that learn: a recording holds their gradients twice."""
 
 
 class Kind(NamedTuple):
@@ -94,7 +99,7 @@ class Held:
             ids_T=whole(kind.tokens),
             positions_3T=whole(3, kind.tokens),
             bounds_S1=whole(kind.sequences + 1, dtype=torch.int32),
-            patches_ND=batch.patches_ND[:0],
+            patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
             visual_at_M=whole(kind.places),
             predict_L=whole(kind.labels),
             target_L=whole(kind.labels),
@@ -121,6 +126,12 @@ class Held:
             self.features_MKD[: len(features_MKD)].copy_(features_MKD)
         self.share.copy_(share)
         self.seed_1.random_(2**31 - 1)
+
+
+def learns_little(model: nn.Module) -> bool:
+    """Whether so few numbers learn that their gradients may be held twice."""
+    learned = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in learned) <= MOST_LEARNED
 
 
 def pays(model: VisionLanguageModel, tokens: int, labels: int, recompute: float) -> bool:
@@ -156,31 +167,52 @@ class Passes:
     def __init__(self, model: AnyModel, learning: Sequence[nn.Parameter]) -> None:
         self._model = model
         self._learning = list(learning)
+        self._met: Counter[Kind] = Counter()
         self._held: dict[Kind, Held] = {}
-        self._losses: dict[Kind, Tensor] = {}
         self._gradients: list[Tensor | None] = []
         device = self._learning[0].device
-        self._recorded = Recorded(device, LAUNCHED) if _recordable(model, device) else None
+        records = _recordable(model, device) and learns_little(model)
+        self._recorded = Recorded(device) if records else None
 
     def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         """The loss of a pack on the device, times `share`."""
         if self._recorded is None:
             return self._launch(batch, features_MKD, share)
         features_MKD = self._seen(batch, features_MKD)
-        if not self._pays(batch, features_MKD):
+        held = self._room(batch, features_MKD)
+        if held is None:
             return self._launch(batch, features_MKD, share)
-        kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
-        if kind not in self._held:
-            if len(self._held) == MOST_KINDS:
-                return self._launch(batch, features_MKD, share)
-            self._held[kind] = Held.room(kind, batch, features_MKD)
-        held = self._held[kind]
         held.lay(batch, features_MKD, share)
-        number = [*self._held].index(kind)
-        loss = self._recorded.run(number, lambda: self._forth_and_back(held))
+        number = [*self._held].index(held.kind)
+        try:
+            loss = self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
+        except RuntimeError:
+            # A recording wants memory of its own, of which there may be none left. Nothing was
+            # learned yet: what is really wrong with the pack shows when it is launched.
+            self.forget()
+            return self._launch(batch, features_MKD, share)
         for parameter, gradient in zip(self._learning, self._gradients, strict=True):
             parameter.grad = gradient
-        return loss.clone()
+        return loss
+
+    def forget(self) -> None:
+        """Give all recordings and their memory back, and make none any more."""
+        for parameter in self._learning:
+            parameter.grad = None
+        self._recorded, self._gradients = None, []
+        self._held.clear()
+
+    def _room(self, batch: PackedBatch, features_MKD: Tensor | None) -> Held | None:
+        """Where a recording reads the pack, if it is one of a kind that has come several times."""
+        if not self._pays(batch, features_MKD):
+            return None
+        kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
+        self._met[kind] += 1
+        if kind not in self._held:
+            if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
+                return None
+            self._held[kind] = Held.room(kind, batch, features_MKD)
+        return self._held[kind]
 
     def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
         """The features of the pack's pictures, if nothing is learned from how they are made."""

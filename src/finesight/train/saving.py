@@ -51,13 +51,14 @@ class Saving:
 
     def wait(self) -> None:
         """Until the last one is written. Raises what went wrong there."""
-        self.end()
-        failed, self._failed = self._failed, None
+        failed = self.end()
         if failed is not None:
             raise failed
 
-    def end(self) -> None:
-        """Until nothing is being written any more, well or not."""
+    def end(self) -> BaseException | None:
+        """Until nothing is being written any more; what went wrong, if nobody was told yet."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        failed, self._failed = self._failed, None
+        return failed

@@ -109,6 +109,8 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
                 session.masters.add_up()
             total += _learn(session, packed, share, seen, known)
         except torch.OutOfMemoryError as error:
+            # Another try has as much room as this one, and that of recordings, too.
+            session.passes.forget()
             session.masters.forget_gradients()
             raise too_much(error, packed, session.progress.budget, learning=True) from None
     return total

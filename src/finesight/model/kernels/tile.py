@@ -178,7 +178,7 @@ def int4_tiles(
 def byte_tiles(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, plan: Plan
 ) -> Tensor:
-    """As `row_kernels.byte_rows`; rows of 16 bits, pieces of 64 inputs."""
+    """As `kernels.row.byte_rows`; rows of 16 bits, pieces of 64 inputs."""
     rows, (outputs, inputs) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, outputs)
     _bytes[(triton.cdiv(outputs, plan.outputs),)](

@@ -22,6 +22,7 @@ from finesight.model.language import DecoderLayer, SelfAttention
 from finesight.model.layers import GatedMlp, RmsNorm, VisionBlock
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup
+from finesight.model.qwen2_vl import Mlp as QuickMlp
 from finesight.model.qwen_language import Mlp as QwenMlp
 from finesight.model.qwen_language import QwenLayer
 from finesight.model.qwen_vl import Block
@@ -180,7 +181,8 @@ class Kept:
     `entering` is what a row of its input takes, and `has_input` says whether that is among what it
     keeps. On the way back, in the MLP, `freed` of each row is gone when its activation takes
     `back`, and when `gradients` of weights wait to be summed up.
-    `leaves`: its output has a gradient. `stays` is there from the first pack on beside the weights.
+    `leaves`: its output has a gradient. `stays` is there from the first pack on beside the weights,
+    and `copied` is of weights, kept with whatever pack.
     """
 
     computing: Computing
@@ -195,6 +197,7 @@ class Kept:
     gradients: int
     leaves: bool
     stays: int
+    copied: int
 
     @property
     def looks(self) -> bool:
@@ -204,7 +207,7 @@ class Kept:
     def of_pack(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
         look = 0 if self.look is None else self.look.kept(lengths, self.computing)
-        return self.beside * sum(lengths) + look + self.mlp * rows
+        return self.beside * sum(lengths) + look + self.mlp * rows + self.copied
 
     def going_forth(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes that its attention works with on the way forward, less what is not there yet."""
@@ -232,6 +235,7 @@ class KeptMlp(NamedTuple):
     back: int
     freed: int
     stays: int = 0
+    copied: int = 0
 
 
 def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
@@ -239,13 +243,30 @@ def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
     if isinstance(mlp, SparseMlp):
         return _of_experts(mlp, reached, computing)
     up, down = _products(mlp)
-    inside = sum(up.outputs.values())
+    inside, number = sum(up.outputs.values()), computing.number
     after = reached or learns(up)
-    activation = inside * computing.number if after else 0
+    activation = inside * number if after else 0
     last = of_group(down, computing)
-    back = _back(inside, inside > down.inputs) * computing.number
+    back = _back(inside, inside > down.inputs) * number
     stays = (turned(up) if reached else 0) + (turned(down) if after else 0)
-    return KeptMlp(of_group(up, computing) + activation + last, back, last, stays)
+    room, copied = _padded(mlp, computing), 0
+    if room:
+        # What is kept of both factors becomes their gradients.
+        back = down.inputs * number + room
+        outputs = sum(down.outputs.values())
+        if _trained(down):
+            last += room
+            copied = outputs * back * after
+        else:
+            stays += outputs * room
+    return KeptMlp(of_group(up, computing) + activation + last, back, last, stays, copied)
+
+
+def _padded(mlp: nn.Module, computing: Computing) -> int:
+    """Bytes behind a row of the last product's input (`model.layers.GatedMlp`)."""
+    if not (isinstance(mlp, GatedMlp) and computing.kernels):
+        return 0
+    return mlp.padded * computing.number
 
 
 def widest(mlp: nn.Module) -> int:
@@ -256,12 +277,29 @@ def widest(mlp: nn.Module) -> int:
 
 def passing(mlp: nn.Module, width: int, computing: Computing) -> int:
     """The most bytes of a row that an MLP without a gradient makes of one of `width` numbers: both
-    ends of its activation, of which a gated one's factors are there until the end."""
+    ends of its activation, of which a gated one's factors are there until the end, as is what a
+    quick GELU is made of."""
     up, down = _products(mlp)
-    number, inside = computing.number, sum(up.outputs.values())
-    codes = down.inputs + WIDE if isinstance(down.weight, Fp8Weight) else 0
-    ends, last = (inside + down.inputs) * number, codes + width * number
-    return ends + last if inside > down.inputs else max(ends, down.inputs * number + last)
+    number, inside = computing.number, sum(up.outputs.values()) * computing.number
+    codes, last = _coded(down), width * number
+    activated = down.inputs * number + _padded(mlp, computing)
+    if isinstance(mlp, QuickMlp):
+        # It gives codes itself.
+        return inside + (codes or activated) + last
+    if inside > down.inputs * number:
+        return inside + activated + codes + last
+    return activated + max(inside, codes + last)
+
+
+def entering(mlp: nn.Module, computing: Computing) -> int:
+    """Bytes of a row of the norm before an MLP without a gradient."""
+    up, _ = _products(mlp)
+    return _coded(up) or up.inputs * computing.number
+
+
+def _coded(group: GroupedLinear) -> int:
+    """Bytes of a row that goes into a product in FP8; of others none."""
+    return group.inputs + WIDE if isinstance(group.weight, Fp8Weight) else 0
 
 
 def _back(inside: int, gated: bool) -> int:
@@ -396,4 +434,5 @@ def _of_block(
         gradients=2 * number * max(p.numel() * p.requires_grad for p in mlp.parameters()),
         leaves=after or learns(norms[1]) or learns(mlp),
         stays=turned(into) * entered + turned(out) * seen + inside.stays,
+        copied=inside.copied,
     )

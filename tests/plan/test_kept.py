@@ -28,8 +28,10 @@ from finesight.model.rowwise import Fp8Matrix
 from finesight.model.tiny import TinyFamily, make_tiny
 from finesight.model.weights import load_model
 from finesight.plan.activations import Activations
-from finesight.plan.kept import Computing, of_layer, of_mlp, passing
+from finesight.plan.kept import Computing
+from finesight.plan.layer import of_layer
 from finesight.plan.load import Load
+from finesight.plan.mlp import of_mlp, passing
 from finesight.plan.stack import Stack
 from finesight.train.loss import label_loss
 

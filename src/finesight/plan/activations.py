@@ -20,15 +20,13 @@ from finesight.plan.gradients import Come
 from finesight.plan.kept import (
     WIDE,
     Computing,
-    entering,
     learns,
     of_norm,
-    passing,
     sorting,
-    widest,
 )
 from finesight.plan.load import Load
 from finesight.plan.merger import of_merger, turned_in
+from finesight.plan.mlp import entering, passing, widest
 from finesight.plan.recorded import Recording, recording
 from finesight.plan.stack import Place, Stack
 from finesight.train.loss import LOGITS_BYTES

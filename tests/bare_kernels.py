@@ -73,13 +73,14 @@ def launch_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fused, "UNDROPPED", drop.UNDROPPED, raising=False)
     patch.setattr(fused_layer, "Heads", made["model.kernels.turn"].Heads, raising=False)
     patch.setattr(fused_layer, "takes", lambda x_TD: True)
-    for owner in (layers, fused, loss):
+    for owner in (layers, fused, fp8, loss):
         patch.setattr(owner, "has_kernels", lambda x: True)
     patch.setattr(attention, "KERNELS", True)
     patch.setattr(attention, "has_varlen", lambda q_THD: True)
     for name in ("_attend_alike", "_attend_varlen"):
         patch.setattr(attention, name, lambda q_THD, *rest: torch.empty(q_THD.shape))
-    patch.setattr(fp8, "quantised", _quantised)
+    for owner in (fp8, layers):
+        patch.setattr(owner, "quantised", _quantised)
     patch.setattr(fp8, "multiplied", _multiplied)
     patch.setattr(Int8Matrix, "dense", _dense)
 

@@ -17,15 +17,21 @@ from finesight.data.sources import load_sources
 from finesight.encode.pack import PackedBatch, pack
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
+from finesight.model.fp8 import Fp8Weight
 from finesight.model.frozen import KERNELS
 from finesight.model.language import DecoderLayer
+from finesight.model.layers import GatedMlp
+from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning
+from finesight.model.rowwise import Fp8Matrix
 from finesight.model.tiny import TinyFamily, make_tiny
 from finesight.model.weights import load_model
 from finesight.plan.activations import Activations
-from finesight.plan.kept import Computing, of_layer
+from finesight.plan.kept import Computing
+from finesight.plan.layer import of_layer
 from finesight.plan.load import Load
+from finesight.plan.mlp import of_mlp, passing
 from finesight.plan.stack import Stack
 from finesight.train.loss import label_loss
 
@@ -172,12 +178,17 @@ def test_in_few_kernels_it_keeps_what_they_read_again(task: Path) -> None:
 
 
 @pytest.mark.skipif(KERNELS, reason="where Triton is, kernels are launched")
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_frozen_tower_makes_what_it_is_said_to(
-    task: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    task: Path, family: str, in_fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch_nothing(monkeypatch)
     batch, model = batch_of(task, family), model_of(task, family, torch.float32, TUNES["lora"])
+    if in_fp8:
+        groups = [m for m in model.visual.blocks.modules() if isinstance(m, GroupedLinear)]
+        for group in groups:
+            group.freeze_as(Fp8Matrix, Fp8Weight)
     load = Load(batch.lengths, batch.grids, batch.supervised)
     activations = Activations(model, Computing(cuda=True, number=4, flash=True), 0.0)
     for embeds in (True, False):
@@ -192,6 +203,30 @@ def test_a_frozen_tower_makes_what_it_is_said_to(
             # Its resampler is so narrow that attention of its queries is the most.
             said = activations.looking(load).in_all
             assert said == pytest.approx(really.most, rel=0.01), f"{family} {embeds}"
+
+
+@pytest.mark.skipif(KERNELS, reason="where Triton is, kernels are launched")
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_odd_inner_width_has_columns_behind_it(
+    learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_nothing(monkeypatch)
+    monkeypatch.setattr(Computing, "kernels", True)
+    computing, rows, width = Computing(cuda=True, number=4, flash=True), 300, 64
+    mlp = GatedMlp(width, 140, bias=True).requires_grad_(learns)
+    said = of_mlp(mlp, learns, computing)
+    x_TD = torch.zeros(rows, width, requires_grad=learns)
+    # The first pass makes what stays.
+    mlp(x_TD)
+    with torch.set_grad_enabled(learns), allocated() as really:
+        y_TD = mlp(x_TD)
+    if learns:
+        # The caller has the input.
+        assert said.copied == 4 * width * 144
+        assert said.row * rows + said.copied - x_TD.nbytes == really.left - y_TD.nbytes
+    else:
+        assert said.stays == mlp.down_proj.weight.untyped_storage().nbytes() - 4 * width * 140
+        assert really.most == rows * passing(mlp, width, computing)
 
 
 @pytest.mark.gpu

@@ -66,7 +66,10 @@ def test_only_small_packs_whose_features_are_known_are_recorded(batch: PackedBat
     long = replace(load, lengths=(MOST_TOKENS + 1,))
     text = replace(load, grids=())
     assert recording(frozen, CARD, 0.0, load) is not None
-    assert recording(frozen, CARD, 0.5, load) is None
+    assert recording(frozen, CARD, 0.5, load) is not None
+    some = tuned({"language": "lora", "lora": {"rank": 8, "targets": ["q_proj"]}})
+    assert recording(some, CARD, 0.0, load) is not None
+    assert recording(some, CARD, 0.5, load) is None
     assert recording(frozen, CARD, 0.0, long) is None
     assert recording(frozen, CARD, 0.0, replace(load, supervised=0)) is None
     assert recording(frozen, Computing(cuda=True, number=4, flash=False), 0.0, load) is None
@@ -90,7 +93,9 @@ def test_a_recording_has_its_own_memory_and_gradients(batch: PackedBatch) -> Non
     assert found.recordings == pytest.approx(within, rel=0.1)
     assert found.allocated == found.in_all - found.recordings - CONTEXT
     assert found.libraries == 2 * LIBRARIES
-    launched = peak(model, [load], 1.0)
+    again = peak(model, [load], 1.0)
+    assert 0 < again.recordings < found.recordings
+    launched = peak(tuned(LORA | {"vision": "lora"}), [load], 0.0)
     assert (launched.recordings, launched.libraries) == (0, LIBRARIES)
 
 

@@ -20,7 +20,7 @@ from finesight.model.fp8 import Rows, quantised
 from finesight.model.frozen import KERNELS
 from finesight.model.fused import gated, gated_jointly, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
-from finesight.model.joined import joined
+from finesight.model.joined import joined, room
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
 
@@ -118,17 +118,22 @@ class GatedMlp(FeedForward):
 
     def forward(self, x_TD: Tensor | Rows) -> Tensor:
         """[T, width] to [T, width]."""
-        odd = self.down_proj.inputs % ALIGNED != 0 and self._is_dense
-        if odd and isinstance(x_TD, Tensor) and has_kernels(x_TD):
+        if self.padded and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._aligned(x_TD)
         gate, up = self.gate_up_proj(x_TD)
         return only(self.down_proj(gated(gate, up)))
 
     @property
-    def _is_dense(self) -> bool:
-        """Whether it is three matrices and nothing more."""
-        groups = self.gate_up_proj, self.down_proj
-        return all(isinstance(g.weight, nn.Parameter) and g.adapter is None for g in groups)
+    def padded(self) -> int:
+        """Columns behind the last matrix on a card, where the MLP is three matrices and nothing
+        more, and rows of the last begin anywhere."""
+        down = self.down_proj
+        groups = self.gate_up_proj, down
+        dense = all(isinstance(g.weight, nn.Parameter) and g.adapter is None for g in groups)
+        if down.inputs % ALIGNED == 0 or not dense:
+            return 0
+        # What learns lies among other masters, and is copied.
+        return -down.inputs % ALIGNED if _learns(down) else room(down.inputs, 0)
 
     def _aligned(self, x_TD: Tensor) -> Tensor:
         """For an inner width whose rows do not begin where tensor cores read quickly: Qwen2.5-VL's
@@ -137,13 +142,13 @@ class GatedMlp(FeedForward):
         assert isinstance(gate_up.weight, nn.Parameter), "three matrices"
         assert isinstance(down.weight, nn.Parameter), "three matrices"
         both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)
-        if down.weight.requires_grad:
-            # What learns lies among other masters, and is copied.
-            down_DJ = F.pad(down.weight, (0, -down.inputs % ALIGNED))
-        else:
-            down_DJ = joined(down).weight_OJ
-        h_TJ = gated_jointly(both_TF2, down_DJ.shape[1] - down.inputs)
-        return F.linear(h_TJ, down_DJ, down.bias)
+        behind = self.padded
+        down_DJ = F.pad(down.weight, (0, behind)) if _learns(down) else joined(down).weight_OJ
+        return F.linear(gated_jointly(both_TF2, behind), down_DJ, down.bias)
+
+
+def _learns(group: GroupedLinear) -> bool:
+    return isinstance(group.weight, nn.Parameter) and group.weight.requires_grad
 
 
 class PatchEmbed(nn.Module):

@@ -22,11 +22,10 @@ from finesight.plan.kept import (
     Computing,
     learns,
     of_norm,
-    passing,
-    widest,
 )
 from finesight.plan.load import Load
 from finesight.plan.merger import of_merger, turned_in
+from finesight.plan.mlp import entering, passing, widest
 from finesight.plan.recorded import Recording, recording
 from finesight.plan.stack import Place, Stack
 from finesight.train.loss import LOGITS_BYTES
@@ -256,23 +255,29 @@ class Activations:
     def _seeing(self, load: Load) -> int:
         """The widest moment of the tower on the way forward: patches as numbers, or a block, with
         the angles that all blocks turn by."""
-        tower, number = self._model.visual, self._computing.number
+        tower, computing = self._model.visual, self._computing
         geometry = tower.geometry
-        width = geometry.width * number
-        # Beside the stream, an attention with its joint product, or an MLP.
-        inside = (passing(mlp, geometry.width, self._computing) for mlp in self._mlps())
-        row = self._streams() * width + max(5 * width, *inside)
+        width = geometry.width * computing.number
+        # Beside the stream, an attention with its norm and joint product, of which FP8 takes no
+        # less (half a norm, and half of what goes into its last product), or an MLP with its norm,
+        # beside which some blocks hold what attention gave.
+        beside = width * (not isinstance(tower, SquareTower))
+        inside = (
+            beside + entering(mlp, computing) + passing(mlp, geometry.width, computing)
+            for mlp in self._mlps()
+        )
+        row = self._streams() * width + max(6 * width, *inside)
         if self._rotates():
             row += 2 * geometry.head_width * WIDE
         return load.patches * max(self._embedding(load), row)
 
     def _streams(self) -> int:
-        """The most that a block holds of the stream's rows, with what goes on to mergers: the sum
-        and its norm, and both of its terms as they came in, if there are two."""
+        """The most that a block holds of the stream's rows, with what goes on to mergers: the sum,
+        and both of its terms as they came in, if there are two."""
         merged, depth = self._model.visual.deepstack, len(self._model.visual.blocks)
         held = [sum(before < block for before in merged) for block in range(depth)]
         came = [1] + [2 * (block - 1 not in merged) for block in range(1, depth)]
-        return 2 + max(map(sum, zip(held, came, strict=True)))
+        return 1 + max(map(sum, zip(held, came, strict=True)))
 
     def _embedding(self, load: Load) -> int:
         """Bytes of a patch on its way into the tower: one frame of it, where all are alike, and all

@@ -98,9 +98,22 @@ class Product:
         """A row of the gradients by its input and by what the adapter made of it."""
         return self.inputs + (self.room or self.low)
 
-    def forth(self, rows: int) -> int:
-        """The most while its output is made, that included."""
-        return self.dense + max(self.layered, rows * (self.outputs + self.codes[0]))
+    @property
+    def normed(self) -> int:
+        """A row of its input where that is a norm: in FP8, or with the room behind it."""
+        return self.codes[0] or self.roomy
+
+    @property
+    def lowering(self) -> int:
+        """A row of such a norm that is there for the adapter's sake alone: dropped, or beside that
+        in FP8."""
+        return self.inputs * (self.drops or self.codes[0] > 0)
+
+    def forth(self, rows: int, *, normed: bool = False) -> int:
+        """The most while its output is made, that included. An input that is `normed` is in FP8
+        already, where it has to be."""
+        codes = 0 if normed else self.codes[0]
+        return self.dense + max(self.layered, rows * (self.outputs + codes))
 
     def back(self, rows: int) -> int:
         """The most while `came` is made, that included."""
@@ -226,8 +239,8 @@ class FusedLayer:
 
     def _going_in(self, tokens: int) -> int:
         into = self.into
-        row = into.inputs + WIDE + into.roomy + into.low
-        return tokens * row + max(tokens * into.inputs * into.drops, into.forth(tokens))
+        row = into.inputs + WIDE + into.normed + into.low
+        return tokens * row + max(tokens * into.lowering, into.forth(tokens, normed=True))
 
     def _going_out(self, tokens: int, rows: int) -> int:
         """Inputs with room behind them are there until the end."""
@@ -238,11 +251,13 @@ class FusedLayer:
             # Nothing is kept, but the caller has its input, and the layer the joint product.
             before = tokens * (both.inputs + self.into.outputs + out.inputs * (not some))
         before += rows * (both.inputs + out.inputs) * some
-        laid = out.roomy * bool(out.low) + out.low + both.roomy + both.low + WIDE
+        laid = out.roomy * bool(out.low) + out.low + both.normed + both.low + WIDE
         held = before + rows * (laid + both.inputs)
         gated = held + rows * (both.outputs + down.roomy + down.low)
         return max(
-            held + both.forth(rows), gated + self._sums_forth(rows), gated + down.forth(rows)
+            held + both.forth(rows, normed=True),
+            gated + self._sums_forth(rows),
+            gated + down.forth(rows),
         )
 
     def _sums_forth(self, rows: int) -> int:
@@ -272,7 +287,7 @@ class FusedLayer:
         held += rows * down.came + down.gradients
         found = max(found, held + self._sums_back(rows))
         found = max(found, held + both.weights + both.back(rows))
-        held += both.gradients + _scales(both, rows)
+        held += both.gradients
         found = max(found, held + rows * both.came + both.lowered(rows))
         held += both.after(rows)
         found = max(found, held + self._norm_sums(rows, self.norms[1]))
@@ -318,19 +333,14 @@ class FusedLayer:
         held = tokens * (into.inputs + 2 * into.outputs) - self._looked(tokens)
         if not self.reached:
             # The adapter's gradient alone, for which the norm is made again.
-            again = tokens * into.low + into.lowered(tokens) + _scales(into, tokens) + into.downs
+            again = tokens * into.low + into.lowered(tokens) + into.downs
             return held + max(2 * tokens * into.low, again, into.gradients)
         found = held + into.back(tokens)
-        held += _scales(into, tokens) + into.downs
+        held += into.downs
         found = max(found, held + tokens * into.came + into.lowered(tokens))
         held += into.after(tokens)
         found = max(found, held + self._norm_sums(tokens, self.norms[0]))
         return max(found, held + self.norms[0] + into.weights + into.ups)
-
-
-def _scales(product: Product, rows: int) -> int:
-    """Those of a norm that is made again, where nothing of it is dropped."""
-    return rows * WIDE * (product.low > 0 and not product.drops)
 
 
 def _learning(norm: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""What layers keep for the backward pass, in bytes for each row: one function a kind of layer.
+"""What layers keep for the backward pass, in bytes for each row: what they are made of.
 
-This is the one place that knows it, but for layers in few kernels (`plan.fused_layer`). Whoever
-makes a layer keep other tensors changes its function here; tests/plan/test_kept.py counts what
-autograd really saves.
+This, `plan.mlp` and `plan.layer` are the places that know it, but for layers in few kernels
+(`plan.fused_layer`). Whoever makes a layer keep other tensors changes its function there;
+tests/plan/test_kept.py counts what autograd really saves.
 
 A gradient `reaches` a layer where something before it learns. Rows are tokens or patches.
 """
@@ -11,20 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from finesight.model.experts import SparseMlp
 from finesight.model.fp8 import Fp8Weight
-from finesight.model.language import DecoderLayer, SelfAttention
-from finesight.model.layers import GatedMlp, RmsNorm, VisionBlock
+from finesight.model.layers import RmsNorm
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup
-from finesight.model.qwen_language import Mlp as QwenMlp
-from finesight.model.qwen_language import QwenLayer
-from finesight.model.qwen_vl import Block
 from finesight.model.runs import alike, padded
 from finesight.model.short_attention import LONGEST
 from finesight.plan.short_attention import ShortAttention
@@ -77,7 +71,7 @@ def of_group(group: GroupedLinear, computing: Computing) -> int:
         dropout = group.adapter.dropout
         mask = group.inputs * computing.mask(dropout) if dropout else 0
         return inputs + round(mask) + ranks
-    return inputs if _trained(group) else 0
+    return inputs if trained(group) else 0
 
 
 def turned(group: GroupedLinear) -> int:
@@ -88,7 +82,8 @@ def turned(group: GroupedLinear) -> int:
     return group.weight.numbers + group.inputs * WIDE
 
 
-def _trained(group: GroupedLinear) -> bool:
+def trained(group: GroupedLinear) -> bool:
+    """Whether its weight learns."""
     return isinstance(group.weight, nn.Parameter) and group.weight.requires_grad
 
 
@@ -96,7 +91,7 @@ def shares_input(group: GroupedLinear) -> bool:
     """Whether what a group keeps of its input is the input itself, not a dropped-out copy."""
     if isinstance(group.adapter, LoraGroup):
         return not group.adapter.dropout
-    return _trained(group)
+    return trained(group)
 
 
 def of_norm(norm: nn.Module, width: int, reached: bool, computing: Computing) -> int:
@@ -179,7 +174,8 @@ class Kept:
     `entering` is what a row of its input takes, and `has_input` says whether that is among what it
     keeps. On the way back, in the MLP, `freed` of each row is gone when its activation takes
     `back`, and when `gradients` of weights wait to be summed up.
-    `leaves`: its output has a gradient. `stays` is there from the first pack on beside the weights.
+    `leaves`: its output has a gradient. `stays` is there from the first pack on beside the weights,
+    and `copied` is of weights, kept with whatever pack.
     """
 
     computing: Computing
@@ -194,6 +190,7 @@ class Kept:
     gradients: int
     leaves: bool
     stays: int
+    copied: int
 
     @property
     def looks(self) -> bool:
@@ -203,7 +200,7 @@ class Kept:
     def of_pack(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
         look = 0 if self.look is None else self.look.kept(lengths, self.computing)
-        return self.beside * sum(lengths) + look + self.mlp * rows
+        return self.beside * sum(lengths) + look + self.mlp * rows + self.copied
 
     def going_forth(self, lengths: Sequence[int], rows: int) -> int:
         """Bytes that its attention works with on the way forward, less what is not there yet."""
@@ -222,177 +219,3 @@ class Kept:
         """Bytes around its attention, less those of what comes after it: on the way forward its
         normed input, on the way back the gradient of what its output was added to."""
         return (self.entering - self.out) * sum(lengths) - self.mlp * rows
-
-
-class KeptMlp(NamedTuple):
-    """Of an MLP: bytes for each row, and as in `Kept`."""
-
-    row: int
-    back: int
-    freed: int
-    stays: int = 0
-
-
-def of_mlp(mlp: nn.Module, reached: bool, computing: Computing) -> KeptMlp:
-    """Both products, and what the activation between them keeps: both factors where it is gated."""
-    if isinstance(mlp, SparseMlp):
-        return _of_experts(mlp, reached, computing)
-    up, down = _products(mlp)
-    inside = sum(up.outputs.values())
-    after = reached or learns(up)
-    activation = inside * computing.number if after else 0
-    last = of_group(down, computing)
-    back = _back(inside, inside > down.inputs) * computing.number
-    stays = (turned(up) if reached else 0) + (turned(down) if after else 0)
-    return KeptMlp(of_group(up, computing) + activation + last, back, last, stays)
-
-
-def widest(mlp: nn.Module) -> int:
-    """Numbers of a row of an MLP's first product."""
-    up, _ = _products(mlp)
-    return sum(up.outputs.values())
-
-
-def passing(mlp: nn.Module, width: int, computing: Computing) -> int:
-    """The most bytes of a row that an MLP without a gradient makes of one of `width` numbers: both
-    ends of its activation, of which a gated one's factors are there until the end."""
-    up, down = _products(mlp)
-    number, inside = computing.number, sum(up.outputs.values())
-    codes = down.inputs + WIDE if isinstance(down.weight, Fp8Weight) else 0
-    ends, last = (inside + down.inputs) * number, codes + width * number
-    return ends + last if inside > down.inputs else max(ends, down.inputs * number + last)
-
-
-def _back(inside: int, gated: bool) -> int:
-    """Numbers of a row while an activation goes back: where it is gated, its gradient and those of
-    both factors; else, without a kernel for it (`model.fused`), steps in between."""
-    return inside // 2 * 3 if gated else inside * 5
-
-
-def _products(mlp: nn.Module) -> tuple[GroupedLinear, GroupedLinear]:
-    if isinstance(mlp, GatedMlp):
-        return mlp.gate_up_proj, mlp.down_proj
-    if isinstance(mlp, QwenMlp):
-        return mlp.w2_w1, mlp.c_proj
-    up, down = (m for m in mlp.children() if isinstance(m, GroupedLinear))
-    return up, down
-
-
-def _of_experts(mlp: SparseMlp, reached: bool, computing: Computing) -> KeptMlp:
-    """Of each chosen expert: its input, both factors and their product, its output and its share;
-    of the router its shares in fp32, and places."""
-    if not (reached or learns(mlp)):
-        return KeptMlp(0, 0, 0)
-    width, number = mlp.gate.in_features, computing.number
-    inner = mlp.experts.down_proj.shape[1]
-    full = learns(mlp.experts)
-    pairs = 2 * inner * number + width * number + (width + inner) * number * full
-    shares = WIDE * (mlp.gate.out_features + mlp.chosen + 1) + mlp.chosen * number
-    places = 3 * INDEX * mlp.chosen
-    router = width * number if learns(mlp.gate) else 0
-    inside = 2 * mlp.chosen * inner
-    back = _back(inside, gated=True) * number
-    return KeptMlp(mlp.chosen * pairs + shares + places + router, back, 0)
-
-
-def of_layer(layer: nn.Module, reached: bool, computing: Computing) -> Kept:
-    """A layer of the decoder or of a tower that computes one step after the other."""
-    if isinstance(layer, DecoderLayer):
-        attention = layer.self_attn
-        return _of_block(
-            (layer.input_layernorm, layer.post_attention_layernorm),
-            (attention.qkv_proj, attention.o_proj),
-            layer.mlp,
-            look_of(attention),
-            reached,
-            computing,
-            _of_head_norms(attention, computing),
-        )
-    if isinstance(layer, QwenLayer):
-        attn = layer.attn
-        heads = attn.c_attn.inputs // attn.head_width
-        return _of_block(
-            (layer.ln_1, layer.ln_2),
-            (attn.c_attn, attn.c_proj),
-            layer.mlp,
-            Look(attn.c_attn.inputs, attn.c_attn.inputs, heads, 5 * attn.c_attn.inputs, True),
-            reached,
-            computing,
-        )
-    if isinstance(layer, VisionBlock):
-        width, inner = layer.attn.qkv.inputs, layer.attn
-        return _of_block(
-            (layer.norm1, layer.norm2),
-            (inner.qkv, inner.proj),
-            layer.mlp,
-            Look(width, width, inner.heads, 5 * width, False),
-            reached,
-            computing,
-        )
-    assert isinstance(layer, Block), f"what a {type(layer).__name__} keeps is not known"
-    width = layer.attn.in_proj.inputs
-    return _of_block(
-        (layer.ln_1, layer.ln_2),
-        (layer.attn.in_proj, layer.attn.out_proj),
-        layer.mlp,
-        Look(width, width, layer.attn.heads, 3 * width, False),
-        reached,
-        computing,
-    )
-
-
-def look_of(attention: SelfAttention) -> Look:
-    """Queries and keys are rotated into memory of their own, values are a product's."""
-    queries, shared, _ = attention.qkv_proj.outputs.values()
-    heads = queries // attention.head_width
-    return Look(queries, shared, heads, queries + 2 * shared, True)
-
-
-def _of_head_norms(attention: SelfAttention, computing: Computing) -> int:
-    """Queries and keys before the norm of their heads, and each head's scale."""
-    if attention.q_norm is None:
-        return 0
-    queries, shared, _ = attention.qkv_proj.outputs.values()
-    width = attention.head_width
-    heads = (queries + shared) // width
-    return heads * of_norm(attention.q_norm, width, True, computing)
-
-
-def _of_block(
-    norms: tuple[nn.Module, nn.Module],
-    products: tuple[GroupedLinear, GroupedLinear],
-    mlp: nn.Module,
-    look: Look,
-    reached: bool,
-    computing: Computing,
-    normed: int = 0,
-) -> Kept:
-    """Attention between two products, then an MLP, each behind a norm; `normed` bytes are kept
-    between the first product and the attention."""
-    into, out = products
-    width, number = into.inputs, computing.number
-    beside = of_norm(norms[0], width, reached, computing) + of_group(into, computing)
-    seen = reached or learns(norms[0]) or learns(into)
-    if seen:
-        beside += normed
-    last = of_group(out, computing)
-    if seen and computing.flash and shares_input(out):
-        # What attention keeps of its output is what comes to the product.
-        last -= out.inputs * number
-    after = seen or learns(out)
-    inside = of_mlp(mlp, after or learns(norms[1]), computing)
-    entered = reached or learns(norms[0])
-    return Kept(
-        computing=computing,
-        beside=beside + last,
-        out=last,
-        look=look if seen else None,
-        mlp=of_norm(norms[1], width, after, computing) + inside.row,
-        entering=width * number,
-        has_input=entered,
-        back=2 * width * number + inside.back,
-        freed=inside.freed,
-        gradients=2 * number * max(p.numel() * p.requires_grad for p in mlp.parameters()),
-        leaves=after or learns(norms[1]) or learns(mlp),
-        stays=turned(into) * entered + turned(out) * seen + inside.stays,
-    )

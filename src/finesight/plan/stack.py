@@ -11,7 +11,8 @@ from torch import nn
 from finesight.model.language import DecoderLayer
 from finesight.model.layers import recomputed
 from finesight.plan.fused_layer import FusedLayer
-from finesight.plan.kept import Computing, Kept, of_layer
+from finesight.plan.kept import Computing, Kept
+from finesight.plan.layer import of_layer
 
 Layer: TypeAlias = Kept | FusedLayer
 

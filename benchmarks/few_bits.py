@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.model import row_kernels, tile_kernels
 from finesight.model.frozen import FrozenMatrix
 from finesight.model.int4 import Int4Matrix, RoundedInt4Matrix
+from finesight.model.kernels import row as row_kernels
+from finesight.model.kernels import tile as tile_kernels
+from finesight.model.kernels.row import Plan
 from finesight.model.nf4 import Nf4Matrix, bitsandbytes
-from finesight.model.row_kernels import Plan
 from finesight.model.rowwise import Fp8Matrix, Int8Matrix, RowwiseMatrix
 from finesight.model.words import WordMatrix
 

@@ -135,7 +135,9 @@ def full(config: Path, data: Path, steps: int) -> dict[str, Any]:
     seconds, losses = [], []
     for _ in range(steps):
         start, loss = time.perf_counter(), 0.0
-        for one in packs:
+        for number, one in enumerate(packs):
+            if number:
+                masters.add_up()
             of_pack = label_loss(model(one), model.head_weight, one.target_L, share)
             of_pack.backward()
             loss += of_pack.item()

@@ -2,13 +2,15 @@
 
     python benchmarks/recipes_on_gpu.py --configs DIR --data DIR --work DIR --out FILE
         [--only captions_2b,...] [--baseline SCRIPT] [--steps 30] [--model-folder DIR]
+        [--set KEY=VALUE]...
 
 --configs holds a folder of configuration and tokenizer files for each model (Qwen2-VL-2B-Instruct,
 Qwen2.5-VL-3B-Instruct, Qwen2.5-VL-7B-Instruct); the weights are drawn at random, which costs the
 same time and memory as trained ones. --model-folder takes one existing model for all recipes
-instead, to rehearse. --data holds captions/, grounding/ and latex_ocr/ with a JSONL table and
-pictures each. Every recipe is stopped by SIGTERM at half of its steps and resumed in a new
-process; loss, speed and memory are read from the run's own metrics.jsonl.
+instead, to rehearse; --set changes a setting of all. --data holds captions/, grounding/ and
+latex_ocr/ with a JSONL table and pictures each. Every recipe is stopped by SIGTERM at half of its
+steps and resumed in a new process; loss, speed and memory are read from the run's own
+metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -166,6 +168,7 @@ def measure(task: Task, options: argparse.Namespace, model: Path) -> dict[str, o
         "eval.max_new_tokens=32",
         "track.swanlab=null",
         *task.changes,
+        *options.set,
     ]
     told = stopped_and_resumed(words, run, options.steps // 2)
     at = told.stopped_after
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--model-folder", type=Path)
+    parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     import torch
 

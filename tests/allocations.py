@@ -11,9 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Allocated:
-    """`most` bytes at once, beside what was there before; known at the end."""
+    """`most` bytes at once, beside what was there before, and those that are `left`; known at the
+    end."""
 
     most: int = 0
+    left: int = 0
 
 
 @contextmanager
@@ -24,7 +26,6 @@ def allocated() -> Iterator[Allocated]:
         yield found
     assert profiled.profiler is not None
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        found.most = max(found.most, now)
+        found.left += event.nbytes()
+        found.most = max(found.most, found.left)

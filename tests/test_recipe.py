@@ -185,6 +185,23 @@ def test_parts_in_four_bits_are_one_or_several_and_never_trained_whole(tmp_path)
     assert "at least 1 items" in _refusal(tmp_path, SHORTEST + "tune: {nf4: []}\n").expected
 
 
+def test_parts_in_fp8_stay_as_they_are_and_in_no_other_bits(tmp_path):
+    for written, expected in (
+        ("language", ("language",)),
+        ("[language, vision]", ("vision", "language")),
+    ):
+        (tmp_path / "recipe.yaml").write_text(SHORTEST + f"tune: {{fp8: {written}}}\n")
+        assert load_recipe(tmp_path / "recipe.yaml").tune.fp8 == expected
+    error = _refusal(tmp_path, SHORTEST + "tune: {vision: full, fp8: [language, vision]}\n")
+    assert "vision is full and in fp8" in error.what
+    assert "set tune.vision to lora or frozen" in error.what
+    error = _refusal(tmp_path, SHORTEST + "tune: {nf4: [language], fp8: [language]}\n")
+    assert "language is in nf4 and in fp8" in error.what
+    error = _refusal(tmp_path, SHORTEST + "tune: {fp8: [merger]}\n")
+    assert "'merger'" in error.what
+    assert "'vision' or 'language'" in error.expected
+
+
 def test_mistake_in_an_override_is_placed_there(tmp_path):
     error = _refusal(tmp_path, SHORTEST, "train.batchh=8")
     assert error.where == "override train.batchh=8"

@@ -33,6 +33,7 @@ SETTINGS = [
     "tune.lora.dropout",
     "tune.lora.targets",
     "tune.nf4",
+    "tune.fp8",
     "train.epochs",
     "train.steps",
     "train.batch",

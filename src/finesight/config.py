@@ -130,9 +130,15 @@ def _as_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
+Multiplied = Literal["vision", "language"]
+"""The parts with nearly all of a step's arithmetic. A merger has little, and of the embeddings the
+head makes the loss: what it rounds shows there at once."""
+
+
 class Tune(Section):
     """How each part of the model learns, and whose frozen linear layers are kept in four bits, NF4
-    with double quantisation (Dettmers et al. 2023)."""
+    with double quantisation (Dettmers et al. 2023), or multiplied in FP8 (Micikevicius et al.
+    2022)."""
 
     vision: Tuning = "frozen"
     merger: Tuning = "frozen"
@@ -143,11 +149,17 @@ class Tune(Section):
         Annotated[tuple[Quantisable, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
     ) = None
 
-    @field_validator("nf4")
+    fp8: (
+        Annotated[tuple[Multiplied, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
+    ) = None
+
+    @field_validator("nf4", "fp8")
     @classmethod
-    def _in_one_order(cls, nf4: tuple[Quantisable, ...] | None) -> tuple[Quantisable, ...] | None:
+    def _in_one_order(cls, parts: tuple[Quantisable, ...] | None) -> tuple[Quantisable, ...] | None:
         """However they were listed, the same parts are the same setting."""
-        return None if nf4 is None else tuple(part for part in get_args(Quantisable) if part in nf4)
+        if parts is None:
+            return None
+        return tuple(part for part in get_args(Quantisable) if part in parts)
 
     @model_validator(mode="after")
     def _quantised_parts_are_frozen(self) -> Tune:
@@ -163,6 +175,14 @@ class Tune(Section):
                     f"{part} is full and in nf4: weights in four bits cannot be trained;"
                     f" set tune.{part} to {_frozen_modes(part)}, or leave it out of nf4"
                 )
+        for part in self.fp8 or ():
+            if modes[part] == "full":
+                raise ValueError(
+                    f"{part} is full and in fp8: only weights that stay as they are can be in FP8;"
+                    f" set tune.{part} to lora or frozen, or leave it out of fp8"
+                )
+            if part in (self.nf4 or ()):
+                raise ValueError(f"{part} is in nf4 and in fp8: leave it out of one of them")
         return self
 
     @model_validator(mode="after")

@@ -195,21 +195,22 @@ def test_a_run_with_its_own_whole_model_takes_no_base(
     assert run_command(run, tmp_path / "merged").exit_code == 0
 
 
-def test_a_run_in_four_bits_is_merged_into_the_published_weights_and_says_so(
-    run: Path, tmp_path: Path
+@pytest.mark.parametrize("few", ["nf4", "fp8"])
+def test_a_run_in_few_bits_is_merged_into_the_published_weights_and_says_so(
+    few: str, run: Path, tmp_path: Path
 ) -> None:
     assert run_command(run, tmp_path / "plain").exit_code == 0
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["tune"]["nf4"] = ["language"]
+    manifest["tune"][few] = ["language"]
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
     assert result.exit_code == 0, result.exception
-    assert "the run had the weights of language in NF4" in result.output.splitlines()[-1]
-    assert "against the base in NF4, as it was trained" in result.output.splitlines()[-2]
+    assert f"the run had the weights of language in {few.upper()}" in result.output.splitlines()[-1]
+    assert "against the base in few bits, as it was trained" in result.output.splitlines()[-2]
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "merged")]
     assert weights[0] == weights[1]
     told = json.loads(run_command(run, tmp_path / "again", "--json").output)
-    assert told["trained_in_nf4"] == ["language"]
+    assert told[f"trained_in_{few}"] == ["language"]
     trained = told["parity"]["as_trained"]
     assert 1e-3 < trained["logits"] < 10
     assert 0 <= trained["equal_answers"] <= 1

@@ -170,10 +170,11 @@ def test_samples_are_checked_and_shown_without_a_page(
     assert "a model of a native family" in capsys.readouterr().err
 
 
-def test_four_bits_and_merging_are_refused(
+def test_few_bits_and_merging_are_refused(
     task: Task, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"tune\.nf4"):
-        task.run(name="nf4", tune=LORA | {"nf4": ["language"]})
+    for few in ("nf4", "fp8"):
+        with pytest.raises(UserError, match=rf"tune\.{few}"):
+            task.run(name=few, tune=LORA | {few: ["language"]})
     assert command(["merge", str(tuned), str(task.folder / "merged")]) == 2
     assert "merge_and_unload" in capsys.readouterr().err

@@ -129,6 +129,20 @@ def test_four_bit_weights_and_eight_bit_moments_go_on_as_others_do(
         check_same(tmp_path / name, tmp_path / "whole")
 
 
+def test_products_in_fp8_go_on_as_others_do(task: dict[str, Any], tmp_path: Path) -> None:
+    """What is made of the codes on the way is not part of a checkpoint."""
+    multiplied = task | {"tune": task["tune"] | {"vision": "lora", "fp8": ["vision", "language"]}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", multiplied)
+    (ending,) = in_new_process(recipe, tmp_path, "term", {"whole": 0})
+    assert ending.how == "done"
+    names = {str(point): point for point in range(1, ending.calls, 5)}
+    endings = in_new_process(recipe, tmp_path, "term", names)
+    assert sum(ending.how == "stopped" for ending in endings) > len(names) / 2
+    in_new_process(recipe, tmp_path, "term", dict.fromkeys(names, 0))
+    for name in names:
+        check_same(tmp_path / name, tmp_path / "whole")
+
+
 def test_killed_before_file_operations(task: dict[str, Any], whole: Whole, tmp_path: Path) -> None:
     """SIGKILL before every seventh operation, and what is left goes on to the same end."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)

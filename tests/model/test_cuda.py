@@ -12,7 +12,10 @@ from oracle import config, conversation, distance, native, packed, reference, re
 from torch import Tensor
 
 from finesight.encode.pack import PackedBatch
+from finesight.model import layers
 from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
+from finesight.model.layers import GatedMlp, RmsNorm, added_norm
+from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
 
 pytestmark = [
@@ -144,3 +147,68 @@ def test_nothing_waits_for_the_card(
         work(model, batch.to(CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7]], ids=str)
+def test_attention_of_a_frozen_tower_is_that_of_the_processor_in_32(
+    lengths: list[int], dtype: torch.dtype
+) -> None:
+    inputs = [x.repeat(3, 1, 1)[: sum(lengths)] for x in heads(4, 80, dtype)]
+    segments = Segments.of(lengths, CUDA)
+    with torch.no_grad():
+        found = attend(*inputs, segments, causal=False)
+    exact = [x.float().cpu() for x in inputs]
+    expected = attend(*exact, Segments.of(lengths, torch.device("cpu")), causal=False)
+    assert distance(found.cpu(), expected) < 0.01
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_norm_of_a_sum_is_that_of_the_two_steps(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 1280, generator=generator).to(CUDA, dtype) for _ in range(2))
+    for norm in (torch.nn.LayerNorm(1280, eps=1e-6), RmsNorm(1280, eps=1e-6)):
+        norm.weight.data.normal_(generator=generator)
+        own = norm.to(CUDA, dtype)
+        reader = GroupedLinear(1280, {"qkv": 16}, bias=False)
+        with torch.no_grad():
+            total, normed = added_norm(x, y, own, reader)
+        kept, expected = added_norm(x, y, own, reader)
+        assert torch.equal(total, kept)
+        torch.testing.assert_close(normed, expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_gated_mlp_of_an_odd_width_is_as_near_to_fp32_as_layer_by_layer(
+    learns: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mlp = GatedMlp(64, 100, bias=True).requires_grad_(learns).to(CUDA)
+    for parameter in mlp.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(CUDA) * 0.2
+    x = torch.randn(70, 64, generator=generator).to(CUDA)
+    dy = torch.randn(70, 64, generator=generator).to(CUDA)
+
+    def passed() -> list[Tensor]:
+        own = x.to(next(mlp.parameters()).dtype).requires_grad_()
+        y = mlp(own)
+        wanted = [own, *(p for p in mlp.parameters() if p.requires_grad)]
+        return [y, *torch.autograd.grad(y, wanted, dy.to(y.dtype))]
+
+    exact = passed()
+    mlp.to(dtype)
+    found = passed()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x.to(dtype)), found[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "ALIGNED", 1)
+        plain = passed()
+    assert len(found) == len(exact) == (6 if learns else 2)
+    for one, other, right in zip(found, plain, exact, strict=True):
+        assert distance(one, right) <= 1.3 * distance(other, right)
+    # Weights that come to lie elsewhere are seen at once.
+    assert mlp.down_proj.bias is not None
+    mlp.down_proj.bias.data *= 2
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data * 2
+    torch.testing.assert_close(passed()[0], 2 * found[0])

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.model.fused import RmsNormed, drop, drop_alike, gated, quick_gelu, rms_norm, turn
+from finesight.model.fused import (
+    RmsNormed,
+    drop,
+    dropped_product,
+    gated,
+    quick_gelu,
+    rms_norm,
+    turn,
+)
 
 SHAPES = [(5, 3, 16), (1, 1, 80), (260, 12, 128), (77, 32, 80), (3, 5, 6)]
 
@@ -69,12 +77,14 @@ def test_the_share_that_was_asked_for_is_dropped_and_the_rest_scaled_up(
 ) -> None:
     torch.manual_seed(0)
     x = numbers(301, 333, dtype=dtype) + 10
-    dropped, kept = drop(x, share)
+    dropped, places = drop(x, share)
     gone = dropped == 0
     # Six deviations of a binomial share.
     assert abs(gone.double().mean() - share) < 6 * (share * (1 - share) / x.numel()) ** 0.5
     torch.testing.assert_close(dropped[~gone], x[~gone] / (1 - share))
-    torch.testing.assert_close(drop_alike(x, kept, share), dropped, rtol=0, atol=0)
+    alike = dropped_product(x, torch.eye(333, dtype=dtype), places, share)
+    assert torch.equal(alike == 0, gone)
+    torch.testing.assert_close(alike, dropped)
     # Neighbours have nothing in common, though they come from the same draw: six deviations again,
     # of a mean product of independent numbers.
     centred = gone.double().flatten() - share

@@ -60,3 +60,22 @@ def test_sizes_come_again() -> None:
     sizes = {length for lengths in packs for length, _ in padded(lengths, CPU).lengths}
     assert sizes <= {64, 128, 192, 256}
     assert all(len(padded(lengths, CPU).lengths) <= 3 for lengths in packs)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_rows_of_heads_stand_segment_by_segment_and_come_back(
+    lengths: list[int], heads: int
+) -> None:
+    runs = padded(lengths, CPU)
+    rows, tokens = runs.rows(heads), sum(lengths)
+    assert torch.equal(rows.order_X[rows.back_Y], torch.arange(tokens * heads))
+    padding = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
+    places = torch.cat([rows.back_Y, padding]).sort().values
+    assert torch.equal(places, torch.arange(runs.places * heads))
+    # The same head of a segment's tokens, one after the other.
+    length, count = runs.lengths[-1]
+    of_last = rows.order_X[-length * count * heads :].view(count, heads, length)
+    shortest = min(lengths)
+    expected = torch.arange(heads).view(1, heads, 1).expand(count, heads, shortest)
+    assert torch.equal(of_last[..., :shortest] % heads, expected)

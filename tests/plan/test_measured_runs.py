@@ -45,6 +45,8 @@ class Measured:
     nf4: tuple[Quantisable, ...] = ()
     grown: float = 1.0
     """The largest pack beside the mean one."""
+    recorded: bool = True
+    """Not where packs of forty steps are of so many sizes that most are launched."""
 
 
 QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
@@ -52,8 +54,8 @@ FIRST = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
 RUNS = (
     Measured("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
-    Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11),
-    Measured("captions_7b", QWEN25, LORA, 16, 122, 14, (1, 18, 18)),
+    Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11, recorded=False),
+    Measured("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
     Measured("grounding_3b_full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 100, 15, (1, 18, 10)),
     Measured("lora", *FIRST),
     Measured("qlora", *FIRST, "adamw8bit", ("vision", "merger", "language")),
@@ -65,16 +67,24 @@ def measured(run: Measured) -> tuple[float, float]:
     """Peak in 10^9 bytes and seconds of a step; of several calls the quickest, since with few
     samples a step hangs on the host."""
     found = []
-    for name in ("recipes_h200", "captions_h200", "grounding_full_h200", "first_qwen_vl_h200"):
-        results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
-        for result in results:
-            if run.name in (result.get("task"), result.get("variant")):
+    files = ("recipes_h200", "grounding_full_h200", "first_qwen_vl_h200", "one_card_h200")
+    for name in files:
+        report = json.loads((RESULTS / f"{name}.json").read_text())
+        for result in (one for call in report.get("calls", [report]) for one in call["results"]):
+            if run.name in (result.get("task"), result.get("variant"), result.get("case")):
                 seconds = result.get("step_s") or run.samples / result["samples_per_s"]
-                found.append((result["peak_gb"], seconds))
+                found.append((result.get("peak_gb") or result["gb"], seconds))
     return max(peak for peak, _ in found), min(seconds for _, seconds in found)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def _param(run: Measured) -> Any:
+    if run.name != "full":
+        return pytest.param(run, id=run.name)
+    stale = "measured before the optimiser held masters in two halves: to be measured again"
+    return pytest.param(run, id=run.name, marks=pytest.mark.xfail(reason=stale, strict=True))
+
+
+@pytest.mark.parametrize("run", map(_param, RUNS))
 def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measured) -> None:
     on = named_target("H200", "bf16")
     recipe = Recipe(
@@ -87,10 +97,12 @@ def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measur
     if run.nf4:
         pytest.importorskip("bitsandbytes")
     made = sized(ModelFolder(shared / "qwen_assets" / run.model), recipe, run.nf4, on)
-    step = made.clock.step([load(run, 1.0)] * run.packs, run.recompute)
+    step = made.clock.step([load(run, 1.0)] * run.packs, run.recompute, recorded=run.recorded)
     activations = Activations(made.model, made.computing, run.recompute)
     peak = peak_of(
-        made.stays, activations, [load(run, run.grown)], made.computing, made.patch_bytes
+        *(made.stays, activations, [load(run, run.grown)]),
+        *(made.computing, made.patch_bytes),
+        several=run.packs > 1,
     )
     peak_gb, seconds = measured(run)
     assert peak.allocated / 1e9 == pytest.approx(peak_gb, rel=0.1)

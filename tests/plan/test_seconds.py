@@ -63,6 +63,21 @@ def test_time_goes_with_the_card_and_with_what_is_computed(folder: Path) -> None
     assert seen.reading == 0
 
 
+def test_the_host_starts_less_where_layers_are_in_few_kernels_or_recorded(folder: Path) -> None:
+    quick, old = (named_target(name, "bf16") for name in ("H200", "T4"))
+    lora, small = {"language": "lora"}, Load((100,) * 8, (), 80)
+    few, many = (
+        made(folder, on, {}, lora).clock for on in (quick, replace(quick, computing=old.computing))
+    )
+    launched = few.step([small], 0.0, recorded=False).host
+    assert 0 < launched < many.step([small], 0.0, recorded=False).host
+    assert few.step([small], 0.0).host == 0
+    assert many.step([small], 0.0).host == many.step([small], 0.0, recorded=False).host
+    seen = Load(small.lengths, ((1, 20, 20),), 80)
+    assert few.step([seen], 0.0).host > few.step([seen], 0.0, seen=True).host == 0
+    assert few.step([LOAD], 0.0).host > launched
+
+
 def test_an_optimiser_of_more_numbers_takes_longer(folder: Path) -> None:
     on = named_target("H200", "bf16")
     everything = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}

@@ -11,8 +11,8 @@ from finesight.plan.short_attention import ShortAttention
 
 CPU = torch.device("cpu")
 WIDTH = 64
-CLOSE = 0.01
-"""What oneDNN makes for itself is not counted."""
+CLOSE, NEAR = 0.01, 0.08
+"""Of what oneDNN makes for itself only what is large is counted, on the way back, and roughly."""
 
 # Two sequences of a length at least: where heads are not grouped, one alone is a view of what
 # others copy.
@@ -33,10 +33,13 @@ def test_bytes_are_those_that_are_allocated(
     runs = segments.padded if causal else segments.runs
     widths = heads * WIDTH, kv_heads * WIDTH
     said = ShortAttention(*widths, heads, causal, tokens, runs)
+    # Once for all layers.
+    held = [x for count in {heads, kv_heads} for x in runs.rows(count) if x is not None]
+    assert said.places == sum(x.nbytes for x in held)
     with allocated() as forth:
         o_THD = attend(q_THD, k_TKD, v_TKD, segments, causal=causal)
     do_THD = torch.randn_like(o_THD)
     with allocated() as back:
         o_THD.backward(do_THD)  # type: ignore[no-untyped-call]
     assert said.forth == pytest.approx(forth.most, rel=CLOSE)
-    assert said.back == pytest.approx(back.most + do_THD.nbytes, rel=CLOSE)
+    assert said.back == pytest.approx(back.most + do_THD.nbytes, rel=NEAR)

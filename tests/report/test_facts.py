@@ -44,13 +44,18 @@ def test_a_run_in_two_sentences(whole: Record) -> None:
     )
 
 
-def test_frozen_weights_in_four_bits_are_said(tmp_path: Path) -> None:
+def test_frozen_weights_in_few_bits_are_said(tmp_path: Path) -> None:
     made = run(tmp_path)
     manifest = json.loads(json.dumps(MANIFEST))
     manifest["tune"]["nf4"] = ["vision", "language"]
     made.write("manifest.json", json.dumps(manifest))
     assert facts.trained_parts(record(made)).endswith(
         "merger as a whole; frozen weights of vision and language in NF4"
+    )
+    manifest["tune"] |= {"nf4": None, "fp8": ["language"]}
+    made.write("manifest.json", json.dumps(manifest))
+    assert facts.trained_parts(record(made)).endswith(
+        "merger as a whole; frozen weights of language multiplied in FP8"
     )
 
 

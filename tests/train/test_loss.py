@@ -104,3 +104,35 @@ def test_scale_keeps_small_probabilities_alive_in_fp16() -> None:
     torch.testing.assert_close(
         h_LD.grad.float(), torch.full((1, 2), 2.0**10 * 2**-8), rtol=0.01, atol=0
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("words", "rows"), [(101, None), (151_936, 7), (5000, 16)])
+def test_the_kernel_is_as_near_to_fp32_as_torch(
+    words: int, rows: int | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    h_LD = torch.randn(L, 64, device="cuda").to(dtype).requires_grad_()
+    head_VD = torch.randn(words, 64, device="cuda").to(dtype).requires_grad_()
+    target_L = torch.randint(words, (L - 5,), device="cuda")
+    scale = torch.tensor(0.125, device="cuda")
+    loss = label_loss(h_LD, head_VD, target_L, scale, rows)
+    found = torch.autograd.grad(loss, [h_LD, head_VD])
+    with torch.no_grad():
+        torch.testing.assert_close(label_loss(h_LD, head_VD, target_L, scale, rows), loss)
+
+    def summed(h: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy((h @ head.T)[: L - 5].float(), target_L, reduction="sum") * 0.125
+
+    plain = torch.autograd.grad(summed(h_LD, head_VD), [h_LD, head_VD])
+    wide = [x.detach().float().requires_grad_() for x in (h_LD, head_VD)]
+    exact_loss = summed(*wide)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-3)
+    for mine, theirs, exact in zip(
+        found, plain, torch.autograd.grad(exact_loss, wide), strict=True
+    ):
+        off = [float((x.float() - exact).norm() / exact.norm()) for x in (mine, theirs)]
+        assert off[0] <= 1.2 * off[1] + 1e-4
+    assert not found[0][L - 5 :].any()

@@ -16,6 +16,7 @@ from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 from finesight.train.muon import LIKE_ADAMW, Matrix, Muon, orthogonal
 from finesight.train.optimizer import Masters
+from finesight.train.wide import Wide
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -93,7 +94,9 @@ def test_steps_are_those_of_each_matrix_alone(monkeypatch: pytest.MonkeyPatch, m
     flat = torch.cat([master.flatten() for master in masters])
     places = [slice(0, 24), slice(24, 48), slice(48, 66)]
     grad_E = torch.zeros_like(flat)
-    muon = Muon(flat, grad_E, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)])
+    muon = Muon(
+        Wide(flat), grad_E, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)]
+    )
     for of_step in grads:
         grad_E.copy_(torch.cat([grad.flatten() for grad in of_step]))
         muon.step(0.1, 0.5)
@@ -114,7 +117,7 @@ def test_recorded_steps_are_the_launched_ones() -> None:
     moved = []
     for recorded in (True, False):
         master_E, grad_E = start.clone(), torch.zeros_like(start)
-        muon = Muon(master_E, grad_E, matrices)
+        muon = Muon(Wide(master_E), grad_E, matrices)
         for grad, rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
             muon._warm &= recorded
@@ -224,7 +227,7 @@ def test_a_recorded_step_reads_the_state_that_is_loaded() -> None:
     for seed in range(3):
         take(masters, named, seed)
         take(others, again, 10 + seed)
-    steps = [group.own for group in others.groups if isinstance(group.own, Muon)]
+    steps = [group.steps for group in others.groups if isinstance(group.steps, Muon)]
     assert steps
     assert all(own._recorded for own in steps)
     others.load(
@@ -248,8 +251,8 @@ def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
     assert rows[name] == (64, 32, 32)
     assert all(sum(of) == shapes[key][0] for key, of in rows.items())
     masters = Masters({name: model.get_parameter(name)}, settings(), rows)
-    muon = masters.groups[0].own
-    assert muon is not None
+    muon = masters.groups[0].steps
+    assert isinstance(muon, Muon)
     assert {tuple(view.shape) for views in muon._alike for view in views} == {(64, 64), (32, 64)}
     apply_tuning(model, Tune.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0)
     assert stacked(model)[name.replace("weight", "adapter.a")] == (4, 4, 4)

@@ -80,6 +80,22 @@ def test_weights_leave_and_come_back(session: Session) -> None:
     assert held() == whole
 
 
+def test_a_weight_that_came_to_lie_elsewhere_leaves_as_well(session: Session) -> None:
+    """Kernels want some of them beside others, and find that out when they first see a picture."""
+    model = model_of(session)
+    card = OffCard(model)
+    with card.away(), card.back():
+        moved = next(model.visual.parameters())
+        before = moved.detach().clone()
+        room = before.new_zeros(len(before), before.shape[1] + 3)
+        room[:, :-3] = before
+        moved.data = room[:, :-3]
+    with card.away():
+        assert moved.untyped_storage().nbytes() == 0
+        assert room.untyped_storage().nbytes() == 0
+    assert torch.equal(moved, before)
+
+
 def test_what_the_rest_of_the_model_uses_stays(session: Session) -> None:
     model = model_of(session)
     model.visual.register_buffer("shared", model.model.norm.weight.detach())

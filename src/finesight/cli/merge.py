@@ -89,6 +89,7 @@ def _as_json(merged: Proved, parts: Parts) -> dict[str, Any]:
     }
     more = {
         "trained_in_nf4": parts.nf4,
+        "trained_in_fp8": parts.fp8,
         "published_in_int4": merged.thawed,
         "missing": merged.missing,
         "left_out": merged.left_out,
@@ -109,9 +110,9 @@ def _tell(merged: Proved, parts: Parts) -> None:
             f" {merged.precision}, about four times as large: what they stand for is the same, not"
             " what it was before it was quantised"
         )
-    if parts.nf4:
+    if parts.quantised:
         typer.echo(
-            f"the run had the weights of {' and '.join(parts.nf4)} in NF4, the merged model has"
+            f"the run had the weights of {parts.quantised}, the merged model has"
             " them as published: measure it on more samples (finesight eval)"
         )
     if merged.left_out:

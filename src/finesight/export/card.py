@@ -98,10 +98,9 @@ def _what(told: Told, record: Record | None) -> str:
         said.append(f"The base's fingerprint is {manifest.base_fingerprint}.")
     if record is not None:
         said += _counts(record)
-    if told.parts.nf4:
-        where = " and ".join(told.parts.nf4)
+    if told.parts.quantised:
         said.append(
-            f"The run had the weights of {where} in NF4; here they are as published."
+            f"The run had the weights of {told.parts.quantised}; here they are as published."
             + ("" if parity.as_trained else " By how much answers differ was not measured.")
         )
     if told.thawed:

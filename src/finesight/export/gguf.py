@@ -66,7 +66,7 @@ def write_gguf(
     the converter does not know, too little room, and a converter that fails: nothing is then left.
     """
     folder = parts.folder
-    if parts.adapter is not None or parts.nf4 or folder.family not in FAMILIES:
+    if parts.adapter is not None or parts.quantised or folder.family not in FAMILIES:
         raise UserError(
             f"{folder.path.name} is of the family {folder.family}"
             + (", with an adapter on it" if parts.adapter is not None else ""),

@@ -170,23 +170,27 @@ def _renderer(folder: ModelFolder, parts: Parts) -> Rendering:
 
 
 def _loaded(
-    folder: ModelFolder, adapter: Path | None, machine: _Machine, nf4: Collection[Part] = ()
+    folder: ModelFolder,
+    adapter: Path | None,
+    machine: _Machine,
+    nf4: Collection[Part] = (),
+    fp8: Collection[Part] = (),
 ) -> VisionLanguageModel:
-    model = load_model(folder, machine.dtype, machine.device, nf4)
+    model = load_model(folder, machine.dtype, machine.device, nf4, fp8=fp8)
     if adapter is not None:
         install_adapter(model, adapter, base=folder)
     return model.eval()
 
 
 def _as_trained(parts: Parts, asked: _Asked, machine: _Machine, say: Say) -> Said | None:
-    """What the run's own model said, its base in NF4; None where it is in none, or cannot be
+    """What the run's own model said, its base in few bits; None where it is in none, or cannot be
     here."""
-    if not parts.nf4:
+    if not parts.quantised:
         return None
     try:
-        model = _loaded(parts.folder, parts.adapter, machine, parts.nf4)
+        model = _loaded(parts.folder, parts.adapter, machine, parts.nf4, parts.fp8)
     except UserError as error:
-        say(f"not compared with the base in NF4: {error.what}")
+        say(f"not compared with {parts.quantised}: {error.what}")
         return None
     answers = compare.answered(model, asked.prompts, asked.renderer.end_ids)
     return Said(answers, compare.weighed(model, asked.prompts, answers))

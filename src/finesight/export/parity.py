@@ -69,8 +69,8 @@ class Parity:
     `questions` says where they come from; `computed` and `stored` are precisions. `adapter` is what
     the adapter changes at all, `summed` what adding it into the weights changed, `rounded` what
     their rounding to `stored` changed (None where it is none) and `reloaded` by how much the folder
-    on the disk differs from the model that was written. `as_trained` compares with the base in NF4,
-    which the adapter was trained on: its logits and the share of equal answers.
+    on the disk differs from the model that was written. `as_trained` compares with the base in few
+    bits, which the adapter was trained on: its logits and the share of equal answers.
     """
 
     questions: str
@@ -113,8 +113,8 @@ class Parity:
         if self.as_trained is not None:
             logits, equal = self.as_trained
             lines.append(
-                f"against the base in NF4, as it was trained: {logits:.1e} of the largest logit,"
-                f" {equal:.0%} of the answers equal"
+                f"against the base in few bits, as it was trained: {logits:.1e} of the largest"
+                f" logit, {equal:.0%} of the answers equal"
             )
         return lines
 

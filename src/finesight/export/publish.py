@@ -16,7 +16,7 @@ def uploads(parts: Parts, source: str) -> list[Upload]:
 
     Raises UserError for an adapter and for a folder that has changed since it was written.
     """
-    if parts.adapter is not None or parts.nf4:
+    if parts.adapter is not None or parts.quantised:
         raise UserError(
             f"{source} is an adapter on a base",
             where="finesight export",

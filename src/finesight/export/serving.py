@@ -45,8 +45,8 @@ class Serving:
 
 def serving_of(parts: Parts, source: str) -> Serving:
     """The lines for what `find_parts` found for `source`. Raises UserError for an adapter, for
-    weights in NF4 and for a family that these engines do not serve from such a folder."""
-    if parts.adapter is not None or parts.nf4:
+    weights in few bits and for a family that these engines do not serve from such a folder."""
+    if parts.adapter is not None or parts.quantised:
         raise UserError(
             f"{source} is an adapter on a base",
             where="serving",

@@ -38,13 +38,20 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What has to be loaded: weights from `folder`, those of the parts `nf4` in four bits, then
-    `adapter` on them; `manifest` is that of the run they come from."""
+    """What has to be loaded: weights from `folder`, those of the parts `nf4` and `fp8` in few bits,
+    then `adapter` on them; `manifest` is that of the run they come from."""
 
     folder: ModelFolder
     adapter: Path | None
     manifest: Manifest | None
     nf4: tuple[Part, ...] = ()
+    fp8: tuple[Part, ...] = ()
+
+    @property
+    def quantised(self) -> str:
+        """Which parts' weights the run had in few bits, in words; nothing where it had none."""
+        kinds = ((self.nf4, "NF4"), (self.fp8, "FP8"))
+        return " and ".join(f"{' and '.join(parts)} in {few}" for parts, few in kinds if parts)
 
 
 def load_answerer(
@@ -82,7 +89,7 @@ def _load_base(
         manifest.system if manifest else None,
     )
     dtype = resolve_precision(precision, where)
-    model = load_any(parts.folder, dtype, where, parts.nf4, weights)
+    model = load_any(parts.folder, dtype, where, parts.nf4, weights, parts.fp8)
     return model, renderer
 
 
@@ -253,7 +260,8 @@ def _parts_of_run(run: Path, manifest: Manifest, base: str | None) -> Parts:
             expected=f"the family {manifest.family}, which the run trained",
             remedy="restore the model that the run started from",
         )
-    return Parts(folder, adapter, manifest, manifest.tune.nf4 or ())
+    tune = manifest.tune
+    return Parts(folder, adapter, manifest, tune.nf4 or (), tune.fp8 or ())
 
 
 def _check_base(manifest: Manifest, folder: ModelFolder, run: Path) -> None:

@@ -24,10 +24,11 @@ def load_any(
     device: torch.device,
     nf4: Collection[Part] = (),
     kind: Weights = "auto",
+    fp8: Collection[Part] = (),
 ) -> AnyModel:
     """The model of a folder; UserError as `load_model` and `load_fallback`."""
     load = load_model if is_native(folder) else load_fallback
-    return load(folder, dtype, device, nf4, kind)
+    return load(folder, dtype, device, nf4, kind, fp8)
 
 
 def save_any(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:

@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from finesight.model.frozen import KERNELS
 from finesight.model.runs import Runs, alike, padded, upload
 from finesight.model.short_attention import LONGEST, attend_short
+
+if KERNELS:
+    from finesight.model.kernels import attention as attention_kernels
+
+SHORT = 256
+"""Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""
 
 _TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
@@ -72,9 +81,13 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within each sequence of a pack: training, and scoring without a cache."""
+    """Causal attention within each sequence of a pack: training, and scoring without a cache.
+
+    `seed_1` (int32, on the device) is what the drop-outs of `fused_layer` are a function of.
+    """
 
     segments: Segments
+    seed_1: Tensor | None = None
 
     @property
     def contexts_T(self) -> Tensor:
@@ -108,7 +121,48 @@ def attend(
         return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
     if not has_varlen(q_THD):
         return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
+    if KERNELS and causal and segments.longest <= SHORT:
+        bounds = attention_kernels.Bounds(segments.bounds_S1, segments.longest)
+        return _short(q_THD, k_TKD, v_TKD, bounds)
+    if not (causal or torch.is_grad_enabled()) and len(set(segments.lengths)) == 1:
+        return _attend_alike(q_THD, k_TKD, v_TKD, len(segments.lengths))
     return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
+
+
+def _attend_alike(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
+    """Segments of one length: cuDNN's kernel is the quickest, and has no variable lengths."""
+
+    def lined(x_THD: Tensor) -> Tensor:
+        return torch.unflatten(x_THD, 0, (number, -1)).transpose(1, 2)
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+        o_NHLD = F.scaled_dot_product_attention(lined(q_THD), lined(k_THD), lined(v_THD))
+    return o_NHLD.transpose(1, 2).flatten(0, 1)
+
+
+class _Short(torch.autograd.Function):
+    """Causal attention in segments for which the kernels of long ones are too coarse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: attention_kernels.Bounds
+    ) -> Tensor:
+        o_THD, lse_HT = attention_kernels.forth(q_THD, k_TKD, v_TKD, bounds, causal=True)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, o_THD, lse_HT)
+        ctx.bounds = bounds
+        return o_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
+        q_THD, k_TKD, v_TKD, o_THD, lse_HT = ctx.saved_tensors
+        inputs = q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT
+        return *attention_kernels.back(*inputs, ctx.bounds, causal=True), None
+
+
+def _short(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: attention_kernels.Bounds) -> Tensor:
+    o_THD: Tensor = _Short.apply(q_THD, k_TKD, v_TKD, bounds)  # type: ignore[no-untyped-call]
+    return o_THD
 
 
 def _attend_varlen(

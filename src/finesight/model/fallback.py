@@ -25,8 +25,8 @@ from finesight.storage import DIGESTS, verify_folder
 LIMITS = (
     "has no code of its own in finesight: transformers computes it. Samples run one at a time,"
     " without packing; pictures are processed again in every epoch, and once more to count tokens;"
-    " the arithmetic of a step is not counted; boxes, videos, tune.nf4 and `finesight merge` are"
-    " refused; experts of a mixture learn whole or not at all"
+    " the arithmetic of a step is not counted; boxes, videos, tune.nf4, tune.fp8 and"
+    " `finesight merge` are refused; experts of a mixture learn whole or not at all"
 )
 """What a user is told when a run starts."""
 
@@ -166,16 +166,19 @@ def load_fallback(
     device: torch.device,
     nf4: Collection[str] = (),
     kind: Weights = "auto",
+    fp8: Collection[str] = (),
 ) -> FallbackModel:
     """The model of a folder by its class of transformers, every tensor of it read.
 
     Raises UserError for a family that transformers has no class for, for tensors that are missing
     or of another shape, for a folder that has changed since finesight wrote it, and for parts in
-    four bits.
+    few bits.
     """
-    if nf4 or kind != "auto":
-        where = "tune.nf4" if kind == "auto" else "--weights"
-        chosen = f"{' and '.join(nf4)} in NF4" if kind == "auto" else f"weights in {kind}"
+    if nf4 or fp8 or kind != "auto":
+        where, chosen = "--weights", f"weights in {kind}"
+        if kind == "auto":
+            where = "tune.nf4" if nf4 else "tune.fp8"
+            chosen = f"{' and '.join(nf4 or fp8)} in {'NF4' if nf4 else 'FP8'}"
         raise UserError(
             f"{chosen} of a model of the family {folder.family}",
             where=where,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from finesight.config import Weights
 from finesight.errors import UserError
-from finesight.model.frozen import FrozenMatrix
+from finesight.model.fp8 import MULTIPLE, Fp8Weight
+from finesight.model.frozen import FrozenMatrix, FrozenWeight
 from finesight.model.int4 import RoundedInt4Matrix
 from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
@@ -24,12 +26,20 @@ KINDS: Mapping[str, Callable[[int, int], FrozenMatrix]] = {
     "int4": RoundedInt4Matrix,
 }
 
+_DECODER: tuple[Part, ...] = ("language", "embeddings")
+"""The parts of `--weights`, where the head is not tied."""
+
 
 def keep_in_few_bits(
-    model: VisionLanguageModel, nf4: Collection[Part], kind: Weights, folder: Path
+    model: VisionLanguageModel,
+    nf4: Collection[Part],
+    fp8: Collection[Part],
+    kind: Weights,
+    folder: Path,
 ) -> None:
     """Make room for few bits in a model without numbers: for the linear layers of the parts `nf4`,
-    or, where `kind` is not auto, for the decoder's and the head's in that kind instead.
+    and for those of `fp8` whose sizes allow their products in FP8 (`model.fp8`); or, where `kind`
+    is not auto, for the decoder's and the head's in that kind instead.
 
     The vision tower and its merger stay as they are stored: they run once a picture, with more rows
     than few bits make quicker, and what they see wrong no decoder sees right. A tied head is the
@@ -38,20 +48,50 @@ def keep_in_few_bits(
     Raises UserError for embeddings in nf4 with a tied head, for a decoder with experts, and where
     quantising needs a package that is missing.
     """
-    parts = set(nf4)
+    chosen: list[tuple[Collection[Part], str, str]] = [
+        (nf4, "nf4", "tune.nf4"),
+        (fp8, "fp8", "tune.fp8"),
+    ]
     if kind != "auto":
-        parts = {"language"} if model.lm_head is None else {"language", "embeddings"}
-    where, few = ("tune.nf4", "nf4") if kind == "auto" else ("--weights", kind)
+        decoder: tuple[Part, ...] = ("language",) if model.lm_head is None else _DECODER
+        chosen = [(decoder, kind, "--weights")]
+    for parts, few, where in chosen:
+        _refuse(model, parts, few, where, folder)
+        multiplied = where == "tune.fp8"
+        for group in _groups(model, parts):
+            if multiplies_in_fp8(group) or not multiplied:
+                with torch.device("meta"):
+                    group.freeze_as(KINDS[few], Fp8Weight if multiplied else FrozenWeight)
+
+
+def _refuse(
+    model: VisionLanguageModel, parts: Collection[Part], few: str, where: str, folder: Path
+) -> None:
     if parts and few == "nf4":
         bitsandbytes(where)
     if "embeddings" in parts and model.lm_head is None:
         raise _tied(folder)
     if "language" in parts and model.geometry.language.experts is not None:
         raise _has_experts(folder, few, where)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts:
-            with torch.device("meta"):
-                module.freeze_as(KINDS[few])
+
+
+def _groups(model: nn.Module, parts: Collection[Part]) -> list[GroupedLinear]:
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, GroupedLinear) and part_of(f"{path}.weight") in parts
+    ]
+
+
+def multiplies_in_fp8(group: GroupedLinear) -> bool:
+    """Whether the sizes of its layers allow it."""
+    return not any(size % MULTIPLE for size in (group.inputs, *group.outputs.values()))
+
+
+def left_in_16_bits(model: nn.Module, fp8: Collection[Part]) -> int:
+    """How many linear layers of these parts are not multiplied in FP8, for their sizes."""
+    groups = _groups(model, fp8)
+    return sum(len(group.outputs) for group in groups if not multiplies_in_fp8(group))
 
 
 def _tied(folder: Path) -> UserError:
@@ -65,7 +105,7 @@ def _tied(folder: Path) -> UserError:
 
 
 def _has_experts(folder: Path, kind: str, where: str) -> UserError:
-    left_out = "language out of nf4" if where == "tune.nf4" else f"{where} {kind} out"
+    left_out = f"{where} {kind} out" if where == "--weights" else f"language out of {kind}"
     return UserError(
         f"language is in {kind}, and this model has experts, which stay in 16 bits: they are nearly"
         " all of its numbers",

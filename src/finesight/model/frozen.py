@@ -194,10 +194,38 @@ class FrozenWeight(nn.Module):
         """Of all the matrices that it stands for."""
         return sum(matrix.numbers for matrix in self.matrices)
 
+    def whole(self) -> Tensor:
+        """All layers' matrices, one under the other."""
+        dense = [*self.dense()]
+        return dense[0] if len(dense) == 1 else torch.cat(dense)
+
     def dense(self) -> Iterator[Tensor]:
         """Each layer's matrix [O, I], one at a time."""
         for matrix in self.matrices:
             yield matrix.dense(self.dtype)
+
+    def products(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """x W_i^T + bias_i of each layer, [..., I] to [..., O] each, with a way back."""
+        pairs = zip(self.matrices, self.split(bias), strict=True)
+        return tuple(matrix(x, some) for matrix, some in pairs)
+
+    def add_back(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
+        """Add the sum of dy_i W_i, what goes back from each layer, to `dx`."""
+        for dy_TO, w_OI in zip(dys_TO, self.dense(), strict=True):
+            dx_TI.addmm_(dy_TO, w_OI)
+
+    def joint(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias of all layers side by side, without a way back."""
+        return F.linear(x_TI, self.whole(), bias)
+
+    def joint_back(self, dy_TO: Tensor) -> Tensor:
+        """dy W for the gradients of all layers side by side."""
+        return dy_TO @ self.whole()
+
+    def split(self, bias: Tensor | None) -> Sequence[Tensor | None]:
+        """Each layer's stretch of a bias."""
+        widths = [matrix.outputs for matrix in self.matrices]
+        return [None] * len(widths) if bias is None else torch.split(bias, widths)
 
 
 def frozen_weights(model: nn.Module) -> dict[str, FrozenWeight]:

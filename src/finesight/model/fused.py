@@ -5,7 +5,7 @@ Each keeps only its inputs for the backward pass. Shapes: T tokens or patches, H
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import math
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TRITON = find_spec("triton") is not None
-_KERNEL_TYPES = (torch.bfloat16, torch.float16)
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers by their size in bytes."""
+from finesight.model.frozen import KERNELS
 
-if _TRITON:
-    from finesight.model import kernels
+_KERNEL_TYPES = (torch.bfloat16, torch.float16)
+
+if KERNELS:
+    from finesight.model.kernels import elementwise
+    from finesight.model.kernels import gate as gate_kernels
+    from finesight.model.kernels.drop import UNDROPPED
 
 
 def turn(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -41,6 +42,13 @@ def gated(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     return y_TD
 
 
+def gated_jointly(both_TF2: Tensor, room: int) -> Tensor:
+    """`gated` of what lies side by side, gate before up, with so many zeros behind each row. Only
+    where there are kernels; what is given is overwritten on the way back."""
+    y_TJ: Tensor = _GatedJointly.apply(both_TF2, room)  # type: ignore[no-untyped-call]
+    return y_TJ
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) weight (Zhang & Sennrich 2019), rounded once."""
     if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
@@ -52,33 +60,44 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def drop(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """`x` with about `share` of its numbers set to zero and the others scaled up (Srivastava et al.
-    2014), and what `drop_alike` needs to do the same to a gradient."""
+    2014), and what `dropped_product` needs to do the same to a gradient."""
     if x.is_cuda:
         return torch.native_dropout(x, share, True)
-    # On a CPU torch draws for one number after the other. Here several share a draw of 64 bits, and
-    # masks of whole numbers are applied many at a time.
-    whole = _WHOLE[x.itemsize]
-    drawn = torch.empty(-(-x.nbytes // 8), dtype=torch.int64).random_(-(2**63), None)
-    highest = torch.iinfo(whole).max
-    above = drawn.view(whole)[: x.numel()].view(x.shape).bitwise_and_(highest)
-    # Ones in every bit where the number is kept, zeros elsewhere.
-    kept = above.sub_(round(share * (highest + 1))).bitwise_right_shift_(8 * x.itemsize - 1)
-    kept = kept.bitwise_not_()
-    return drop_alike(x, kept, share), kept
+    dropped = _drawn(x.numel(), share)
+    return _without(x * (1.0 / (1.0 - share)), dropped), dropped
 
 
-def drop_alike(x: Tensor, kept: Tensor, share: float) -> Tensor:
-    """The numbers of `x` that `drop` kept of another tensor, scaled up like those."""
+def dropped_product(x_TS: Tensor, y_SD: Tensor, dropped: Tensor, share: float) -> Tensor:
+    """x y, set to zero where `drop` did so to another tensor, and scaled up like that."""
     scale = 1.0 / (1.0 - share)
-    if kept.dtype == torch.bool:
-        y: Tensor = torch.ops.aten.native_dropout_backward(x, kept, scale)
-        return y
-    return (x.view(kept.dtype) & kept).view(x.dtype).mul_(scale)
+    if dropped.dtype == torch.bool:
+        z: Tensor = torch.ops.aten.native_dropout_backward(x_TS @ y_SD, dropped, scale)
+        return z
+    # With beta 0 the first operand only gives the type, its content is not read.
+    return _without(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropped)
 
 
-def _has_kernels(x: Tensor) -> bool:
+def _drawn(number: int, share: float) -> Tensor:
+    """Which of so many numbers are dropped, ascending. On a CPU torch draws for one number after
+    the other; here a draw says how many are kept before the next that is not."""
+    expected = number * share
+    # Eight deviations more: not to reach the end is a matter of 10^14 draws, and then means that
+    # the last few numbers are kept.
+    draws = int(expected + 8 * expected**0.5) + 16
+    kept = torch.rand(draws).neg_().log1p_().div_(math.log1p(-share))
+    places = kept.long().add_(1).cumsum(0).sub_(1)
+    return places[: int(torch.searchsorted(places, number))]
+
+
+def _without(x: Tensor, dropped: Tensor) -> Tensor:
+    """`x`, which lies in one piece, with zeros at these places."""
+    x.view(-1).index_fill_(0, dropped, 0)
+    return x
+
+
+def has_kernels(x: Tensor) -> bool:
     """Kernels are for 16-bit numbers on a card: these wait for memory, not for arithmetic."""
-    return _TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
+    return KERNELS and x.is_cuda and x.dtype in _KERNEL_TYPES
 
 
 class _Turn(torch.autograd.Function):
@@ -96,8 +115,8 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    if _has_kernels(x_THD):
-        return kernels.turned(x_THD, cos_T1D, sin_T1D, sign)
+    if has_kernels(x_THD):
+        return elementwise.turned(x_THD, cos_T1D, sin_T1D, sign)
     straight_THD = x_THD * cos_T1D
     y_THD = x_THD.new_empty(x_THD.shape)
     halves = (x.chunk(2, dim=-1) for x in (straight_THD, x_THD, sin_T1D, y_THD))
@@ -112,7 +131,7 @@ class _QuickGelu(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD)
         # silu(a x) / a is the same with less traffic, but rounds a x where it matters in 16 bits.
-        return kernels.quick_gelu(x_TD) if _has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
+        return elementwise.quick_gelu(x_TD) if has_kernels(x_TD) else _gate(x_TD).mul_(x_TD)
 
     @staticmethod
     @once_differentiable
@@ -131,18 +150,36 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TD: Tensor, up_TD: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TD, up_TD)
-        if _has_kernels(gate_TD):
-            return kernels.gated(gate_TD, up_TD)
+        if has_kernels(gate_TD):
+            return elementwise.gated(gate_TD, up_TD)
         return F.silu(gate_TD).mul_(up_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_TD, up_TD = ctx.saved_tensors
-        if _has_kernels(gate_TD):
-            return kernels.gated_back(gate_TD, up_TD, dy_TD)
+        if has_kernels(gate_TD):
+            return elementwise.gated_back(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
+
+
+class _GatedJointly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both_TF2: Tensor, room: int) -> Tensor:
+        ctx.save_for_backward(both_TF2)
+        ctx.gone = False
+        y_TJ, _ = gate_kernels.gated_low(both_TF2, None, UNDROPPED, room)
+        return y_TJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TJ: Tensor) -> tuple[Tensor, None]:
+        (both_TF2,) = ctx.saved_tensors
+        assert not ctx.gone, "a second way back"
+        ctx.gone = True
+        dy_TF = dy_TJ[:, : both_TF2.shape[1] // 2]
+        return gate_kernels.gated_low_back(both_TF2, None, dy_TF, None, UNDROPPED).both_TF2, None
 
 
 class RmsNormed(torch.autograd.Function):
@@ -159,11 +196,12 @@ class RmsNormed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
-        wide_TD = x_TD * scale_T1
+        wide_TD, dwide_TD = x_TD.to(scale_T1.dtype), dy_TD.to(scale_T1.dtype)
         dweight_D = None
         if ctx.needs_input_grad[1]:
-            dweight_D = (wide_TD * dy_TD).flatten(0, -2).sum(0).to(weight_D.dtype)
-        dwide_TD = dy_TD.to(scale_T1.dtype) * weight_D
-        along_T1 = (dwide_TD * wide_TD).mean(-1, keepdim=True)
+            dweight_D = (wide_TD * scale_T1 * dwide_TD).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dwide_TD = dwide_TD * weight_D
+        along_T = torch.linalg.vecdot(dwide_TD, wide_TD).div_(wide_TD.shape[-1])
+        along_T1 = along_T.unsqueeze(-1).mul_(scale_T1).mul_(scale_T1)
         dx_TD = dwide_TD.addcmul_(wide_TD, along_T1, value=-1).mul_(scale_T1)
         return dx_TD.to(x_TD.dtype), dweight_D, None

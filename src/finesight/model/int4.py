@@ -21,7 +21,9 @@ from finesight.model.lora import hub_name
 from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
-    from finesight.model import int4_kernels, tile_kernels, word_kernels
+    from finesight.model.kernels import int4 as int4_kernels
+    from finesight.model.kernels import tile as tile_kernels
+    from finesight.model.kernels import word as word_kernels
 
 ROUNDED_GROUP = 64
 """Inputs that share a scale and a zero where they are rounded here."""
@@ -225,7 +227,8 @@ def published_group(folder: ModelFolder) -> int | None:
 
 def keep_in_int4(model: nn.Module, layers: Collection[str], group: int, where: str) -> None:
     """Make room for four bits in these layers of a model without numbers. Raises UserError for one
-    that shares its input with others that are not quantised, and for one that is to be in NF4."""
+    that shares its input with others that are not quantised, and for one that is to be in few bits
+    of another kind."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, GroupedLinear):
             continue
@@ -236,10 +239,10 @@ def keep_in_int4(model: nn.Module, layers: Collection[str], group: int, where: s
         if isinstance(module.weight, FrozenWeight):
             raise UserError(
                 f"{quantised[0]} is to be quantised, and is in four bits by GPTQ already",
-                where="tune.nf4 or --weights",
+                where="tune.nf4, tune.fp8 or --weights",
                 expected="layers that are not quantised",
-                remedy="leave that part out of nf4 or --weights out, or take the model without"
-                " quantisation",
+                remedy="leave that part out of nf4 and fp8, or --weights out, or take the model"
+                " without quantisation",
             )
         sizes = (module.inputs, *module.outputs.values())
         if quantised != names or any(size % PLACES for size in sizes):

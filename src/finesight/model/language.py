@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.attention import Attention
+from finesight.model import fused_layer
+from finesight.model.attention import Attention, PackedAttention
 from finesight.model.experts import SparseMlp
 from finesight.model.geometry import LanguageGeometry
 from finesight.model.layers import GatedMlp, RmsNorm, empty_table, recomputed, run_layer
@@ -83,11 +84,48 @@ class DecoderLayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, only_L: Tensor | None = None
     ) -> Tensor:
         """[T, width] to [T, width], or to [L, width] for the tokens `only_L`."""
+        if isinstance(attention, PackedAttention) and self.fused(x_TD):
+            return self._quickly(x_TD, rotation, attention, only_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
         if only_L is not None:
             x_TD = x_TD.index_select(0, only_L)
         y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return y_TD
+
+    def fused(self, x_TD: Tensor) -> bool:
+        """Whether `fused_layer` computes the layer."""
+        return bool(self.fusible) and fused_layer.takes(x_TD)
+
+    @property
+    def fusible(self) -> tuple[GroupedLinear, ...]:
+        """The groups of a layer that is one of those that `fused_layer` computes, or none."""
+        mlp, attn = self.mlp, self.self_attn
+        if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
+            return ()
+        groups = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+        return groups if all(map(fused_layer.fits, groups)) else ()
+
+    def _quickly(
+        self, x_TD: Tensor, rotation: Rotation, attention: PackedAttention, only_L: Tensor | None
+    ) -> Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        at = fused_layer.Pass(attn.layer, attention.seed_1)
+        assert isinstance(mlp, GatedMlp), f"no gated MLP but a {type(mlp).__name__}"
+        x_TD, q_THD, k_TKD, v_TKD = fused_layer.enter(
+            x_TD, self.input_layernorm, attn.qkv_proj, attn.head_width, rotation, at
+        )
+        o_TI = attention(attn.layer, q_THD, k_TKD, v_TKD).flatten(1)
+        if only_L is not None:
+            x_TD, o_TI = x_TD.index_select(0, only_L), o_TI.index_select(0, only_L)
+        return fused_layer.leave(
+            x_TD,
+            o_TI,
+            attn.o_proj,
+            self.post_attention_layernorm,
+            mlp.gate_up_proj,
+            mlp.down_proj,
+            at,
+        )
 
 
 class Decoder(nn.Module):
@@ -131,7 +169,18 @@ class Decoder(nn.Module):
         again = recomputed(recompute, len(self.layers))
         *layers, last = self.layers
         for number, layer in enumerate(layers):
-            x_TD = run_layer(layer, number < again, x_TD, rotations, attention)
+            draws = _draws(layer, x_TD)
+            inputs = x_TD, rotations, attention
+            x_TD = run_layer(layer, number < again, *inputs, draws=draws)
             if deepstack is not None:
                 x_TD = deepstack.after(number, x_TD)
-        return run_layer(last, again > len(layers), x_TD, rotations, attention, only_L)
+        last_again = again > len(layers)
+        inputs = x_TD, rotations, attention
+        draws = _draws(last, x_TD)
+        y_TD: Tensor = run_layer(last, last_again, *inputs, only_L, draws=draws)
+        return y_TD
+
+
+def _draws(layer: nn.Module, x_TD: Tensor) -> bool:
+    """Whether the layer draws random numbers: kernels have theirs from a seed."""
+    return not (isinstance(layer, DecoderLayer) and layer.fused(x_TD))

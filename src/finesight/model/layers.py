@@ -6,7 +6,9 @@ Shapes: T tokens, N patches, D width, M squares of merged patches, R rows of a t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, attend
-from finesight.model.fused import gated, rms_norm
+from finesight.model.fp8 import Rows, quantised
+from finesight.model.frozen import KERNELS
+from finesight.model.fused import gated, gated_jointly, has_kernels, rms_norm
 from finesight.model.geometry import Pixels, VisionGeometry
+from finesight.model.joined import joined, room
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.rope import Rotation, rotate
+
+if KERNELS:
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels import turn as turn_kernels
+
+
+ALIGNED = 8
+"""Numbers of 16 bits, at a multiple of which tensor cores want rows to begin."""
 
 
 def recomputed(share: float, depth: int) -> int:
@@ -27,14 +40,12 @@ def recomputed(share: float, depth: int) -> int:
     return math.ceil(round(share * depth, 6))
 
 
-def run_layer(layer: nn.Module, recompute: bool, *inputs: object) -> Tensor:
+def run_layer(layer: nn.Module, recompute: bool, *inputs: object, draws: bool = True) -> Any:
     """The layer's output; with `recompute` its inner activations are made again in the backward
-    pass instead of kept, from the same random numbers."""
+    pass instead of kept, from the same random numbers where it `draws` any."""
     if recompute and torch.is_grad_enabled():
-        kept: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-        return kept
-    y: Tensor = layer(*inputs)
-    return y
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return layer(*inputs)
 
 
 def empty_table(rows: int, width: int) -> nn.Embedding:
@@ -56,7 +67,42 @@ class RmsNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-class GatedMlp(nn.Module):
+def added_norm(
+    x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, reader: GroupedLinear
+) -> tuple[Tensor, Tensor | Rows]:
+    """x + y, and the norm of that: in FP8 where the layers that read it take it so."""
+    if y_ND is not None:
+        if has_kernels(x_ND) and not torch.is_grad_enabled():
+            fused = _added_norm(x_ND, y_ND, norm, coded=reader.takes_rows)
+            if fused is not None:
+                return fused
+        x_ND = x_ND + y_ND
+    n_ND = norm(x_ND)
+    return x_ND, quantised(n_ND) if reader.takes_rows else n_ND
+
+
+def _added_norm(
+    x_ND: Tensor, y_ND: Tensor, norm: nn.Module, *, coded: bool
+) -> tuple[Tensor, Tensor | Rows] | None:
+    """`added_norm` in one kernel, or None where there is none for this norm."""
+    if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
+        return None
+    centred = isinstance(norm, nn.LayerNorm)
+    bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    factors = norm.weight, bias_D, norm.eps
+    return norm_kernels.added_norm(x_ND, y_ND, *factors, centred=centred, coded=coded)
+
+
+class FeedForward(nn.Module, ABC):
+    """An MLP that tells what reads its input."""
+
+    @property
+    @abstractmethod
+    def first(self) -> GroupedLinear:
+        """The layers that do."""
+
+
+class GatedMlp(FeedForward):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, width: int, mlp_width: int, *, bias: bool) -> None:
@@ -65,10 +111,44 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = GroupedLinear(width, outputs, bias=bias)
         self.down_proj = GroupedLinear(mlp_width, {"down_proj": width}, bias=bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    @property
+    def first(self) -> GroupedLinear:
+        """Gate and up."""
+        return self.gate_up_proj
+
+    def forward(self, x_TD: Tensor | Rows) -> Tensor:
         """[T, width] to [T, width]."""
+        if self.padded and isinstance(x_TD, Tensor) and has_kernels(x_TD):
+            return self._aligned(x_TD)
         gate, up = self.gate_up_proj(x_TD)
         return only(self.down_proj(gated(gate, up)))
+
+    @property
+    def padded(self) -> int:
+        """Columns behind the last matrix on a card, where the MLP is three matrices and nothing
+        more, and rows of the last begin anywhere."""
+        down = self.down_proj
+        groups = self.gate_up_proj, down
+        dense = all(isinstance(g.weight, nn.Parameter) and g.adapter is None for g in groups)
+        if down.inputs % ALIGNED == 0 or not dense:
+            return 0
+        # What learns lies among other masters, and is copied.
+        return -down.inputs % ALIGNED if _learns(down) else room(down.inputs, 0)
+
+    def _aligned(self, x_TD: Tensor) -> Tensor:
+        """For an inner width whose rows do not begin where tensor cores read quickly: Qwen2.5-VL's
+        tower has 3420."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        assert isinstance(gate_up.weight, nn.Parameter), "three matrices"
+        assert isinstance(down.weight, nn.Parameter), "three matrices"
+        both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)
+        behind = self.padded
+        down_DJ = F.pad(down.weight, (0, behind)) if _learns(down) else joined(down).weight_OJ
+        return F.linear(gated_jointly(both_TF2, behind), down_DJ, down.bias)
+
+
+def _learns(group: GroupedLinear) -> bool:
+    return isinstance(group.weight, nn.Parameter) and group.weight.requires_grad
 
 
 class PatchEmbed(nn.Module):
@@ -105,12 +185,19 @@ class VisionAttention(nn.Module):
         self.qkv = GroupedLinear(width, {"qkv": 3 * width}, bias=True)
         self.proj = GroupedLinear(width, {"proj": width}, bias=True)
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
+    def forward(self, x_ND: Tensor | Rows, rotation: Rotation, segments: Segments) -> Tensor:
         """[N, width] to [N, width]."""
         heads = self.heads
-        qkv_NHD = only(self.qkv(x_ND)).view(len(x_ND), 3 * heads, -1)
-        qk_NHD, v_NHD = torch.split(qkv_NHD, [2 * heads, heads], dim=1)
-        q_NHD, k_NHD = rotate(qk_NHD, rotation).chunk(2, dim=1)
+        joint_NE = only(self.qkv(x_ND))
+        qk_NHD, v_NHD = torch.split(
+            joint_NE.view(len(joint_NE), 3 * heads, -1), [2 * heads, heads], dim=1
+        )
+        if has_kernels(joint_NE) and not torch.is_grad_enabled():
+            sizes = turn_kernels.Heads(heads, heads, qk_NHD.shape[-1])
+            turn_kernels.turn_heads(joint_NE, sizes, rotation.cos_T1D, rotation.sin_T1D)
+        else:
+            qk_NHD = rotate(qk_NHD, rotation)
+        q_NHD, k_NHD = qk_NHD.chunk(2, dim=1)
         o_NHD = attend(q_NHD, k_NHD, v_NHD, segments, causal=False)
         return only(self.proj(o_NHD.flatten(1)))
 
@@ -119,7 +206,7 @@ class VisionBlock(nn.Module):
     """Attention within a segment, then the MLP, each on the norm of what it is added to."""
 
     def __init__(
-        self, geometry: VisionGeometry, norm: Callable[[int], nn.Module], mlp: nn.Module
+        self, geometry: VisionGeometry, norm: Callable[[int], nn.Module], mlp: FeedForward
     ) -> None:
         super().__init__()
         self.norm1 = norm(geometry.width)
@@ -127,11 +214,15 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(geometry.width, geometry.heads)
         self.mlp = mlp
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]."""
-        x_ND = x_ND + self.attn(self.norm1(x_ND), rotation, segments)
-        y_ND: Tensor = x_ND + self.mlp(self.norm2(x_ND))
-        return y_ND
+    def forward(
+        self, x_ND: Tensor, y_ND: Tensor | None, rotation: Rotation, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [N, width] and what the block before still has to add to it, to the same of
+        this block: a sum and the norm of it are one step."""
+        x_ND, n_ND = added_norm(x_ND, y_ND, self.norm1, self.attn.qkv)
+        o_ND = self.attn(n_ND, rotation, segments)
+        x_ND, n_ND = added_norm(x_ND, o_ND, self.norm2, self.mlp.first)
+        return x_ND, self.mlp(n_ND)
 
 
 class PatchMerger(nn.Module):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
 
 
@@ -36,12 +37,19 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, inputs))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.adapter: nn.Module | None = None
+        self.joined: object = None
+        """What `model.joined` has made of the weight."""
 
-    def freeze_as(self, kind: Callable[[int, int], FrozenMatrix]) -> None:
+    def freeze_as(
+        self,
+        kind: Callable[[int, int], FrozenMatrix],
+        together: type[FrozenWeight] = FrozenWeight,
+    ) -> None:
         """Room for matrices of this kind, made of outputs and inputs, in place of the weight, whose
-        numbers are lost; its type stays that of the computation."""
+        numbers are lost; its type stays that of the computation. `together` is what they make up.
+        """
         matrices = [kind(width, self.inputs) for width in self.outputs.values()]
-        self._replace(FrozenWeight(matrices, self.weight.dtype))
+        self._replace(together(matrices, self.weight.dtype))
 
     @torch.no_grad()
     def thaw(self) -> None:
@@ -54,7 +62,12 @@ class GroupedLinear(nn.Module):
         del self.weight
         self.weight = weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def takes_rows(self) -> bool:
+        """Whether its input may be in FP8 already: no adapter reads it, nothing goes back to it."""
+        return self.adapter is None and not torch.is_grad_enabled() and takes_rows(self.weight)
+
+    def forward(self, x: Tensor | Rows) -> tuple[Tensor, ...]:
         """[..., inputs] to one [..., width] for each layer of the group."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
@@ -62,22 +75,50 @@ class GroupedLinear(nn.Module):
 
 
 def products(
-    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, widths: Sequence[int]
+    x: Tensor | Rows, weight: Tensor | FrozenWeight, bias: Tensor | None, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i for the layers of a group, [..., inputs] to [..., width] each.
 
     Layer by layer, so that each output lies in one piece: what follows reads it several times as
     fast as a slice of a joint product, whose gradients would have to be joined on the way back.
     """
-    if len(widths) == 1 and isinstance(weight, Tensor):
+    if isinstance(weight, Fp8Weight):
+        return weight.products(x, bias)
+    x = _not_in_fp8(x)
+    if isinstance(weight, FrozenWeight):
+        return weight.products(x, bias)
+    if len(widths) == 1:
         return (F.linear(x, weight, bias),)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
-    if isinstance(weight, FrozenWeight):
-        return tuple(layer(x, b) for layer, b in zip(weight.matrices, biases, strict=True))
     weights = torch.split(weight, list(widths))
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
-def matrices(weight: Tensor | FrozenWeight, widths: Sequence[int]) -> Iterable[Tensor]:
-    """W_i [width, inputs] of each layer of a group; in few bits, each is made when asked for."""
-    return weight.dense() if isinstance(weight, FrozenWeight) else torch.split(weight, list(widths))
+def add_products_back(
+    dx_TI: Tensor, dys_TO: Sequence[Tensor], weight: Tensor | FrozenWeight
+) -> None:
+    """Add the gradient by `x` of `products`, the sum of dy_i W_i, to `dx`."""
+    if isinstance(weight, FrozenWeight):
+        weight.add_back(dx_TI, dys_TO)
+        return
+    weights = torch.split(weight, [dy_TO.shape[1] for dy_TO in dys_TO])
+    for dy_TO, w_OI in zip(dys_TO, weights, strict=True):
+        dx_TI.addmm_(dy_TO, w_OI)
+
+
+def _not_in_fp8(x: Tensor | Rows) -> Tensor:
+    assert isinstance(x, Tensor), "an input in FP8 for a weight that is not"
+    return x
+
+
+def joint_product(x: Tensor | Rows, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias of all layers of a group side by side, [T, inputs] to [T, sum of widths]."""
+    if isinstance(weight, Fp8Weight):
+        return weight.joint(x, bias)
+    x = _not_in_fp8(x)
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.joint(x, bias)
+
+
+def joint_product_back(dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
+    """dy W: the gradient by `x` of `joint_product`."""
+    return dy @ weight if isinstance(weight, Tensor) else weight.joint_back(dy)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.frozen import FrozenWeight
-from finesight.model.fused import drop, drop_alike
-from finesight.model.linear import GroupedLinear, matrices, products
+from finesight.model.fused import drop, dropped_product
+from finesight.model.joined import Beside
+from finesight.model.linear import GroupedLinear, add_products_back, products
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class LoraGroup(nn.Module):
         )
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
+    def beside(self) -> list[Beside]:
+        """The up-projections as `model.joined` takes them."""
+        bands = self.bands.items()
+        return [Beside(self.b[name], band.columns, band.rows) for name, band in bands]
+
     def factors(self) -> dict[str, Factors]:
         """A (a view of the stacked one) and B of each adapted layer."""
         return {name: Factors(self.a[band.rows], self.b[name]) for name, band in self.bands.items()}
@@ -166,13 +172,13 @@ class _AdaptedProduct(torch.autograd.Function):
         *bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
         ys_TO = products(x_TI, weight, bias_O, layout.widths)
-        kept_TI: Tensor | None = None
+        dropped: Tensor | None = None
         if dropout > 0.0:
-            x_TI, kept_TI = drop(x_TI, dropout)
+            x_TI, dropped = drop(x_TI.contiguous(), dropout)
         low_TS = F.linear(x_TI, a_SI)
         for band, b_OR in zip(layout.bands, bs_OR, strict=True):
             ys_TO[band.output].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
-        ctx.save_for_backward(x_TI, kept_TI, low_TS, a_SI, *bs_OR)
+        ctx.save_for_backward(x_TI, dropped, low_TS, a_SI, *bs_OR)
         # The weight is frozen: nothing changes it until the way back.
         ctx.weight, ctx.layout, ctx.dropout = weight, layout, dropout
         return ys_TO
@@ -180,7 +186,7 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, kept_TI, low_TS, a_SI, *bs_OR = ctx.saved_tensors
+        x_TI, dropped, low_TS, a_SI, *bs_OR = ctx.saved_tensors
         needs_x, _, _, needs_a, _, _, *needs_b = ctx.needs_input_grad
         dlow_TS = torch.empty_like(low_TS)
         dbs_OR: list[Tensor | None] = []
@@ -194,12 +200,11 @@ class _AdaptedProduct(torch.autograd.Function):
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
         if needs_x:
-            dx_TI = dlow_TS @ a_SI
-            if kept_TI is not None:
-                dx_TI = drop_alike(dx_TI, kept_TI, ctx.dropout)
-            weights = matrices(ctx.weight, ctx.layout.widths)
-            for dy_TO, rows_OI in zip(dys_TO, weights, strict=True):
-                dx_TI.addmm_(dy_TO, rows_OI)
+            if dropped is None:
+                dx_TI = dlow_TS @ a_SI
+            else:
+                dx_TI = dropped_product(dlow_TS, a_SI, dropped, ctx.dropout)
+            add_products_back(dx_TI, dys_TO, ctx.weight)
         return dx_TI, None, None, da_SI, None, None, *dbs_OR
 
 

@@ -38,7 +38,7 @@ def merge_into(model: nn.Module) -> int:
     merged = 0
     for path, group, adapter in list(adapters(model)):
         assert isinstance(group.weight, nn.Parameter), (
-            f"{path} is in four bits: nothing is added to it"
+            f"{path} is in few bits: nothing is added to it"
         )
         for name, (a_RI, b_OR) in adapter.factors().items():
             band = adapter.bands[name]
@@ -123,7 +123,7 @@ def merge_folder(
     What was published in four bits is written in full, also where there is no adapter.
 
     `precision` is as in `kept_precision`, `manifest` as in `write_merged`. The weights of `base`
-    are taken as published, also where the run had them in NF4. Computed on the CPU. Raises
+    are taken as published, also where the run had them in few bits. Computed on the CPU. Raises
     UserError for an existing `out`, an adapter that does not fit (another base's fingerprint
     included) and a full disk; then nothing is left at `out`. Nothing is proved here:
     `export.merging` does that.

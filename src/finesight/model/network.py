@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
-from finesight.model import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
+from finesight.model import fused_layer, qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Attention, PackedAttention, Segments
 from finesight.model.bank import Readers
 from finesight.model.experts import waits
 from finesight.model.frozen import FrozenWeight
 from finesight.model.geometry import Geometry, Settings, read_pixels
-from finesight.model.language import Deepstack
+from finesight.model.joined import Laying
+from finesight.model.language import DecoderLayer, Deepstack
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import CURRENT, FIRST, Names
 from finesight.model.tower import VisionTower
@@ -52,6 +53,7 @@ class VisionLanguageModel(nn.Module):
         self.recompute = 0.0
         """The share of layers whose activations are computed twice, to keep fewer."""
         self.readers: Readers | None = None
+        self._laying = Laying()
         self.visual = visual
         self.model = architecture.decoder(geometry.language)
         language = geometry.language
@@ -130,11 +132,23 @@ class VisionLanguageModel(nn.Module):
             return F.linear(h_TD, self.model.embed_tokens.weight)
         return only(self.lm_head(h_TD))
 
-    def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None = None,
+        seed_1: Tensor | None = None,
+    ) -> Tensor:
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
-        `features_MKD` are those of its pictures where they are known."""
+        `features_MKD` are those of its pictures where they are known. `seed_1` (int32, on the
+        device) is what drop-outs are a function of on a GPU; by default it is drawn."""
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
-        attention = PackedAttention(segments)
+        if seed_1 is None and self.training and batch.ids_T.is_cuda:
+            seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)
+        attention = PackedAttention(segments, seed_1)
+        if fused_layer.takes(self.model.embed_tokens.weight):
+            layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
+            groups = (group for layer in layers for group in layer.fusible)
+            self._laying.lay(fused_layer.joined_groups(groups))
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
 
 

@@ -19,7 +19,8 @@ from finesight.model.frozen import KERNELS, Piece
 from finesight.model.words import Norm, WordMatrix, Words
 
 if KERNELS:
-    from finesight.model import tile_kernels, word_kernels
+    from finesight.model.kernels import tile as tile_kernels
+    from finesight.model.kernels import word as word_kernels
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Numbers of a matrix that share a scale, and scales that share theirs."""

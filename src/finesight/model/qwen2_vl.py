@@ -7,16 +7,17 @@ from functools import partial
 from torch import Tensor, nn
 
 from finesight.model.architecture import Architecture
+from finesight.model.fp8 import Rows, quantised_gelu
 from finesight.model.fused import quick_gelu
 from finesight.model.geometry import Pixels, Settings, read_language, read_vision
-from finesight.model.layers import PatchMerger, VisionBlock
+from finesight.model.layers import FeedForward, PatchMerger, VisionBlock
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.tower import VisionTower
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class Mlp(nn.Module):
+class Mlp(FeedForward):
     """fc2(quick_gelu(fc1(x))), where quick_gelu(x) = x sigmoid(1.702 x)."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
@@ -24,9 +25,15 @@ class Mlp(nn.Module):
         self.fc1 = GroupedLinear(width, {"fc1": mlp_width}, bias=True)
         self.fc2 = GroupedLinear(mlp_width, {"fc2": width}, bias=True)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    @property
+    def first(self) -> GroupedLinear:
+        """That inside."""
+        return self.fc1
+
+    def forward(self, x_ND: Tensor | Rows) -> Tensor:
         """[N, width] to [N, width]."""
-        return only(self.fc2(quick_gelu(only(self.fc1(x_ND)))))
+        h_NF = only(self.fc1(x_ND))
+        return only(self.fc2(quantised_gelu(h_NF) if self.fc2.takes_rows else quick_gelu(h_NF)))
 
 
 def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:

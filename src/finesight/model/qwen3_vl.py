@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import TRANSFORMERS_5, Architecture
+from finesight.model.fp8 import Rows
 from finesight.model.geometry import (
     LanguageGeometry,
     Pixels,
@@ -23,7 +24,7 @@ from finesight.model.geometry import (
     rope_settings,
     text_settings,
 )
-from finesight.model.layers import VisionBlock, empty_table
+from finesight.model.layers import FeedForward, VisionBlock, empty_table
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.runs import upload
 from finesight.model.tower import VisionTower, positions_by_square
@@ -31,7 +32,7 @@ from finesight.model.tower import VisionTower, positions_by_square
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class Mlp(nn.Module):
+class Mlp(FeedForward):
     """fc2(gelu(fc1(x))), gelu by its approximation with tanh."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
@@ -39,7 +40,12 @@ class Mlp(nn.Module):
         self.linear_fc1 = GroupedLinear(width, {"linear_fc1": mlp_width}, bias=True)
         self.linear_fc2 = GroupedLinear(mlp_width, {"linear_fc2": width}, bias=True)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    @property
+    def first(self) -> GroupedLinear:
+        """That inside."""
+        return self.linear_fc1
+
+    def forward(self, x_ND: Tensor | Rows) -> Tensor:
         """[N, width] to [N, width]."""
         return only(self.linear_fc2(F.gelu(only(self.linear_fc1(x_ND)), approximate="tanh")))
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import Architecture
 from finesight.model.attention import Segments, attend
+from finesight.model.fp8 import Rows
 from finesight.model.geometry import Pixels, Settings, VisionGeometry
+from finesight.model.layers import added_norm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import FIRST
 from finesight.model.qwen_language import QwenDecoder, read_qwen_language
@@ -50,9 +52,10 @@ class FusedAttention(nn.Module):
         self.in_proj = GroupedLinear(width, {"in_proj": 3 * width}, bias=True)
         self.out_proj = GroupedLinear(width, {"out_proj": width}, bias=True)
 
-    def forward(self, x_ND: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_ND: Tensor | Rows, segments: Segments) -> Tensor:
         """[N, width] to [N, width]."""
-        heads_NHD = only(self.in_proj(x_ND)).view(len(x_ND), self.heads, -1)
+        joint_NE = only(self.in_proj(x_ND))
+        heads_NHD = joint_NE.view(len(joint_NE), self.heads, -1)
         q_NHD, k_NHD, v_NHD = heads_NHD.chunk(3, dim=-1)
         o_NHD = attend(q_NHD, k_NHD, v_NHD, segments, causal=False)
         return only(self.out_proj(o_NHD.flatten(1)))
@@ -66,7 +69,7 @@ class Mlp(nn.Module):
         self.c_fc = GroupedLinear(width, {"c_fc": mlp_width}, bias=True)
         self.c_proj = GroupedLinear(mlp_width, {"c_proj": width}, bias=True)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor | Rows) -> Tensor:
         """[N, width] to [N, width]."""
         return only(self.c_proj(F.gelu(only(self.c_fc(x_ND)))))
 
@@ -81,11 +84,13 @@ class Block(nn.Module):
         self.attn = FusedAttention(geometry.width, geometry.heads)
         self.mlp = Mlp(geometry.width, geometry.mlp_width)
 
-    def forward(self, x_ND: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        """[N, width] to [N, width]; positions are learned, nothing is turned."""
-        x_ND = x_ND + self.attn(self.ln_1(x_ND), segments)
-        y_ND: Tensor = x_ND + self.mlp(self.ln_2(x_ND))
-        return y_ND
+    def forward(
+        self, x_ND: Tensor, y_ND: Tensor | None, rotation: Rotation, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """As `VisionBlock`; positions are learned, nothing is turned."""
+        x_ND, n_ND = added_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
+        x_ND, n_ND = added_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
+        return x_ND, self.mlp(n_ND)
 
 
 class CrossAttention(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor
 from finesight.model.frozen import KERNELS, DenseSource
 
 if KERNELS:
-    from finesight.model import row_kernels, tile_kernels
+    from finesight.model.kernels import row as row_kernels
+    from finesight.model.kernels import tile as tile_kernels
 
 PIECE = 16
 """Inputs that a kernel reads at once."""

@@ -1,13 +1,15 @@
 """Segments of a pack in batches: those of one length together, or of like length, padded.
 
-Shapes: T tokens of the pack, P places of the batches end to end.
+Shapes: T tokens of the pack, P places of the batches end to end, X places of all heads, Y some of
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,18 @@ def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+class Rows(NamedTuple):
+    """Where the heads of all tokens stand once the heads of a segment stand one after the other.
+
+    Both sides are rows, a head of a token each: `order_X` brings them into their places, `back_Y`
+    back. `padding_Y` are the places after the end of a segment; None where there are none.
+    """
+
+    order_X: Tensor
+    back_Y: Tensor
+    padding_Y: Tensor | None
+
+
 @dataclass(frozen=True)
 class Runs:
     """Batches end to end: `(length, count)` pairs.
@@ -39,6 +53,40 @@ class Runs:
     order_T: Tensor | None = None
     back_T: Tensor | None = None
     padding_P: Tensor | None = None
+    _rows: dict[int, Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def places(self) -> int:
+        """Of all batches, padding included."""
+        return sum(length * count for length, count in self.lengths)
+
+    def rows(self, heads: int) -> Rows:
+        """The places of so many heads; every layer of a pack asks for the same."""
+        if heads not in self._rows:
+            self._rows[heads] = self._rows_of(heads)
+        return self._rows[heads]
+
+    def _rows_of(self, heads: int) -> Rows:
+        order_P = torch.arange(self.places) if self.order_T is None else self.order_T
+        order_X = self._by_head(order_P * heads, torch.arange(heads))
+        if self.padding_P is None:
+            real_Y, padding_Y = torch.arange(len(order_X)), None
+        else:
+            padding_X = self._by_head(self.padding_P, torch.zeros(heads, dtype=torch.bool))
+            real_Y, padding_Y = (~padding_X).nonzero().squeeze(1), padding_X.nonzero().squeeze(1)
+        back_Y = torch.empty_like(real_Y)
+        back_Y[order_X[real_Y]] = real_Y
+        return Rows(order_X, back_Y, padding_Y)
+
+    def _by_head(self, values_P: Tensor, added_H: Tensor) -> Tensor:
+        """Values of places, once for each head of a segment, plus what is added for that head."""
+        parts = torch.split(values_P, [length * count for length, count in self.lengths])
+        lengths = (length for length, _ in self.lengths)
+        pieces = (
+            (part.view(-1, 1, length) + added_H[:, None]).flatten()
+            for part, length in zip(parts, lengths, strict=True)
+        )
+        return torch.cat([*pieces])
 
 
 def alike(lengths: Sequence[int], device: torch.device) -> Runs:

@@ -5,8 +5,9 @@ backwards at 125 tokens), as long as the scores of a sequence fit the caches. As
 scores and their softmax are fp32: in bf16 they would cost a sixth less, and sharp weights would
 lose several times as much to rounding. What the values are summed with is rounded to bf16.
 
-Shapes: T tokens, P places of the batches, H query heads, K key heads, D numbers of a head, N
-sequences of a batch, L their length, B = N K matrices, Q = H/K L queries of one.
+Shapes: T tokens, H query heads, K key heads, D numbers of a head, X rows of all heads of the
+batches, N sequences of a batch, L their length, B = N K matrices, G = H/K query heads of one,
+Q = G L queries of one, C of them at a time, S keys that these look at.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.model.runs import Runs
+from finesight.model.runs import Rows, Runs
 
 LONGEST = 512
 """Tokens of the longest sequences that products are faster for."""
+
+AT_ONCE = 64
+"""Queries of a head whose scores are computed together: where attention is causal, only those of
+the keys before them."""
 
 
 def attend_short(
@@ -42,76 +47,97 @@ class _ShortAttention(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, runs: Runs, causal: bool
     ) -> Tensor:
         scale = q_THD.shape[-1] ** -0.5
-        shared = k_TKD.shape[1]
-        kept: list[Tensor] = []
-        outputs: list[Tensor] = []
-        batches = (_batches(x, runs, shared) for x in (q_THD, k_TKD, v_TKD))
-        for q_BQD, k_BLD, v_BLD in zip(*batches, strict=True):
-            weights_BQL = _weights(q_BQD, k_BLD, scale, causal)
-            outputs.append(_places(torch.bmm(weights_BQL, v_BLD), shared, v_BLD.shape[1]))
-            kept += [q_BQD, k_BLD, v_BLD, weights_BQL]
-        ctx.save_for_backward(*kept)
-        ctx.runs, ctx.shared, ctx.scale = runs, shared, scale
-        return _joined(outputs, runs)
+        queries, keys = (runs.rows(x.shape[1]) for x in (q_THD, k_TKD))
+        q_XD, k_XD, v_XD = _laid(q_THD, queries), _laid(k_TKD, keys), _laid(v_TKD, keys)
+        o_XD = torch.empty_like(q_XD)
+        weights: list[Tensor] = []
+        every = (_batches(x, runs, k_TKD.shape[1]) for x in (q_XD, k_XD, v_XD, o_XD))
+        for q_BQD, k_BLD, v_BLD, o_BQD in zip(*every, strict=True):
+            weights.append(_weights(q_BQD, k_BLD, scale, causal))
+            torch.bmm(weights[-1], v_BLD, out=o_BQD)
+        ctx.save_for_backward(*queries, *keys, q_XD, k_XD, v_XD, *weights)
+        ctx.runs, ctx.shared, ctx.scale = runs, k_TKD.shape[1], scale
+        return _returned(o_XD, queries).view(q_THD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
-        kept, shared = iter(ctx.saved_tensors), ctx.shared
-        gradients: tuple[list[Tensor], ...] = ([], [], [])
-        do_PHD = _ordered(do_THD, ctx.runs)
-        if ctx.runs.padding_P is not None:
-            do_PHD = do_PHD.masked_fill(ctx.runs.padding_P[:, None, None], 0)
-        for do_BQD in _split(do_PHD, ctx.runs, shared):
-            q_BQD, k_BLD, v_BLD, weights_BQL = (next(kept) for _ in range(4))
-            dscores_BQL = torch.ops.aten._softmax_backward_data(
-                torch.bmm(do_BQD, v_BLD.mT), weights_BQL, -1, weights_BQL.dtype
-            )
-            made = (
-                torch.bmm(dscores_BQL, k_BLD),
-                torch.bmm(dscores_BQL.mT, q_BQD),
-                torch.bmm(weights_BQL.mT, do_BQD),
-            )
-            for gradient, x in zip(gradients, made, strict=True):
-                gradient.append(_places(x, shared, v_BLD.shape[1]))
-        dq_THD, dk_TKD, dv_TKD = (_joined(gradient, ctx.runs) for gradient in gradients)
-        return dq_THD.mul_(ctx.scale), dk_TKD.mul_(ctx.scale), dv_TKD, None, None
+        saved = ctx.saved_tensors
+        queries, keys, weights = Rows(*saved[:3]), Rows(*saved[3:6]), saved[9:]
+        q_XD, k_XD, v_XD = saved[6:9]
+        scale, shared = ctx.scale, ctx.shared
+        do_XD = _laid(do_THD, queries)
+        if queries.padding_Y is not None:
+            do_XD.index_fill_(0, queries.padding_Y, 0)
+        dq_XD, dk_XD, dv_XD = (torch.empty_like(x) for x in (q_XD, k_XD, v_XD))
+        given = (q_XD, k_XD, v_XD, do_XD, dq_XD, dk_XD, dv_XD)
+        every = (_batches(x, ctx.runs, shared) for x in given)
+        for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
+            weights, *every, strict=True
+        ):
+            dscores_BQL = _back(do_BQD, v_BLD, weights_BQL)
+            dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
+            dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
+            torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
+            # Or they would be there until the next ones are.
+            del dscores_BQL
+        dk_TKD, dv_TKD = (_returned(x, keys).view(-1, shared, x.shape[1]) for x in (dk_XD, dv_XD))
+        return _returned(dq_XD, queries).view(do_THD.shape), dk_TKD, dv_TKD, None, None
 
 
 def _weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool) -> Tensor:
     """softmax(scale q k^T), computed in fp32 or wider and rounded once, to the type of `q`."""
+    length, width = k_BLD.shape[1:]
+    q_BGLD = q_BQD.view(len(k_BLD), -1, length, width)
+    weights_BGLL = q_BQD.new_empty(*q_BGLD.shape[:3], length)
     wide = torch.promote_types(q_BQD.dtype, torch.float32)
-    length = k_BLD.shape[1]
-    mask_QL = q_BQD.new_zeros(q_BQD.shape[1], length, dtype=wide)
-    if causal:
-        above_LL = q_BQD.new_full((length, length), -torch.inf, dtype=wide).triu_(1)
-        mask_QL.view(-1, length, length).copy_(above_LL)
-    scores_BQL = torch.baddbmm(mask_QL, q_BQD.to(wide), k_BLD.to(wide).mT, alpha=scale)
-    return scores_BQL.softmax(-1).to(q_BQD.dtype)
+    k_wide_BLD = k_BLD.to(wide)
+    if not causal:
+        weights_BGLL.copy_(_softmax(q_BGLD.to(wide), k_wide_BLD, scale))
+        return weights_BGLL.flatten(1, 2)
+    after_CC = torch.full((AT_ONCE, AT_ONCE), -torch.inf, dtype=wide).triu_(1)
+    for start in range(0, length, AT_ONCE):
+        stop = min(start + AT_ONCE, length)
+        weights_BGLL[:, :, start:stop, :stop] = _softmax(
+            q_BGLD[:, :, start:stop].to(wide),
+            k_wide_BLD[:, :stop],
+            scale,
+            after_CC[: stop - start, : stop - start],
+        )
+        weights_BGLL[:, :, start:stop, stop:] = 0
+    return weights_BGLL.flatten(1, 2)
 
 
-def _batches(x_THD: Tensor, runs: Runs, shared: int) -> Iterator[Tensor]:
-    return _split(_ordered(x_THD, runs), runs, shared)
+def _softmax(q_BGCD: Tensor, k_BSD: Tensor, scale: float, last_CC: Tensor | None = None) -> Tensor:
+    """That of the scores, to those of the last keys of which `last_CC` is added."""
+    scores_BGCS = q_BGCD.new_empty(*q_BGCD.shape[:3], k_BSD.shape[1])
+    # With beta 0 the first operand only gives the place, its content is not read.
+    scores_BGCS.flatten(1, 2).baddbmm_(q_BGCD.flatten(1, 2), k_BSD.mT, beta=0, alpha=scale)
+    if last_CC is not None:
+        scores_BGCS[..., -len(last_CC) :] += last_CC
+    return torch.softmax(scores_BGCS, -1, out=scores_BGCS)
 
 
-def _ordered(x_THD: Tensor, runs: Runs) -> Tensor:
-    return x_THD if runs.order_T is None else x_THD.index_select(0, runs.order_T)
+def _back(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
+    """The gradient by the scores."""
+    made_BQL = torch.bmm(do_BQD, v_BLD.mT)
+    torch.ops.aten._softmax_backward_data.out(
+        made_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=made_BQL
+    )
+    return made_BQL
 
 
-def _split(x_PHD: Tensor, runs: Runs, shared: int) -> Iterator[Tensor]:
+def _laid(x_THD: Tensor, rows: Rows) -> Tensor:
+    return x_THD.reshape(-1, x_THD.shape[-1]).index_select(0, rows.order_X)
+
+
+def _returned(x_XD: Tensor, rows: Rows) -> Tensor:
+    return x_XD.index_select(0, rows.back_Y)
+
+
+def _batches(x_XD: Tensor, runs: Runs, shared: int) -> Iterator[Tensor]:
     """Each batch as matrices [B, Q, D]: the queries of heads with one key head in one matrix."""
-    width = x_PHD.shape[-1]
-    parts = torch.split(x_PHD, [length * count for length, count in runs.lengths])
-    for (length, count), x in zip(runs.lengths, parts, strict=True):
-        yield x.view(count, length, -1, width).transpose(1, 2).reshape(count * shared, -1, width)
-
-
-def _places(x_BQD: Tensor, shared: int, length: int) -> Tensor:
-    """The inverse of `_split` for one batch, a view: [N, L, H, D]."""
-    count, width = len(x_BQD) // shared, x_BQD.shape[-1]
-    return x_BQD.view(count, -1, length, width).transpose(1, 2)
-
-
-def _joined(batches: list[Tensor], runs: Runs) -> Tensor:
-    x_PHD = torch.cat([x_NLHD.flatten(0, 1) for x_NLHD in batches])
-    return x_PHD if runs.back_T is None else x_PHD.index_select(0, runs.back_T)
+    heads = len(x_XD) // runs.places
+    parts = torch.split(x_XD, [heads * length * count for length, count in runs.lengths])
+    for (_, count), x in zip(runs.lengths, parts, strict=True):
+        yield x.view(count * shared, -1, x.shape[1])

@@ -95,12 +95,15 @@ class VisionTower(nn.Module):
             x_ND = self.patch_embed(self._by_square(patches_ND, route.order_M))
             x_ND = self.placed(x_ND, grids)
             rotation = vision_rotation(route.positions_N2, self.geometry)
-            on_the_way = []
+            on_the_way, y_ND = [], None
             again = recomputed(recompute, len(self.blocks))
             for number, segments in enumerate(route.segments):
-                x_ND = run_layer(self.blocks[number], number < again, x_ND, rotation, segments)
+                block = self.blocks[number]
+                x_ND, y_ND = run_layer(block, number < again, x_ND, y_ND, rotation, segments)
                 if number in self.deepstack:
+                    x_ND, y_ND = x_ND + y_ND, None
                     on_the_way.append(x_ND)
+            x_ND = x_ND if y_ND is None else x_ND + y_ND
         mergers = zip(self.deepstack_merger_list, on_the_way, strict=True)
         merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
         features_MKD = torch.stack(merged, 1)

@@ -128,13 +128,15 @@ def load_model(
     device: torch.device,
     nf4: Collection[Part] = (),
     kind: Weights = "auto",
+    fp8: Collection[Part] = (),
 ) -> VisionLanguageModel:
     """The model of a hub folder, every tensor read exactly once.
 
     The linear layers of the parts `nf4` are quantised one by one as they are read, from the type
     that they are stored in, so that the bits are the same whatever is computed in; of the
-    embeddings that is the head. `kind` other than auto is that of the decoder and of a head
-    of its own, whatever `nf4` says (`model.few_bits`).
+    embeddings that is the head. Those of the parts `fp8` are multiplied in FP8 while the model
+    trains, and have their weights in it always (`model.fp8`). `kind` other than auto is that of the
+    decoder and of a head of its own, whatever `nf4` and `fp8` say (`model.few_bits`).
 
     Layers that were published in four bits (`model.int4`) stay so.
 
@@ -152,7 +154,7 @@ def load_model(
         if (made / DIGESTS).is_file():
             verify_folder(made)
     model = build(config, preprocessor, dtype, torch.device("meta"))
-    keep_in_few_bits(model, nf4, kind, folder.path)
+    keep_in_few_bits(model, nf4, fp8, kind, folder.path)
     named = model.architecture.native_name
     stored = [tensor for file in files for tensor in header(file, named)]
     if group is not None:

@@ -5,92 +5,132 @@ Shapes: none are computed with; sizes are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from finesight.model.layers import PatchMerger, recomputed
-from finesight.model.linear import GroupedLinear
+from finesight.model.layers import VisionBlock
 from finesight.model.network import VisionLanguageModel
 from finesight.model.qwen2_5_vl import WindowedTower, windows
-from finesight.model.qwen3_vl import Merger
 from finesight.model.qwen_language import QwenDecoder
-from finesight.model.qwen_vl import Resampler, SquareTower
+from finesight.model.qwen_vl import Block, SquareTower
 from finesight.model.tower import VisionTower
+from finesight.plan.gradients import Come
 from finesight.plan.kept import (
     WIDE,
     Computing,
-    Kept,
     learns,
-    of_group,
-    of_layer,
     of_norm,
-    of_resampler,
-    sorting,
 )
 from finesight.plan.load import Load
+from finesight.plan.merger import of_merger, turned_in
+from finesight.plan.mlp import entering, passing, widest
+from finesight.plan.recorded import Recording, recording
+from finesight.plan.stack import Place, Stack
 from finesight.train.loss import LOGITS_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
     """One moment of a pack: bytes of activations that are kept, of what an operation works with
-    beside them, and of logits."""
+    beside them, of logits, and of gradients that have come and wait for the step."""
 
     kept: int
     working: int = 0
     logits: int = 0
+    gradients: int = 0
 
     @property
     def in_all(self) -> int:
         """All of them."""
-        return self.kept + self.working + self.logits
+        return self.kept + self.working + self.logits + self.gradients
 
 
 class Activations:
     """Of one model as it is tuned; it needs no numbers, and may be on the meta device."""
 
     def __init__(self, model: VisionLanguageModel, computing: Computing, recompute: float) -> None:
-        self._model, self._computing = model, computing
+        self._model, self._computing, self._recompute = model, computing, recompute
         visual, decoder = model.visual, model.model
         self._sees = visual.trains
         inside = {id(p) for part in (visual.blocks, *_mergers(visual)) for p in part.parameters()}
         reached = any(p.requires_grad for p in visual.parameters() if id(p) not in inside)
-        self._blocks = _Stack.of(visual.blocks, reached, computing, recompute)
+        self._blocks = Stack.of(visual.blocks, reached, computing, recompute)
         self._merges = visual.trains or any(map(learns, _mergers(visual)))
         reached = self._merges or decoder.embed_tokens.weight.requires_grad
-        self._layers = _Stack.of(decoder.layers, reached, computing, recompute)
+        self._layers = Stack.of(decoder.layers, reached, computing, recompute)
         self._trains_head = any(p.requires_grad for p in _head(model))
 
-    def moments(self, load: Load) -> Iterator[Moment]:
+    @property
+    def stays(self) -> int:
+        """Bytes that the ways back need beside the weights, from the first pack on."""
+        tower = self._model.visual
+        merged = sum(turned_in(merger, self._sees) for merger in _mergers(tower))
+        return self._layers.stays + self._blocks.stays + merged
+
+    def recording(self, load: Load) -> Recording | None:
+        """That which a run learns from this pack by, if any."""
+        return recording(self._model, self._computing, self._recompute, load)
+
+    def looking(self, load: Load) -> Moment:
+        """The tower's fullest moment on the way forward, as far as it learns with what it keeps."""
+        return Moment(self._tower(load) if self._sees else 0, self._seeing(load))
+
+    def come(self, summed: Collection[int] = ()) -> Come:
+        """The gradients that have come, but for those that a sum takes at once, of the parameters
+        of these ids."""
+        return Come.of(self._model, summed)
+
+    def moments(self, load: Load, come: Come) -> Iterator[Moment]:
         """Those that may be the fullest."""
-        computing = self._computing
         seen = self._tower(load) if load.patches else 0
-        entering = load.tokens * self._model.geometry.language.width * computing.number
         if load.patches:
-            working = self._seeing(load) + entering
-            yield Moment(seen if self._sees else 0, working)
-        labels = load.supervised
-        places = self._places(load)
-        layers = self._layers.kept(places)
-        rotations = self._rotations(load)
-        yield Moment(seen + sum(layers) + rotations, self._layers.going_forth(places))
-        ends = labels * self._ends()
-        kept = seen + sum(layers) + rotations + ends + self._head_gradient()
-        yield Moment(kept, self._head_work(), self._logits(labels))
-        # On the way back, what the layers after the first that is gone through kept is free again.
-        before = seen + rotations + self._head_gradient()
-        for number in self._layers.telling():
-            working = self._layers.going_back(number, places)
-            yield Moment(before + sum(layers[: number + 1]), working)
+            looking, entering = self.looking(load), load.tokens * self._width
+            yield replace(looking, working=looking.working + entering)
         if self._sees and load.patches:
             seats = self._seats(load)
-            blocks = self._blocks.kept(seats)
-            yield Moment(seen, self._blocks.going_forth(seats))
-            for number in self._blocks.telling():
-                working = self._blocks.going_back(number, seats)
-                yield Moment(seen - sum(blocks[number + 1 :]), working)
+            yield Moment(seen, self._blocks.going_forth(len(seats) - 1, seats))
+        before = seen + self.features(load)
+        yield from self._forth(load, before)
+        yield from self._back(load, before, come)
+        if self._sees and load.patches:
+            yield from self._tower_back(load, seen, come)
+        # Rows of the table are summed up in one as large, where the head's gradient waits.
+        table = self._number_if(self._learning_table) * _numbers([self._model.model.embed_tokens])
+        yield Moment(self._waiting(load), table, gradients=come.at_table)
+
+    def _forth(self, load: Load, before: int) -> Iterator[Moment]:
+        """The decoder forwards, and the loss."""
+        labels, places = load.supervised, self._places(load)
+        layers, rotations = self._layers.kept(places), self._rotations(load)
+        for number in self._layers.leading():
+            working = self._layers.going_forth(number, places)
+            yield Moment(before + rotations + sum(layers[: number + 1]), working)
+        ends = labels * (self._ends() + self._width)
+        kept = before + rotations + sum(layers) + ends
+        yield Moment(kept, self._head_work(), self._logits(labels))
+
+    def _back(self, load: Load, before: int, come: Come) -> Iterator[Moment]:
+        """The decoder backwards: what the layers after the one that is gone through kept is free
+        again, and their gradients have come."""
+        places = self._places(load)
+        layers = self._layers.kept(places)
+        before += self._rotations(load) + self._waiting(load)
+        for number in self._layers.telling():
+            working = self._layers.going_back(number, places)
+            kept = before + sum(layers[: number + 1])
+            yield Moment(kept, working, gradients=come.at_layer[number])
+
+    def _tower_back(self, load: Load, seen: int, come: Come) -> Iterator[Moment]:
+        """The tower backwards, while the gradient of the embedded tokens waits."""
+        seats = self._seats(load)
+        blocks, waiting = self._blocks.kept(seats), self._waiting(load)
+        waiting += load.tokens * self._width * self._learning_table
+        for number in self._blocks.telling():
+            working = self._blocks.going_back(number, seats)
+            kept = seen - sum(blocks[number + 1 :]) + waiting
+            yield Moment(kept, working, gradients=come.at_block[number])
 
     def kept(self, load: Load) -> int:
         """Bytes that a pack keeps for its backward pass, the gradients that the loss makes too."""
@@ -99,13 +139,35 @@ class Activations:
         ends = load.supervised * self._ends() + self._head_gradient()
         return seen + layers + self._rotations(load) + ends
 
+    @property
+    def _width(self) -> int:
+        """Bytes of a token's hidden state."""
+        return self._model.geometry.language.width * self._computing.number
+
+    @property
+    def _learning_table(self) -> bool:
+        return self._model.model.embed_tokens.weight.requires_grad
+
+    def _waiting(self, load: Load) -> int:
+        """What is there until the end of the way back: hidden states that the loss was made of, and
+        the gradient of a head that is the table, too."""
+        tied = self._model.lm_head is None
+        return load.supervised * self._width + self._head_gradient() * tied
+
+    def features(self, load: Load) -> int:
+        """Of pictures, on a card, where nothing is learned from how they are made: those that learn
+        are counted with the tower."""
+        tower = self._model.visual
+        if self._merges or not self._computing.cuda:
+            return 0
+        places = load.patches // tower.geometry.merge**2
+        return places * tower.features * tower.geometry.out_width * self._computing.number
+
     def _ends(self) -> int:
         """For each label: the last norm's input, and the gradient that the loss gives it."""
         language, decoder = self._model.geometry.language, self._model.model
-        width, reached = language.width, self._layers.leaves
-        norm = of_norm(decoder.norm, width, reached, self._computing)
-        wanted = reached or learns(decoder.norm)
-        return norm + width * self._computing.number * wanted
+        norm = of_norm(decoder.norm, language.width, self._layers.leaves, self._computing)
+        return norm + self._width * (self._layers.leaves or learns(decoder.norm))
 
     def _head_gradient(self) -> int:
         """Of a head that learns, the loss keeps the gradient (`train.loss`)."""
@@ -124,13 +186,12 @@ class Activations:
         return self._computing.number if wanted else 0
 
     def _logits(self, labels: int) -> int:
-        """Of a chunk, in fp32 and in the model's type; the one before it is still there where there
-        are several (`train.loss`)."""
-        vocabulary = self._model.geometry.language.vocabulary
+        """Of a chunk, in the model's type, and without a kernel in fp32, too (`train.loss`)."""
+        vocabulary, number = self._model.geometry.language.vocabulary, self._computing.number
         rows = min(labels, max(1, LOGITS_BYTES // (WIDE * vocabulary)))
-        number = self._computing.number
-        chunks = 2 if labels > rows else 1
-        return chunks * rows * vocabulary * (WIDE + (number if number < WIDE else 0))
+        if self._computing.kernels:
+            return rows * vocabulary * number
+        return rows * vocabulary * (WIDE + (number if number < WIDE else 0))
 
     def _rotations(self, load: Load) -> int:
         """Cosines and sines, and the places that tokens are sorted by, once for all layers."""
@@ -140,7 +201,7 @@ class Activations:
             wide = isinstance(self._model.model, QwenDecoder)
             number = WIDE if wide else computing.number
             found += 2 * load.tokens * geometry.language.head_width * number
-            found += sorting(load.lengths, computing)
+            found += self._layers.sorting(load.lengths, computing)
         return found
 
     def _places(self, load: Load) -> list[Place]:
@@ -178,9 +239,9 @@ class Activations:
             if self._blocks.looks and self._rotates():
                 found += 2 * load.patches * tower.geometry.head_width * WIDE
             for lengths in {tuple(lengths) for lengths, _ in seats}:
-                found += sorting(lengths, computing)
+                found += self._blocks.sorting(lengths, computing)
         for merger in _mergers(tower):
-            found += self._merger(merger, load.patches)
+            found += of_merger(merger, tower.geometry, load.patches, self._sees, computing)
         if self._merges:
             # Features go to their places among the tokens.
             features = load.patches // tower.geometry.merge**2 * tower.features
@@ -191,125 +252,69 @@ class Activations:
         """The first Qwen-VL's positions are added."""
         return not isinstance(self._model.model, QwenDecoder)
 
-    def _merger(self, merger: nn.Module, patches: int) -> int:
-        """Rows of merged patches go through two products, with an activation between them."""
-        geometry, computing = self._model.visual.geometry, self._computing
-        reached = self._sees
-        if isinstance(merger, Resampler):
-            return of_resampler(merger, patches, reached, computing)
-        features = patches // geometry.merge**2
-        norm: nn.Module
-        up: nn.Module
-        down: nn.Module
-        if isinstance(merger, Merger):
-            norm, up, down = merger.norm, merger.linear_fc1, merger.linear_fc2
-            rows = features * merger.merged_width // merger.normed_width
-            width = merger.normed_width
-        else:
-            assert isinstance(merger, PatchMerger), f"what a {type(merger).__name__} keeps"
-            norm, up, down = merger.ln_q, merger.mlp["0"], merger.mlp["2"]
-            rows, width = patches, geometry.width
-        assert isinstance(up, GroupedLinear), f"{type(up).__name__} in a merger"
-        assert isinstance(down, GroupedLinear), f"{type(down).__name__} in a merger"
-        inside = reached or learns(norm) or learns(up)
-        activation = down.inputs * computing.number * inside
-        found = rows * of_norm(norm, width, reached, computing)
-        return found + features * (of_group(up, computing) + activation + of_group(down, computing))
-
     def _seeing(self, load: Load) -> int:
-        """The widest moment of the tower on the way forward: patches as numbers, or an MLP with
-        what it is added to."""
-        geometry, number = self._model.visual.geometry, self._computing.number
-        embedding = geometry.patch_numbers * (2 * WIDE + number)
-        return load.patches * max(embedding, self._block())
+        """The widest moment of the tower on the way forward: patches as numbers, or a block, with
+        the angles that all blocks turn by."""
+        tower, computing = self._model.visual, self._computing
+        geometry = tower.geometry
+        width = geometry.width * computing.number
+        # Beside the stream, an attention with its norm and joint product, of which FP8 takes no
+        # less (half a norm, and half of what goes into its last product), or an MLP with its norm,
+        # beside which some blocks hold what attention gave.
+        beside = width * (not isinstance(tower, SquareTower))
+        inside = (
+            beside + entering(mlp, computing) + passing(mlp, geometry.width, computing)
+            for mlp in self._mlps()
+        )
+        row = self._streams() * width + max(6 * width, *inside)
+        if self._rotates():
+            row += 2 * geometry.head_width * WIDE
+        return load.patches * max(self._embedding(load), row)
 
-    def _block(self) -> int:
-        """Bytes of a patch in a block: its rows, and both ends of an activation."""
-        width = self._model.visual.geometry.width
-        return 2 * (width + self._blocks.inner) * self._computing.number
+    def _streams(self) -> int:
+        """The most that a block holds of the stream's rows, with what goes on to mergers: the sum,
+        and both of its terms as they came in, if there are two."""
+        merged, depth = self._model.visual.deepstack, len(self._model.visual.blocks)
+        held = [sum(before < block for before in merged) for block in range(depth)]
+        came = [1] + [2 * (block - 1 not in merged) for block in range(1, depth)]
+        return 1 + max(map(sum, zip(held, came, strict=True)))
+
+    def _embedding(self, load: Load) -> int:
+        """Bytes of a patch on its way into the tower: one frame of it, where all are alike, and all
+        of them in fp32, then in the model's type, then what is made of these."""
+        tower, number = self._model.visual, self._computing.number
+        geometry, whole = tower.geometry, tower.geometry.patch_numbers
+        stills = all(frames == 1 for frames, _, _ in load.grids)
+        one = geometry.channels * geometry.patch**2 if stills else whole
+        # Windows are put together while patches are bytes.
+        one *= WIDE + isinstance(tower, WindowedTower)
+        cast = whole * (WIDE + (number if number < WIDE else 0))
+        return one + max(cast, (whole + geometry.width) * number)
+
+    def _mlps(self) -> Iterator[nn.Module]:
+        """Of the tower's blocks."""
+        for block in self._model.visual.blocks:
+            assert isinstance(block, VisionBlock | Block), f"a block of {type(block).__name__}"
+            yield block.mlp
 
     def passing(self, load: Load) -> int:
-        """Bytes that the blocks of a tower without a gradient make on the way."""
-        blocks = len(self._blocks.layers)
-        return 0 if self._sees else load.patches * blocks * self._block()
+        """Bytes that the blocks of a tower without a gradient make on the way: the rows of each and
+        both ends of its activation."""
+        if self._sees:
+            return 0
+        width, number = self._model.visual.geometry.width, self._computing.number
+        rows = sum(width + widest(mlp) for mlp in self._mlps())
+        return load.patches * 2 * rows * number
 
 
 def _mergers(tower: VisionTower) -> list[nn.Module]:
     return [tower.merger, *tower.deepstack_merger_list]
 
 
+def _numbers(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def _head(model: VisionLanguageModel) -> list[nn.Parameter]:
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     return list(head.parameters())
-
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Layers one after the other, of which the first `again` are recomputed. A place is what a
-    layer looks over, and how many rows its MLP has."""
-
-    layers: tuple[Kept, ...]
-    again: int
-    computing: Computing
-
-    @classmethod
-    def of(
-        cls, layers: Iterable[nn.Module], reached: bool, computing: Computing, recompute: float
-    ) -> _Stack:
-        """Their gradients begin where the first of them learns."""
-        found: list[Kept] = []
-        for layer in layers:
-            found.append(of_layer(layer, reached, computing))
-            reached = found[-1].leaves
-        return cls(tuple(found), recomputed(recompute, len(found)), computing)
-
-    @property
-    def leaves(self) -> bool:
-        """Whether a gradient comes to the last one's output."""
-        return self.layers[-1].leaves
-
-    @property
-    def looks(self) -> bool:
-        """Whether any keeps what its attention needs; recomputed ones hold the angles too."""
-        return any(layer.look is not None for layer in self.layers)
-
-    @property
-    def inner(self) -> int:
-        """The widest product in numbers."""
-        return max(layer.inner for layer in self.layers)
-
-    def kept(self, places: Sequence[Place]) -> list[int]:
-        """Bytes of each layer."""
-        return [
-            sum(lengths) * layer.entering
-            if number < self.again
-            else layer.of(lengths, rows, self.computing)
-            for number, (layer, (lengths, rows)) in enumerate(zip(self.layers, places, strict=True))
-        ]
-
-    def telling(self) -> set[int]:
-        """Layers whose way back may be the fullest moment: the first ones that it meets, and the
-        first that is made again."""
-        last = len(self.layers) - 1
-        return {last, max(0, last - 1), max(0, self.again - 1)}
-
-    def going_forth(self, places: Sequence[Place]) -> int:
-        """Bytes that the attention of the last layer works with on the way forward, when all but
-        what comes after it is kept."""
-        if self.again == len(self.layers):
-            # Made again on the way back, beside a gradient.
-            return 0
-        lengths, rows = places[-1]
-        return max(0, self.layers[-1].going_forth(lengths, rows, self.computing))
-
-    def going_back(self, number: int, places: Sequence[Place]) -> int:
-        """Bytes that the backward pass of a layer works with, less what it has freed by then."""
-        layer, (lengths, rows) = self.layers[number], places[number]
-        working = layer.going_back(lengths, rows, self.computing)
-        if number < self.again:
-            again = layer.going_forth(lengths, rows, self.computing)
-            working = layer.of(lengths, rows, self.computing) + max(working, again)
-        return max(0, working)
-
-
-Place = tuple[Sequence[int], int]

@@ -13,6 +13,7 @@ from finesight.plan.load import Load, packed
 from finesight.plan.memory import FULL, Peak, peak_of
 from finesight.plan.model import Sized
 from finesight.plan.seconds import StepTime
+from finesight.train.recorded import MOST_KINDS, Kind
 from finesight.train.survey import Glance
 
 SENSIBLE = 4096
@@ -58,6 +59,7 @@ class Steps:
     def __init__(self, steps: Sequence[Sequence[Glance]]) -> None:
         self._steps = steps
         self._fullest: dict[int, list[Load]] = {}
+        self._several: dict[int, bool] = {}
 
     @property
     def longest(self) -> int:
@@ -70,16 +72,33 @@ class Steps:
         return max(sum(sample.tokens for sample in step) for step in self._steps)
 
     def fullest(self, budget: int) -> list[Load]:
-        """Packs that may take the most memory: the largest by each size, and by all together."""
+        """Packs that may take the most memory: the first of each kind that a run may record, the
+        largest by each size, and by all together."""
         if budget not in self._fullest:
-            loads = [load for step in self._steps for load in packed(step, budget)]
-            self._fullest[budget] = list(_largest(loads))
+            packs = [packed(step, budget) for step in self._steps]
+            loads = [load for step in packs for load in step]
+            self._fullest[budget] = [*_kinds(loads), *_largest(loads)]
+            self._several[budget] = any(len(step) > 1 for step in packs)
         return self._fullest[budget]
+
+    def several(self, budget: int) -> bool:
+        """Whether a step has more than one pack."""
+        self.fullest(budget)
+        return self._several[budget]
 
     def timed(self, budget: int) -> list[list[Load]]:
         """Steps for timing."""
         every = math.ceil(len(self._steps) / TIMED)
         return [packed(step, budget) for step in self._steps[::every]]
+
+
+def _kinds(loads: Sequence[Load]) -> list[Load]:
+    found: dict[Kind, Load] = {}
+    for load in loads:
+        found.setdefault(Kind.around(load.lengths, load.patches, load.supervised), load)
+        if len(found) == MOST_KINDS:
+            break
+    return list(found.values())
 
 
 def _largest(loads: Sequence[Load]) -> Iterator[Load]:
@@ -141,7 +160,9 @@ class Chooser:
         sized = self._sized(setting.nf4)
         activations = Activations(sized.model, sized.computing, setting.recompute)
         loads = self._steps.fullest(setting.pack_tokens)
-        return peak_of(sized.stays, activations, loads, sized.computing, sized.patch_bytes)
+        several = self._steps.several(setting.pack_tokens)
+        sizes = sized.computing, sized.patch_bytes
+        return peak_of(sized.stays, activations, loads, *sizes, several=several)
 
     def _fits(self, setting: Setting) -> bool:
         return self._peak(setting).in_all <= self._room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from finesight.model.geometry import Settings
 from finesight.model.int4 import keep_in_int4, published_group
 from finesight.model.lora import adaptable_layers
 from finesight.model.network import VisionLanguageModel, build
-from finesight.model.parts import apply_tuning, part_of, trainable
+from finesight.model.parts import Part, apply_tuning, part_of, trainable
 from finesight.plan.kept import Computing
 from finesight.plan.memory import Standing, standing
 from finesight.plan.seconds import Clock
@@ -72,7 +73,8 @@ def sized(folder: ModelFolder, recipe: Recipe, nf4: tuple[Quantisable, ...], on:
             expected="a model of a native family: what the layers of others keep is not known",
             remedy="begin with train.pack_tokens=1024, and raise it as the memory allows",
         )
-    model, train = shapes(folder, on.dtype, nf4), recipe.train
+    fp8 = [part for part in recipe.tune.fp8 or () if part not in nf4]
+    model, train = shapes(folder, on.dtype, nf4, fp8), recipe.train
     apply_tuning(model.train(), recipe.tune, train.seed)
     stays = standing(model, train, on.computing)
     workers = on.workers if train.workers is None else train.workers
@@ -80,13 +82,13 @@ def sized(folder: ModelFolder, recipe: Recipe, nf4: tuple[Quantisable, ...], on:
 
 
 def shapes(
-    folder: ModelFolder, dtype: torch.dtype, nf4: tuple[Quantisable, ...]
+    folder: ModelFolder, dtype: torch.dtype, nf4: Collection[Part], fp8: Collection[Part]
 ) -> VisionLanguageModel:
     """As `model.weights.load_model` makes room for it, without the room."""
     config = Settings(folder.config, str(folder.path / "config.json"))
     preprocessor = Settings(folder.preprocessor, str(folder.path / "preprocessor_config.json"))
     model = build(config, preprocessor, dtype, torch.device("meta"))
-    keep_in_few_bits(model, nf4, "auto", folder.path)
+    keep_in_few_bits(model, nf4, fp8, "auto", folder.path)
     group = published_group(folder)
     if group is not None:
         layers = [name for name in adaptable_layers(model) if part_of(name) == "language"]

@@ -2,23 +2,26 @@
 the optimiser.
 
 The figures below are from runs on one H200 (benchmarks/results/recipes_h200.json,
-grounding_full_h200.json, first_qwen_vl_h200.json; tests/plan/test_measured_runs.py compares) and,
-for a processor, on two cores. They are to be measured again when kernels change.
+grounding_full_h200.json, first_qwen_vl_h200.json; tests/plan/test_measured_runs.py compares; for
+layers in few kernels with adapters the steps of 16 samples of ladder_h200.json) and, for a
+processor, on two cores. They are to be measured again when kernels change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finesight.config import Train
 from finesight.model.frozen import frozen_weights
+from finesight.model.language import DecoderLayer
 from finesight.model.lora import adapters
 from finesight.model.network import VisionLanguageModel
 from finesight.plan.activations import Activations
 from finesight.plan.kept import WIDE
 from finesight.plan.load import Load
 from finesight.plan.memory import Standing
+from finesight.plan.recorded import recording
 from finesight.plan.target import Target
 from finesight.train.flops import Arithmetic, Operations
 
@@ -30,7 +33,8 @@ class Pace:
     `products` is the share of the peak that the model's own products reach. `moved` counts the
     bytes that go through memory for each byte that is kept: by norms, masks, rotations and
     activations, there and back. `forward`, `back` and `adapted` are seconds of the host for a
-    layer without a gradient, with one, and with adapters.
+    layer without a gradient, with one, and with adapters; `few` are the last two of layers in few
+    kernels.
     """
 
     products: float
@@ -38,17 +42,21 @@ class Pace:
     forward: float
     back: float
     adapted: float
+    few: tuple[float, float]
 
 
-ON_CARD = Pace(products=0.78, moved=11.0, forward=0.4e-3, back=1.5e-3, adapted=3.0e-3)
-ON_PROCESSOR = Pace(products=0.75, moved=11.0, forward=0.1e-3, back=0.3e-3, adapted=0.6e-3)
-ON_PROCESSOR_16 = Pace(products=0.28, moved=11.0, forward=0.1e-3, back=0.3e-3, adapted=0.6e-3)
+ON_CARD = Pace(0.78, 11.0, forward=0.4e-3, back=1.5e-3, adapted=3.0e-3, few=(0.75e-3, 1.8e-3))
+ON_PROCESSOR = Pace(0.75, 11.0, forward=0.1e-3, back=0.3e-3, adapted=0.6e-3, few=(0.0, 0.0))
+ON_PROCESSOR_16 = replace(ON_PROCESSOR, products=0.28)
 """In 16 bits a processor multiplies so quickly that products of small models end too soon for it:
 these are finesight-tiny's."""
 
 STEPPED = {"adamw": 60, "adamw8bit": 270, "muon": 80}
 """Bytes that the optimiser moves for each number that learns: norm, clipping, moments, masters, and
 the weights made of them. Moments of eight bits are made wide and narrow again."""
+
+STEPPED_AT_ONCE = 28
+"""The same of AdamW as one kernel on a card: 26, and the gradient once more for the norm."""
 
 DEQUANTISED = 10.0
 """Bytes that making a number of a matrix in four bits anew takes the time of."""
@@ -102,12 +110,20 @@ class Clock:
         self._pace = _pace_of(target)
         self._arithmetic = Arithmetic(model)
         self._plain = Activations(model, target.computing, 0.0)
-        numbers = stays.gradients / WIDE
-        self._optimiser = STEPPED[train.optimizer] * numbers / target.bandwidth
+        numbers = stays.numbers
+        at_once = target.computing.cuda and train.optimizer == "adamw"
+        stepped = STEPPED_AT_ONCE if at_once else STEPPED[train.optimizer]
+        self._optimiser = stepped * numbers / target.bandwidth
         self._dequantised = DEQUANTISED * sum(w.numbers for w in frozen_weights(model).values())
 
-    def step(self, loads: Sequence[Load], recompute: float, seen: bool = False) -> StepTime:
-        """Of these packs."""
+    def step(
+        self,
+        loads: Sequence[Load],
+        recompute: float,
+        seen: bool = False,
+        recorded: bool = True,
+    ) -> StepTime:
+        """Of these packs; `recorded` says that such as can be are, as most of a long run's."""
         target, pace = self._target, self._pace
         operations, moved, host, read = 0.0, 0.0, 0.0, 0.0
         for load in loads:
@@ -116,7 +132,7 @@ class Clock:
             moved += pace.moved * self._plain.kept(load) * (1 + AGAIN * recompute)
             moved += 0 if seen else 2 * self._plain.passing(load)
             moved += self._dequantised * (2 + recompute)
-            host += self._host(load, recompute, seen)
+            host += self._host(load, recompute, seen, recorded)
             read += 0 if seen else READ * load.patches
         return StepTime(
             products=operations / (target.peak * pace.products),
@@ -133,11 +149,19 @@ class Clock:
         weights = operations.weights
         return operations.in_all - weights["vision"] - weights["merger"] - operations.patches
 
-    def _host(self, load: Load, recompute: float, seen: bool) -> float:
+    def _host(self, load: Load, recompute: float, seen: bool, recorded: bool) -> float:
         pace, model = self._pace, self._model
         adapted = {path for path, _, _ in adapters(model)}
-        trained = pace.adapted if any(p.startswith("model.") for p in adapted) else pace.back
-        found = len(model.model.layers) * trained * (1 + AGAIN * recompute)
+        found = 0.0
+        known = replace(load, grids=()) if seen else load
+        computing = self._target.computing
+        # Nothing starts the layers of a recording one by one.
+        if not (recorded and recording(model, computing, recompute, known)):
+            tuned = any(path.startswith("model.") for path in adapted)
+            for layer in model.model.layers:
+                few = computing.fused and isinstance(layer, DecoderLayer) and layer.fusible
+                found += (pace.few if few else (pace.back, pace.adapted))[tuned]
+            found *= 1 + AGAIN * recompute
         if load.patches and not seen:
             tower = model.visual
             each = pace.forward

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from finesight.model.runs import Runs
+from finesight.model.short_attention import AT_ONCE
 
-NUMBER, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
-"""Bytes of a number that comes or goes, and of one that scores are computed in."""
+NUMBER, WIDE, INDEX = torch.bfloat16.itemsize, torch.float32.itemsize, torch.int64.itemsize
+"""Bytes of a number that comes or goes, of one that scores are computed in, and of a place."""
+
+COLUMNS = 1 << 18
+"""About so many numbers oneDNN lays anew of a large matrix that it reads by columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +37,51 @@ class ShortAttention:
     @property
     def kept(self) -> int:
         """Copies of queries, keys and values, and all weights."""
-        return NUMBER * (self._rows * self._inputs + sum(scores for _, scores in self._batches()))
+        return NUMBER * (self._rows * self._inputs + self._scores)
+
+    @property
+    def places(self) -> int:
+        """Bytes of where the rows of all heads go, and where they come back: those of queries, and
+        those of keys where these are fewer."""
+        grouped = self.shared < self.queries
+        heads = self.heads + grouped * self.heads * self.shared // self.queries
+        return 2 * INDEX * heads * self._rows
 
     @property
     def forth(self) -> int:
         """The most at once on the way forward, what is kept included."""
-        ordered = NUMBER * self._rows * self._inputs * self._sorted
-        most = made = 0
+        ordered = NUMBER * self._rows * (self._inputs + self.queries)
+        most = weights = 0
         for length, count in self.runs.lengths:
             rows, scores = self._sizes(length, count)
-            made += NUMBER * rows * self._inputs
-            mask = WIDE * length**2 * (self.queries // self.shared + self.causal)
-            # Wide queries and keys beside their scores; then these beside their softmax, wide and
-            # rounded.
-            product = WIDE * (rows * (self.queries + self.shared) + scores)
-            softmax = (2 * WIDE + NUMBER) * scores
-            most = max(most, ordered + made + mask + max(product, softmax))
-            made += NUMBER * (scores + rows * self.queries)
-        # Outputs lie as tokens do, and then in one piece.
-        return max(most, made + NUMBER * 2 * self._rows * self.queries)
+            weights += NUMBER * scores
+            softmax = max(self._softmax(length, count))
+            most = max(most, weights + WIDE * (rows * self.shared + AT_ONCE**2) + softmax)
+        # Outputs as tokens lie, at last.
+        return ordered + max(most, weights + NUMBER * self.tokens * self.queries)
 
     @property
     def back(self) -> int:
         """The most at once on the way back beside what is kept, the output's gradient included."""
-        numbers = most = rows = scores = 0
-        for length, count in self.runs.lengths:
-            before = scores
-            rows, scores = self._sizes(length, count)
-            # Gradients of weights and of scores, while those of the batch before are still there.
-            most = max(most, numbers + rows * self.queries + 2 * scores + before)
-            numbers += rows * self._inputs
-        # Three gradients are put in one piece each, one after the other.
-        first = 2 * self._rows * self.queries
-        last = self.tokens * (self.queries + self.shared) + 2 * self._rows * self.shared
-        most = max(most, numbers + rows * self.queries + scores + max(first, last))
-        given = self.queries * (self.tokens + self._rows * self._sorted)
-        return NUMBER * (given + most)
+        ordered = self._rows * (self.queries + self._inputs)
+        most = max(
+            self._sizes(length, count)[1] + self._columns(length)
+            for length, count in self.runs.lengths
+        )
+        # Gradients as tokens lie, at last.
+        most = max(most, self.tokens * self._inputs)
+        return NUMBER * (self.tokens * self.queries + ordered + most)
+
+    def _softmax(self, length: int, count: int) -> Iterator[int]:
+        """What some queries of a batch take in fp32, with their scores."""
+        for start in range(0, length, AT_ONCE) if self.causal else (0,):
+            stop = min(start + AT_ONCE, length) if self.causal else length
+            yield WIDE * count * (stop - start) * (self.queries + self.heads * stop)
+
+    def _columns(self, length: int) -> int:
+        """Numbers that oneDNN lays anew, on each thread, to read weights by columns."""
+        rows = length * self.queries // self.shared
+        return torch.get_num_threads() * min(COLUMNS, rows * (length + self.queries // self.heads))
 
     @property
     def _inputs(self) -> int:
@@ -79,8 +92,8 @@ class ShortAttention:
         return sum(rows for rows, _ in self._batches())
 
     @property
-    def _sorted(self) -> bool:
-        return self.runs.order_T is not None
+    def _scores(self) -> int:
+        return sum(scores for _, scores in self._batches())
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         return (self._sizes(length, count) for length, count in self.runs.lengths)

@@ -24,6 +24,7 @@ ROWS = {
     "logits": "logits",
     "inputs": "inputs",
     "libraries": "libraries",
+    "recordings": "set aside for recordings",
     "outside": "CUDA itself",
 }
 """Parts of the memory, in the order in which they are printed."""

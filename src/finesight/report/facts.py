@@ -114,9 +114,10 @@ def trained_parts(record: Record) -> str:
         pieces.append(f"{listed(adapted)} by LoRA of rank {rank}")
     if whole:
         pieces.append(f"{listed(whole)} as a whole")
-    quantised = tune.get("nf4")
-    if isinstance(quantised, list) and quantised:
-        pieces.append(f"frozen weights of {listed(quantised)} in NF4")
+    for key, how in (("nf4", "in NF4"), ("fp8", "multiplied in FP8")):
+        quantised = tune.get(key)
+        if isinstance(quantised, list) and quantised:
+            pieces.append(f"frozen weights of {listed(quantised)} {how}")
     return "; ".join(pieces) or UNKNOWN
 
 

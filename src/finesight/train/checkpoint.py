@@ -115,8 +115,9 @@ class Checkpoints:
         stays as it is: it was made from the same steps."""
         if state.step not in self.steps():
             with write_folder(self.path(state.step)) as folder:
-                save_file(dict(values), folder / VALUES)
-                save_file(dict(moments), folder / MOMENTS)
+                for tensors, name in ((values, VALUES), (moments, MOMENTS)):
+                    # One by one: a GPU has no room for the wide copies of all.
+                    save_file({key: t.cpu() for key, t in tensors.items()}, folder / name)
                 (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
         wanted = {*self.steps()[-self.keep :], state.best.step if state.best else state.step}
         for step in self.steps():

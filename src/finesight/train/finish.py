@@ -195,7 +195,7 @@ def _export(session: Session) -> None:
             model,
             base=name,
             base_fingerprint=below.fingerprint(),
-            values=session.masters.values(),
+            values=session.masters.published(),
         )
 
 

@@ -16,6 +16,7 @@ from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
+from finesight.train.heap import freed_kept
 from finesight.train.loader import read_steps
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
@@ -23,6 +24,7 @@ from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
+from finesight.train.saving import MOST_NUMBERS, Saving
 from finesight.train.schedule import in_steps
 from finesight.train.seen import Seen
 from finesight.train.step import take_step
@@ -72,7 +74,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         # After the trackers, which may take hold of signals themselves.
         stop, reporter = Stop(), Reporter(session, screen, tracks)
         reporter.started(time.perf_counter() - start)
-        with stop.listening(), _one_thread(session.machine.device):
+        device = session.machine.device
+        with stop.listening(), _one_thread(device), freed_kept(device):
             return Loop(session, screen, reporter, stop).go()
 
 
@@ -120,6 +123,9 @@ class Loop:
         self.measure_every = in_steps(every, self.total) if session.held_out else 0
         self.patience = evaluation.patience if evaluation else None
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
+        # A CPU has no time beside its steps.
+        beside = session.machine.device.type == "cuda" and session.masters.numbers <= MOST_NUMBERS
+        self.saving = Saving(self.checkpoints, meanwhile=beside)
         self.tower = OffCard(session.model)
 
     def go(self) -> RunResult:
@@ -135,14 +141,20 @@ class Loop:
             self.save()
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
+            self.saving.wait()
         except (Interrupted, WorkerDied, Unreadable, FullMemory) as cause:
             self.reporter.catch_up()
             self.save()
+            self.saving.wait()
             report(self.session.run, self.screen, MOST_ON_THE_WAY)
             # A scheduler may send the signal to the workers as well.
             if not self.stop.asked:
                 raise
             raise self.interruption() from cause
+        finally:
+            # Nobody else may have the run's folder while it is written to.
+            if (failed := self.saving.end()) is not None:
+                self.screen.say(f"the last checkpoint was not written: {failed}")
         return finish(self.session, self.screen, self.checkpoints)
 
     def steps(self) -> None:
@@ -234,7 +246,7 @@ class Loop:
         """A checkpoint of the steps finished so far, unless it is there already."""
         if self.session.progress.step:
             masters = self.session.masters
-            self.checkpoints.save(self.session.state(), masters.values(), masters.moments())
+            self.saving.save(self.session.state(), masters.values(), masters.moments())
 
     def interruption(self) -> Interrupted:
         """Where the run stands and how to go on."""

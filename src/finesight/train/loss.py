@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from finesight.model.frozen import KERNELS
+from finesight.model.fused import has_kernels
+
+if KERNELS:
+    from finesight.train import loss_kernels
+
 LOGITS_BYTES = 1 << 28
 """Most bytes of fp32 logits that exist at a time."""
 
@@ -33,22 +39,35 @@ def label_loss(
     if not torch.is_grad_enabled():
         total = scale.new_zeros(())
         for at in range(0, len(h_LD), rows):
-            total += _chunk(h_LD[at : at + rows], head_VD, target_L[at : at + rows])[0]
+            chunk = h_LD[at : at + rows], head_VD, target_L[at : at + rows]
+            total += _chunk(*chunk, scale, learned=False)[0]
         return total * scale
     apply: Callable[..., Tensor] = _LabelLoss.apply
     return apply(h_LD, head_VD, target_L, scale, rows)
 
 
-def _chunk(h_CD: Tensor, head_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the cross entropy, unnormalised probabilities [C, V], zero for filling, and their sums
-    [T, 1]."""
-    logits_CV = (h_CD @ head_VD.T).float()
-    logits_TV = logits_CV[: len(target_T)]
-    at_target_T1 = logits_TV.gather(1, target_T[:, None])
-    highest_T1 = logits_TV.amax(1, keepdim=True)
-    sums_T1 = logits_TV.sub_(highest_T1).exp_().sum(1, keepdim=True)
-    logits_CV[len(target_T) :] = 0
-    return (sums_T1.log() + highest_T1 - at_target_T1).sum(), logits_CV, sums_T1
+def _chunk(
+    h_CD: Tensor, head_VD: Tensor, target_T: Tensor, scale: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropy, and where `learned` its gradient by the logits times `scale`, [C,
+    V], zero for filling."""
+    logits_CV = h_CD @ head_VD.T
+    if has_kernels(logits_CV):
+        losses_C = loss_kernels.cross_entropy(logits_CV, target_T, scale, learned=learned)
+        return losses_C.sum(), logits_CV
+    wide_CV = logits_CV.float()
+    wide_TV = wide_CV[: len(target_T)]
+    at_target_T1 = wide_TV.gather(1, target_T[:, None])
+    highest_T1 = wide_TV.amax(1, keepdim=True)
+    sums_T1 = wide_TV.sub_(highest_T1).exp_().sum(1, keepdim=True)
+    loss = (sums_T1.log() + highest_T1 - at_target_T1).sum()
+    if not learned:
+        return loss, logits_CV
+    # d loss / d logits = softmax - one hot.
+    wide_CV[len(target_T) :] = 0
+    wide_TV.mul_(scale / sums_T1)
+    wide_TV.scatter_add_(1, target_T[:, None], -scale.expand(len(target_T), 1))
+    return loss, wide_CV.to(h_CD.dtype)
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -67,18 +86,14 @@ class _LabelLoss(torch.autograd.Function):
         grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
         for at in range(0, len(h_LD), rows):
             h_CD, target_T = h_LD[at : at + rows], target_L[at : at + rows]
-            loss, weights_CV, sums_T1 = _chunk(h_CD, head_VD, target_T)
+            loss, grad_CV = _chunk(h_CD, head_VD, target_T, scale, needs_h or needs_head)
             total += loss
-            if grad_LD is None and grad_VD is None:
-                continue
-            # d loss / d logits = softmax - one hot, times the scale.
-            weights_TV = weights_CV[: len(target_T)].mul_(scale / sums_T1)
-            weights_TV.scatter_add_(1, target_T[:, None], -scale.expand(len(target_T), 1))
-            grad_CV = weights_CV.to(h_LD.dtype)
             if grad_LD is not None:
                 torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])
             if grad_VD is not None:
                 grad_VD += grad_CV.T @ h_CD
+            # Or it would be there until the next one is.
+            del grad_CV
         narrow_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
         ctx.save_for_backward(grad_LD, narrow_VD)  # type: ignore[arg-type]
         return total * scale

@@ -52,10 +52,9 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, masters: Mapping[str, Tensor]) -> None:
+        # Themselves, not what they are now: a weight may come to lie elsewhere.
         self._frozen = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if name not in masters
+            name: parameter for name, parameter in model.named_parameters() if name not in masters
         }
         self._few = frozen_weights(model)
         self._masters = masters
@@ -67,7 +66,8 @@ class Watch:
         self._start = {name: _sampled(tensor).clone() for name, tensor in masters.items()}
 
     def _checksums(self) -> dict[str, int]:
-        sums = checksums({**self._frozen, **self._masters})
+        frozen = {name: parameter.detach() for name, parameter in self._frozen.items()}
+        sums = checksums(frozen) | checksums(self._masters)
         for name, weight in self._few.items():
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from finesight.train.wide import Wide
+
 MOMENTUM = 0.95
 ROUNDS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -28,6 +30,9 @@ Muon is Scalable for LLM Training, section 2.2)."""
 
 MOST = 1 << 26
 """Numbers of matrices that are made orthogonal at once: a bound on memory."""
+
+WIDE = 1 << 24
+"""Numbers whose masters are moved at once."""
 
 RECORDED = 1 << 24
 """A group of no more numbers is stepped by a recorded CUDA graph: it takes longer to launch its
@@ -49,9 +54,9 @@ class Muon:
     counts, not its length.
     """
 
-    def __init__(self, master_E: Tensor, grad_E: Tensor, matrices: Iterable[Matrix]) -> None:
-        self.momentum_E = torch.zeros_like(master_E)
-        self._master_E, self._grad_E = master_E, grad_E
+    def __init__(self, masters: Wide, grad_E: Tensor, matrices: Iterable[Matrix]) -> None:
+        self.momentum_E = torch.zeros_like(grad_E)
+        self._masters, self._grad_E = masters, grad_E
         by_shape: dict[tuple[int, int], list[slice]] = {}
         for place, rows, columns in matrices:
             by_shape.setdefault((rows, columns), []).append(place)
@@ -70,7 +75,10 @@ class Muon:
         them by `rate` times `decay`. The gradients are used up. Waits for nothing, except once, to
         record a small group."""
         self._turn()
-        self._master_E.mul_(1 - rate * decay).sub_(self._grad_E, alpha=rate)
+        for start in range(0, len(self._masters), WIDE):
+            place = slice(start, start + WIDE)
+            master_N = self._masters.of(place).mul_(1 - rate * decay)
+            self._masters.keep(master_N.sub_(self._grad_E[place], alpha=rate), place)
 
     def _turn(self) -> None:
         """`_directions`, recorded the second time, when all that it needs has been set up."""

@@ -6,8 +6,7 @@ Shapes: E numbers of a group of parameters, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,51 +14,25 @@ from torch import Tensor, nn
 from finesight.config import Train
 from finesight.errors import UserError
 from finesight.model.parts import PARTS, TABLES, Part, part_of
-from finesight.train.eight_bit import BLOCK, AdamW8bit
-from finesight.train.muon import Matrix, Muon
+from finesight.train.adamw import AdamW
+from finesight.train.gradients import Gradients, Piece
+from finesight.train.moments import BLOCK
+from finesight.train.muon import Muon
+from finesight.train.wide import Wide, rounded_alike
 
 _ALIGNED = 64
 """Numbers between possible starts of a parameter, so that each stays aligned to 128 bytes."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Where one parameter lies in its group."""
-
-    name: str
-    parameter: nn.Parameter
-    place: slice
-
-    def of(self, flat_E: Tensor) -> Tensor:
-        """This parameter's part of a tensor of its group, in its own shape."""
-        return flat_E[self.place].view(self.parameter.shape)
-
-    @property
-    def rows(self) -> Sequence[int]:
-        """Of each matrix, where nothing else is said: a stack of experts has one for each."""
-        *number, rows, _ = self.parameter.shape
-        return (rows,) * math.prod(number)
-
-    def matrices(self, rows: Sequence[int]) -> Iterator[Matrix]:
-        """The parameter's matrices, stacked with so many rows each."""
-        columns, start = self.parameter.shape[-1], self.place.start
-        found = f"{rows} rows of {columns} in {self.parameter.shape}"
-        assert sum(rows) * columns == self.parameter.numel(), found
-        for number in rows:
-            yield Matrix(slice(start, start + number * columns), number, columns)
-            start += number * columns
-
-
 class Group:
     """Parameters of one part that share learning rate and weight decay.
 
-    `master_E` holds their fp32 values end to end, `narrow_E` those that the model computes with
-    (the same tensor when the model is fp32), `grad_E` the sum of the gradients so far. Parameters
-    begin at multiples of `aligned` numbers. `own` steps a group of matrices where the recipe chose
-    another optimiser than torch's AdamW.
+    `masters` holds their fp32 values end to end and among them what the model computes with, of
+    which the parameters are views. Parameters begin at multiples of `aligned` numbers. `steps` is
+    how the group is stepped.
     """
 
-    own: Muon | AdamW8bit | None = None
+    steps: Muon | AdamW
 
     def __init__(
         self,
@@ -78,59 +51,79 @@ class Group:
         first = self.pieces[0].parameter
         kinds = {(p.dtype, p.device) for p in named.values()}
         assert len(kinds) == 1, f"parameters of {part} differ in type or device: {kinds}"
-        self.narrow_E = torch.zeros(end, dtype=first.dtype, device=first.device)
+        narrow_E = torch.zeros(end, dtype=first.dtype, device=first.device)
         for piece in self.pieces:
-            piece.of(self.narrow_E).copy_(piece.parameter.detach())
-            piece.parameter.data = piece.of(self.narrow_E)
-        same = first.dtype == torch.float32
-        self.master_E = nn.Parameter(
-            self.narrow_E if same else self.narrow_E.float(), requires_grad=True
-        )
-        self.grad_E = torch.zeros(end, dtype=torch.float32, device=first.device)
-        self.master_E.grad = self.grad_E
-        for piece in self.pieces:
-            self._collect(piece)
-
-    def _collect(self, piece: Piece) -> None:
-        register: Callable[..., object] = piece.parameter.register_post_accumulate_grad_hook
-        sum_of_grads = piece.of(self.grad_E)
-
-        def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None, f"{piece.name} was visited without a gradient"
-            sum_of_grads.add_(parameter.grad)
-            parameter.grad = None
-
-        register(collect)
+            piece.of(narrow_E).copy_(piece.parameter.detach())
+            piece.parameter.data = piece.of(narrow_E)
+        self.masters = Wide(narrow_E)
+        self.gradients = Gradients(self.pieces, end)
 
     @property
     def multiplies(self) -> bool:
         """Whether its parameters are matrices, or stacks of them, that multiply."""
         return all(_multiplies(piece.name, piece.parameter) for piece in self.pieces)
 
-    def use_muon(self, stacked: Mapping[str, Sequence[int]]) -> None:
-        """Let Muon step the group."""
-        matrices = (
-            matrix
-            for piece in self.pieces
-            for matrix in piece.matrices(stacked.get(piece.name, piece.rows))
-        )
-        self.own = Muon(self.master_E.detach(), self.grad_E, matrices)
+    def use(self, train: Train, stacked: Mapping[str, Sequence[int]]) -> None:
+        """Let the recipe's optimiser step the group, or AdamW, where it is none of matrices."""
+        if train.optimizer == "muon" and self.multiplies:
+            matrices = (
+                matrix
+                for piece in self.pieces
+                for matrix in piece.matrices(stacked.get(piece.name, piece.rows))
+            )
+            self.gradients.sum_always()
+            self.steps = Muon(self.masters, self.gradients.whole(), matrices)
+        else:
+            eight_bits = train.optimizer == "adamw8bit" and self.multiplies
+            self.steps = AdamW(self.masters, self.gradients, train.betas, eight_bits)
 
-    def use_eight_bits(self, betas: tuple[float, float]) -> None:
-        """Keep the moments of AdamW in eight bits."""
-        self.own = AdamW8bit(self.master_E.detach(), self.grad_E, betas)
+    def step(self, shrink: Tensor, factor: float) -> None:
+        """One step of gradients times `shrink` at `factor` times the rate; the gradients are used
+        up."""
+        rate = self.rate * factor
+        if isinstance(self.steps, Muon):
+            self.gradients.whole().mul_(shrink)
+            self.steps.step(rate, self.decay)
+        else:
+            self.steps.step(shrink, rate, self.decay)
+        self.gradients.used_up()
 
-    def publish(self) -> None:
-        """Give the model the masters' values, rounded to its own type."""
-        if self.narrow_E.dtype != torch.float32:
-            self.narrow_E.copy_(self.master_E.detach())
+    def stored(self, piece: Piece) -> dict[str, Tensor]:
+        """What the optimiser remembers of a parameter, views; the last is zero as long as every
+        gradient was."""
+        if isinstance(self.steps, Muon):
+            return {"first": piece.of(self.steps.momentum_E)}
+        return self.steps.stored(piece.place, piece.parameter.shape)
+
+
+class Values(Mapping[str, Tensor]):
+    """fp32 values by native name, each made when asked for, where the masters are in two halves;
+    views where they are not. `alike` ones become, rounded to nearest even, what the model computes
+    with."""
+
+    def __init__(self, groups: Sequence[Group], alike: bool) -> None:
+        self._found = {piece.name: (group, piece) for group in groups for piece in group.pieces}
+        self._alike = alike
+
+    def __getitem__(self, name: str) -> Tensor:
+        group, piece = self._found[name]
+        wide_E = group.masters.of(piece.place)
+        if self._alike and group.masters.narrow_E.dtype == torch.bfloat16:
+            wide_E = rounded_alike(wide_E)
+        return wide_E.view(piece.parameter.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 class Masters:
     """The parameters that learn, their gradients and their optimiser's moments, all in fp32.
 
-    From here on the model's parameters are views into one tensor a group, and a micro-batch's
-    gradients move into the masters' sums as soon as autograd has made them.
+    From here on the model's parameters are views into one tensor a group. Between two micro-batches
+    of a step, `add_up` has to be called.
     """
 
     def __init__(
@@ -142,21 +135,27 @@ class Masters:
         """`stacked` says of parameters that hold several matrices how many rows each one has."""
         self.groups = list(_groups(trainable, train))
         for group in self.groups:
-            if train.optimizer == "muon" and group.multiplies:
-                group.use_muon(stacked or {})
-            if train.optimizer == "adamw8bit" and group.multiplies:
-                group.use_eight_bits(train.betas)
-        self.adamw = _adamw([group for group in self.groups if group.own is None], train)
+            group.use(train, stacked or {})
         self.clip = train.clip
+        self.numbers = sum(parameter.numel() for parameter in trainable.values())
+
+    def add_up(self) -> None:
+        """Make room for another micro-batch's gradients: those that have come are summed in
+        fp32."""
+        for group in self.groups:
+            group.gradients.add_up()
 
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients, a scalar on the device."""
-        norms = [torch.linalg.vector_norm(group.grad_E) for group in self.groups]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        came = [g for group in self.groups for g in group.gradients.of_each() if g is not None]
+        if not came:
+            return torch.zeros((), device=self.groups[0].gradients.device)
+        norms = torch._foreach_norm(came, 2, torch.promote_types(came[0].dtype, torch.float32))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
         return total
 
     def step(self, factor: float, norm: Tensor, grad_scale: float = 1.0) -> None:
-        """One step at `factor` times the groups' learning rates; then the gradients are zero.
+        """One step at `factor` times the groups' learning rates; then the gradients are gone.
 
         `norm` is what `norm()` returned; the gradients are still multiplied by `grad_scale`
         (fp16), and are clipped to the recipe's norm once they are not. Waits for nothing.
@@ -166,45 +165,36 @@ class Masters:
             # The small number keeps a norm of zero from dividing.
             shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
         for group in self.groups:
-            group.grad_E.mul_(shrink)
-            if group.own is not None:
-                group.own.step(group.rate * factor, group.decay)
-        if self.adamw is not None:
-            for settings in self.adamw.param_groups:
-                settings["lr"] = settings["rate"] * factor
-            self.adamw.step()
-        for group in self.groups:
-            group.publish()
-        self.forget_gradients()
+            group.step(shrink, factor)
 
     def forget_gradients(self) -> None:
-        """Drop what the micro-batches since the last step have summed up."""
+        """Drop what the micro-batches since the last step have brought, and what a backward pass
+        that broke off has left behind."""
         for group in self.groups:
-            group.grad_E.zero_()
-            for piece in group.pieces:
-                # One that a backward pass which broke off has left behind.
-                piece.parameter.grad = None
+            group.gradients.forget()
 
     def rates(self, factor: float) -> dict[str, float]:
         """Learning rate of each part that learns, at `factor` of the schedule."""
         return {group.part: group.rate * factor for group in self.groups}
 
-    def values(self) -> dict[str, Tensor]:
-        """The fp32 value of every parameter that learns, by native name; views, not copies."""
-        return {
-            piece.name: piece.of(group.master_E.detach())
-            for group in self.groups
-            for piece in group.pieces
-        }
+    def values(self) -> Values:
+        """The fp32 value of every parameter that learns, by native name."""
+        return Values(self.groups, alike=False)
+
+    def published(self) -> Values:
+        """As `values`, for a file whose readers round to nearest even: where a master lies in the
+        middle between two numbers of bf16, its last bit leads to the one that was computed with."""
+        return Values(self.groups, alike=True)
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state as tensors: `first.NAME`, under AdamW `second.NAME` too, in eight
-        bits with `first_scale.NAME` and `second_scale.NAME`; and `steps`, a count."""
-        return {"steps": self._steps.detach().clone().cpu()} | {
+        bits with `first_scale.NAME` and `second_scale.NAME`; and `steps`, a count of AdamW's."""
+        taken = [group.steps.taken for group in self.groups if isinstance(group.steps, AdamW)]
+        return {"steps": torch.tensor(float(taken[0] if taken else 0))} | {
             f"{order}.{piece.name}": moment
             for group in self.groups
             for piece in group.pieces
-            for order, moment in self._moments_of(group, piece).items()
+            for order, moment in group.stored(piece).items()
         }
 
     def reached(self) -> set[str]:
@@ -212,75 +202,23 @@ class Masters:
         seen: dict[str, Tensor] = {}
         for group in self.groups:
             for piece in group.pieces:
-                *_, last = self._moments_of(group, piece).values()
+                *_, last = group.stored(piece).values()
                 seen[piece.name] = last.any()
         flags = torch.stack(list(seen.values())).tolist()
         return {name for name, flag in zip(seen, flags, strict=True) if flag}
 
-    @property
-    def _steps(self) -> Tensor:
-        """AdamW's own count; Muon needs none."""
-        for group in self.groups:
-            if group.own is None:
-                return self._state_of(group)["step"]
-            if isinstance(group.own, AdamW8bit):
-                return torch.tensor(float(group.own.taken))
-        return torch.tensor(0.0)
-
-    def _state_of(self, group: Group) -> dict[str, Tensor]:
-        """AdamW's state of a group, from its first step on or before it."""
-        assert self.adamw is not None, f"AdamW steps nothing, not even {group.pieces[0].name}"
-        state: dict[str, Tensor] = self.adamw.state[group.master_E]
-        if not state:
-            # What AdamW would start from at its first step.
-            device = group.master_E.device if group.master_E.is_cuda else None
-            state["step"] = torch.tensor(0.0, device=device)
-            state["exp_avg"] = torch.zeros_like(group.master_E)
-            state["exp_avg_sq"] = torch.zeros_like(group.master_E)
-        return state
-
-    def _moments_of(self, group: Group, piece: Piece) -> dict[str, Tensor]:
-        """Of one parameter, views. The last is zero as long as every gradient was: squares never
-        cancel each other."""
-        if isinstance(group.own, Muon):
-            return {"first": piece.of(group.own.momentum_E)}
-        if isinstance(group.own, AdamW8bit):
-            return group.own.moments(piece.place)
-        state = self._state_of(group)
-        return {"first": piece.of(state["exp_avg"]), "second": piece.of(state["exp_avg_sq"])}
-
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Continue from what `values` and `moments` returned; the names must be the same."""
-        own = self.values()
-        differing = sorted(set(own) ^ set(values))
+        differing = sorted(set(self.values()) ^ set(values))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
         for group in self.groups:
-            if group.own is None:
-                self._state_of(group)["step"].copy_(moments["steps"])
-            if isinstance(group.own, AdamW8bit):
-                group.own.taken = int(moments["steps"])
+            if isinstance(group.steps, AdamW):
+                group.steps.taken = int(moments["steps"])
             for piece in group.pieces:
-                piece.of(group.master_E.detach()).copy_(values[piece.name])
-                for order, moment in self._moments_of(group, piece).items():
+                group.masters.load(values[piece.name].flatten(), piece.place)
+                for order, moment in group.stored(piece).items():
                     moment.copy_(moments[f"{order}.{piece.name}"])
-            group.publish()
-
-
-def _adamw(groups: Sequence[Group], train: Train) -> torch.optim.AdamW | None:
-    """The optimiser of these groups, each with its full rate beside the one of the step."""
-    settings = [
-        {
-            "params": [group.master_E],
-            "lr": group.rate,
-            "rate": group.rate,
-            "weight_decay": group.decay,
-        }
-        for group in groups
-    ]
-    if not settings:
-        return None
-    return torch.optim.AdamW(settings, betas=train.betas, fused=groups[0].master_E.is_cuda)
 
 
 def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:

@@ -28,6 +28,7 @@ from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
 from finesight.model.any_family import AnyModel, load_any
 from finesight.model.fallback import LIMITS, FallbackModel
+from finesight.model.fp8 import refuse_device
 from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
@@ -42,6 +43,7 @@ from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.progress import Screen
+from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
 from finesight.train.survey import Survey, pictures_of, survey
@@ -119,6 +121,7 @@ class Session:
     data: StepData
     model: AnyModel
     masters: Masters
+    passes: Passes
     watch: Watch
     scale: LossScale
     schedule: Schedule
@@ -203,6 +206,8 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     if recipe.tune.nf4:
         bitsandbytes("tune.nf4")
     machine = _machine(recipe)
+    if recipe.tune.fp8:
+        refuse_device(machine.device, "tune.fp8")
     base = base_of(recipe)
     renderer = base.renderer(recipe)
     train, held_out = texts_of(recipe, renderer, machine.workers, screen)
@@ -213,13 +218,15 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
     found = checkpoints.newest() if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
-    model = load_any(base.folder, machine.dtype, machine.device, recipe.tune.nf4 or ())
+    nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
+    model = load_any(base.folder, machine.dtype, machine.device, nf4, fp8=fp8)
     apply_tuning(model, recipe.tune, recipe.train.seed)
     if base.adapter is not None:
         continue_adapter(model, base.adapter, base=base.folder)
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
-    masters = Masters(trainable(model), recipe.train, stacked(model))
+    learning = trainable(model)
+    masters = Masters(learning, recipe.train, stacked(model))
     budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
@@ -235,6 +242,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         ),
         model=model.train(),
         masters=masters,
+        passes=Passes(model, list(learning.values())),
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,

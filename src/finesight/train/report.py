@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finesight.model.experts import Experts
+from finesight.model.few_bits import left_in_16_bits
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
 from finesight.train.looking import Looked
@@ -197,22 +198,32 @@ def plan_of(session: Session) -> str:
         "embeddings": tune.embeddings,
     }
     learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
-    numbers = sum(value.numel() for value in session.masters.values().values())
+    numbers = session.masters.numbers
     whole = sum(parameter.numel() for parameter in session.model.parameters())
     few = frozen_weights(session.model)
     whole += sum(weight.numbers for weight in few.values())
-    kept = f" (weights of {' and '.join(tune.nf4)} in NF4)" if tune.nf4 else ""
-    published = dict.fromkeys(
-        part_of(name) for name in few if part_of(name) not in (tune.nf4 or ())
-    )
-    if published:
-        kept += f" (weights of {' and '.join(published)} in four bits, as published)"
-    stacks = any(isinstance(module, Experts) for module in session.model.modules())
-    if tune.language == "lora" and stacks:
-        kept += " (experts carry no adapters: they stay as they are)"
     epochs = session.course.samples / session.course.epoch_length
     return (
-        f"training {learning}: {numbers:,} of {whole:,} numbers{kept}; {len(session.course)} steps"
-        f" of {recipe.train.batch} samples ({epochs:.2f} epochs)"
+        f"training {learning}: {numbers:,} of {whole:,} numbers{_kept(session, few)};"
+        f" {len(session.course)} steps of {recipe.train.batch} samples ({epochs:.2f} epochs)"
         f" in {machine.precision} on {machine.device}, {machine.workers} reading processes"
     )
+
+
+def _kept(session: Session, few: Collection[str]) -> str:
+    """What is special about weights that stay as they are, by the names of those in few bits."""
+    tune, said = session.recipe.tune, []
+    if tune.nf4:
+        said.append(f"weights of {' and '.join(tune.nf4)} in NF4")
+    if tune.fp8:
+        left = left_in_16_bits(session.model, tune.fp8)
+        but = f", but for {left} layers whose sizes do not allow it" if left else ""
+        said.append(f"frozen weights of {' and '.join(tune.fp8)} multiplied in FP8{but}")
+    chosen = (*(tune.nf4 or ()), *(tune.fp8 or ()))
+    published = dict.fromkeys(part_of(name) for name in few if part_of(name) not in chosen)
+    if published:
+        said.append(f"weights of {' and '.join(published)} in four bits, as published")
+    stacks = any(isinstance(module, Experts) for module in session.model.modules())
+    if tune.language == "lora" and stacks:
+        said.append("experts carry no adapters: they stay as they are")
+    return "".join(f" ({what})" for what in said)

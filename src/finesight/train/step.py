@@ -13,7 +13,6 @@ from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step
-from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.seen import Seen
@@ -106,8 +105,12 @@ def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> 
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
         known = None if seen is None else step.known[micro]
         try:
+            if micro:
+                session.masters.add_up()
             total += _learn(session, packed, share, seen, known)
         except torch.OutOfMemoryError as error:
+            # Another try has as much room as this one, and that of recordings, too.
+            session.passes.forget()
             session.masters.forget_gradients()
             raise too_much(error, packed, session.progress.budget, learning=True) from None
     return total
@@ -117,12 +120,9 @@ def _learn(
     session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, known: Tensor | None
 ) -> Tensor:
     """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
-    model, batch = session.model, session.placed(packed)
+    batch = session.placed(packed)
     features_MKD = None if seen is None or known is None else seen.of(known)
-    h_LD = model(batch, features_MKD)
-    loss = label_loss(h_LD, model.head_weight, batch.target_L, share)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    return session.passes.learn(batch, features_MKD, share)
 
 
 def recorded(device: torch.device) -> torch.cuda.Event | None:

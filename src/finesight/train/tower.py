@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finesight.model.any_family import AnyModel
 from finesight.model.network import VisionLanguageModel
 
-VERSION = 1
+VERSION = 2
 """To be raised when towers, or what they are fed of a picture, come to be computed otherwise."""
 
 _THREADS = 8
@@ -67,13 +67,18 @@ class OffCard:
     """
 
     def __init__(self, model: AnyModel) -> None:
+        self._model = model
+        self._kept: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self.is_away = False
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """Those of the tower alone, as it lies now."""
+        model = self._model
         own = list(_tensors(model.visual)) if isinstance(model, VisionLanguageModel) else []
         places = {id(tensor) for tensor in own}
         others = {_place(tensor) for tensor in _tensors(model) if id(tensor) not in places}
         storages = {_place(tensor): tensor.untyped_storage() for tensor in own}
-        self._storages = [storage for place, storage in storages.items() if place not in others]
-        self._kept: list[Tensor] = []
-        self.is_away = False
+        return [storage for place, storage in storages.items() if place not in others]
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -96,17 +101,20 @@ class OffCard:
                 self._leave()
 
     def _leave(self) -> None:
-        # Copied once: what is frozen is the same whenever it leaves.
-        self._kept = self._kept or [
-            _bytes(storage).to("cpu", copy=True) for storage in self._storages
-        ]
-        for storage in self._storages:
+        if self.is_away:
+            return
+        storages = self._storages()
+        known = {_address(storage) for storage, _ in self._kept}
+        if known != {_address(storage) for storage in storages}:
+            # Else copied once: what is frozen is the same whenever it leaves.
+            self._kept = [(one, _bytes(one).to("cpu", copy=True)) for one in storages]
+        for storage, _ in self._kept:
             storage.resize_(0)
         self.is_away = True
 
     def _return(self) -> None:
         if self.is_away:
-            for storage, kept in zip(self._storages, self._kept, strict=True):
+            for storage, kept in self._kept:
                 storage.resize_(len(kept))
                 _bytes(storage).copy_(kept)
             self.is_away = False
@@ -119,6 +127,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """Of the storage itself, wherever its memory is."""
+    return int(storage._cdata)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

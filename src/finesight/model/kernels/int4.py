@@ -1,8 +1,7 @@
 """A Triton kernel for the matrices of `model.int4`: the whole matrix.
 
 Shapes: O outputs, I inputs, G groups of inputs. A byte of `codes` [O, I / 2] holds an input
-of the first half in its low bits and that of the second half in its high ones. Imported only where
-Triton is.
+of the first half in its low bits and that of the second half in its high ones.
 """
 
 from __future__ import annotations

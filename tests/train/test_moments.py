@@ -1,4 +1,4 @@
-"""AdamW with moments of eight bits: near bitsandbytes' and AdamW's steps, resumed bit for bit."""
+"""Moments of eight bits: AdamW near bitsandbytes' and its own steps, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 
 from finesight.config import Train
 from finesight.model.nf4 import bitsandbytes
-from finesight.train import eight_bit
-from finesight.train.eight_bit import BLOCK, AdamW8bit, Moment
+from finesight.train import adamw, moments
+from finesight.train.moments import BLOCK, EightBits
 from finesight.train.optimizer import Masters
 
 EXPERTS = "model.layers.0.mlp.experts.down_proj"
@@ -46,7 +46,7 @@ def take(masters: Masters, named: dict[str, nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_are_those_of_bitsandbytes(signed: bool) -> None:
     theirs = bitsandbytes("test").functional.create_dynamic_map(signed=signed)
-    assert torch.equal(eight_bit.levels(signed), theirs)
+    assert torch.equal(moments.levels(signed), theirs)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -54,38 +54,40 @@ def test_numbers_are_rounded_to_the_nearest_level(signed: bool) -> None:
     numbers = torch.randn(3 * BLOCK, generator=torch.Generator().manual_seed(0)) ** 3
     numbers = numbers if signed else numbers.abs()
     numbers[BLOCK : 2 * BLOCK] = 0
-    moment = Moment(numbers, signed)
-    assert not moment.wide(slice(0, 3)).any()
-    moment.keep(numbers.view(-1, BLOCK), slice(0, 3))
+    moment, whole = EightBits(len(numbers), numbers.device, signed), slice(0, 3 * BLOCK)
+    assert not moment.of(whole).any()
+    moment.keep(numbers, whole)
     scale_31 = numbers.view(-1, BLOCK).abs().amax(1, keepdim=True)
-    every = scale_31[..., None] * eight_bit.levels(signed)
+    every = scale_31[..., None] * moments.levels(signed)
     nearest = (every - numbers.view(-1, BLOCK, 1)).abs().amin(2)
-    off = (moment.wide(slice(0, 3)) - numbers.view(-1, BLOCK)).abs()
+    off = (moment.of(whole) - numbers).abs().view(-1, BLOCK)
     # The smallest ones of a moment without a sign are not rounded to zero.
     large = numbers.view(-1, BLOCK).abs() > 1e-6 * scale_31
     torch.testing.assert_close(off[large], nearest[large], rtol=1e-3, atol=1e-7)
-    assert not moment.wide(slice(1, 2)).any()
+    assert not moment.of(slice(BLOCK, 2 * BLOCK)).any()
 
 
 def test_a_second_moment_that_is_not_zero_never_becomes_zero() -> None:
     numbers = torch.zeros(BLOCK)
     numbers[0], numbers[1] = 1.0, 1e-9
-    moment = Moment(numbers, signed=False)
-    moment.keep(numbers.view(1, -1), slice(0, 1))
-    kept = moment.wide(slice(0, 1))[0]
+    moment, whole = EightBits(BLOCK, numbers.device, signed=False), slice(0, BLOCK)
+    moment.keep(numbers, whole)
+    kept = moment.of(whole)
     assert kept[1] > 0
     assert not kept[2:].any()
 
 
 def test_a_gradient_that_comes_once_moves_its_number_a_little() -> None:
     """Were its second moment rounded to zero, the next step would be far too long."""
-    master_E, grad_E = torch.zeros(BLOCK), torch.zeros(BLOCK)
-    steps = AdamW8bit(master_E, grad_E, (0.9, 0.999))
+    parameter = nn.Parameter(torch.zeros(1, BLOCK))
+    masters = Masters({MATRIX: parameter}, settings(learning_rate=1e-3, weight_decay=0, clip=None))
     for step in range(20):
-        grad_E.fill_(0.0)
-        grad_E[0] = 1.0
-        grad_E[1] = 1e-4 if step == 0 else 0.0
-        steps.step(1e-3, 0.0)
+        gradient = torch.zeros(1, BLOCK)
+        gradient[0, 0] = 1.0
+        gradient[0, 1] = 1e-4 if step == 0 else 0.0
+        parameter.grad = gradient
+        masters.step(1.0, masters.norm())
+    master_E = masters.values()[MATRIX].flatten()
     assert 0 < float(master_E[1].abs()) < 20e-3
     assert not master_E[2:].any()
 
@@ -97,17 +99,16 @@ def test_steps_are_nearly_those_of_bitsandbytes() -> None:
     optimizer = bitsandbytes("test").optim.AdamW8bit(
         [theirs], lr=1e-2, weight_decay=0.1, min_8bit_size=0
     )
-    ours = values.clone().flatten()
-    grad_E = torch.zeros_like(ours)
-    steps = AdamW8bit(ours, grad_E, (0.9, 0.999))
+    ours = nn.Parameter(values.clone())
+    masters = Masters({MATRIX: ours}, settings(clip=None))
     for seed in range(6):
         gradient = torch.randn(40, 128, generator=torch.Generator().manual_seed(seed)) / (seed + 1)
         theirs.grad = gradient.clone()
         optimizer.step()
-        grad_E.copy_(gradient.flatten())
-        steps.step(1e-2, 0.1)
+        ours.grad = gradient
+        masters.step(1.0, masters.norm())
     moved = theirs.detach() - values
-    assert float((ours.view(40, 128) - theirs.detach()).norm() / moved.norm()) < 1e-2
+    assert float((ours.detach() - theirs.detach()).norm() / moved.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -156,10 +157,11 @@ def test_state_continues_bit_for_bit(dtype: torch.dtype, taken: int) -> None:
         take(masters, named, seed)
         take(others, again, seed)
     for group, other in zip(masters.groups, others.groups, strict=True):
-        assert torch.equal(group.master_E, other.master_E)
-    moments = others.moments()
-    assert all(torch.equal(moment, moments[name]) for name, moment in masters.moments().items())
-    assert moments["steps"] == taken + 4
+        whole = slice(0, len(group.masters))
+        assert torch.equal(group.masters.of(whole), other.masters.of(whole))
+    kept = others.moments()
+    assert all(torch.equal(moment, kept[name]) for name, moment in masters.moments().items())
+    assert kept["steps"] == taken + 4
 
 
 def test_numbers_between_parameters_stay_zero() -> None:
@@ -168,15 +170,16 @@ def test_numbers_between_parameters_stay_zero() -> None:
     for seed in range(5):
         take(masters, named, seed)
     group = next(g for g in masters.groups if g.pieces[0].name == MATRIX)
-    assert len(group.master_E) == (7 + 8) * BLOCK
-    assert not group.master_E[33 * 50 : 7 * BLOCK].any()
-    assert not group.master_E[7 * BLOCK + 3 * 20 * 30 :].any()
+    assert len(group.masters) == (7 + 8) * BLOCK
+    assert not group.masters.of(slice(33 * 50, 7 * BLOCK)).any()
+    assert not group.masters.of(slice(7 * BLOCK + 3 * 20 * 30, 15 * BLOCK)).any()
 
 
 def test_steps_of_long_groups_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may begin and end within a parameter."""
     moved = []
-    for most in (eight_bit.MOST, 2 * BLOCK):
-        monkeypatch.setattr(eight_bit, "MOST", most)
+    for most in (adamw.MOST, 2 * BLOCK):
+        monkeypatch.setattr(adamw, "MOST", most)
         named = parameters()
         masters = Masters(named, settings())
         for seed in range(3):

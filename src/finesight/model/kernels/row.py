@@ -4,7 +4,7 @@ A thread reads 16 bytes of several outputs at a time, makes numbers of them in i
 adds up their products in fp32; only the sums of the end travel between threads. Programs of one
 place of the matrix and several rows follow each other, and find its bits in the cache.
 
-Shapes: R rows, O outputs, T pieces of 16 bytes, E bytes of one. Imported only where Triton is.
+Shapes: R rows, O outputs, T pieces of 16 bytes, E bytes of one.
 """
 
 from __future__ import annotations

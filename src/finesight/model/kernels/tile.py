@@ -5,7 +5,7 @@ Each warp of a program takes a slice of the inputs of its own: outputs alone are
 card busy. Numbers are rounded to the type of the rows, as in the matrix in full, or exact in it.
 
 Shapes: R rows, O outputs, S slices, P rows and Q outputs of all slices end to end, G groups, B
-bytes of a group, K inputs of a slice in a step. Imported only where Triton is.
+bytes of a group, K inputs of a slice in a step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.row_kernels import Plan
-from finesight.model.word_kernels import level, own_level
+from finesight.model.kernels.row import Plan
+from finesight.model.kernels.word import level, own_level
 
 
 def plan(outputs: int, rows: int) -> Plan:
@@ -178,7 +178,7 @@ def int4_tiles(
 def byte_tiles(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, plan: Plan
 ) -> Tensor:
-    """As `row_kernels.byte_rows`; rows of 16 bits, pieces of 64 inputs."""
+    """As `kernels.row.byte_rows`; rows of 16 bits, pieces of 64 inputs."""
     rows, (outputs, inputs) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, outputs)
     _bytes[(triton.cdiv(outputs, plan.outputs),)](

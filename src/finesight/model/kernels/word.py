@@ -5,7 +5,6 @@ array of its own: so a word and its factors are in the same thread, and nothing 
 threads but sums. A kernel before the product lays the row out that way, and norms it meanwhile.
 
 Shapes: I inputs, O outputs, N = I / 8 words of a row, J words that a program reads at once.
-Imported only where Triton is.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""Where the speed of a step comes from: what makes it quick, put on one after the other.
+
+    python benchmarks/ladder.py CONFIG --out FILE [--batch 64,16] [--steps 12]
+
+CONFIG is a folder with a model's configuration; its weights are random. A step is LoRA of rank 64
+on all seven projections of the decoder with drop-out 0.05, over made samples of the caption recipe:
+a picture of 280 x 280 pixels (400 patches, 100 tokens), 24 tokens of questions, answers of 10 to
+19, in one pack. Nothing is read from files here, so a row tells of the card and of what launches
+its kernels alone. `gb` is the most that is allocated, in 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_figures import head
+from torch import Tensor
+
+from finesight.config import Train, Tune
+from finesight.encode.pack import PackedBatch
+from finesight.hub import locate
+from finesight.model import attention, fp8, fused_layer, layers
+from finesight.model.attention import Segments
+from finesight.model.few_bits import multiplies_in_fp8
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import stacked
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning, trainable
+from finesight.model.rowwise import Fp8Matrix
+from finesight.model.weights import random_model
+from finesight.train import recorded
+from finesight.train.optimizer import Masters
+from finesight.train.recorded import Passes
+
+CUDA = torch.device("cuda")
+GRID = 1, 20, 20
+BEFORE, AFTER, ANSWER = 15, 9, (10, 19)
+LORA = Tune.model_validate({"lora": {"rank": 64, "alpha": 16.0, "dropout": 0.05}})
+WARM = 4
+
+
+def made(samples: int, channels: int) -> PackedBatch:
+    """Samples of random tokens and patches, end to end on the card."""
+    rng = random.Random(samples)
+    places = GRID[1] * GRID[2] // 4
+    ids: list[int] = []
+    at, predict, target, positions, bounds = [], [], [], [], [0]
+    for _ in range(samples):
+        answer = rng.randint(*ANSWER)
+        length = BEFORE + places + AFTER + answer
+        start, own = len(ids), [rng.randrange(1000, 90000) for _ in range(length)]
+        ids += own
+        at += range(start + BEFORE, start + BEFORE + places)
+        predict += range(start + length - answer - 1, start + length - 1)
+        target += own[-answer:]
+        positions += range(length)
+        bounds.append(len(ids))
+    patches = samples * GRID[1] * GRID[2], channels
+    batch = PackedBatch(
+        sample_ids=tuple(map(str, range(samples))),
+        lengths=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
+        grids=(GRID,) * samples,
+        ids_T=torch.tensor(ids),
+        positions_3T=torch.tensor(positions).expand(3, -1).contiguous(),
+        bounds_S1=torch.tensor(bounds, dtype=torch.int32),
+        patches_ND=torch.randint(0, 256, patches, dtype=torch.uint8),
+        visual_at_M=torch.tensor(at),
+        predict_L=torch.tensor(predict),
+        target_L=torch.tensor(target),
+    )
+    return batch.to(CUDA)
+
+
+class Learner:
+    """A model and what its steps need."""
+
+    def __init__(self, config: Path, *, in_fp8: bool) -> None:
+        self.model = random_model(locate(str(config)).config, 0, torch.bfloat16, CUDA)
+        if in_fp8:
+            quantise(self.model)
+        apply_tuning(self.model, LORA, 0)
+        self.learning = trainable(self.model)
+        self.masters = Masters(self.learning, Train(), stacked(self.model))
+        self.passes = Passes(self.model.train(), list(self.learning.values()))
+
+    @torch.no_grad()
+    def seen(self, batch: PackedBatch) -> Tensor:
+        """The features of its pictures."""
+        return self.model.see(batch.patches_ND, batch.grids)
+
+    def step(self, batch: PackedBatch, features: Tensor | None) -> None:
+        """Forwards, backwards, and the optimiser's step."""
+        share = torch.full((), 1.0 / batch.supervised, device=CUDA)
+        self.passes.learn(batch, features, share)
+        self.masters.step(1.0, self.masters.norm())
+
+
+@torch.no_grad()
+def quantise(model: VisionLanguageModel) -> None:
+    """The frozen products of tower and decoder in FP8, as `tune.fp8` has them."""
+    for path, group in model.named_modules():
+        if isinstance(group, GroupedLinear) and "lm_head" not in path and multiplies_in_fp8(group):
+            assert isinstance(group.weight, torch.nn.Parameter), path
+            dense = torch.split(group.weight.detach(), list(group.outputs.values()))
+            with CUDA:
+                group.freeze_as(Fp8Matrix, fp8.Fp8Weight)
+            assert isinstance(group.weight, fp8.Fp8Weight)
+            for matrix, values in zip(group.weight.matrices, dense, strict=True):
+                matrix.pieces()[0].fill(values)
+
+
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Seconds of a step, the median; a step is waited for before the next one."""
+    seconds = []
+    for _ in range(WARM + steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM:])
+
+
+@contextmanager
+def without(*missing: str) -> Iterator[None]:
+    """Within the block some of what makes a step quick is left out."""
+    switches: dict[str, tuple[object, str, object]] = {
+        "attention": (attention, "SHORT", 0),
+        "layers": (fused_layer, "takes", lambda *_: False),
+        "tower": (layers, "has_kernels", lambda *_: False),
+        "alike": (attention, "_attend_alike", _varlen),
+        "recordings": (recorded, "MOST_TOKENS", 0),
+    }
+    kept = {name: getattr(module, entry) for name, (module, entry, _) in switches.items()}
+    for name in missing:
+        module, entry, other = switches[name]
+        setattr(module, entry, other)
+    try:
+        yield
+    finally:
+        for name in missing:
+            module, entry, _ = switches[name]
+            setattr(module, entry, kept[name])
+
+
+def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
+    segments = Segments.of([len(q_THD) // number] * number, q_THD.device)
+    return attention._attend_varlen(q_THD, k_THD, v_THD, segments, segments, causal=False)
+
+
+ALL = ("layers", "attention", "tower", "alike", "recordings")
+RUNGS = (
+    ("one step after the other", ALL),
+    ("decoder layers in few kernels", ALL[1:]),
+    ("attention of short segments", ALL[2:]),
+    ("sums and norms, turns of the tower", ALL[3:]),
+    ("attention of pictures of one size", ALL[4:]),
+    ("small packs recorded", ()),
+)
+
+
+def measure(config: Path, batches: list[int], steps: int) -> list[dict[str, Any]]:
+    """A row for each rung and batch."""
+    rows: list[dict[str, Any]] = []
+
+    def add(rung: str, samples: int, learner: Learner, known: bool) -> None:
+        channels = learner.model.visual.patch_embed.proj.in_features // 2
+        batch = made(samples, channels)
+        features = learner.seen(batch) if known else None
+        torch.cuda.reset_peak_memory_stats()
+        seconds = timed(lambda: learner.step(batch, features), steps)
+        gb = torch.cuda.max_memory_allocated() / 1e9
+        row = {"rung": rung, "batch": samples, "ms": seconds * 1e3, "gb": gb}
+        rows.append(row | {"samples_per_s": samples / seconds})
+        print(json.dumps(rows[-1]), flush=True)
+
+    learner = Learner(config, in_fp8=False)
+    for samples in batches:
+        for rung, missing in RUNGS:
+            with without(*missing):
+                add(rung, samples, learner, known=False)
+        add("features kept", samples, learner, known=True)
+    del learner
+    learner = Learner(config, in_fp8=True)
+    for samples in batches:
+        add("in FP8", samples, learner, known=False)
+        add("in FP8, features kept", samples, learner, known=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, write, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    batches = {"type": lambda text: list(map(int, text.split(","))), "default": [64, 16]}
+    parser.add_argument("--batch", **batches)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    report = head("ladder.py", options.config)
+    report["results"] = measure(options.config, options.batch, options.steps)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print("| | batch | samples/s | ms | GB |\n|---|---|---|---|---|")
+    for row in report["results"]:
+        figures = f"{row['samples_per_s']:.0f} | {row['ms']:.1f} | {row['gb']:.1f}"
+        print(f"| {row['rung']} | {row['batch']} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Small packs forwards and backwards, recorded as CUDA graphs: with few tokens a card computes its
+kernels faster than a processor launches them.
+
+A recording is of a kind of pack: sizes are rounded up to those of few kinds, and what fills a pack
+up is a sequence of nothing after its own. Everything that changes from pack to pack lies in tensors
+that the recording reads, the seed of its drop-outs included.
+
+Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
+predict a learned one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from finesight.encode.pack import EVEN, PackedBatch
+from finesight.infer.recorded import Recorded
+from finesight.model.any_family import AnyModel
+from finesight.model.attention import has_varlen
+from finesight.model.language import DecoderLayer
+from finesight.model.network import VisionLanguageModel
+from finesight.train.loss import label_loss
+
+MOST_TOKENS = 6144
+"""Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
+
+MOST_KINDS = 16
+"""Recordings that are kept: each holds the features of a pack, and some hundred kilobytes for every
+thousand of its kernels."""
+
+LAUNCHED = 3
+"""Packs of a kind that are launched first: to record one takes as long as a few save."""
+
+MOST_LEARNED = 400_000_000
+"""Numbers that learn: a recording holds their gradients twice."""
+
+
+class Kind(NamedTuple):
+    """Sizes of a recording."""
+
+    tokens: int
+    sequences: int
+    longest: int
+    places: int
+    labels: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch, places: int) -> Kind:
+        """That of this pack."""
+        return cls.around(batch.lengths, places, len(batch.predict_L))
+
+    @classmethod
+    def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
+        """That of a pack of these sequences, with room for at least one token of nothing."""
+        return cls(
+            tokens=_up(sum(lengths) + 1, EVEN),
+            sequences=_up(len(lengths) + 1, 8),
+            longest=_up(max(lengths), 4 * EVEN),
+            places=_up(places, 4 * EVEN),
+            # Up to the next quarter of a power of two: their share of the work is small.
+            labels=_up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
+        )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a recording reads: a pack of its kind, the features of its pictures, the factor of its
+    loss, and the seed of its drop-outs."""
+
+    kind: Kind
+    batch: PackedBatch
+    features_MKD: Tensor | None
+    share: Tensor
+    seed_1: Tensor
+
+    @classmethod
+    def room(cls, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> Held:
+        """Room for packs of this kind."""
+        device = batch.ids_T.device
+
+        def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        room = replace(
+            batch,
+            sample_ids=(),
+            lengths=(kind.longest,) * kind.sequences,
+            grids=(),
+            ids_T=whole(kind.tokens),
+            positions_3T=whole(3, kind.tokens),
+            bounds_S1=whole(kind.sequences + 1, dtype=torch.int32),
+            patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
+            visual_at_M=whole(kind.places),
+            predict_L=whole(kind.labels),
+            target_L=whole(kind.labels),
+        )
+        features = None
+        if features_MKD is not None:
+            features = whole(kind.places, *features_MKD.shape[1:], dtype=features_MKD.dtype)
+        return cls(kind, room, features, torch.zeros((), device=device), whole(1).int())
+
+    def lay(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> None:
+        """Put a pack where the recording reads it; nothing waits."""
+        held, tokens = self.batch, len(batch.ids_T)
+        own = torch.arange(self.kind.tokens - tokens, device=batch.ids_T.device)
+        _fill(held.ids_T, batch.ids_T, 0)
+        held.positions_3T[:, :tokens].copy_(batch.positions_3T)
+        held.positions_3T[:, tokens:].copy_(own)
+        # After the sequence of nothing there are empty ones.
+        _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
+        _fill(held.predict_L, batch.predict_L, 0)
+        _fill(held.target_L, batch.target_L, -1)
+        if features_MKD is not None and self.features_MKD is not None:
+            # What is left there of an earlier pack goes to a token of nothing.
+            _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
+            self.features_MKD[: len(features_MKD)].copy_(features_MKD)
+        self.share.copy_(share)
+        self.seed_1.random_(2**31 - 1)
+
+
+def learns_little(model: nn.Module) -> bool:
+    """Whether so few numbers learn that their gradients may be held twice."""
+    learned = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in learned) <= MOST_LEARNED
+
+
+def pays(model: VisionLanguageModel, tokens: int, labels: int, recompute: float) -> bool:
+    """Whether a pack of so many, the features of its pictures known, is quicker as a recording."""
+    if recompute and not _all_fused(model):
+        # What torch draws again cannot be recorded.
+        return False
+    return tokens <= MOST_TOKENS and labels > 0
+
+
+def _all_fused(model: VisionLanguageModel) -> bool:
+    layers = model.model.layers
+    return all(isinstance(layer, DecoderLayer) and layer.fusible for layer in layers)
+
+
+def _recordable(model: AnyModel, device: torch.device) -> bool:
+    """Whether nothing in a pass waits for the device, and attention takes its segments' lengths
+    from there: those of a recording are not the pack's."""
+    if device.type != "cuda" or not isinstance(model, VisionLanguageModel) or not model.recordable:
+        return False
+    width, kind = model.geometry.language.head_width, model.model.embed_tokens.weight.dtype
+    return has_varlen(torch.empty(1, 1, width, dtype=kind, device=device))
+
+
+def _fill(room: Tensor, values: Tensor, rest: int) -> None:
+    room[: len(values)].copy_(values)
+    room[len(values) :].fill_(rest)
+
+
+class Passes:
+    """Packs forwards and backwards; the gradients are left with the parameters."""
+
+    def __init__(self, model: AnyModel, learning: Sequence[nn.Parameter]) -> None:
+        self._model = model
+        self._learning = list(learning)
+        self._met: Counter[Kind] = Counter()
+        self._held: dict[Kind, Held] = {}
+        self._gradients: list[Tensor | None] = []
+        device = self._learning[0].device
+        records = _recordable(model, device) and learns_little(model)
+        self._recorded = Recorded(device) if records else None
+
+    def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
+        """The loss of a pack on the device, times `share`."""
+        if self._recorded is None:
+            return self._launch(batch, features_MKD, share)
+        features_MKD = self._seen(batch, features_MKD)
+        held = self._room(batch, features_MKD)
+        if held is None:
+            return self._launch(batch, features_MKD, share)
+        held.lay(batch, features_MKD, share)
+        number = [*self._held].index(held.kind)
+        try:
+            loss = self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
+        except RuntimeError:
+            # A recording wants memory of its own, of which there may be none left. Nothing was
+            # learned yet: what is really wrong with the pack shows when it is launched.
+            self.forget()
+            return self._launch(batch, features_MKD, share)
+        for parameter, gradient in zip(self._learning, self._gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def forget(self) -> None:
+        """Give all recordings and their memory back, and make none any more."""
+        for parameter in self._learning:
+            parameter.grad = None
+        self._recorded, self._gradients = None, []
+        self._held.clear()
+
+    def _room(self, batch: PackedBatch, features_MKD: Tensor | None) -> Held | None:
+        """Where a recording reads the pack, if it is one of a kind that has come several times."""
+        if not self._pays(batch, features_MKD):
+            return None
+        kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
+        self._met[kind] += 1
+        if kind not in self._held:
+            if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
+                return None
+            self._held[kind] = Held.room(kind, batch, features_MKD)
+        return self._held[kind]
+
+    def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
+        """The features of the pack's pictures, if nothing is learned from how they are made."""
+        model = self._model
+        if (
+            features_MKD is not None
+            or not batch.grids
+            or not isinstance(model, VisionLanguageModel)
+        ):
+            return features_MKD
+        if any(parameter.requires_grad for parameter in model.visual.parameters()):
+            return None
+        with torch.no_grad():
+            return model.see(batch.patches_ND, batch.grids)
+
+    def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
+        model = self._model
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        known = features_MKD is not None or not batch.grids
+        return known and pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
+
+    def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
+        h_LD = self._model(batch, features_MKD)
+        loss = label_loss(h_LD, self._model.head_weight, batch.target_L, share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _forth_and_back(self, held: Held) -> Tensor:
+        """As `_launch`, but what it makes lies where a recording can leave it."""
+        model = self._model
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        h_LD = model(held.batch, held.features_MKD, held.seed_1)
+        loss = label_loss(h_LD, model.head_weight, held.batch.target_L, held.share)
+        made = torch.autograd.grad(loss, self._learning, allow_unused=True)
+        if not self._gradients:
+            # Of all recordings: they are summed up before the next one runs.
+            self._gradients = [None if one is None else torch.empty_like(one) for one in made]
+        ours = [one for one in self._gradients if one is not None]
+        torch._foreach_copy_(ours, [one for one in made if one is not None])
+        return loss.detach()

@@ -1,0 +1,108 @@
+"""What recordings are said to hold against what they do."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from small_run import make_task
+from torch import Tensor
+
+from finesight.config import DataFile, PixelRange, Train, Tune
+from finesight.data.sources import load_sources
+from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.render import Renderer
+from finesight.hub import locate
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning
+from finesight.model.weights import load_model
+from finesight.plan.activations import Activations
+from finesight.plan.kept import Computing
+from finesight.plan.load import Load
+from finesight.plan.memory import CONTEXT, LIBRARIES, Peak, peak_of, standing
+from finesight.plan.recorded import recording
+from finesight.train.recorded import MOST_KINDS, MOST_TOKENS, Held, Kind
+
+CPU = torch.device("cpu")
+CARD = Computing(cuda=True, number=2, flash=True)
+LORA = {"language": "lora", "lora": {"rank": 8}}
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
+    folder = tmp_path_factory.mktemp("recorded")
+    make_task(folder)
+    renderer = Renderer(locate("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056))
+    corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
+    return pack([renderer.encode(sample) for sample in corpus.read()])
+
+
+def tuned(tune: dict[str, object]) -> VisionLanguageModel:
+    model = load_model(locate("finesight-tiny"), torch.bfloat16, CPU).train()
+    apply_tuning(model, Tune.model_validate(tune), 0)
+    return model
+
+
+def load_of(batch: PackedBatch) -> Load:
+    return Load(batch.lengths, batch.grids, batch.supervised)
+
+
+def test_rooms_are_those_of_a_run(batch: PackedBatch) -> None:
+    model = tuned(LORA)
+    features = model.see(batch.patches_ND, batch.grids)
+    held = Held.room(Kind.of(batch, len(features)), batch, features)
+    found = recording(model, CARD, 0.0, load_of(batch))
+    assert found is not None
+    assert found.kind == held.kind
+    assert found.load.tokens == held.kind.tokens
+    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
+    tensors = [value for value in (*values, held.features_MKD) if isinstance(value, Tensor)]
+    assert found.room == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_only_small_packs_whose_features_are_known_are_recorded(batch: PackedBatch) -> None:
+    frozen, load = tuned(LORA), load_of(batch)
+    long = replace(load, lengths=(MOST_TOKENS + 1,))
+    text = replace(load, grids=())
+    assert recording(frozen, CARD, 0.0, load) is not None
+    assert recording(frozen, CARD, 0.5, load) is not None
+    some = tuned({"language": "lora", "lora": {"rank": 8, "targets": ["q_proj"]}})
+    assert recording(some, CARD, 0.0, load) is not None
+    assert recording(some, CARD, 0.5, load) is None
+    assert recording(frozen, CARD, 0.0, long) is None
+    assert recording(frozen, CARD, 0.0, replace(load, supervised=0)) is None
+    assert recording(frozen, Computing(cuda=True, number=4, flash=False), 0.0, load) is None
+    seeing = tuned(LORA | {"vision": "lora"})
+    assert recording(seeing, CARD, 0.0, load) is None
+    assert recording(seeing, CARD, 0.0, text) is not None
+
+
+def peak(model: VisionLanguageModel, loads: list[Load], recompute: float) -> Peak:
+    stays, activations = standing(model, Train(), CARD), Activations(model, CARD, recompute)
+    return peak_of(stays, activations, loads, CARD, 588, several=False)
+
+
+def test_a_recording_has_its_own_memory_and_gradients(batch: PackedBatch) -> None:
+    model = tuned(LORA)
+    load = load_of(batch)
+    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    found = peak(model, [load], 0.0)
+    within = found.activations + found.working + found.logits + found.gradients - learning
+    assert found.gradients >= learning
+    assert found.recordings == pytest.approx(within, rel=0.1)
+    assert found.allocated == found.in_all - found.recordings - CONTEXT
+    assert found.libraries == 2 * LIBRARIES
+    again = peak(model, [load], 1.0)
+    assert 0 < again.recordings < found.recordings
+    launched = peak(tuned(LORA | {"vision": "lora"}), [load], 0.0)
+    assert (launched.recordings, launched.libraries) == (0, LIBRARIES)
+
+
+def test_later_kinds_are_launched(batch: PackedBatch) -> None:
+    model = tuned(LORA)
+    kinds = [Load((64 * n,), (), 10) for n in range(1, MOST_KINDS + 1)]
+    another = Load((MOST_TOKENS - 64,), (), 10)
+    few, many = peak(model, kinds, 0.0), peak(model, [*kinds, another], 0.0)
+    assert many.activations > 2 * few.activations
+    assert many.recordings == few.recordings

@@ -1,0 +1,181 @@
+"""Small packs as recordings: what fills them up changes nothing, and a recording learns what its
+launches would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import make_task
+from torch import Tensor
+
+from finesight.config import DataFile, PixelRange, Tune
+from finesight.data.sources import load_sources
+from finesight.encode.encoded import Encoded
+from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.render import Renderer
+from finesight.hub import locate
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import apply_tuning, trainable
+from finesight.model.weights import load_model
+from finesight.train import recorded
+from finesight.train.recorded import Held, Kind, Passes
+
+CPU = torch.device("cpu")
+LORA = Tune.model_validate({"lora": {"rank": 8, "dropout": 0.1}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded")
+    make_task(folder)
+    return folder
+
+
+def encoded(folder: Path) -> list[Encoded]:
+    renderer = Renderer(locate("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056))
+    corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
+    return [renderer.encode(sample) for sample in corpus.read()]
+
+
+def tuned(dtype: torch.dtype, device: torch.device) -> VisionLanguageModel:
+    model = load_model(locate("finesight-tiny"), dtype, device)
+    apply_tuning(model, LORA, 0)
+    for name, parameter in trainable(model).items():
+        if ".adapter.b" in name:
+            parameter.data.normal_(0, 0.1)
+    return model.train()
+
+
+def seen(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:
+    with torch.no_grad():
+        return model.see(batch.patches_ND, batch.grids) if batch.grids else None
+
+
+def test_what_fills_a_pack_up_changes_nothing(folder: Path) -> None:
+    model = tuned(torch.float32, CPU).eval()
+    samples = encoded(folder)
+    batch = pack(samples[:5])
+    features = seen(model, batch)
+    places = 0 if features is None else len(features)
+    held = Held.room(Kind.of(batch, places), batch, features)
+    # Another one was there before.
+    other = pack(samples[5:9])
+    held.lay(other, seen(model, other), torch.tensor(2.0))
+    held.lay(batch, features, torch.tensor(0.5))
+    lengths = held.batch.bounds_S1.diff().tolist()
+    assert len(lengths) == held.kind.sequences
+    assert lengths[: len(batch.lengths)] == list(batch.lengths)
+    # Without a kernel for segments of any length, empty ones have to be left out.
+    full = [length for length in lengths if length]
+    bounds_S1 = held.batch.bounds_S1[: len(full) + 1]
+    filled = replace(held.batch, lengths=tuple(full), bounds_S1=bounds_S1)
+    found = model(filled, held.features_MKD)[: batch.supervised]
+    torch.testing.assert_close(found, model(batch, features))
+    assert torch.equal(held.batch.target_L[: batch.supervised], batch.target_L)
+    assert set(held.batch.target_L[batch.supervised :].tolist()) <= {-1}
+    assert held.share.item() == 0.5
+
+
+def test_kinds_are_few(folder: Path) -> None:
+    samples = encoded(folder)
+    packs = [pack(samples[start : start + 4]) for start in range(8)]
+    kinds = {Kind.of(batch, len(batch.visual_at_M)) for batch in packs}
+    assert len(kinds) < len({len(batch.ids_T) for batch in packs})
+    for batch in packs:
+        kind = Kind.of(batch, len(batch.visual_at_M))
+        assert kind.tokens > len(batch.ids_T)
+        assert kind.sequences > len(batch.lengths)
+        assert kind.longest >= max(batch.lengths)
+        assert kind.places >= len(batch.visual_at_M)
+        assert kind.labels >= batch.supervised
+
+
+class Full:
+    """Recordings for which there is no memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.asked = 0
+
+    def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
+        self.asked += 1
+        raise torch.OutOfMemoryError("no room for a recording")
+
+
+def test_where_there_is_no_memory_for_recordings_all_is_launched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Full)
+    model = tuned(torch.float32, CPU).eval()
+    learning = list(trainable(model).values())
+    passes, plain = Passes(model, learning), Passes(model, learning)
+    plain.forget()
+    full = passes._recorded
+    batch, share = pack(encoded(folder)[:4]), torch.tensor(0.25)
+    found = []
+    for own in (plain, *[passes] * (recorded.LAUNCHED + 2)):
+        loss = own.learn(batch, None, share)
+        grads = [p.grad.clone() for p in learning if p.grad is not None]
+        found.append((loss, grads))
+        for parameter in learning:
+            parameter.grad = None
+    assert isinstance(full, Full)
+    assert full.asked == 1, "kinds that come once are not recorded, and one failure is enough"
+    assert passes._recorded is None
+    (loss, grads), *others = found
+    for loss_1, grads_1 in others:
+        assert torch.equal(loss, loss_1)
+        assert all(torch.equal(one, other) for one, other in zip(grads, grads_1, strict=True))
+
+
+def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned(torch.float32, CPU)
+    assert recorded.learns_little(model)
+    monkeypatch.setattr(recorded, "MOST_LEARNED", 1000)
+    assert not recorded.learns_little(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_recording_learns_what_its_launches_would(
+    folder: Path, known: bool, recompute: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    model = tuned(torch.bfloat16, cuda)
+    model.recompute = recompute
+    samples = encoded(folder)
+    monkeypatch.setattr(recorded, "LAUNCHED", 0)
+    packs = [pack(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
+    learning = list(trainable(model).values())
+    passes = Passes(model, learning)
+
+    def learned(most: int) -> list[tuple[Tensor, list[Tensor]]]:
+        monkeypatch.setattr(recorded, "MOST_TOKENS", most)
+        results = []
+        for number, batch in enumerate(packs):
+            torch.manual_seed(number)
+            features = seen(model, batch) if known else None
+            share = torch.tensor(1.0 / batch.supervised, device=cuda)
+            loss = passes.learn(batch, features, share)
+            results.append((loss, [p.grad.float().clone() for p in learning if p.grad is not None]))
+            for parameter in learning:
+                parameter.grad = None
+        return results
+
+    launched, once, again = learned(0), learned(6144), learned(6144)
+    for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
+        launched, once, again, strict=True
+    ):
+        torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
+        assert len(grads) == len(grads_1)
+        for one, other in zip(grads_1, grads, strict=True):
+            assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
+        # From the same seed, a replay gives the same bits.
+        assert torch.equal(loss_2, loss_1)
+        assert all(torch.equal(one, other) for one, other in zip(grads_2, grads_1, strict=True))

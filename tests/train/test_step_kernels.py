@@ -1,0 +1,128 @@
+"""Kernels of a step on a card beside what a CPU computes piece by piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finesight.train import moments
+from finesight.train.adamw import AdamW
+from finesight.train.gradients import Gradients, Piece
+from finesight.train.moments import BLOCK, EightBits
+from finesight.train.wide import Wide
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
+"""Numbers of parameters: of which threads read several at once, and of which they cannot."""
+
+
+class Side:
+    """A group of parameters, its gradients and its optimiser, on one device."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pieces, end = [], 0
+        for number, size in enumerate(sizes):
+            values = torch.randn(size, generator=generator).to(device, dtype)
+            self.pieces.append(Piece(str(number), nn.Parameter(values), slice(end, end + size)))
+            end += -(-size // BLOCK) * BLOCK
+        narrow_E = torch.zeros(end, dtype=dtype, device=device)
+        for piece in self.pieces:
+            piece.of(narrow_E).copy_(piece.parameter.detach())
+        self.numbers = Wide(narrow_E)
+        self.gradients = Gradients(self.pieces, end)
+        self.adamw = AdamW(self.numbers, self.gradients, (0.9, 0.999), eight_bits)
+
+    def receive(self, number: int, gradient: Tensor) -> None:
+        parameter = self.pieces[number].parameter
+        parameter.grad = gradient.to(parameter)
+
+    def step(self) -> None:
+        self.gradients.of_each()
+        shrink = torch.tensor(0.37, device=self.numbers.narrow_E.device)
+        self.adamw.step(shrink, 1e-2, 0.1)
+        self.gradients.used_up()
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        place = slice(0, len(self.numbers))
+        kept = (self.numbers, self.adamw.first, self.adamw.second)
+        return tuple(part.of(place).cpu() for part in kept)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_card_steps_as_a_cpu_does(
+    sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool
+) -> None:
+    """One micro-batch and several, with parameters that no gradient comes to."""
+    sides = [Side(sizes, dtype, eight_bits, device) for device in ("cpu", "cuda")]
+    assert sides[1].gradients.tiles is not None
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        for micro in range(1 + step % 2 * 2):
+            for side in sides:
+                if micro:
+                    side.gradients.add_up()
+            for number, size in enumerate(sizes):
+                if number != 1 or step >= 2:
+                    drawn = torch.randn(size, generator=generator) ** 3
+                    for side in sides:
+                        side.receive(number, drawn)
+        for side in sides:
+            side.step()
+        for found, expected in zip(*(side.whole() for side in sides), strict=True):
+            off = (found - expected).abs()
+            if not eight_bits:
+                assert float(off.max()) < 1e-6 * float(expected.abs().max())
+            else:
+                # A number in the middle between two levels goes to one or the other.
+                assert float((off > 1e-6 * expected.abs().max()).float().mean()) < 5e-3
+                assert float(off.norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_the_table(signed: bool) -> None:
+    """Through a step that leaves moments as they come: of any gradient, every level is met."""
+    side = Side((1 << 18,), torch.float32, True, "cuda")
+    generator = torch.Generator().manual_seed(2)
+    exponents = torch.rand(1 << 18, generator=generator) * (-8 if signed else -4)
+    drawn = 10**exponents * (torch.randint(0, 2, (1 << 18,), generator=generator) * 2 - 1)
+    drawn[::BLOCK] = 1.0
+    side.receive(0, drawn)
+    side.step()
+    moment = side.adamw.first if signed else side.adamw.second
+    assert isinstance(moment, EightBits)
+    expected = EightBits(1 << 18, torch.device("cpu"), signed)
+    grad = drawn * 0.37
+    wide = 0.1 * grad if signed else (1 - 0.999) * grad * grad
+    expected.keep(wide, slice(0, 1 << 18))
+    torch.testing.assert_close(moment.scale_B.cpu(), expected.scale_B)
+    found, codes = moment.numbers_E.cpu().int(), expected.numbers_E.int()
+    assert float((found != codes).float().mean()) < 2e-3
+    assert int((found - codes).abs().max()) <= 1
+    assert len(codes.unique()) > (220 if signed else 240)
+    levels = moments.levels(signed)
+    torch.testing.assert_close(
+        moment.of(slice(0, 1 << 18)).cpu(),
+        levels[found] * expected.scale_B.repeat_interleave(BLOCK),
+        rtol=2e-6,
+        atol=0,
+    )
+
+
+def test_a_gradient_that_begins_anywhere_is_read() -> None:
+    sides = [Side((4096,), torch.bfloat16, False, device) for device in ("cpu", "cuda")]
+    for side in sides:
+        wide = torch.arange(4099.0).to(side.numbers.narrow_E)
+        side.pieces[0].parameter.grad = wide[3:]
+        side.step()
+    for found, expected in zip(*(side.whole() for side in sides), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -1,13 +1,14 @@
 """Does cost grow straight: with the number of samples, with their length, and over time?
 
     python benchmarks/growth.py CONFIG --work DIR --out FILE [--samples 100,1000,10000,100000]
-        [--tokens 256,1024,4096,16384] [--batch 16] [--steps 30] [--long 200] [--side 112]
+        [--tokens 256,1024,4096,16384] [--batch 16] [--steps 200] [--long 200] [--side 280]
 
 CONFIG is a folder of configuration and tokenizer files; where it has no weights, random ones are
 drawn. Three series of real `finesight train` runs, LoRA on the language model in bf16:
 
-- corpora of so many samples, whose pictures repeat by path: samples/s of the same number of steps,
-  the median after those that warm up, and apart from it the start, where every header is read;
+- corpora of so many samples, whose pictures repeat by path: samples/s over the second half of as
+  many steps, each picture looked at in every one, and apart from it the start, where every header
+  is read;
 - samples of so many tokens, one picture and the rest words: tokens/s, the share that attention
   has of the operations, and the share of peak, which should not change;
 - one run of --long steps: the peak of memory after each tenth of it.
@@ -122,9 +123,9 @@ def main() -> None:
     parser.add_argument("--samples", default=[100, 1000, 10_000, 100_000], **numbers)
     parser.add_argument("--tokens", default=[256, 1024, 4096, 16_384], **numbers)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--long", type=int, default=200)
-    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--side", type=int, default=280)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     source = draw(options.work / "data")
@@ -139,8 +140,10 @@ def main() -> None:
 
     for samples in options.samples:
         data = repeated(source, options.work / "repeated.jsonl", samples)
-        lines = runs.one(data, options.steps, options.batch)
-        speed = middle(lines, "samples_per_s")
+        lines = runs.one(data, options.steps, options.batch, "train.cache=never")
+        steps = [line for line in lines if "loss" in line]
+        later = steps[len(steps) // 2 :]
+        speed = sum(s["samples"] for s in later) / sum(s["seconds"] for s in later)
         prepared = lines[0]["prepared_s"]
         note(
             "samples",
@@ -155,7 +158,7 @@ def main() -> None:
         counted = count(model, data, options.side, lora())
         limits = ("data.max_length=32768", f"train.pack_tokens={max(16_384, tokens)}")
         together = max(1, options.batch * min(options.tokens) // tokens)
-        lines = runs.one(data, options.steps, together, *limits)
+        lines = runs.one(data, options.steps // 4, together, *limits)
         row = {"tokens": round(counted.tokens), "batch": together}
         row |= {"tokens_per_s": round(middle(lines, "tokens_per_s"))}
         row |= {"attention": round(counted.attention / counted.operations, 4)}

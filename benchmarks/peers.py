@@ -134,12 +134,15 @@ def finesight(
     options: argparse.Namespace, name: str, overrides: list[str], job: Job, data: Path
 ) -> dict[str, Any]:
     """The real command on the pictures as they are."""
-    shutil.rmtree(job.target, ignore_errors=True)
+    kept = options.work / "features"
+    for folder in (Path(job.target), kept):
+        shutil.rmtree(folder, ignore_errors=True)
     words = figures.recipe(job, data, options.side) + overrides
     recipe = options.work / "recipe.yaml"
     recipe.write_text("{}\n", encoding="utf-8")
     command = [sys.executable, "-m", "finesight", "train", str(recipe), *words]
-    watched = watch(command, {}, job.seconds + GRACE_S)
+    # No run before has looked at the pictures.
+    watched = watch(command, {"HF_ASSETS_CACHE": str(kept)}, job.seconds + GRACE_S)
     found = (
         {"failed": watched.last_words()}
         if watched.code

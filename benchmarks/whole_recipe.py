@@ -30,8 +30,12 @@ LIMIT_S = 540.0
 def stages(run: Path, words: list[str], file: Path) -> dict[str, float]:
     """Run the command once; the seconds of each of its parts, in order, and of all."""
     file.write_text("{}\n", encoding="utf-8")
-    shutil.rmtree(run, ignore_errors=True)
-    watched = watch([sys.executable, "-m", "finesight", "train", str(file), *words], {}, LIMIT_S)
+    kept = run.with_name("features")
+    for folder in (run, kept):
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "finesight", "train", str(file), *words]
+    # No run before has looked at the pictures.
+    watched = watch(command, {"HF_ASSETS_CACHE": str(kept)}, LIMIT_S)
     if watched.code:
         raise SystemExit(f"exit {watched.code}\n{watched.last_words()}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

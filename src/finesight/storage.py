@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -226,9 +227,12 @@ def _seal(folder: Path) -> None:
     disk = _DISK.get()
     files = _files(folder)
     assert files, f"nothing was written into {folder}"
-    for file in files:
-        disk.sync_path(file)
-    digests = {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    with ThreadPoolExecutor() as meanwhile:
+        found = [meanwhile.submit(digest, file) for file in files]
+        for file in files:
+            disk.sync_path(file)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    digests = {name: of.result() for name, of in zip(names, found, strict=True)}
     _write_new(folder / DIGESTS, (json.dumps(digests, indent=1) + "\n").encode())
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         disk.sync_path(inner)

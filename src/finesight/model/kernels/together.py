@@ -1,0 +1,57 @@
+"""Kernels that are compiled side by side: where each is compiled when it is first launched, a
+machine's first run waits for one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+
+def nothing_compiled() -> bool:
+    """Whether no kernel lies where Triton keeps what it has compiled, in earlier processes, too."""
+    kept = Path(knobs.cache.dir)
+    return not (kept.is_dir() and any(kept.iterdir()))
+
+
+@contextmanager
+def compiled_together(device: torch.device) -> Iterator[None]:
+    """Within the block, whatever thread is in it, a launch of a kernel computes nothing: what it
+    was to write stays as it was, and must not be kept. In the end all these kernels are compiled
+    and loaded. Raises what compiling them raised."""
+    launch, coming, lock = JITFunction.run, dict[tuple[Any, ...], Future[object]](), Lock()
+
+    def compile_only(kernel: Any, *args: Any, **options: Any) -> None:
+        # A grid of no programs: Triton compiles, loads, and has nothing to launch.
+        options["grid"] = (0, 1, 1)
+        kind = kernel, tuple(map(_kind, args)), tuple(sorted(options.items()))
+        with lock:
+            if kind not in coming:
+                coming[kind] = threads.submit(launch, kernel, *args, **options)
+
+    number = torch.cuda.current_device() if device.index is None else device.index
+    with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(number,)) as threads:
+        JITFunction.run = compile_only
+        try:
+            yield
+        finally:
+            JITFunction.run = launch
+        for future in coming.values():
+            future.result()
+
+
+def _kind(argument: Any) -> tuple[Any, ...]:
+    """What Triton compiles different kernels for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return int, argument == 1, argument % 16 == 0
+    return (type(argument),)

@@ -31,6 +31,7 @@ from stages import LAST, STAGES, Stage
 
 from finesight.config import Eval, Metric
 from finesight.data.jsonl import Located, read_samples
+from finesight.digests import digest
 from finesight.errors import Interrupted, UserError
 from finesight.evaluate.evaluate import evaluate
 from finesight.hub import TINY, ModelFolder
@@ -38,7 +39,7 @@ from finesight.infer.load import load_answerer
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import save_model
 from finesight.recipe import load_recipe
-from finesight.storage import digest, make_folder, write_file, write_folder
+from finesight.storage import make_folder, write_file, write_folder
 from finesight.synth.drawn import Said
 from finesight.synth.tasks import FIRST, HELD_OUT, MIXTURE, mixed
 from finesight.synth.writing import DATA, write_mixture, write_task

@@ -13,8 +13,8 @@ import torch
 from by_path import loaded
 from safetensors import safe_open
 
+from finesight.digests import digest
 from finesight.hub import TINY, TINY_FOLDER, locate
-from finesight.storage import digest
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finesight.digests import DIGESTS
 from finesight.errors import UserError
 from finesight.hub import CONVERTED, PICKLED_INDEX, ModelFolder
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
-from finesight.storage import DIGESTS
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer.load import load_answerer
-from finesight.storage import verify_folder
 from finesight.synth import fonts
 from finesight.synth.tasks import HELD_OUT
 

@@ -17,7 +17,7 @@ import pytest
 from dying_disk import DyingDisk, PowerCut
 from safetensors.numpy import load_file, save_file
 
-from finesight import storage
+from finesight import digests, storage
 from finesight.errors import UserError
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
@@ -64,12 +64,12 @@ def visible(store: Path) -> dict[str, dict[str, bytes]]:
     """Folders that a reader sees, each verified, with their contents."""
     folders = [path for path in store.iterdir() if not path.name.startswith(".")]
     for folder in folders:
-        storage.verify_folder(folder)
+        digests.verify_folder(folder)
     return {
         folder.name: {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
-            if path.is_file() and path.name != storage.DIGESTS
+            if path.is_file() and path.name != digests.DIGESTS
         }
         for folder in folders
     }
@@ -259,16 +259,16 @@ def test_every_flipped_bit_is_named_with_both_digests(tmp_path: Path) -> None:
         save_file({"w": np.arange(6, dtype=np.float32)}, folder / "w.safetensors")
     file = tmp_path / "x" / "w.safetensors"
     good = file.read_bytes()
-    expected = json.loads((tmp_path / "x" / storage.DIGESTS).read_text())["w.safetensors"]
+    expected = json.loads((tmp_path / "x" / digests.DIGESTS).read_text())["w.safetensors"]
     for at in range(0, len(good), 7):
         file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(UserError) as caught:
-            storage.verify_folder(tmp_path / "x")
+            digests.verify_folder(tmp_path / "x")
         assert str(file) in str(caught.value)
         assert expected in str(caught.value)
-        assert storage.digest(file) in str(caught.value)
+        assert digests.digest(file) in str(caught.value)
     file.write_bytes(good)
-    storage.verify_folder(tmp_path / "x")
+    digests.verify_folder(tmp_path / "x")
     assert load_file(file)["w"].tolist() == list(range(6))
 
 
@@ -276,9 +276,9 @@ def test_every_flipped_bit_is_named_with_both_digests(tmp_path: Path) -> None:
     ("break_it", "message"),
     [
         (lambda folder: (folder / "a").unlink(), "the file a is missing"),
-        (lambda folder: (folder / storage.DIGESTS).unlink(), "is missing: the folder is incomp"),
-        (lambda folder: (folder / storage.DIGESTS).write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / storage.DIGESTS).write_text("{}"), "expected: file names"),
+        (lambda folder: (folder / digests.DIGESTS).unlink(), "is missing: the folder is incomp"),
+        (lambda folder: (folder / digests.DIGESTS).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / digests.DIGESTS).write_text("{}"), "expected: file names"),
     ],
 )
 def test_incomplete_folder_is_refused(tmp_path: Path, break_it: object, message: str) -> None:
@@ -286,7 +286,7 @@ def test_incomplete_folder_is_refused(tmp_path: Path, break_it: object, message:
     assert callable(break_it)
     break_it(tmp_path / "x")
     with pytest.raises(UserError, match=message):
-        storage.verify_folder(tmp_path / "x")
+        digests.verify_folder(tmp_path / "x")
 
 
 def test_cut_file_keeps_the_beginning(tmp_path: Path) -> None:

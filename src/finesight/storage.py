@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -24,10 +23,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from finesight.digests import DIGESTS, digest
 from finesight.errors import UserError
-
-DIGESTS = "sha256.json"
-"""The manifest of a folder: file name to SHA-256, in hexadecimal."""
 
 _PARTIAL = ".partial"
 
@@ -227,74 +224,16 @@ def _seal(folder: Path) -> None:
     disk = _DISK.get()
     files = _files(folder)
     assert files, f"nothing was written into {folder}"
-    with ThreadPoolExecutor() as meanwhile:
-        found = [meanwhile.submit(digest, file) for file in files]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    # Read again while they are flushed.
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(digest, files)
         for file in files:
             disk.sync_path(file)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    digests = {name: of.result() for name, of in zip(names, found, strict=True)}
-    _write_new(folder / DIGESTS, (json.dumps(digests, indent=1) + "\n").encode())
+        listed = dict(zip(names, digests, strict=True))
+    _write_new(folder / DIGESTS, (json.dumps(listed, indent=1) + "\n").encode())
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         disk.sync_path(inner)
-
-
-def verify_folder(path: Path) -> None:
-    """Read every file of a folder made by `write_folder` and compare it with the manifest.
-
-    Raises UserError naming a missing file, or a changed file with both digests.
-    """
-    where, remedy = str(path), "restore the folder from a copy, or delete it and make it again"
-    manifest = path / DIGESTS
-    if not path.is_dir():
-        raise UserError(
-            f"there is no folder {path.name}",
-            where=where,
-            expected=f"a folder with {DIGESTS}",
-            remedy="check the path",
-        )
-    if not manifest.is_file():
-        raise UserError(
-            f"{DIGESTS} is missing: the folder is incomplete",
-            where=where,
-            expected="every file that was written, and their digests",
-            remedy=remedy,
-        )
-    for name, expected in _read_digests(manifest, remedy).items():
-        if not (path / name).is_file():
-            raise UserError(
-                f"the file {name} is missing",
-                where=where,
-                expected=f"every file that {DIGESTS} lists",
-                remedy=remedy,
-            )
-        found = digest(path / name)
-        if found != expected:
-            raise UserError(
-                f"the file has changed since it was written, its SHA-256 is {found}",
-                where=str(path / name),
-                expected=str(expected),
-                remedy=remedy,
-            )
-
-
-def _read_digests(manifest: Path, remedy: str) -> dict[str, object]:
-    try:
-        digests = json.loads(manifest.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"not readable as JSON: {error}",
-            where=str(manifest),
-            expected="file names with their SHA-256",
-            remedy=remedy,
-        ) from error
-    if not isinstance(digests, dict) or not digests:
-        raise UserError(
-            f"holds {type(digests).__name__} of {len(str(digests))} characters",
-            where=str(manifest),
-            expected="file names with their SHA-256",
-            remedy=remedy,
-        )
-    return digests
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -361,12 +300,6 @@ def sweep(folder: Path) -> None:
                 _DISK.get().remove_tree(leftover)
             else:
                 _DISK.get().remove_file(leftover)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hidden(path: Path) -> Path:

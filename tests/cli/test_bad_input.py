@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_run import make_task, write_recipe
 
-from finesight import storage
+from finesight import digests, storage
 from finesight.cli.app import run
 
 
@@ -306,6 +306,6 @@ def test_full_disk(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) 
     assert [path for path in written.rglob("*") if path.name.startswith(".")] == []
     for whole in (written / "model", written / "adapter", *written.glob("checkpoints/*")):
         if whole.exists():
-            storage.verify_folder(whole)
+            digests.verify_folder(whole)
     assert not (written / "result.json").exists()
     assert run(train(folder, "--resume")) == 0

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from finesight.cli.merge import merge
 from finesight.config import PixelRange, Tune
+from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.infer.load import load_answerer
@@ -24,7 +25,7 @@ from finesight.manifest import Manifest
 from finesight.model.adapter import write_adapter
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model, save_model
-from finesight.storage import verify_folder, write_folder
+from finesight.storage import write_folder
 
 TUNE = Tune.model_validate({"language": "lora", "lora": {"rank": 2}})
 

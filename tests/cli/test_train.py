@@ -16,7 +16,7 @@ import pytest
 import torch
 from small_run import final_files, losses, make_task, write_recipe
 
-from finesight import storage
+from finesight import digests
 from finesight.cli.app import run
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
@@ -75,7 +75,7 @@ def test_signal_leaves_a_checkpoint_and_exit_code_75(
     assert "--resume" in said
     finished = len(losses(stopped))
     assert 4 <= finished < 165
-    storage.verify_folder(stopped / "checkpoints" / f"step-{finished}")
+    digests.verify_folder(stopped / "checkpoints" / f"step-{finished}")
     texts = []
     for output, more in ((stopped, ["--resume"]), (whole, [])):
         command = [*COMMAND, *settings, f"output={output}", *more]
@@ -132,7 +132,7 @@ def test_a_killed_reader_leaves_a_checkpoint(recipe: Path, tmp_path: Path) -> No
     assert "Traceback" not in said
     finished = len(losses(killed))
     assert finished < 165
-    storage.verify_folder(killed / "checkpoints" / f"step-{finished}")
+    digests.verify_folder(killed / "checkpoints" / f"step-{finished}")
     for output, more in ((killed, ["--resume"]), (whole, [])):
         assert run(["train", *settings, "data.eval=[]", f"output={output}", *more]) == 0
     assert final_files(killed) == final_files(whole)

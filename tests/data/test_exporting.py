@@ -18,8 +18,8 @@ from finesight.data.importing import import_file
 from finesight.data.jsonl import Located, read_samples, sample_from
 from finesight.data.opening import Request
 from finesight.data.sample import Sample
+from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import verify_folder
 
 PICTURE = {"type": "image", "image": "in/a.png"}
 SECOND = {"type": "image", "image": "in/b.png"}

@@ -18,8 +18,8 @@ from finesight.data.jsonl import read_samples
 from finesight.data.opening import Request
 from finesight.data.sample import BoxPart, ImagePart, Sample
 from finesight.data.sources import load_sources
+from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import verify_folder
 
 ANSWERS = Request(columns={"image": "image", "answer": "answer"}, prompt="?")
 

@@ -11,8 +11,8 @@ from scenery import paint, write_jsonl
 from finesight.data.importing import UNSELECTED, import_file
 from finesight.data.jsonl import read_samples
 from finesight.data.opening import Request
+from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import verify_folder
 
 COLUMNS = {"image": "image", "answer": "answer"}
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tuned import tuned
 
 from finesight.config import Device, Precision, Tune
+from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.export import merging
 from finesight.export.files import missing
@@ -25,7 +26,6 @@ from finesight.infer.predict import predict, questions
 from finesight.manifest import Manifest
 from finesight.model.adapter import WEIGHTS, write_adapter
 from finesight.model.weights import load_model
-from finesight.storage import verify_folder
 
 PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
 TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}

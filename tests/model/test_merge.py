@@ -13,6 +13,7 @@ from oracle import CPU, config, conversation, distance, native, packed, referenc
 from safetensors.torch import load_file
 from tuned import FAMILIES, LORA, TUNES, tuned
 
+from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.hub import PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.model.adapter import WEIGHTS, write_adapter
@@ -20,7 +21,6 @@ from finesight.model.lora import adaptable_layers, adapters
 from finesight.model.merge import Precision, merge_folder, merge_into
 from finesight.model.network import VisionLanguageModel
 from finesight.model.weights import load_model, save_model
-from finesight.storage import verify_folder
 
 SAMPLES = [conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
 

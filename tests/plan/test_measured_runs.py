@@ -47,6 +47,8 @@ class Measured:
     """The largest pack beside the mean one."""
     recorded: bool = True
     """Not where packs of forty steps are of so many sizes that most are launched."""
+    seen: bool = False
+    """Whether the features of its pictures were kept."""
 
 
 QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
@@ -57,7 +59,8 @@ RUNS = (
     Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11, recorded=False),
     Measured("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
     Measured("grounding_3b_full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 100, 15, (1, 18, 10)),
-    Measured("lora", *FIRST),
+    Measured("lora", *FIRST, seen=True),
+    Measured("lora cached", *FIRST[:2], 8, *FIRST[3:6], seen=True),
     Measured("qlora", *FIRST, "adamw8bit", ("vision", "merger", "language")),
     Measured("full", FIRST[0], ALL_BUT_THE_TOWER, *FIRST[2:], "adamw8bit"),
 )
@@ -77,14 +80,7 @@ def measured(run: Measured) -> tuple[float, float]:
     return max(peak for peak, _ in found), min(seconds for _, seconds in found)
 
 
-def _param(run: Measured) -> Any:
-    if run.name != "full":
-        return pytest.param(run, id=run.name)
-    stale = "measured before the optimiser held masters in two halves: to be measured again"
-    return pytest.param(run, id=run.name, marks=pytest.mark.xfail(reason=stale, strict=True))
-
-
-@pytest.mark.parametrize("run", map(_param, RUNS))
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measured) -> None:
     on = named_target("H200", "bf16")
     recipe = Recipe(
@@ -97,7 +93,9 @@ def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measur
     if run.nf4:
         pytest.importorskip("bitsandbytes")
     made = sized(ModelFolder(shared / "qwen_assets" / run.model), recipe, run.nf4, on)
-    step = made.clock.step([load(run, 1.0)] * run.packs, run.recompute, recorded=run.recorded)
+    step = made.clock.step(
+        [load(run, 1.0)] * run.packs, run.recompute, recorded=run.recorded, seen=run.seen
+    )
     activations = Activations(made.model, made.computing, run.recompute)
     peak = peak_of(
         *(made.stays, activations, [load(run, run.grown)]),
@@ -105,7 +103,10 @@ def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measur
         several=run.packs > 1,
     )
     peak_gb, seconds = measured(run)
-    assert peak.allocated / 1e9 == pytest.approx(peak_gb, rel=0.1)
+    # Where features are kept, the tower leaves before the first step, and the fullest moment may be
+    # one of either time.
+    tower = sum(p.nbytes for p in made.model.visual.parameters()) * run.seen
+    assert (peak.allocated - tower) / 1.1e9 < peak_gb < peak.allocated / 0.9e9
     assert step.in_all == pytest.approx(seconds, rel=0.2)
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart, TextPart
+from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import verify_folder
 from finesight.synth.tasks import Task, mixed, sample
 from finesight.synth.writing import write_mixture, write_task
 

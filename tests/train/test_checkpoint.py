@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finesight import storage
+from finesight import digests, storage
 from finesight.errors import UserError
 from finesight.train.checkpoint import (
     MOMENTS,
@@ -79,7 +79,7 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", [VALUES, MOMENTS, STATE, storage.DIGESTS])
+@pytest.mark.parametrize("name", [VALUES, MOMENTS, STATE, digests.DIGESTS])
 @pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
 def test_damage_is_named_and_the_way_out_told(
     tmp_path: Path, name: str, spoil: Callable[[Path], None], words: str
@@ -94,9 +94,9 @@ def test_damage_is_named_and_the_way_out_told(
     assert str(tmp_path / "step-9") in message
     assert words in message
     assert f"delete {tmp_path / 'step-9'} to resume from step 5" in message
-    if spoil is flip and name != storage.DIGESTS:
+    if spoil is flip and name != digests.DIGESTS:
         assert name in message
-        assert storage.digest(tmp_path / "step-9" / name) in message
+        assert digests.digest(tmp_path / "step-9" / name) in message
     storage.remove_folder(tmp_path / "step-9")
     found = checkpoints.newest()
     assert found is not None

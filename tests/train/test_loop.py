@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_run import Task, losses
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from finesight import storage
+from finesight import digests, storage
 from finesight.data.headers import DamagedPicture
 from finesight.errors import UserError
 from finesight.infer.load import load_answerer
@@ -36,7 +36,7 @@ def test_a_run_leaves_what_the_design_says(task: Task) -> None:
         *("moved.json", "predictions", "recipe.yaml", "report.html", "result.json"),
     ]
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
-        storage.verify_folder(folder)
+        digests.verify_folder(folder)
     names = sorted(path.name for path in (run / "predictions").iterdir())
     assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl"]
     assert load_recipe(run / "recipe.yaml").train.batch == 4

@@ -66,7 +66,7 @@ def test_what_compiling_raises_is_raised_at_the_end() -> None:
     triton: Any = pytest.importorskip("triton")
     from finesight.model.kernels.together import compiled_together
 
-    def wrong(x: Any, block: Any) -> None:
+    def wrong(x, block):  # type: ignore[no-untyped-def]
         x + no_such_name  # type: ignore[name-defined]  # noqa: F821
 
     kernel = triton.jit(wrong)

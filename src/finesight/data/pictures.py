@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.data.headers import DamagedPicture, picture_size
+from finesight.digests import digest
 from finesight.errors import UserError
-from finesight.storage import digest
 
 if TYPE_CHECKING:
     # Not needed but for imports from the web, and slow to import.

@@ -12,7 +12,7 @@ from finesight.config import DataFile
 from finesight.data.jsonl import Located, parse, sample_lines
 from finesight.data.lines import Lines
 from finesight.data.rules import check_sample
-from finesight.storage import digest
+from finesight.digests import digest
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+from finesight.digests import DIGESTS, verify_folder
 from finesight.errors import UserError
 from finesight.hub import WANTED
 from finesight.infer.load import Parts
 from finesight.remote.publishing import Upload
-from finesight.storage import DIGESTS, verify_folder
 
 
 def uploads(parts: Parts, source: str) -> list[Upload]:

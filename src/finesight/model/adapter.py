@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finesight.digests import DIGESTS, verify_folder
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.model.any_family import AnyModel
@@ -34,7 +35,6 @@ from finesight.model.peft_config import (
     module_name,
     parse_config,
 )
-from finesight.storage import DIGESTS, verify_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import Weights
+from finesight.digests import DIGESTS, verify_folder
 from finesight.encode.borrowed import LOCAL, configuration, transformers
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
@@ -20,7 +21,6 @@ from finesight.model.linear import GroupedLinear, only
 from finesight.model.parts import INNER
 from finesight.model.peft_config import Names
 from finesight.model.weights import copy_descriptions
-from finesight.storage import DIGESTS, verify_folder
 
 LIMITS = (
     "has no code of its own in finesight: transformers computes it. Samples run one at a time,"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.config import Weights
+from finesight.digests import DIGESTS, verify_folder
 from finesight.errors import UserError
 from finesight.hub import PICKLED_INDEX, PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.manifest import MANIFEST
@@ -28,7 +29,6 @@ from finesight.model.lora import hub_name
 from finesight.model.network import VisionLanguageModel, build, fitting, make_room
 from finesight.model.parts import Part
 from finesight.model.qwen_vl import Pool
-from finesight.storage import DIGESTS, verify_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The types that weights are stored in and computed with, by the name a user gives them."""

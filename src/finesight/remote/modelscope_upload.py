@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import httpx2
 
 from finesight import __version__
+from finesight.digests import digest
 from finesight.errors import UserError
 from finesight.remote.address import Address
 from finesight.remote.modelscope import NEWEST, endpoint, site
 from finesight.remote.web import CONNECT_SECONDS, LATER, READ_SECONDS, TryAgain, without_query
-from finesight.storage import digest
 
 PRIVATE, PUBLIC = 1, 5
 """The hub's numbers for who may see a repository."""

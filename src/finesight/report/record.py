@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from finesight import run_folder as names
+from finesight.digests import DIGESTS
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST
-from finesight.storage import DIGESTS
 
 Line = dict[str, Any]
 """A JSON object: of one step, of one measurement, of one answer."""

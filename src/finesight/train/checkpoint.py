@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import remove_folder, sweep, verify_folder, write_folder
+from finesight.storage import remove_folder, sweep, write_folder
 from finesight.train.budget import Budget
 
 VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"

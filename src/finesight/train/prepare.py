@@ -15,6 +15,7 @@ import torch
 from finesight import __version__
 from finesight.config import Recipe
 from finesight.data.sources import Corpus, load_sources
+from finesight.digests import digest
 from finesight.encode.pack import PackedBatch, filled
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
@@ -34,7 +35,6 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.qwen_vl import SquareTower
-from finesight.storage import digest
 from finesight.train.budget import Budget
 from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
 from finesight.train.course import Course, InOrder

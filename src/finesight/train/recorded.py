@@ -195,6 +195,20 @@ class Passes:
             parameter.grad = gradient
         return loss
 
+    def rehearse(self, batch: PackedBatch) -> None:
+        """Take a pack all ways that packs of its kind go, where kernels only compile."""
+        share = torch.zeros((), device=batch.ids_T.device)
+        self._launch(batch, None, share)
+        if self._recorded is None:
+            return
+        features_MKD = self._seen(batch, None)
+        if self._pays(batch, features_MKD):
+            kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
+            held = Held.room(kind, batch, features_MKD)
+            held.lay(batch, features_MKD, share)
+            self._forth_and_back(held)
+            self._gradients = []
+
     def forget(self) -> None:
         """Give all recordings and their memory back, and make none any more."""
         for parameter in self._learning:

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 from finesight.data.headers import DamagedPicture
 from finesight.data.sources import Corpus
+from finesight.digests import digest
 from finesight.encode.encoded import Span
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
-from finesight.storage import digest
 from finesight.train.progress import Advance
 from finesight.train.workers import guarded, read_ahead
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.data.rows import Row, Rows, rows_of
-from finesight.storage import DIGESTS
+from finesight.digests import DIGESTS
 
 PICTURE_SUFFIXES = frozenset(
     {

@@ -3,17 +3,23 @@ machine's first run waits for one after the other."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
+
+THREADS, TURN_S = 8, 2e-4
+"""That compile at once, and for how long one of them may keep Python's lock while others want it:
+with more of either, they mostly wait for that lock."""
 
 
 def nothing_compiled() -> bool:
@@ -38,14 +44,17 @@ def compiled_together(device: torch.device) -> Iterator[None]:
                 coming[kind] = threads.submit(launch, kernel, *args, **options)
 
     number = torch.cuda.current_device() if device.index is None else device.index
-    with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(number,)) as threads:
-        JITFunction.run = compile_only
+    interval = sys.getswitchinterval()
+    with ThreadPoolExecutor(THREADS, "compile", torch.cuda.set_device, (number,)) as threads:
+        sys.setswitchinterval(TURN_S)
         try:
-            yield
+            with patch.object(JITFunction, "run", compile_only):
+                yield
         finally:
-            JITFunction.run = launch
-        for future in coming.values():
-            future.result()
+            wait(coming.values())
+            sys.setswitchinterval(interval)
+    for future in coming.values():
+        future.result()
 
 
 def _kind(argument: Any) -> tuple[Any, ...]:

@@ -118,9 +118,11 @@ class Task:
         shown = io.StringIO()
         console = Console(file=shown, width=200)
         try:
-            return train(load_recipe(path, overrides), resume=resume, console=console)
+            result = train(load_recipe(path, overrides), resume=resume, console=console)
         finally:
             self.screen = shown.getvalue()
+        assert result is not None
+        return result
 
     def history(self, name: str = "run") -> list[dict[str, Any]]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()

@@ -197,9 +197,11 @@ def _checked(recipe: Path) -> str:
 
 def _train(recipe: Path, console: Console) -> RunResult:
     try:
-        return train(load_recipe(recipe), resume=True, console=console)
+        result = train(load_recipe(recipe), resume=True, console=console)
     except Interrupted as interruption:
         raise Interrupted(f"{interruption} (the same quickstart does, too)") from interruption
+    assert result is not None, "a quickstart of several processes"
+    return result
 
 
 def _answers(predictions: Path) -> list[Answer]:

@@ -32,11 +32,14 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM stop it after writing a checkpoint, with exit code 75; the same
     command with --resume goes on from there as if nothing had happened.
 
+    Of several GPUs each has its own process: torchrun --nproc-per-node 4 -m finesight train RECIPE
+    learns what one would, and may be resumed with another number of them.
+
     Example: finesight train recipes/latex_ocr_qwen2_vl_2b.yaml train.epochs=1 output=runs/short
     """
     from finesight.recipe import load_recipe
     from finesight.train.loop import train as run
 
     result = run(load_recipe(recipe, overrides or ()), resume=resume)
-    if as_json:
+    if as_json and result is not None:
         typer.echo(json.dumps(result.as_json()))

@@ -122,6 +122,12 @@ class Gradients:
         return self._flat_E
 
     @torch.no_grad()
+    def join(self, add: Callable[[Tensor], object]) -> None:
+        """Let `add` put the sum of all processes in the place of this one's; see `sum_always`."""
+        add(self.whole())
+        self._came = [True] * len(self.pieces)
+
+    @torch.no_grad()
     def add_up(self) -> None:
         """Move what has come into the sums. Has to be called between any two micro-batches: left
         where it is, autograd would add the next to it in 16 bits."""

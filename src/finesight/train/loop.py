@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
 import torch
 from rich.console import Console
@@ -16,12 +16,14 @@ from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
+from finesight.train.follow import follow
 from finesight.train.heap import freed_kept
 from finesight.train.loader import read_steps
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
+from finesight.train.ranks import Ranks, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
@@ -39,14 +41,26 @@ USUAL_SAVE = 0.25
 """Share of a run between two checkpoints, where the recipe does not say."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def train(
+    recipe: Recipe, *, resume: bool = False, console: Console | None = None
+) -> RunResult | None:
     """Train what the recipe says, from the start or from the newest checkpoint of its output.
+
+    Of several processes that a launcher started, the first writes the run; the others follow it
+    and come back with nothing.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
     Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
     """
+    with joined() as ranks:
+        if ranks.first:
+            return _lead(recipe, ranks, resume, Screen(console or Console(stderr=True)))
+        follow(recipe, ranks, resume)
+        return None
+
+
+def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResult:
     start = time.perf_counter()
-    screen = Screen(console or Console(stderr=True))
     run = Run(recipe.output)
     run.check_free(resume)
     with ExitStack() as stack, _enough_memory():
@@ -59,7 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             if not run.report.exists():
                 report(run, screen)
             return result
-        session = prepare(recipe, run, screen, resume=begun)
+        session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
         if not begun:
             stack.enter_context(run.locked())
             # Another process may have been quicker.
@@ -129,6 +143,8 @@ class Loop:
         beside = session.machine.device.type == "cuda" and session.masters.numbers <= MOST_NUMBERS
         self.saving = Saving(self.checkpoints, meanwhile=beside)
         self.tower = OffCard(session.model)
+        # Until the others know, too, that no more steps come.
+        self.followed = True
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -154,6 +170,7 @@ class Loop:
                 raise
             raise self.interruption() from cause
         finally:
+            self.dismiss()
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
@@ -165,9 +182,13 @@ class Loop:
             return
         budget, device = self.session.progress.budget, self.session.machine.device
         with self.looked() as seen, self.reporter.showing(self.total):
-            within_memory(
-                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
-            )
+            if self.session.machine.ranks.alone:
+                within_memory(
+                    budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+                )
+            else:
+                # Others would not know that the step is tried again.
+                self.steps_within(budget, seen)
             self.reporter.catch_up()
 
     def steps_within(self, budget: Budget, seen: Seen | None) -> None:
@@ -179,7 +200,12 @@ class Loop:
         data = data.within(budget.pack_tokens)
         with closing(read_steps(data, progress.step, workers, device.type == "cuda")) as steps:
             for step, wait in awaited(steps, device):
-                taken = take_step(session, step, self.stop, seen)
+                together = session.machine.ranks.agreed(step, self.stop.number)
+                self.stop.heed(together.signal)
+                if together.signal and not session.machine.ranks.alone:
+                    self.followed = False
+                    self.stop.check()
+                taken = take_step(session, step, self.stop, seen, together)
                 progress.step += 1
                 self.reporter.take(taken, wait)
                 if not self.after_step():
@@ -195,6 +221,14 @@ class Loop:
             rests = looked.seen is not None and leaves(session.machine.device)
             with self.tower.away() if rests else nullcontext():
                 yield looked.seen
+
+    def dismiss(self) -> None:
+        """Let the processes that follow this one go, if they wait for another step. Some may have
+        ended: what went wrong there is theirs to say."""
+        step = self.session.progress.step
+        if self.followed and step < self.total:
+            with suppress(RuntimeError):
+                self.session.machine.ranks.dismiss(step, self.stop.number)
 
     def after_step(self) -> bool:
         """Measure, save and stop where it is time to; otherwise do not wait for the device. False

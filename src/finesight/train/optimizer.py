@@ -6,7 +6,7 @@ Shapes: E numbers of a group of parameters, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,17 @@ class Masters:
         fp32."""
         for group in self.groups:
             group.gradients.add_up()
+
+    def sum_always(self) -> None:
+        """Keep every gradient in sums of fp32, from the first micro-batch on; see `join`."""
+        for group in self.groups:
+            group.gradients.sum_always()
+
+    def join(self, add: Callable[[Tensor], object]) -> None:
+        """Let `add` put the sum of all processes' gradients in the place of this one's: the same
+        tensors in the same order in each of them."""
+        for group in self.groups:
+            group.gradients.join(add)
 
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients, a scalar on the device."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.progress import Screen
+from finesight.train.ranks import Ranks, shared
 from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
@@ -55,12 +56,13 @@ ANYTHING = {"workers", "cache", "keep", "save_every", "device", "precision"}
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What computes, in which type, with how many processes reading."""
+    """What computes, in which type, with how many processes reading, and as which of several."""
 
     device: torch.device
     dtype: torch.dtype
     workers: int
     peak: float
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def precision(self) -> str:
@@ -198,14 +200,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
+def prepare(
+    recipe: Recipe, run: Run, screen: Screen, resume: bool, ranks: Ranks | None = None
+) -> Session:
     """Load and check everything, and continue from the newest checkpoint when resuming.
 
     The small files come first, so that a mistake shows in seconds and not after the weights.
     """
     if recipe.tune.nf4:
         bitsandbytes("tune.nf4")
-    machine = _machine(recipe)
+    machine = _machine(recipe, ranks or Ranks())
     if recipe.tune.fp8:
         refuse_device(machine.device, "tune.fp8")
     base = base_of(recipe)
@@ -227,6 +231,10 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         screen.say(f"{base.folder.family} {LIMITS}")
     learning = trainable(model)
     masters = Masters(learning, recipe.train, stacked(model))
+    if not machine.ranks.alone:
+        masters.sum_always()
+    arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
+    members = shared(course, machine.ranks, train.survey, arithmetic)
     budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
@@ -238,7 +246,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         held_out=held_out,
         course=course,
         data=StepData(
-            train.corpus, renderer, course, recipe.train.pack_tokens, recipe.data.unusable
+            train.corpus, renderer, members, recipe.train.pack_tokens, recipe.data.unusable
         ),
         model=model.train(),
         masters=masters,
@@ -246,7 +254,7 @@ def prepare(recipe: Recipe, run: Run, screen: Screen, resume: bool) -> Session:
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,
-        arithmetic=Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model),
+        arithmetic=arithmetic,
         identity=identity,
         progress=Progress(budget),
     )
@@ -265,15 +273,16 @@ def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFi
         session.keep_within(state.budget)
 
 
-def _machine(recipe: Recipe) -> Machine:
-    device = resolve_device(recipe.train.device)
+def _machine(recipe: Recipe, ranks: Ranks) -> Machine:
+    device = ranks.placed(resolve_device(recipe.train.device))
     dtype = resolve_precision(recipe.train.precision, device)
     workers = recipe.train.workers
     return Machine(
         device=device,
         dtype=dtype,
-        workers=default_workers(device) if workers is None else workers,
+        workers=default_workers(device, ranks.beside) if workers is None else workers,
         peak=measured_peak(device, dtype),
+        ranks=ranks,
     )
 
 

@@ -71,6 +71,7 @@ class Reporter:
             "device": device_name(machine.device),
             "precision": machine.precision,
             "workers": machine.workers,
+            "processes": machine.ranks.count,
             "peak_tflops": machine.peak / 1e12,
             "versions": versions(),
             "data": {
@@ -128,7 +129,7 @@ class Reporter:
         numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
         rates = {f"learning_rate/{part}": rate for part, rate in figures["lr"].items()}
         self._track(figures["step"], numbers | rates)
-        for dropped in taken.step.dropped:
+        for dropped in taken.together.dropped:
             self._screen.say(f"dropped {dropped.id}: {dropped.reason}")
         if self._view is not None:
             self._view.show(figures)
@@ -136,7 +137,7 @@ class Reporter:
     def _figures(self, taken: Taken, wait: Wait) -> dict[str, Any]:
         loss, norm = taken.wait()
         seconds = self._clock.lap(taken.event)
-        session, step = self._session, taken.step
+        session, step, whole = self._session, taken.step, taken.together
         position = min((step.number + 1) * session.recipe.train.batch, session.course.samples)
         return {
             "step": step.number + 1,
@@ -144,17 +145,17 @@ class Reporter:
             "loss": loss if taken.moved else None,
             "grad_norm": norm if taken.moved else None,
             "lr": session.masters.rates(taken.factor),
-            "samples": step.samples,
-            "tokens": step.tokens,
-            "supervised": step.supervised,
+            "samples": whole.samples,
+            "tokens": whole.tokens,
+            "supervised": whole.supervised,
             "packs": len(step.packs),
             **taken.budget.model_dump(),
-            "dropped": [dropped.id for dropped in step.dropped],
+            "dropped": [dropped.id for dropped in whole.dropped],
             "skipped": session.scale.skipped,
             "seconds": seconds,
             "waited_s": wait.seconds,
-            "samples_per_s": step.samples / seconds,
-            "tokens_per_s": step.tokens / seconds,
+            "samples_per_s": whole.samples / seconds,
+            "tokens_per_s": whole.tokens / seconds,
             # None where transformers computes what nobody counts.
             "utilisation": taken.operations / seconds / session.machine.peak or None,
             "memory_gb": memory_gb(session.machine.device),

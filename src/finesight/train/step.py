@@ -15,6 +15,7 @@ from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
+from finesight.train.ranks import Together
 from finesight.train.seen import Seen
 from finesight.train.stop import Stop
 
@@ -29,6 +30,7 @@ class Taken:
     """
 
     step: Step
+    together: Together
     budget: Budget
     factor: float
     operations: float
@@ -56,10 +58,17 @@ def seed_of(seed: int, step: int, micro: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None) -> Taken:
-    """Run a step. Its loss is the mean over the learned tokens of all its packs together, so that
-    it does not matter how the samples were packed. `seen` gives the features of its pictures, where
-    they are known.
+def take_step(
+    session: Session,
+    step: Step,
+    stop: Stop,
+    seen: Seen | None = None,
+    together: Together | None = None,
+) -> Taken:
+    """Run a step, or this process's share of it. Its loss is the mean over the learned tokens of
+    all packs `together`, so that it does not matter how the samples were packed, and where: those
+    of all processes, or else this one's. `seen` gives the features of its pictures, where they are
+    known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
     FullMemory, with nothing moved either, when a pack was too much for the GPU's. A bad gradient
@@ -68,14 +77,20 @@ def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None
     """
     masters, scale = session.masters, session.scale
     by = scale.value
-    total = _accumulate(session, step, stop, seen)
+    ranks = session.machine.ranks
+    together = together or Together.of(step)
+    total = _accumulate(session, step, together, stop, seen)
+    if not ranks.alone:
+        masters.join(ranks.add)
+        ranks.add(total)
     norm = masters.norm()
     taken = Taken(
         step=step,
+        together=together,
         budget=session.progress.budget,
         factor=session.schedule.factor(step.number),
         operations=sum(session.arithmetic.of(batch) for batch in step.packs),
-        moved=step.supervised > 0,
+        moved=together.supervised > 0,
         coming_2=(torch.stack([total, norm]) / by).to("cpu", non_blocking=True),
         event=recorded(total.device),
     )
@@ -93,16 +108,21 @@ def take_step(session: Session, step: Step, stop: Stop, seen: Seen | None = None
     return taken
 
 
-def _accumulate(session: Session, step: Step, stop: Stop, seen: Seen | None) -> Tensor:
+def _accumulate(
+    session: Session, step: Step, together: Together, stop: Stop, seen: Seen | None
+) -> Tensor:
     """Gradients of all packs into the masters; returns the mean loss times the loss scale."""
     device = session.machine.device
     total = torch.zeros((), device=device)
-    share = torch.full((), session.scale.value / max(1, step.supervised), device=device)
+    share = torch.full((), session.scale.value / max(1, together.supervised), device=device)
+    ranks = session.machine.ranks
     for micro, packed in enumerate(step.packs):
-        if stop.asked:
+        # In the middle of a step the others would wait for this process.
+        if stop.asked and ranks.alone:
             session.masters.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
-        torch.manual_seed(seed_of(session.recipe.train.seed, step.number, micro))
+        number = micro * ranks.count + ranks.number
+        torch.manual_seed(seed_of(session.recipe.train.seed, step.number, number))
         known = None if seen is None else step.known[micro]
         try:
             if micro:

@@ -50,6 +50,16 @@ class Stop:
     def asked(self) -> bool:
         return self.signal is not None
 
+    @property
+    def number(self) -> int:
+        """That of the signal, or 0."""
+        return 0 if self.signal is None else int(self.signal)
+
+    def heed(self, number: int) -> None:
+        """Take a signal that came to another process for one's own; 0 is none."""
+        if number and self.signal is None:
+            self.signal = signal.Signals(number)
+
     def check(self) -> None:
         """Raises Interrupted once a signal has arrived."""
         if self.signal is not None:

@@ -20,10 +20,10 @@ MOST = 12
 """More processes than this have not been seen to read faster."""
 
 
-def default_workers(device: torch.device) -> int:
+def default_workers(device: torch.device, beside: int = 1) -> int:
     """On a GPU all but two of the cores, up to `MOST`; on a CPU, which computes itself, at most
-    one, and none where there are only two cores."""
-    cores = os.cpu_count() or 1
+    one, and none where there are only two cores. So many training processes share them."""
+    cores = max(1, (os.cpu_count() or 1) // beside)
     if device.type == "cuda":
         return max(1, min(MOST, cores - 2))
     return 1 if cores > 2 else 0

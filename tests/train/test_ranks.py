@@ -1,0 +1,175 @@
+"""Several processes that learn together: what one process learns, whoever stops or goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_run import Task, losses, write_recipe
+from torch import Tensor
+
+from finesight.storage import remove_folder
+from finesight.train.checkpoint import MOMENTS, VALUES
+from finesight.train.ranks import Ranks, Share
+
+# Drop-outs are a function of the process, too.
+TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+
+
+def start(task: Task, count: int, name: str, *words: str, **train: Any) -> subprocess.Popen[str]:
+    output = {"output": str(task.folder / name), "tune": TUNE}
+    settings = {"learning_rate": 1e-3} | train
+    recipe = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *(launcher if count > 1 else []), "-m", "finesight", "train"]
+    return subprocess.Popen(
+        [*command, str(recipe), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_OF_TEST": output["output"]},
+    )
+
+
+def run(task: Task, count: int, name: str, *words: str, **train: Any) -> Path:
+    process = start(task, count, name, *words, **train)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return task.folder / name
+
+
+def learned(folder: Path) -> dict[str, Tensor]:
+    """Weights, and means of gradients and of their squares, after the last step."""
+    last = folder / "checkpoints" / "step-6"
+    return load_file(last / VALUES) | load_file(last / MOMENTS)
+
+
+def assert_alike(folder: Path, other: Path) -> None:
+    """By the root mean square over each tensor: AdamW steps as far for a gradient that is rounding
+    alone as for any other, so that single numbers may differ by part of a step."""
+    assert dict(losses(folder)) == pytest.approx(dict(losses(other)), rel=1e-6)
+    ours, theirs = learned(folder), learned(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).square().mean().sqrt() <= 1e-6, name
+
+
+def unfinished(folder: Path) -> Path:
+    """The run as it was after its fourth step."""
+    (folder / "result.json").unlink()
+    remove_folder(folder / "checkpoints" / "step-6")
+    return folder
+
+
+def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
+    """The last step has two samples: of four processes two have nothing to learn. Each run is gone
+    on with by another number of them."""
+    task = Task(tmp_path / "task")
+    alone, two, four = (run(task, count, f"run{count}") for count in (1, 2, 4))
+    assert_alike(two, alone)
+    assert_alike(four, alone)
+    for folder, count in ((two, 1), (alone, 2), (four, 2)):
+        before = losses(folder)
+        run(task, count, unfinished(folder).name, "--resume")
+        assert [step for step, _ in losses(folder)] == [step for step, _ in before]
+        assert dict(losses(folder)) == pytest.approx(dict(before), rel=1e-6)
+    assert_alike(two, alone)
+    assert_alike(four, alone)
+    started = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert [line["processes"] for line in started if "processes" in line] == [2, 1]
+
+
+def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:
+    task = Task(tmp_path / "task")
+    broken = task.folder / "train3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    folders = [run(task, count, f"run{count}", "data.unusable=drop") for count in (1, 2)]
+    dropped = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        dropped.append([line["dropped"] for line in lines if "dropped" in line])
+    assert dropped[0] == dropped[1]
+    assert_alike(folders[1], folders[0])
+
+
+def processes(folder: Path, rank: int) -> Iterator[int]:
+    """Those that learn in this folder as this one of several."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                surroundings = (entry / "environ").read_text().split("\0")
+            except OSError:
+                continue
+            if {f"RUN_OF_TEST={folder}", f"RANK={rank}"} <= {*surroundings}:
+                yield int(entry.name)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_asked_to_stop_stops_all(tmp_path: Path, rank: int) -> None:
+    task = Task(tmp_path / "task")
+    process = start(task, 2, "run", epochs=200)
+    folder = task.folder / "run"
+    deadline = time.monotonic() + 120
+    while not losses(folder):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (number,) = processes(folder, rank)
+    os.kill(number, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM" in said
+    assert "Traceback" not in said.split("torch/distributed")[0]
+    last = max(step for step, _ in losses(folder))
+    assert (folder / "checkpoints" / f"step-{last}").is_dir()
+
+
+def test_a_share_of_every_sample() -> None:
+    class Whole:
+        def __len__(self) -> int:
+            return 50
+
+        def of(self, step: int) -> list[int]:
+            return random.Random(step).sample(range(1000), 13)
+
+    def cost(index: int) -> float:
+        return float(1 + index % 97)
+
+    for count in (1, 2, 3, 4, 20):
+        shares = [Share(Whole(), Ranks(number, count), cost) for number in range(count)]
+        assert {len(share) for share in shares} == {50}
+        for step in range(50):
+            members, own = Whole().of(step), [list(share.of(step)) for share in shares]
+            assert sorted(chain.from_iterable(own)) == sorted(members)
+            assert all(sorted(one, key=members.index) == one for one in own)
+            loads = [sum(map(cost, one)) for one in own]
+            assert max(loads) <= sum(loads) / count + 97
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR"])
+def test_half_a_launch_is_refused(tmp_path: Path, missing: str) -> None:
+    task = Task(tmp_path / "task")
+    recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output": str(tmp_path / "run")})
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    del told[missing]
+    done = subprocess.run(
+        [sys.executable, "-m", "finesight", "train", str(recipe)],
+        env={name: v for name, v in os.environ.items() if name != missing} | told,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"{missing} is not set" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -296,10 +296,12 @@ def sweep(folder: Path) -> None:
         return
     with explained(folder):
         for leftover in folder.glob(f".*{_PARTIAL}"):
-            if leftover.is_dir():
-                _DISK.get().remove_tree(leftover)
-            else:
-                _DISK.get().remove_file(leftover)
+            # Another process of the same run may be quicker.
+            with contextlib.suppress(FileNotFoundError):
+                if leftover.is_dir():
+                    _DISK.get().remove_tree(leftover)
+                else:
+                    _DISK.get().remove_file(leftover)
 
 
 def _hidden(path: Path) -> Path:

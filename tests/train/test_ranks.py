@@ -90,6 +90,33 @@ def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
     assert [line["processes"] for line in started if "processes" in line] == [2, 1]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "muon"])
+def test_other_optimisers(tmp_path: Path, optimizer: str) -> None:
+    task = Task(tmp_path / "task")
+    folders = [run(task, count, f"run{count}", optimizer=optimizer) for count in (1, 2)]
+    one, two = (dict(losses(folder)) for folder in folders)
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
+    """A picture that only one process reads is damaged, and the recipe refuses such: the run ends
+    with a checkpoint, whoever it was, and says so."""
+    task = Task(tmp_path / "task")
+    order = run(task, 2, "whole", epochs=1)
+    assert order.is_dir()
+    broken = task.folder / "train3.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:60])
+    process = start(task, 2, "run", "data.unusable=refuse", epochs=1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert "train3.png" in said
+    assert not (task.folder / "run" / "result.json").exists()
+    broken.write_bytes(content)
+    run(task, 2, "run", "--resume", "data.unusable=refuse", epochs=1)
+    assert dict(losses(task.folder / "run")) == pytest.approx(dict(losses(order)), rel=1e-6)
+
+
 def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:
     task = Task(tmp_path / "task")
     broken = task.folder / "train3.png"

@@ -108,6 +108,8 @@ class Gradients:
 
     def sum_always(self) -> None:
         """Keep all sums in one tensor, and sum one micro-batch, too; see `whole`."""
+        if self._flat_E is not None:
+            return
         self._flat_E = torch.zeros(self._length, dtype=torch.float32, device=self.device)
         self._sums = [piece.of(self._flat_E) for piece in self.pieces]
 

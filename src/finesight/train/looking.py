@@ -202,7 +202,8 @@ class _Looking:
     def _free(self, chunks: Sequence[Chunk], missing: int) -> Free:
         names = [chunk.name for chunk in chunks]
         disk = 0 if self.files is None else self.files.make_room(names, missing)
-        return Free(free_on_gpu(self._session.machine.device), free_memory(), disk)
+        machine = self._session.machine
+        return Free(free_on_gpu(machine.device), free_memory() // machine.ranks.beside, disk)
 
     def _too_much(self, size: int, free: Free) -> str:
         gpu = "" if free.gpu is None else f", {_size(free.gpu)} on the GPU"

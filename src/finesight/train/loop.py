@@ -23,7 +23,7 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Ranks, joined
+from finesight.train.ranks import Ranks, ShareFailed, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.run import Run
@@ -80,6 +80,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             run.check_free(resume=False)
         if not session.progress.step:
             run.begin(recipe, session.manifest())
+        ranks.same(session.identity)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
@@ -143,7 +144,7 @@ class Loop:
         beside = session.machine.device.type == "cuda" and session.masters.numbers <= MOST_NUMBERS
         self.saving = Saving(self.checkpoints, meanwhile=beside)
         self.tower = OffCard(session.model)
-        # Until the others know, too, that no more steps come.
+        # Whether others wait for this process to begin another step; not in the middle of one.
         self.followed = True
 
     def go(self) -> RunResult:
@@ -160,7 +161,7 @@ class Loop:
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
-        except (Interrupted, WorkerDied, Unreadable, FullMemory) as cause:
+        except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
             self.saving.wait()
@@ -170,10 +171,10 @@ class Loop:
                 raise
             raise self.interruption() from cause
         finally:
-            self.dismiss()
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
+            self.dismiss()
         return finish(self.session, self.screen, self.checkpoints)
 
     def steps(self) -> None:
@@ -200,12 +201,14 @@ class Loop:
         data = data.within(budget.pack_tokens)
         with closing(read_steps(data, progress.step, workers, device.type == "cuda")) as steps:
             for step, wait in awaited(steps, device):
+                self.followed = False
                 together = session.machine.ranks.agreed(step, self.stop.number)
                 self.stop.heed(together.signal)
                 if together.signal and not session.machine.ranks.alone:
-                    self.followed = False
+                    self.followed = True
                     self.stop.check()
                 taken = take_step(session, step, self.stop, seen, together)
+                self.followed = True
                 progress.step += 1
                 self.reporter.take(taken, wait)
                 if not self.after_step():
@@ -225,10 +228,9 @@ class Loop:
     def dismiss(self) -> None:
         """Let the processes that follow this one go, if they wait for another step. Some may have
         ended: what went wrong there is theirs to say."""
-        step = self.session.progress.step
-        if self.followed and step < self.total:
+        if self.followed and self.session.progress.step < self.total:
             with suppress(RuntimeError):
-                self.session.machine.ranks.dismiss(step, self.stop.number)
+                self.session.machine.ranks.dismiss(self.stop.number)
 
     def after_step(self) -> bool:
         """Measure, save and stop where it is time to; otherwise do not wait for the device. False

@@ -9,14 +9,15 @@ others follow it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from heapq import heapify, heapreplace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,14 @@ from finesight.train.survey import Survey
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which measures and writes meanwhile."""
 
+OVER, FAILED = 1, 2
+"""What a process says in the place of its numbers of a step."""
+
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ShareFailed(UserError):
+    """Another process could not take its share of a step, and nobody has taken the step."""
 
 
 class Together(NamedTuple):
@@ -76,15 +84,17 @@ class Ranks:
         if self.alone or device.type != "cuda":
             return device
         cards = torch.cuda.device_count()
-        if self.local >= cards:
+        # Some launchers show each process its own GPU alone.
+        index = 0 if cards == 1 else self.local
+        if self.beside > cards > 1 or index >= cards:
             raise UserError(
                 f"{self.beside} processes were started on this machine, which has {cards} GPUs",
                 where="LOCAL_RANK",
                 expected="a GPU for each process",
                 remedy=f"start {cards} processes: torchrun --nproc-per-node {cards}",
             )
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
 
     def agreed(self, step: Step, signal: int = 0) -> Together:
         """The step of all processes. All of them have to ask, and wait for each other."""
@@ -94,10 +104,46 @@ class Ranks:
         numbers = (step.number, *own[:3], len(step.dropped), signal, 0)
         return self._summed(self._gathered(numbers), step)
 
-    def dismiss(self, step: int, signal: int) -> None:
-        """Of the first process: no more steps are taken, from this one on."""
+    def dismiss(self, signal: int = 0) -> None:
+        """No more steps are taken: of the first process, in the place of `agreed`; of the others,
+        to wait for that."""
         if not self.alone:
-            self._gathered((step, 0, 0, 0, 0, signal, 1))
+            self._gathered((0, 0, 0, 0, 0, signal, OVER))
+
+    def give_up(self) -> None:
+        """Of a process that cannot go on, in the place of `agreed`: others raise ShareFailed."""
+        if not self.alone:
+            self._gathered((0, 0, 0, 0, 0, 0, FAILED))
+
+    def confirm(self, *, well: bool) -> None:
+        """All processes say whether they could take their share; raises ShareFailed where this one
+        could and another could not."""
+        failed = [] if self.alone else self._gathered((int(not well),))
+        if well:
+            self._refuse([number for number, (bad,) in enumerate(failed) if bad])
+
+    def _refuse(self, failed: Sequence[int]) -> None:
+        if failed:
+            raise ShareFailed(
+                f"process {', '.join(map(str, failed))} of {self.count} could not go on",
+                where="training",
+                expected="every process with its share of a step",
+                remedy="see what that process said, and start again with --resume",
+            )
+
+    def same(self, identity: Mapping[str, Any]) -> None:
+        """All processes tell what they are about to learn. Raises UserError where it differs."""
+        if self.alone:
+            return
+        found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+        told = self._gathered((int.from_bytes(found[:7], "little"),))
+        if len({one for (one,) in told}) > 1:
+            raise UserError(
+                "the processes see different models, data or settings",
+                where="training",
+                expected="the same files for every process",
+                remedy="put model, data and recipe on a disk that all machines share",
+            )
 
     def _gathered(self, numbers: Sequence[int]) -> list[list[int]]:
         """These of every process, in order."""
@@ -108,7 +154,8 @@ class Ranks:
 
     def _summed(self, everybodys: list[list[int]], step: Step) -> Together:
         steps, supervised, samples, tokens, dropped, signals, over = zip(*everybodys, strict=True)
-        if any(over):
+        self._refuse([number for number, end in enumerate(over) if end == FAILED])
+        if OVER in over:
             return Together(0, 0, 0, (), max(signals), over=True)
         if len(set(steps)) > 1:
             raise UserError(
@@ -156,10 +203,9 @@ def joined() -> Iterator[Ranks]:
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield Ranks(int(found["RANK"]), int(found["WORLD_SIZE"]), local, beside)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(int(found["RANK"]), int(found["WORLD_SIZE"]), local, beside)
+    # Where something was raised, others may be far from here: they would be waited for.
+    dist.destroy_process_group()
 
 
 class Share:

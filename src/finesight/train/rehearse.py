@@ -3,9 +3,10 @@ all of them at once."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from finesight.errors import UserError
 from finesight.model.frozen import KERNELS
 from finesight.model.network import VisionLanguageModel
 from finesight.train.prepare import Session
@@ -16,8 +17,9 @@ if KERNELS:
 
 def rehearse(session: Session) -> None:
     """On a machine that has no kernel of Triton's yet, take the next pack through the model and
-    back, so that they are compiled: they compute nothing meanwhile, and nothing is learned. What is
-    wrong with the pack or the device shows in the step that learns it."""
+    back, so that they are compiled: they compute nothing meanwhile, and nothing is learned.
+    Whatever goes wrong here is no reason to end a run: what is wrong with the pack or the device
+    shows in the step that learns it."""
     device = session.machine.device
     native = isinstance(session.model, VisionLanguageModel)
     if not (KERNELS and device.type == "cuda" and native):
@@ -28,7 +30,7 @@ def rehearse(session: Session) -> None:
         for packed in session.data.step(session.progress.step).packs[:1]:
             with torch.random.fork_rng([device]), compiled_together(device):
                 session.passes.rehearse(session.placed(packed))
-    except (UserError, torch.OutOfMemoryError):
-        pass
+    except Exception as error:
+        logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
     finally:
         session.masters.forget_gradients()

@@ -79,7 +79,13 @@ def take_step(
     by = scale.value
     ranks = session.machine.ranks
     together = together or Together.of(step)
-    total = _accumulate(session, step, together, stop, seen)
+    well = False
+    try:
+        total = _accumulate(session, step, together, stop, seen)
+        well = True
+    finally:
+        # Before anybody waits for what a process that failed will never give.
+        ranks.confirm(well=well)
     if not ranks.alone:
         masters.join(ranks.add)
         ranks.add(total)

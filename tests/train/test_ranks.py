@@ -99,11 +99,10 @@ def test_other_optimisers(tmp_path: Path, optimizer: str) -> None:
 
 
 def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
-    """A picture that only one process reads is damaged, and the recipe refuses such: the run ends
-    with a checkpoint, whoever it was, and says so."""
+    """A picture that only one process reads is damaged, and the recipe refuses such: the run ends,
+    whoever it was, and says so; with the picture whole again it comes to its own end."""
     task = Task(tmp_path / "task")
-    order = run(task, 2, "whole", epochs=1)
-    assert order.is_dir()
+    whole = run(task, 2, "whole", epochs=1)
     broken = task.folder / "train3.png"
     content = broken.read_bytes()
     broken.write_bytes(content[:60])
@@ -114,7 +113,7 @@ def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
     assert not (task.folder / "run" / "result.json").exists()
     broken.write_bytes(content)
     run(task, 2, "run", "--resume", "data.unusable=refuse", epochs=1)
-    assert dict(losses(task.folder / "run")) == pytest.approx(dict(losses(order)), rel=1e-6)
+    assert dict(losses(task.folder / "run")) == pytest.approx(dict(losses(whole)), rel=1e-6)
 
 
 def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:
@@ -157,7 +156,8 @@ def test_one_that_is_asked_to_stop_stops_all(tmp_path: Path, rank: int) -> None:
     os.kill(number, signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert "stopped by SIGTERM" in said
-    assert "Traceback" not in said.split("torch/distributed")[0]
+    # The launcher tells of the exit code in a traceback of its own.
+    assert "/finesight/" not in said
     last = max(step for step, _ in losses(folder))
     assert (folder / "checkpoints" / f"step-{last}").is_dir()
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 
 from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import Interrupted
 from finesight.train.finish import finished
-from finesight.train.loader import read_steps
 from finesight.train.looking import looked_at
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Ranks, ShareFailed
+from finesight.train.ranks import Ranks
 from finesight.train.run import Run
 from finesight.train.seen import Seen
-from finesight.train.step import take_step
+from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
 
@@ -31,58 +30,44 @@ def follow(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
         return
     session = prepare(recipe, run, screen, resume, ranks)
     ranks.same(session.identity)
-    device = session.machine.device
-    with stop.listening(), _or_give_up(ranks), looked_at(session, screen, stop) as looked:
-        rests = looked.seen is not None and leaves(device)
-        with OffCard(session.model).away() if rests else nullcontext():
-            _steps(session, stop, looked.seen)
+    with stop.listening(), ExitStack() as stack:
+        with _or_give_up(ranks):
+            seen = stack.enter_context(looked_at(session, screen, stop)).seen
+        if seen is not None and leaves(session.machine.device):
+            stack.enter_context(OffCard(session.model).away())
+        _steps(session, stop, seen)
     if stop.asked:
         raise Interrupted("asked to stop, as the first process of the run was")
 
 
 @contextmanager
 def _or_give_up(ranks: Ranks) -> Iterator[None]:
-    """What is raised in the block, other than in the middle of a step, ends all processes."""
+    """What is raised in the block, while the others wait for this process's share, ends them."""
     try:
         yield
-    except _InStep as error:
-        raise error.cause from error
-    except ShareFailed:
-        raise
     except Exception:
         ranks.give_up()
         raise
 
 
-class _InStep(Exception):
-    """Something was raised by a step: all processes know that it was not taken."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
 def _steps(session: Session, stop: Stop, seen: Seen | None) -> None:
-    machine, progress = session.machine, session.progress
-    data = session.data if seen is None else session.data.without_pictures(seen.known)
-    data = data.within(progress.budget.pack_tokens)
-    reading = read_steps(data, progress.step, machine.workers, machine.device.type == "cuda")
-    before = None
-    with closing(reading) as steps:
-        for step in steps:
-            together = machine.ranks.agreed(step, stop.number)
+    ranks, before = session.machine.ranks, None
+    with closing(coming_steps(session, seen)) as steps:
+        while True:
+            with _or_give_up(ranks):
+                step = next(steps, None)
+            if step is None:
+                return
+            together = ranks.agreed(step, stop.number)
             stop.heed(together.signal)
             if together.over:
                 return
             if together.signal:
                 # The first process writes a checkpoint before it lets the others go.
-                machine.ranks.dismiss()
+                ranks.dismiss()
                 return
-            try:
-                taken = take_step(session, step, stop, seen, together)
-            except Exception as error:
-                raise _InStep(error) from error
-            progress.step += 1
+            taken = take_step(session, step, stop, seen, together)
+            session.progress.step += 1
             # One step behind, as the first process is, which judges the figures.
             if before is not None:
                 before.synchronize()

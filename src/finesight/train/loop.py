@@ -18,7 +18,6 @@ from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.follow import follow
 from finesight.train.heap import freed_kept
-from finesight.train.loader import read_steps
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
@@ -30,7 +29,7 @@ from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
 from finesight.train.schedule import in_steps
 from finesight.train.seen import Seen
-from finesight.train.step import take_step
+from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
 from finesight.train.track import trackers
@@ -196,11 +195,8 @@ class Loop:
         """Go on from where the run stands, in packs of this budget."""
         session, progress = self.session, self.session.progress
         session.keep_within(budget)
-        device, workers = session.machine.device, session.machine.workers
-        data = session.data if seen is None else session.data.without_pictures(seen.known)
-        data = data.within(budget.pack_tokens)
-        with closing(read_steps(data, progress.step, workers, device.type == "cuda")) as steps:
-            for step, wait in awaited(steps, device):
+        with closing(coming_steps(session, seen)) as steps:
+            for step, wait in awaited(steps, session.machine.device):
                 self.followed = False
                 together = session.machine.ranks.agreed(step, self.stop.number)
                 self.stop.heed(together.signal)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.progress import Screen
-from finesight.train.ranks import Ranks, shared
+from finesight.train.ranks import ALONE, Ranks, shared
 from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
@@ -62,7 +62,7 @@ class Machine:
     dtype: torch.dtype
     workers: int
     peak: float
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ALONE
 
     @property
     def precision(self) -> str:
@@ -201,7 +201,7 @@ def versions() -> dict[str, str]:
 
 
 def prepare(
-    recipe: Recipe, run: Run, screen: Screen, resume: bool, ranks: Ranks | None = None
+    recipe: Recipe, run: Run, screen: Screen, resume: bool, ranks: Ranks = ALONE
 ) -> Session:
     """Load and check everything, and continue from the newest checkpoint when resuming.
 
@@ -209,7 +209,7 @@ def prepare(
     """
     if recipe.tune.nf4:
         bitsandbytes("tune.nf4")
-    machine = _machine(recipe, ranks or Ranks())
+    machine = _machine(recipe, ranks)
     if recipe.tune.fp8:
         refuse_device(machine.device, "tune.fp8")
     base = base_of(recipe)

@@ -40,7 +40,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class ShareFailed(UserError):
-    """Another process could not take its share of a step, and nobody has taken the step."""
+    """A process could not take its share of a step; all know it, and nobody has taken the step."""
 
 
 class Together(NamedTuple):
@@ -85,8 +85,9 @@ class Ranks:
             return device
         cards = torch.cuda.device_count()
         # Some launchers show each process its own GPU alone.
-        index = 0 if cards == 1 else self.local
-        if self.beside > cards > 1 or index >= cards:
+        own = cards == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        index = 0 if own else self.local
+        if self.beside > cards and not own:
             raise UserError(
                 f"{self.beside} processes were started on this machine, which has {cards} GPUs",
                 where="LOCAL_RANK",
@@ -158,7 +159,7 @@ class Ranks:
         if OVER in over:
             return Together(0, 0, 0, (), max(signals), over=True)
         if len(set(steps)) > 1:
-            raise UserError(
+            raise ShareFailed(
                 f"the processes stand before different steps: {', '.join(map(str, steps))}",
                 where="training",
                 expected="one output that all processes see",
@@ -183,13 +184,16 @@ class Ranks:
         return tensor
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Within the block, the processes that a launcher has started can speak to each other; one that
     was started by itself is alone. Raises UserError where the launcher has said too little."""
     found = {name: os.environ[name] for name in NEEDED if name in os.environ}
     if int(found.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks()
+        yield ALONE
         return
     missing = [name for name in NEEDED if name not in found]
     if missing:

@@ -16,7 +16,6 @@ MOST_NUMBERS = 400_000_000
 """That learn, of which a copy is made in memory, twelve bytes each. More of them are written before
 the run goes on."""
 
-
 _ALIGNED = 64
 """Bytes between possible starts of a tensor."""
 
@@ -26,14 +25,14 @@ class _Room:
     into it several times as fast."""
 
     def __init__(self) -> None:
-        self._bytes_N = torch.empty(0, dtype=torch.uint8)
+        self._bytes_N: Tensor | None = None
 
     def copies(self, sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The tensors of each set, in the place of those of the call before."""
-        size = sum(_up(tensor.nbytes) for tensors in sets for tensor in tensors.values())
-        if size > len(self._bytes_N):
-            self._bytes_N = torch.empty(0, dtype=torch.uint8)
-            self._bytes_N = _taken(size)
+        """The tensors of each set, in the place of those of the call before, which had the same
+        shapes."""
+        if self._bytes_N is None:
+            # Only once: some tensors are made when they are asked for.
+            self._bytes_N = _taken(sum(_up(t.nbytes) for tensors in sets for t in tensors.values()))
         at, copies = 0, [dict[str, Tensor]() for _ in sets]
         for tensors, own in zip(sets, copies, strict=True):
             for name, tensor in tensors.items():

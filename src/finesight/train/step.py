@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, too_much
-from finesight.train.loader import Step
+from finesight.train.loader import Step, read_steps
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.ranks import Together
@@ -56,6 +57,15 @@ def seed_of(seed: int, step: int, micro: int) -> int:
     """Seed of the random numbers of a micro-batch: with it dropout needs no state on disk."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def coming_steps(session: Session, seen: Seen | None) -> Generator[Step, None, None]:
+    """This process's shares of the steps that are left, in packs of the budget in force, without
+    the pictures that are known. To be closed."""
+    machine, progress = session.machine, session.progress
+    data = session.data if seen is None else session.data.without_pictures(seen.known)
+    data = data.within(progress.budget.pack_tokens)
+    return read_steps(data, progress.step, machine.workers, machine.device.type == "cuda")
 
 
 def take_step(

@@ -12,41 +12,15 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launched import run, start, unfinished
 from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
-from finesight.storage import remove_folder
 from finesight.train.checkpoint import MOMENTS, VALUES
 from finesight.train.ranks import Ranks, Share
-
-# Drop-outs are a function of the process, too.
-TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
-
-
-def start(task: Task, count: int, name: str, *words: str, **train: Any) -> subprocess.Popen[str]:
-    output = {"output": str(task.folder / name), "tune": TUNE}
-    settings = {"learning_rate": 1e-3} | train
-    recipe = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *(launcher if count > 1 else []), "-m", "finesight", "train"]
-    return subprocess.Popen(
-        [*command, str(recipe), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_OF_TEST": output["output"]},
-    )
-
-
-def run(task: Task, count: int, name: str, *words: str, **train: Any) -> Path:
-    process = start(task, count, name, *words, **train)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return task.folder / name
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
@@ -63,13 +37,6 @@ def assert_alike(folder: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).square().mean().sqrt() <= 1e-6, name
-
-
-def unfinished(folder: Path) -> Path:
-    """The run as it was after its fourth step."""
-    (folder / "result.json").unlink()
-    remove_folder(folder / "checkpoints" / "step-6")
-    return folder
 
 
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:

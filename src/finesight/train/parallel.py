@@ -195,7 +195,8 @@ class _Rows(Mapping[str, Tensor]):
 
     def __init__(self, whole: Mapping[str, Tensor], rows: Mapping[str, DTensor]) -> None:
         self._whole, self._rows = whole, rows
-        self._names = [name for name in whole if "." not in name or _parameter(name, rows)]
+        here = (name for name in whole if _parameter(name, rows) is not None)
+        self._names = [name for name in whole if "." not in name] + list(here)
 
     def __getitem__(self, name: str) -> Tensor:
         found = _parameter(name, self._rows)

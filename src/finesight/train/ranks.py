@@ -199,7 +199,8 @@ class Ranks:
             return [told]
         sizes = [size for (size,) in self._gathered((len(told),))]
         room = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        room[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        if told:
+            room[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
         rooms = [torch.empty_like(room) for _ in sizes]
         dist.all_gather(rooms, room)
         return [one[:size].numpy().tobytes() for one, size in zip(rooms, sizes, strict=True)]

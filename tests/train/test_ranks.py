@@ -57,6 +57,25 @@ def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
     assert [line["processes"] for line in started if "processes" in line] == [2, 1]
 
 
+def test_answers_are_shared_out(tmp_path: Path) -> None:
+    """Three held-out samples, one of them damaged: of four processes some have none to answer, and
+    what is measured and written is what one process does."""
+    task = Task(tmp_path / "task")
+    broken = task.folder / "eval1.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 8}
+    folders = [run(task, count, f"run{count}", epochs=1) for count in (1, 2, 4)]
+    for name in ("before", "after"):
+        alone, *others = [(run_ / "predictions" / f"{name}.jsonl").read_text() for run_ in folders]
+        assert alone.count("\n") == 2
+        assert others == [alone, alone]
+    first, *others = [json.loads((one / "result.json").read_text())["after"] for one in folders]
+    for other in others:
+        assert other["scores"] == first["scores"]
+        assert other["intervals"] == first["intervals"]
+        assert other["held_out_loss"] == pytest.approx(first["held_out_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "muon"])
 def test_other_optimisers(tmp_path: Path, optimizer: str) -> None:
     task = Task(tmp_path / "task")

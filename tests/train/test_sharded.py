@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import run, unfinished
+from launched import run, start, unfinished
 from PIL import Image
 from safetensors.torch import load_file
 from small_run import Task, losses
@@ -91,3 +91,24 @@ def test_one_two_and_four_learn_the_same(tmp_path: Path) -> None:
         assert [step for step, _ in losses(folder)] == [step for step, _ in before]
         assert dict(losses(folder)) == pytest.approx(dict(before), rel=1e-6)
         assert_alike(folder, alone if folder is not alone else two)
+
+
+@pytest.mark.parametrize(
+    ("tune", "train", "said"),
+    [
+        ({"language": "lora", "lora": {"rank": 2, "alpha": 2}}, {}, "tune.lora"),
+        (WHOLE, {"optimizer": "muon"}, "train.optimizer=muon"),
+    ],
+)
+def test_what_cannot_lie_in_parts_is_refused(
+    tmp_path: Path, tune: dict[str, Any], train: dict[str, Any], said: str
+) -> None:
+    task = Task(tmp_path / "task")
+    process = start(task, 2, "run", tune=tune, parallel="fsdp", **train)
+    words, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert "train.parallel=fsdp does not share out" in words
+    assert said in words
+    assert "set train.parallel=ddp" in words
+    assert "/finesight/" not in words
+    assert not (task.folder / "run" / "metrics.jsonl").exists()

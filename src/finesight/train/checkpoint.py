@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class State(BaseModel):
 
     `step` steps are finished, and `samples` is the position in the order of the data, counted in
     samples since the start. `measured` is the step of the last measurement. `budget` is that of the
-    next step, None in runs of versions that kept to the recipe's. `identity` holds the settings and
-    fingerprints that a run which goes on must share, by name.
+    next step, None in runs of versions that kept to the recipe's. `void` counts steps that moved
+    nothing, as their figures were no finite numbers, and `void_in_a_row` the last of them.
+    `identity` holds the settings and fingerprints that a run which goes on must share, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,7 +61,22 @@ class State(BaseModel):
     best: Best | None
     loss_scale: dict[str, float]
     budget: Budget | None = None
+    void: int = 0
+    void_in_a_row: int = 0
     identity: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: `step` steps finished, `void` of them void, last measured after step
+    `measured` (-1: never), and the budget of the next step."""
+
+    budget: Budget
+    step: int = 0
+    measured: int = -1
+    best: Best | None = None
+    void: int = 0
+    void_in_a_row: int = 0
 
 
 class TensorFile(Mapping[str, Tensor]):

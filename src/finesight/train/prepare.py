@@ -36,7 +36,7 @@ from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.qwen_vl import SquareTower
 from finesight.train.budget import Budget
-from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
+from finesight.train.checkpoint import Checkpoints, Progress, State, TensorFile, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
@@ -95,17 +95,6 @@ class Texts:
 
     corpus: Corpus
     survey: Survey
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never), and
-    the budget of the next step."""
-
-    budget: Budget
-    step: int = 0
-    measured: int = -1
-    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +157,8 @@ class Session:
             best=self.progress.best,
             loss_scale=self.scale.state(),
             budget=self.progress.budget,
+            void=self.progress.void,
+            void_in_a_row=self.progress.void_in_a_row,
             identity=self.identity,
         )
 
@@ -269,6 +260,7 @@ def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFi
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+    progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
         session.keep_within(state.budget)
 

@@ -112,8 +112,8 @@ class Run:
             write_file(self.folder / own.COPY, place[0].read_bytes())
 
     def note(self, figures: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        append_line(self.metrics, json.dumps(figures, allow_nan=False))
+        """Append a line to `metrics.jsonl`: JSON, but for NaN where a step had no finite figure."""
+        append_line(self.metrics, json.dumps(figures))
 
     def write(self, name: str, content: object) -> None:
         """Put `content` into the folder as a JSON file."""

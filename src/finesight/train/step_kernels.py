@@ -206,11 +206,16 @@ def _remember(moment, codes, scales, at, blocks, inside, there, eight: tl.conste
 
 @triton.jit
 def _adamw(parameter_T, table_P3, addresses_P, like, narrow, rest, first, first_scale, second,
-           second_scale, shrink, kept, length, new_1, beta_2, new_2, unbias, epsilon,
+           second_scale, shrink, come_2, kept, rate, new_1, beta_2, new_2, epsilon,
            beside: tl.constexpr, eight: tl.constexpr, even: tl.constexpr,
            rows: tl.constexpr):  # fmt: skip
+    by = tl.load(shrink)
+    if by != by:
+        return
+    length = rate / tl.load(come_2)
+    unbias = 1.0 / tl.sqrt(tl.load(come_2 + 1))
     p, start, begin, at_RN, inside_RN = _tile(parameter_T, table_P3, even, rows)
-    grad_RN = _gradient(addresses_P, p, start, at_RN, inside_RN, like) * tl.load(shrink)
+    grad_RN = _gradient(addresses_P, p, start, at_RN, inside_RN, like) * by
     blocks_R = begin // 256 + tl.arange(0, rows)
     there_R = start + tl.arange(0, rows) * 256 < tl.load(table_P3 + p * 3 + 2)
     at_RN += begin
@@ -232,10 +237,12 @@ def adamw(
     numbers: Wide,
     moments: tuple[Moment, Moment],
     shrink: Tensor,
+    come_2: Tensor,
     pace: Pace,
 ) -> None:
     """A step of AdamW for one group: gradients times `shrink`, a scalar on the device, move its
-    numbers and its moments."""
+    numbers and its moments; NaN leaves all as it is. `come_2` is the share of what they will be
+    once steps are many that each of the two moments has come to."""
     narrow_E, rest_E = numbers.narrow_E, numbers.rest_E
     gradients = _aligned(gradients)
     like = next((gradient for gradient in gradients if gradient is not None), narrow_E)
@@ -246,7 +253,7 @@ def adamw(
         tiles.parameter_T, tiles.table_P3, tiles.addresses(gradients), like,
         narrow_E.view(torch.int16) if beside == 2 else narrow_E, rest_E,
         first.numbers_E, first.scale_B, second.numbers_E, second.scale_B, shrink,
-        pace.kept, pace.length, 1 - beta_1, beta_2, 1 - beta_2, 1 / pace.root, EPSILON,
+        come_2, pace.kept, pace.rate, 1 - beta_1, beta_2, 1 - beta_2, EPSILON,
         beside=beside, eight=first.scale_B is not None, even=tiles.even, rows=ROWS,
         num_warps=WARPS,
     )  # fmt: skip

@@ -290,6 +290,15 @@ def remove_folder(path: Path) -> None:
         disk.remove_tree(hidden)
 
 
+def set_aside(path: Path, other: Path) -> None:
+    """Give a folder another name; one that has it already makes room."""
+    with explained(path):
+        if other.exists():
+            remove_folder(other)
+        _DISK.get().rename(path, other)
+        _DISK.get().sync_path(path.parent)
+
+
 def sweep(folder: Path) -> None:
     """Remove what writes and deletions that never finished left in `folder`."""
     if not folder.is_dir():

@@ -47,7 +47,7 @@ class AdamW:
         else:
             self.first, self.second = Moment(length, device), Moment(length, device)
         self._taken = torch.zeros((), dtype=torch.float64, device=device)
-        self._betas_2 = torch.tensor(betas, dtype=torch.float64, device=device)
+        self._next = self._taken.clone()
 
     @property
     def taken(self) -> int:
@@ -66,13 +66,14 @@ class AdamW:
         pace = Pace(rate, decay, self._betas)
         tiles, moments = self._gradients.tiles, (self.first, self.second)
         of_each = self._gradients.of_each()
-        self._taken.add_(shrink.isfinite())
         if tiles is not None:
-            come_2 = (1 - self._betas_2**self._taken).float()
-            step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, come_2, pace)
+            count = self._taken, self._next
+            step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, count, pace)
+            self._next, self._taken = count
             return
         if not shrink.isfinite():
             return
+        self.taken += 1
         taken = self.taken
         for start in range(0, len(self._numbers), MOST):
             self._step(slice(start, min(start + MOST, len(self._numbers))), shrink, pace, taken)

@@ -80,6 +80,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         ranks.same(session.identity)
+        Checkpoints(run.checkpoints, recipe.train.keep).set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)

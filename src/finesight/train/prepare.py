@@ -210,7 +210,7 @@ def prepare(
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
-    found = checkpoints.newest() if resume else None
+    found = checkpoints.newest(screen.say) if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
     nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()

@@ -253,8 +253,8 @@ def write_file(path: Path, data: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append `line` and a line end to a file that its reader may find torn after a crash.
 
-    Not flushed to the disk: a power failure loses the last lines. When the disk is full nothing
-    of the line stays, and a UserError says so.
+    Not flushed to the disk: a power failure loses the lines since `flush_file`. When the disk is
+    full nothing of the line stays, and a UserError says so.
     """
     disk, data = _DISK.get(), f"{line}\n".encode()
     with explained(path):
@@ -267,6 +267,14 @@ def append_line(path: Path, line: str) -> None:
             raise
         finally:
             os.close(file)
+
+
+def flush_file(path: Path) -> None:
+    """Let what has been appended to the file, if there is one, survive a power failure."""
+    if path.exists():
+        with explained(path):
+            _DISK.get().sync_path(path)
+            _DISK.get().sync_path(path.parent)
 
 
 def cut_file(path: Path, size: int) -> None:

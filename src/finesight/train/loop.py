@@ -280,6 +280,8 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of the steps finished so far, unless it is there already."""
         if self.session.progress.step:
+            # A checkpoint must not know of a measurement that nobody can read any more.
+            self.session.run.flush()
             masters = self.session.masters
             self.saving.save(self.session.state(), masters.values(), masters.moments())
 

@@ -26,7 +26,15 @@ from finesight.run_folder import (
     REPORT,
     RESULT,
 )
-from finesight.storage import append_line, cut_file, explained, make_folder, sweep, write_file
+from finesight.storage import (
+    append_line,
+    cut_file,
+    explained,
+    flush_file,
+    make_folder,
+    sweep,
+    write_file,
+)
 
 
 class Run:
@@ -114,6 +122,10 @@ class Run:
     def note(self, figures: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`: JSON, but for NaN where a step had no finite figure."""
         append_line(self.metrics, json.dumps(figures))
+
+    def flush(self) -> None:
+        """Let all that was noted survive a power failure."""
+        flush_file(self.metrics)
 
     def write(self, name: str, content: object) -> None:
         """Put `content` into the folder as a JSON file."""

@@ -82,6 +82,10 @@ class Disk:
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
 
+    def free(self, path: Path) -> int:
+        """Bytes that this user may still write to the disk of an existing file or folder."""
+        return shutil.disk_usage(path).free
+
 
 _DISK: ContextVar[Disk] = ContextVar("disk", default=Disk())  # noqa: B039 (it has no state)
 
@@ -120,6 +124,21 @@ def _refusal(path: Path, number: int) -> UserError:
         expected="a place that takes what is written",
         remedy=_REMEDIES[number],
     )
+
+
+def require_room(path: Path, size: int, what: str, remedy: str) -> None:
+    """Raises UserError unless `size` bytes are free for `what`, where `path` is or will be. Quotas
+    are not known here: only writing tells."""
+    with explained(path):
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = _DISK.get().free(there)
+    if free < size:
+        raise UserError(
+            f"{free / 1e9:.3g} GB are free on this disk",
+            where=str(path),
+            expected=f"at least {size / 1e9:.3g} GB: {what}",
+            remedy=remedy,
+        )
 
 
 def make_folder(path: Path) -> None:

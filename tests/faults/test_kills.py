@@ -85,7 +85,7 @@ def test_a_run_dies_at_an_operation(task: Task, whole: Path, crash: str, every: 
     """Breaks: the process, or the power, at an operation of a run. Survive: all bits, and every
     step and measurement of the metrics."""
     deaths = 0
-    for last in range(1, 1000, 5 if every else 97):
+    for last in range(1, 1000, 7 if every else 97):
         name, home = f"{crash}{last}", task.folder / f"home{last}"
         home.mkdir()
         disk = PowerCut(last, home) if crash == "power" else DyingDisk(last)

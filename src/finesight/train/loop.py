@@ -51,7 +51,7 @@ def train(
     and come back with nothing.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
-    Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
+    Interrupted, with a checkpoint of the last finished step, when one of `stop.SIGNALS` arrives.
     """
     with joined() as ranks:
         if ranks.first:
@@ -230,7 +230,7 @@ class Loop:
         """Let the processes that follow this one go, if they wait for another step. Some may have
         ended: what went wrong there is theirs to say."""
         if self.followed and self.session.progress.step < self.total:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, ShareFailed):
                 self.session.machine.ranks.dismiss(self.stop.number)
 
     def after_step(self) -> bool:

@@ -137,7 +137,8 @@ class Run:
         write_file(self.folder / DROPPED, "".join(lines).encode())
 
     def finished(self, result: object) -> None:
-        """Write the result: the run is complete."""
+        """Write the result: the run is complete, and what was noted stays."""
+        self.flush()
         self.write(RESULT, result)
 
     def result(self) -> str | None:

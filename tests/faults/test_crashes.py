@@ -54,10 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def everywhere(
     home: Path, crash: str, every: bool, begin: Act, act: Act, legal: Act, whole: Act
 ) -> int:
-    """Let `act` die at every operation, or at every fifth, of a store that `begin` has made: then
+    """Let `act` die at every operation, or at every ninth, of a store that `begin` has made: then
     the store is `legal`, and once the act was done again, `whole`, with nothing left lying. Gives
     the number of operations."""
-    for last in count(1, 1 if every else 5):
+    for last in count(1, 1 if every else 9):
         assert last < MOST, "never came to its end"
         store = home / str(last)
         store.mkdir(parents=True)

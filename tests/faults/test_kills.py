@@ -61,7 +61,7 @@ def assert_same(run: Path, whole: Path) -> None:
 def test_killed_at_fifty_random_moments(task: Task, whole: Path, every: bool) -> None:
     """Breaks: SIGKILL at any moment of a run, and again after it went on. Survive: all bits of the
     last weights and moments, and the loss of every step."""
-    wanted = 50 if every else 6
+    wanted = 50 if every else 4
     kills, ends, rng = 0, 0, random.Random(0)
     start = time.perf_counter()
     assert ending(going_on(task, "timed")) == "exit 0"
@@ -85,7 +85,7 @@ def test_a_run_dies_at_an_operation(task: Task, whole: Path, crash: str, every: 
     """Breaks: the process, or the power, at an operation of a run. Survive: all bits, and every
     step and measurement of the metrics."""
     deaths = 0
-    for last in range(1, 1000, 7 if every else 97):
+    for last in range(1, 1000, 7 if every else 131):
         name, home = f"{crash}{last}", task.folder / f"home{last}"
         home.mkdir()
         disk = PowerCut(last, home) if crash == "power" else DyingDisk(last)

@@ -37,7 +37,7 @@ def test_a_reader_that_is_killed_is_started_again(
 ) -> None:
     """Breaks: the reading process of a run, twice. Survive: every sample, in its step: the same
     bits as a run whose readers lived."""
-    settings = ("train.workers=1", "train.epochs=4")
+    settings = ("train.workers=1", "train.epochs=4", "train.save_every=30")
     task.run(*settings, name="whole")
     real = loop.take_step
 
@@ -76,14 +76,13 @@ def several(task: Task, count: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_hangs_or_dies_is_named(task: Task, number: signal.Signals) -> None:
+def test_a_process_that_hangs_is_named(task: Task) -> None:
     """Breaks: one of two processes, at any moment of a step. Survives: a checkpoint of the last
     step; the error says which process it was."""
     first, second = several(task, 2)
     try:
         until(lambda: len(losses(task.folder / "run")) > 2, first)
-        second.send_signal(number)
+        second.send_signal(signal.SIGSTOP)
         said, _ = first.communicate(timeout=120)
     finally:
         second.kill()

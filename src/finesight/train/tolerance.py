@@ -44,7 +44,8 @@ class Judged(NamedTuple):
 
 class Tolerance:
     """Judges the steps of a run one after the other, those before a resumed run's by what it has
-    noted: so that it says, and ends with, the same as one that was never stopped."""
+    noted: so that it says, and ends with, the same as one that was never stopped. Only damaged
+    pictures are counted anew: they may have been put back."""
 
     def __init__(self, session: Session, say: Callable[[str], None]) -> None:
         self._session, self._say = session, say
@@ -82,7 +83,6 @@ class Tolerance:
 
     def _recall(self, line: Mapping[str, Any]) -> None:
         """A step as it was noted, by whatever version."""
-        self._damaged |= dict.fromkeys(line.get("dropped", ()), "found before")
         if line.get("void"):
             self._void += line["void"]
         elif line["loss"] is not None:

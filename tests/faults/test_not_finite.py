@@ -98,10 +98,8 @@ def test_void_steps_in_a_row_end_the_run_and_name_their_samples(task: Task) -> N
 
 def test_void_steps_are_counted_over_an_interruption(task: Task) -> None:
     """Breaks: the run stops between void steps. Survive: the count, the names, and all bits."""
-    settings, data = (
-        ("train.save_every=1", "train.epochs=4"),
-        {"train": task.recipe["data"]["train"]},
-    )
+    settings = ("train.save_every=1", "train.epochs=4")
+    data = {"train": task.recipe["data"]["train"]}
     steps = range(2, 2 + IN_A_ROW)
     stop = 2 + IN_A_ROW // 2
 

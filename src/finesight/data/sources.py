@@ -45,6 +45,11 @@ class Corpus:
         """A sample that has been checked before, so that its types alone are looked at."""
         return self._parsed(*self._place(index))
 
+    def where(self, index: int) -> str:
+        """File and line of a sample, as messages name them."""
+        lines, place = self._place(index)
+        return lines.where(place)
+
     def checked(self, index: int) -> Located:
         """A sample. Raises UserError naming file and line for what `check_sample` refuses."""
         lines, place = self._place(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
         steps=session.progress.step,
         samples=session.state().samples,
         dropped=len(session.train.survey.dropped) + late,
-        loss=losses[-1] if losses else None,
+        # Of a void step it is NaN.
+        loss=next(filter(isfinite, reversed(losses)), None),
         before=before,
         after=after,
         moved=tuple(rows),

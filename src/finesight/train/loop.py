@@ -13,6 +13,7 @@ from finesight.config import Recipe
 from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
 from finesight.report.run_page import MOST_ON_THE_WAY
+from finesight.storage import require_room
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
@@ -25,6 +26,7 @@ from finesight.train.progress import Screen
 from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
+from finesight.train.room import checkpoint_bytes, require_room_for_run
 from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
 from finesight.train.schedule import in_steps
@@ -49,7 +51,7 @@ def train(
     and come back with nothing.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
-    Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
+    Interrupted, with a checkpoint of the last finished step, when one of `stop.SIGNALS` arrives.
     """
     with joined() as ranks:
         if ranks.first:
@@ -73,6 +75,8 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
                 report(run, screen)
             return result
         session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
+        checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
+        require_room_for_run(session, len(checkpoints.steps()))
         if not begun:
             stack.enter_context(run.locked())
             # Another process may have been quicker.
@@ -80,6 +84,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         ranks.same(session.identity)
+        checkpoints.set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
@@ -273,10 +278,24 @@ class Loop:
         """A checkpoint of the steps finished so far, unless it is there already."""
         session = self.session
         if session.progress.step:
+            self.require_room()
+            # A checkpoint must not know of a measurement that nobody can read any more.
+            session.run.flush()
             if session.parallel.sharded:
                 self.ranks.called(Errand.SAVE)
             tensors = session.masters.values(), session.masters.moments()
             self.saving.save(session.state(), *tensors)
+
+    def require_room(self) -> None:
+        """Raises UserError where the disk has no room for another checkpoint."""
+        step, folder = self.session.progress.step, self.checkpoints.folder
+        if step not in self.checkpoints.steps():
+            require_room(
+                folder,
+                checkpoint_bytes(self.session),
+                f"a checkpoint of step {step}",
+                "free some space, then start again with --resume",
+            )
 
     def interruption(self) -> Interrupted:
         """Where the run stands and how to go on."""

@@ -37,7 +37,7 @@ from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning
 from finesight.model.qwen_vl import SquareTower
 from finesight.train.budget import Budget
-from finesight.train.checkpoint import Best, Checkpoints, State, Tensors, check_identity
+from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
@@ -97,17 +97,6 @@ class Texts:
 
     corpus: Corpus
     survey: Survey
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never), and
-    the budget of the next step."""
-
-    budget: Budget
-    step: int = 0
-    measured: int = -1
-    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +172,8 @@ class Session:
             best=self.progress.best,
             loss_scale=self.scale.state(),
             budget=self.progress.budget,
+            void=self.progress.void,
+            void_in_a_row=self.progress.void_in_a_row,
             identity=self.identity,
         )
 
@@ -234,7 +225,7 @@ def prepare(
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
-    found = checkpoints.newest() if resume else None
+    found = checkpoints.newest(screen.say) if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
     nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
@@ -286,6 +277,7 @@ def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) ->
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+    progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
         session.keep_within(state.budget)
 

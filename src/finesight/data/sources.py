@@ -12,7 +12,6 @@ from finesight.config import DataFile
 from finesight.data.jsonl import Located, parse, sample_lines
 from finesight.data.lines import Lines
 from finesight.data.rules import check_sample
-from finesight.digests import digest
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,11 @@ class Corpus:
         check_sample(found.sample, lines.where(place), answered=self.answered)
         return found
 
+    def where(self, index: int) -> str:
+        """A sample's file and line."""
+        lines, place = self._place(index)
+        return lines.where(place)
+
     def _parsed(self, lines: Lines, place: int) -> Located:
         return Located(parse(lines[place], lines.where(place)), lines.path.parent)
 
@@ -72,6 +76,6 @@ def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpu
     lines: list[Lines] = []
     for file in files:
         lines.append(sample_lines(file.path).first(file.limit))
-        identity.update(f"{digest(file.path)} {file.limit} {file.weight!r}\n".encode())
+        identity.update(f"{lines[-1].digest} {file.limit} {file.weight!r}\n".encode())
     weights = tuple(file.weight for file in files)
     return Corpus(tuple(lines), weights, identity.hexdigest(), answered)

@@ -40,7 +40,7 @@ def read_ahead(
     loader: DataLoader[Item | UserError] = DataLoader(
         data,
         batch_size=None,
-        sampler=list(numbers),
+        sampler=numbers,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,

@@ -39,7 +39,7 @@ def spoil(task: Task) -> dict[str, str]:
     (task.folder / f"train{damaged}.png").write_bytes(b"none")
     return {
         f"{path}:{broken + 1}": "broken JSON",
-        f"train{turned}": "roles are assistant, user",
+        f"{path}:{turned + 1}": "roles are assistant, user",
         f"train{long}": "tokens",
         f"train{damaged}": "not a picture",
     }

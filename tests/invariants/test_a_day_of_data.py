@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import Train
+from finesight.data.index_files import Index
 from finesight.data.lines import Lines
 from finesight.data.order import Order
 from finesight.data.sources import Corpus
@@ -36,9 +37,8 @@ def new_course() -> Course:
     """As a process that starts or goes on makes it, out of the files' sizes and the settings."""
     nothing = np.empty(0, np.int64)
     # Every line begins at byte 0: they are counted and never read.
-    files = [
-        Lines(Path(), np.broadcast_to(np.int64(0), size + 1), nothing, (0, 0), "") for size in SIZES
-    ]
+    indices = [Index(np.broadcast_to(np.int64(0), size + 1), nothing, "") for size in SIZES]
+    files = [Lines(Path(), index, (0, 0)) for index in indices]
     corpus = Corpus(tuple(files), WEIGHTS, "fingerprint")
     train = Train(batch=BATCH, epochs=EPOCHS, data_seed=11)
     return Course(corpus, range(SAMPLES), train)

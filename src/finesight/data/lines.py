@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.index_files import Index, indexed
 from finesight.errors import UserError, look_beside
 
 MARK = b"\xef\xbb\xbf"
@@ -35,54 +36,50 @@ class Unreadable(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """The lines of a file that are not blank. Line k starts at byte `bounds_N1[k]` and ends before
-    `bounds_N1[k + 1]`, with blank ones that may follow it; of each blank line, `blanks_B` has how
-    many others stand before it. A line is read when it is asked for, from the file in the `state`
-    in which its lines were found; `digest` is the SHA-256 of all its bytes, in hexadecimal."""
+    """The lines of a file that are not blank. By the `index`, line k starts at byte `bounds_N1[k]`
+    and ends before `bounds_N1[k + 1]`, with blank ones that may follow it; of each blank line,
+    `beside_B` has how many others stand before it. A line is read when it is asked for, from the
+    file in the `state` in which its lines were found."""
 
     path: Path
-    bounds_N1: NDArray[np.int64]
-    blanks_B: NDArray[np.int64]
+    index: Index
     state: State
-    digest: str
 
     def __len__(self) -> int:
-        return len(self.bounds_N1) - 1
+        return len(self.index.bounds_N1) - 1
 
     def __getitem__(self, index: int) -> bytes:
         """Raises Unreadable when the file has changed or is gone."""
-        start, stop = int(self.bounds_N1[index]), int(self.bounds_N1[index + 1])
-        with opened(self.path) as file:
-            if _state(file) != self.state:
-                raise Unreadable(
-                    "has changed since its lines were counted",
-                    where=str(self.path),
-                    expected="the same file until the end",
-                    remedy="put the old file back and go on with --resume, or start anew",
-                )
+        start, stop = self.index.bounds_N1[index : index + 2].tolist()
+        with unchanged(self.path, self.state) as file:
             file.seek(start)
             content = file.read(stop - start)
         return content[: content.find(b"\n") + 1 or None]
 
     def where(self, index: int) -> str:
         """File and line as messages name them, counted from 1 with the blank ones."""
-        return f"{self.path}:{index + 1 + np.searchsorted(self.blanks_B, index, side='right')}"
+        blank = np.searchsorted(self.index.beside_B, index, side="right")
+        return f"{self.path}:{index + 1 + blank}"
 
     def first(self, limit: int | None) -> Lines:
         """So many lines at most, from the start."""
-        return self if limit is None else replace(self, bounds_N1=self.bounds_N1[: limit + 1])
+        return replace(self, index=self.index.first(limit))
 
 
 def find_lines(path: Path) -> Lines:
     """All lines of a file, in one passage. Raises Unreadable for one that is missing or cannot be
     read."""
+    with opened(path) as file:
+        return Lines(path, indexed(file, path, "lines", lambda: _found(file)), state_of(file))
+
+
+def _found(file: BinaryIO) -> Index:
     whole = hashlib.sha256()
     starts: list[NDArray[np.int64]] = []
     blanks: list[NDArray[np.int64]] = []
     at = found = 0
     # Beside the search for lines: a digest takes as long as that.
-    with opened(path) as file, ThreadPoolExecutor(1) as beside:
-        state = _state(file)
+    with ThreadPoolExecutor(1) as beside:
         while block := file.read(BLOCK) + file.readline():
             hashed = beside.submit(whole.update, block)
             starts_L, is_blank_L = _starts(block, first=at == 0)
@@ -92,7 +89,7 @@ def find_lines(path: Path) -> Lines:
             hashed.result()
     bounds_N1 = np.concatenate([*starts, np.array([at])])
     blanks_B = np.concatenate([*blanks, np.empty(0, np.int64)])
-    return Lines(path, bounds_N1, blanks_B, state, whole.hexdigest())
+    return Index(bounds_N1, blanks_B, whole.hexdigest())
 
 
 def _starts(block: bytes, *, first: bool) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -127,9 +124,24 @@ def _content(line: bytes, number: int) -> bytes:
     return line.removeprefix(MARK) if number == 1 else line
 
 
-def _state(file: BinaryIO) -> State:
+def state_of(file: BinaryIO) -> State:
+    """That of an open file."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def unchanged(path: Path, state: State) -> Iterator[BinaryIO]:
+    """The data file, open for reading. Raises Unreadable when it has changed or is gone."""
+    with opened(path) as file:
+        if state_of(file) != state:
+            raise Unreadable(
+                "has changed since its lines were counted",
+                where=str(path),
+                expected="the same file until the end",
+                remedy="put the old file back and go on with --resume, or start anew",
+            )
+        yield file
 
 
 @contextmanager

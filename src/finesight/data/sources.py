@@ -76,6 +76,6 @@ def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpu
     lines: list[Lines] = []
     for file in files:
         lines.append(sample_lines(file.path).first(file.limit))
-        identity.update(f"{lines[-1].digest} {file.limit} {file.weight!r}\n".encode())
+        identity.update(f"{lines[-1].index.digest} {file.limit} {file.weight!r}\n".encode())
     weights = tuple(file.weight for file in files)
     return Corpus(tuple(lines), weights, identity.hexdigest(), answered)

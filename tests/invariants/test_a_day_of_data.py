@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from finesight.config import Train
 from finesight.data.index_files import Index
+from finesight.data.jsonl import LineSamples
 from finesight.data.lines import Lines
 from finesight.data.order import Order
 from finesight.data.sources import Corpus
@@ -38,7 +39,7 @@ def new_course() -> Course:
     nothing = np.empty(0, np.int64)
     # Every line begins at byte 0: they are counted and never read.
     indices = [Index(np.broadcast_to(np.int64(0), size + 1), nothing, "") for size in SIZES]
-    files = [Lines(Path(), index, (0, 0)) for index in indices]
+    files = [LineSamples(Lines(Path(), index, (0, 0))) for index in indices]
     corpus = Corpus(tuple(files), WEIGHTS, "fingerprint")
     train = Train(batch=BATCH, epochs=EPOCHS, data_seed=11)
     return Course(corpus, range(SAMPLES), train)

@@ -91,8 +91,8 @@ def _read(kept: Path) -> Index | None:
 
 
 def _write(kept: Path, index: Index) -> None:
-    """Eight bytes a number: a SHA-256 of what follows, the content's, the number of samples, and the
-    numbers of the index."""
+    """Eight bytes a number: a SHA-256 of what follows, the content's, the number of samples, then
+    the numbers of the index."""
     content = np.frombuffer(bytes.fromhex(index.digest), np.int64)
     samples = np.array([len(index.bounds_N1) - 1])
     told_N = np.concatenate([content, samples, index.bounds_N1, index.beside_B])

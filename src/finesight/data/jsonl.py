@@ -96,7 +96,7 @@ def line_samples(path: Path) -> LineSamples:
     return LineSamples(find_lines(path))
 
 
-def no_samples(path: Path) -> UserError:
+def no_samples(path: Path | str) -> UserError:
     """The error for a file of data that has none."""
     return UserError(
         "holds no samples",

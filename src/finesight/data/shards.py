@@ -75,10 +75,27 @@ class Shards:
         return self._parts[number], index - (self._ends[number] - len(self._parts[number]))
 
 
+def packed(address: str) -> str:
+    """The address, of files that bring their pictures along. Raises UserError for others."""
+    if not address.lower().endswith((".tar", ".parquet")):
+        raise UserError(
+            "a file in object storage that is neither .tar nor .parquet",
+            where=address,
+            expected="files with their pictures in them",
+            remedy="pack samples and pictures into tars or Parquet files, or copy them here",
+        )
+    return address
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether the path is meant to fit many files: a file of that very name is that file."""
+    return bool(PATTERN & {*str(path)}) and not path.exists()
+
+
 def files_at(path: Path) -> list[Path]:
     """The file itself, or all that a pattern such as `shards/*.tar` fits, by name. Raises UserError
     where there is none."""
-    if path.exists() or not PATTERN & {*str(path)}:
+    if not is_pattern(path):
         return [path]
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     files = [file for file in found if file.is_file()]

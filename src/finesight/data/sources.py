@@ -14,8 +14,9 @@ from finesight.config import DataFile
 from finesight.data.jsonl import Located, line_samples, no_samples
 from finesight.data.parquet_samples import parquet_samples
 from finesight.data.rules import check_sample
-from finesight.data.shards import Samples, Shards, files_at
+from finesight.data.shards import Samples, Shards, files_at, packed
 from finesight.data.tar_samples import tar_samples
+from finesight.remote.objects import fetched
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpu
     return Corpus(tuple(limited), weights, identity.hexdigest(), answered)
 
 
-def _samples(path: Path) -> Samples:
+def _samples(place: Path | str) -> Samples:
     """Those of a file, or of all files that a pattern fits. Raises UserError for none."""
-    files = files_at(path)
+    files = files_at(place) if isinstance(place, Path) else fetched(packed(place))
     shards = [_of_file(file) for file in files]
-    samples = shards[0] if files == [path] else Shards(tuple(shards))
+    samples = shards[0] if len(files) == 1 else Shards(tuple(shards))
     if not len(samples):
-        raise no_samples(path)
+        raise no_samples(place)
     return samples
 
 

@@ -6,23 +6,24 @@ Draws 400 pictures and writes a JSONL file of so many samples that show them in 
 `finesight train` runs of finesight-tiny on a CPU, one of which goes on in the middle of the epoch:
 seconds from the command to the first step and the most memory, that of the run and its reading
 processes (a page that some share counted once), looked at ten times a second. Input alone, nothing
-learned: samples/s that come out of the readers, in the run's own order, for pictures of two sizes.
-The files that it wrote are removed.
+learned: samples/s that come out of the readers, in the run's own order, for pictures of two sizes,
+and of the larger ones in tars and Parquet, too. The files that it wrote are removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import closing
 from itertools import islice
@@ -30,13 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-from finesight.config import Data, DataFile, PixelRange, Train
-from finesight.data.sources import load_sources
-from finesight.encode.rendering import renderer_of
-from finesight.hub import locate
-from finesight.train.course import Course
-from finesight.train.loader import StepData, read_steps
 
 PICTURES = 400
 STEPS = 20
@@ -52,7 +46,10 @@ READ = {"small": 400, "large": 40}
 """Steps that are read, nothing learned."""
 
 AT_ONCE = 10_000
-"""Lines that are written at once."""
+"""Lines that are written at once, and samples with large pictures."""
+
+SHARD, ROW_GROUP = 2500, 100
+"""Samples of a tar, and of a row group of Parquet."""
 
 Row = dict[str, Any]
 
@@ -146,10 +143,20 @@ def _steps(metrics: Path) -> int:
     return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
 
-def read(data: Path, samples: int, kind: str, workers: int) -> Row:
-    """Samples a second out of the readers, in the order of a run over all of them."""
+def read(data: Path, samples: int | None, kind: str, workers: int) -> Row:
+    """Samples a second out of the readers, in the order of a run over all of them, or so many."""
+    # Here, when it is settled where indices are kept.
+    from finesight.config import Data, DataFile, PixelRange, Train
+    from finesight.data.sources import load_sources
+    from finesight.encode.rendering import renderer_of
+    from finesight.hub import locate
+    from finesight.train.course import Course
+    from finesight.train.loader import StepData, read_steps
+
+    start = time.perf_counter()
     corpus = load_sources((DataFile(path=data),))
-    course = Course(corpus, range(samples), Train(batch=BATCH))
+    opened_s = time.perf_counter() - start
+    course = Course(corpus, range(samples or len(corpus)), Train(batch=BATCH))
     rule = PixelRange(min_pixels=784, max_pixels=448 * 448)
     renderer = renderer_of(locate("finesight-tiny"), rule, None)
     limit = Data.model_fields["max_length"].default
@@ -161,10 +168,42 @@ def read(data: Path, samples: int, kind: str, workers: int) -> Row:
         seconds = time.perf_counter() - start
     sides = SIZES[kind]
     return {
+        "file": data.name,
+        "samples": len(course) * BATCH,
         "pixels": f"{sides[0]} to {sides[-1]}" if len(sides) > 1 else str(sides[0]),
         "reading_processes": workers,
+        "opened_s": round(opened_s, 2),
         "samples_per_s": round(number / seconds),
     }
+
+
+def pack(table: Path) -> list[Path]:
+    """The samples and their pictures as tars and as Parquet: what to read."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+    packed = []
+    for start in range(0, len(rows), SHARD):
+        with tarfile.open(table.with_name(f"large-{start // SHARD}.tar"), "w") as tar:
+            for row in rows[start : start + SHARD]:
+                shown, name = row["messages"][0]["content"][0], f"{row['id']}.jpg"
+                picture = (table.parent / shown["image"]).read_bytes()
+                shown["image"] = name
+                add(tar, f"{row['id']}.json", json.dumps(row).encode())
+                add(tar, name, picture)
+                images = [{"path": name, "bytes": picture}]
+                packed.append(row | {"messages": json.dumps(row["messages"]), "images": images})
+    whole = table.with_suffix(".parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(packed), whole, row_group_size=ROW_GROUP)
+    return [table.with_name("large-*.tar"), whole]
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Put a file into the tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 
 def main() -> None:
@@ -178,6 +217,8 @@ def main() -> None:
     work, samples, cores = options.work, options.samples, options.cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     work.mkdir(parents=True)
+    # Indices of these files go when the files do.
+    os.environ["HF_ASSETS_CACHE"] = str(work / "assets")
     try:
         names = {kind: draw(work, kind) for kind in SIZES}
         data = work / "train.jsonl"
@@ -199,17 +240,9 @@ def main() -> None:
         ]
         print(json.dumps(report, indent=1), flush=True)
         write(work / "large.jsonl", names["large"], AT_ONCE)
-        report["input"] = [
-            read(path, number, kind, workers)
-            for kind, path, number in (
-                ("small", data, samples),
-                ("large", work / "large.jsonl", AT_ONCE),
-            )
-            for workers in (0, cores)
-        ]
-        report["benchmark_peak_gb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
-        )
+        report["input"] = [read(data, samples, "small", workers) for workers in (0, cores)]
+        for packed in (work / "large.jsonl", *pack(work / "large.jsonl")):
+            report["input"] += [read(packed, None, "large", workers) for workers in (0, cores)]
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(report, indent=1))
     finally:

@@ -15,7 +15,7 @@ from finesight.data.lines import Lines, find_lines
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where indices lie; every file is a large one."""
-    monkeypatch.setattr(index_files, "LEAST", 1)
+    monkeypatch.setattr(index_files, "LEAST", dict.fromkeys(index_files.LEAST, 1))
     monkeypatch.setattr(index_files, "index_folder", lambda: tmp_path / "index")
     return tmp_path / "index"
 
@@ -96,7 +96,7 @@ def test_what_nobody_asks_for_goes(tmp_path: Path, kept: Path) -> None:
 def test_small_files_leave_nothing(
     tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_files, "LEAST", 4)
+    monkeypatch.setattr(index_files, "LEAST", {"lines": 4})
     (tmp_path / "a.jsonl").write_bytes(b"1\n")
     find_lines(tmp_path / "a.jsonl")
     assert not kept.exists()

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from finesight.errors import UserError
 from finesight.storage import make_folder, write_file
 
-LEAST = 2**28
-"""Bytes of a file whose index is kept: smaller ones are read anew in less than a second."""
+LEAST = {"lines": 2**28, "tar": 2**24, "parquet": 2**24}
+"""Bytes of a file whose index is kept, by its kind: smaller ones are read anew in less than a
+second, of which there may be many where they are shards."""
 
 UNUSED_S = 90 * 24 * 3600.0
 """Seconds after which an index that nobody has asked for is removed."""
@@ -54,7 +55,7 @@ def indexed(file: BinaryIO, path: Path, kind: str, find: Callable[[], Index]) ->
     """What `find` says of the open file at `path`, or said when the file was the same one: in the
     same place, of the same size, and not written to since, as the file system tells."""
     identity = _identity(file, path, kind)
-    if os.fstat(file.fileno()).st_size < LEAST:
+    if os.fstat(file.fileno()).st_size < LEAST[kind]:
         return find()
     kept = index_folder() / f"{identity}.index"
     index = _read(kept)

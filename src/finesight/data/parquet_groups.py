@@ -32,9 +32,8 @@ def parquet_module(path: Path) -> Any:
 def group_sizes(path: Path) -> tuple[int, ...]:
     """Rows of each group. Raises UserError for a file that is no Parquet, and for groups that are
     too large to be read again and again."""
-    module = parquet_module(path)
     try:
-        found = module.read_metadata(path)
+        found = parquet_module(path).read_metadata(path)
     except (ValueError, OSError) as error:
         raise UserError(
             f"cannot be read as Parquet: {error}",
@@ -54,12 +53,9 @@ def group_sizes(path: Path) -> tuple[int, ...]:
     return tuple(group.num_rows for group in groups)
 
 
-@lru_cache(2)
 def texts(path: Path, group: int) -> Any:
     """All columns of a row group but the pictures, as a table of pyarrow's."""
-    with parquet_module(path).ParquetFile(path) as file:
-        names = [name for name in file.schema_arrow.names if name != PICTURES]
-        return file.read_row_group(group, columns=names)
+    return _texts(path, _version(path), group)
 
 
 def has_pictures(path: Path) -> bool:
@@ -70,23 +66,12 @@ def has_pictures(path: Path) -> bool:
 def picture(path: Path, row: int, name: str) -> bytes:
     """The picture of this name, or of this number among those without, in a row, counted from 1.
     Raises OSError where there is none."""
-    before = 0
-    for group, size in enumerate(_sizes(path)):
+    version, before = _version(path), 0
+    for group, size in enumerate(_sizes(path, version)):
         if before < row <= before + size:
-            return _picture(_pictures(path, group)[row - before - 1].as_py() or (), name)
+            return _picture(_pictures(path, version, group)[row - before - 1].as_py() or (), name)
         before += size
     raise FileNotFoundError(f"no row {row} among {before}")
-
-
-@lru_cache(1024)
-def _sizes(path: Path) -> tuple[int, ...]:
-    return group_sizes(path)
-
-
-@lru_cache(2)
-def _pictures(path: Path, group: int) -> Any:
-    with parquet_module(path).ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[PICTURES]).column(PICTURES)
 
 
 def _picture(pictures: Sequence[dict[str, Any]], name: str) -> bytes:
@@ -95,3 +80,36 @@ def _picture(pictures: Sequence[dict[str, Any]], name: str) -> bytes:
             content: bytes = found["bytes"]
             return content
     raise FileNotFoundError(f"no picture {name} in the row")
+
+
+def _version(path: Path) -> int:
+    """With it, what is remembered of a file is not that of an older one."""
+    return path.stat().st_mtime_ns
+
+
+@lru_cache(2)
+def _texts(path: Path, version: int, group: int) -> Any:
+    with _opened(path, version) as file:
+        names = [name for name in file.schema_arrow.names if name != PICTURES]
+        return file.read_row_group(group, columns=names)
+
+
+@lru_cache(2)
+def _pictures(path: Path, version: int, group: int) -> Any:
+    with _opened(path, version) as file:
+        return file.read_row_group(group, columns=[PICTURES]).column(PICTURES)
+
+
+def _opened(path: Path, version: int) -> Any:
+    return parquet_module(path).ParquetFile(path, metadata=_metadata(path, version))
+
+
+@lru_cache(64)
+def _metadata(path: Path, version: int) -> Any:
+    """Read once: that of many groups takes longer to read than a group."""
+    return parquet_module(path).read_metadata(path)
+
+
+@lru_cache(1024)
+def _sizes(path: Path, version: int) -> tuple[int, ...]:
+    return group_sizes(path)

@@ -134,6 +134,26 @@ def test_tars_without_samples_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("name", ["{beside}", "../{name}", "../../../../../../../{beside}"])
+def test_no_picture_that_did_not_come_with_it(
+    table: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    row = rows_of(table)[0]
+    named = name.format(beside=tmp_path / NAMES[0], name=NAMES[0])
+    row["messages"][0]["content"][0]["image"] = named
+    if kind == "tar":
+        path = tar_of(tmp_path / "in" / "a.tar", {"s0.json": json.dumps(row).encode()})
+    else:
+        images = [{"path": "other", "bytes": b""}]
+        packed = row | {"messages": json.dumps(row["messages"]), "images": images}
+        path = tmp_path / "in" / "a.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([packed]), path)
+    with pytest.raises(DamagedPicture, match="no such picture"):
+        picture_size(shown(load(path), 0))
+
+
 def test_a_picture_that_the_tar_does_not_have(table: Path, tmp_path: Path) -> None:
     row = rows_of(table)[0]
     tar = tar_of(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})

@@ -55,7 +55,9 @@ class TarSamples:
         }
 
         def placed(name: str) -> str:
-            return beside.get(posixpath.normpath(posixpath.join(folder, name)), name)
+            found = beside.get(posixpath.normpath(posixpath.join(folder, name)))
+            # Below the tar, where nothing is: no picture that did not come with it.
+            return found or posixpath.normpath(f"/{name}").lstrip("/")
 
         return Located(sample.with_files(placed), self.path)
 

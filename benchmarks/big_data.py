@@ -48,7 +48,7 @@ READ = {"small": 400, "large": 40}
 AT_ONCE = 10_000
 """Lines that are written at once, and samples with large pictures."""
 
-SHARD, ROW_GROUP = 2500, 100
+SHARD, ROW_GROUP = 2500, 20
 """Samples of a tar, and of a row group of Parquet."""
 
 Row = dict[str, Any]
@@ -229,6 +229,7 @@ def main() -> None:
             "machine": f"CPU, {cores} of {os.cpu_count()} cores",
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pydantic")},
+            "load_before": round(os.getloadavg()[0], 1),
             "samples": samples,
             "file_gb": round(data.stat().st_size / 2**30, 2),
             "written_s": round(time.perf_counter() - start, 1),

@@ -73,15 +73,16 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
     screen.say(moved_table(rows))
     check_moved(rows)
     _export(session)
-    lines = run.history()
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    late = sum(len(line["dropped"]) for line in lines if "dropped" in line)
+    loss, late = None, 0
+    for line in run.lines():
+        loss = loss if line.get("loss") is None else line["loss"]
+        late += len(line.get("dropped", ()))
     result = RunResult(
         run=str(run.folder),
         steps=session.progress.step,
         samples=session.state().samples,
         dropped=len(session.train.survey.dropped) + late,
-        loss=losses[-1] if losses else None,
+        loss=loss,
         before=before,
         after=after,
         moved=tuple(rows),

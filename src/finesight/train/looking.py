@@ -120,7 +120,7 @@ def _against(session: Session) -> str | None:
 
 def _began_so(session: Session) -> bool:
     """Whether the steps that the run has taken knew their pictures."""
-    lines = [line for line in session.run.history() if "pictures" in line]
+    lines = [line for line in session.run.lines() if "pictures" in line]
     return bool(lines) and bool(lines[-1]["pictures"])
 
 

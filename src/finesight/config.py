@@ -236,7 +236,8 @@ class Train(Section):
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone). `cache` says where features of
-    pictures are kept that a frozen tower has looked at.
+    pictures are kept that a frozen tower has looked at. `parallel` says what several processes
+    share: gradients (DDP), also what is kept of the optimiser (ZeRO-2), also weights (FSDP2).
     """
 
     epochs: Annotated[Real, Field(gt=0.0)] | None = None
@@ -257,6 +258,7 @@ class Train(Section):
     data_seed: Steps = 0
     workers: Steps | None = None
     cache: Cache = "auto"
+    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import remove_folder, sweep, write_folder
+from finesight.storage import explained, remove_folder, sweep, write_folder
 from finesight.train.budget import Budget
+from finesight.train.ranks import ALONE, Ranks
 
 VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
@@ -88,6 +91,27 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class RowFiles(Mapping[str, Tensor]):
+    """Files with some rows of every tensor each, in order; what has no rows is the same in all."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self._files = files
+        self._names = [*dict.fromkeys(name for file in files for name in file)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = [file[name] for file in self._files if name in file]
+        return torch.cat(rows) if rows[0].dim() else rows[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+Tensors = TensorFile | RowFiles
+
+
 def _opened(path: Path) -> Any:
     # Its methods are untyped.
     return safe_open(path, framework="pt")
@@ -110,22 +134,38 @@ class Checkpoints:
         return self.folder / f"step-{step}"
 
     def save(
-        self, state: State, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+        self,
+        state: State,
+        values: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Write a checkpoint, then delete those that are not to be kept. One that is there already
-        stays as it is: it was made from the same steps."""
-        if state.step not in self.steps():
-            with write_folder(self.path(state.step)) as folder:
-                for tensors, name in ((values, VALUES), (moments, MOMENTS)):
-                    # One by one: a GPU has no room for the wide copies of all.
-                    save_file({key: t.cpu() for key, t in tensors.items()}, folder / name)
+        stays as it is: it was made from the same steps. Where `ranks` are several, each of them
+        has to call it, with its own rows of every tensor."""
+        with ExitStack() as stack:
+            folder = None
+            try:
+                if ranks.first and state.step not in self.steps():
+                    folder = stack.enter_context(write_folder(self.path(state.step)))
+            finally:
+                # The others have to know, whatever went wrong.
+                told = ranks.everybodys(folder.name.encode() if folder else b"")[0].decode()
+            if told:
+                with ranks.confirmed():
+                    _write(self.folder / told, values, moments, ranks)
+            if folder is not None:
                 (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
+        if ranks.first:
+            self._tidy(state)
+
+    def _tidy(self, state: State) -> None:
         wanted = {*self.steps()[-self.keep :], state.best.step if state.best else state.step}
         for step in self.steps():
             if step not in wanted:
                 remove_folder(self.path(step))
 
-    def newest(self) -> tuple[State, TensorFile, TensorFile] | None:
+    def newest(self) -> tuple[State, Tensors, Tensors] | None:
         """The last checkpoint, every byte verified: state, values and moments. None without one.
 
         Raises UserError naming what is damaged or missing, and where else the run could go on.
@@ -137,7 +177,7 @@ class Checkpoints:
         before = f"resume from step {steps[-2]}" if len(steps) > 1 else "start from the beginning"
         return self.read(steps[-1], f"delete {self.path(steps[-1])} to {before}")
 
-    def read(self, step: int, remedy: str) -> tuple[State, TensorFile, TensorFile]:
+    def read(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
         """The checkpoint of a step, every byte verified. Raises UserError with the remedy."""
         folder = self.path(step)
         try:
@@ -147,7 +187,31 @@ class Checkpoints:
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
         state = _read_state(folder / STATE, remedy)
-        return state, TensorFile(folder / VALUES), TensorFile(folder / MOMENTS)
+        return state, _tensors(folder, VALUES), _tensors(folder, MOMENTS)
+
+
+def _write(
+    folder: Path, values: Mapping[str, Tensor], moments: Mapping[str, Tensor], ranks: Ranks
+) -> None:
+    for tensors, name in ((values, VALUES), (moments, MOMENTS)):
+        file = folder / (name if ranks.alone else _part(name, ranks.number, ranks.count))
+        # One by one: a GPU has no room for the wide copies of all.
+        with explained(file):
+            save_file({key: t.cpu() for key, t in tensors.items()}, file)
+
+
+def _part(name: str, number: int, count: int) -> str:
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}-{number + 1:05}-of-{count:05}.{ending}"
+
+
+def _tensors(folder: Path, name: str) -> Tensors:
+    whole = folder / name
+    if whole.is_file():
+        return TensorFile(whole)
+    stem, _, ending = name.rpartition(".")
+    found = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
+    return RowFiles([TensorFile(part) for part in found])
 
 
 def _read_state(path: Path, remedy: str) -> State:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
@@ -29,15 +31,16 @@ from finesight.model.fp8 import refuse_device
 from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
-from finesight.model.parts import apply_tuning, trainable
+from finesight.model.parts import apply_tuning
 from finesight.model.qwen_vl import SquareTower
 from finesight.train.budget import Budget
-from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
+from finesight.train.checkpoint import Best, Checkpoints, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
+from finesight.train.parallel import Parallel, share_model
 from finesight.train.progress import Screen
 from finesight.train.ranks import ALONE, Ranks, shared
 from finesight.train.recorded import Passes
@@ -46,7 +49,7 @@ from finesight.train.schedule import Schedule
 from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
-ANYTHING = {"workers", "cache", "keep", "save_every", "device", "precision"}
+ANYTHING = {"workers", "cache", "parallel", "keep", "save_every", "device", "precision"}
 """Settings of `train` that a resumed run may change: they do not touch what is computed."""
 
 
@@ -110,6 +113,7 @@ class Session:
     course: Course
     data: StepData
     model: AnyModel
+    parallel: Parallel
     masters: Masters
     passes: Passes
     watch: Watch
@@ -120,16 +124,18 @@ class Session:
     progress: Progress
 
     def held_out_data(self, pack_tokens: int) -> StepData | None:
-        """The held-out samples in steps of the training's batch, in packs of at most so many
-        tokens."""
+        """This process's held-out samples in steps of the training's batch, in packs of at most so
+        many tokens."""
         if self.held_out is None:
             return None
-        members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
+        own = self.machine.ranks.own(self.held_out.survey.kept)
+        members = InOrder(own, self.recipe.train.batch)
         return self.held_out.in_steps(self.renderer, members, pack_tokens, self.recipe.data)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where
         that is faster."""
+        packed = self.parallel.passable(packed)
         if self.even and not isinstance(self.model, FallbackModel):
             return filled(packed, merge_filled(self.model))
         return packed.to(self.machine.device)
@@ -139,6 +145,16 @@ class Session:
         """Whether sizes are filled up: where a CPU computes in 16 bits, since oneDNN builds its
         kernels anew for every new shape."""
         return self.machine.device.type == "cpu" and self.machine.dtype != torch.float32
+
+    def forget_gradients(self) -> None:
+        """Drop those of a step that is not taken."""
+        self.masters.forget_gradients()
+        self.parallel.forget()
+
+    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Continue from what a checkpoint holds."""
+        self.masters.load(self.parallel.own(values), self.parallel.own(moments))
+        self.parallel.moved()
 
     def keep_within(self, budget: Budget) -> None:
         """Learn within this budget from here on."""
@@ -216,12 +232,13 @@ def prepare(
         continue_adapter(model, base.adapter, base=base.folder)
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
-    learning = trainable(model)
-    masters = Masters(learning, recipe.train, stacked(model))
-    if not machine.ranks.alone:
-        masters.sum_always()
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     members = shared(course, machine.ranks, train.glances(renderer, recipe.data), arithmetic)
+    rows = stacked(model)
+    parallel = share_model(recipe, model, machine.dtype, machine.ranks)
+    masters = Masters(parallel.learning, recipe.train, rows)
+    if not (machine.ranks.alone or parallel.sharded):
+        masters.sum_always()
     budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
@@ -234,8 +251,9 @@ def prepare(
         course=course,
         data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
         model=model.train(),
+        parallel=parallel,
         masters=masters,
-        passes=Passes(model, list(learning.values())),
+        passes=Passes(model, list(parallel.learning.values()), alone=not parallel.sharded),
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,
@@ -249,8 +267,8 @@ def prepare(
     return session
 
 
-def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFile) -> None:
-    session.masters.load(values, moments)
+def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) -> None:
+    session.load(values, moments)
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from heapq import heapify, heapreplace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,10 @@ from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
 from finesight.train.survey import Glance
 
+T = TypeVar("T")
+
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which measures and writes meanwhile."""
-
-OVER, FAILED = 1, 2
-"""What a process says in the place of its numbers of a step."""
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,22 +43,39 @@ class ShareFailed(UserError):
     """A process could not take its share of a step; all know it, and nobody has taken the step."""
 
 
-class Together(NamedTuple):
-    """What all processes have of a step: learned tokens, samples, tokens, samples dropped late; and
-    `signal`, the number of one that asked any of them to stop, or 0."""
+class Errand(IntEnum):
+    """What a process is about to do. The first one says what all of them do; the others are ready
+    for a step, wait, or have failed."""
 
-    supervised: int
-    samples: int
-    tokens: int
+    STEP = 0
+    SAVE = 1
+    MEASURE = 2
+    SETTLE = 3
+    """The end of a run."""
+    OVER = 4
+    WAIT = 5
+    FAILED = 6
+
+
+class Together(NamedTuple):
+    """What all processes have of a step: learned tokens, samples, tokens, the most packs of one,
+    samples dropped late; and `signal`, the number of one that asked any of them to stop, or 0.
+    Where the first process is not about to take a step, its errand and what it says of it."""
+
+    supervised: int = 0
+    samples: int = 0
+    tokens: int = 0
+    packs: int = 0
     dropped: tuple[Dropped, ...] = ()
     signal: int = 0
-    over: bool = False
-    """Whether the first process takes no more steps."""
+    errand: Errand = Errand.STEP
+    argument: int = 0
 
     @classmethod
     def of(cls, step: Step, signal: int = 0) -> Together:
         """That of one process."""
-        return cls(step.supervised, step.samples, step.tokens, step.dropped, signal)
+        figures = step.supervised, step.samples, step.tokens, len(step.packs)
+        return cls(*figures, step.dropped, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +114,25 @@ class Ranks:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of what may be done in any order: every so manieth."""
+        return items[self.number :: self.count]
+
     def agreed(self, step: Step, signal: int = 0) -> Together:
-        """The step of all processes. All of them have to ask, and wait for each other."""
+        """The step of all processes, or what the first one does before it. All of them have to ask,
+        and wait for each other. Raises ShareFailed where one of them cannot go on."""
         own = Together.of(step, signal)
         if self.alone:
             return own
-        numbers = (step.number, *own[:3], len(step.dropped), signal, 0)
-        return self._summed(self._gathered(numbers), step)
+        figures = step.number, *own[:4], len(step.dropped)
+        return self._summed(self._gathered((*figures, signal, Errand.STEP)), step.dropped)
 
-    def dismiss(self, signal: int = 0) -> None:
-        """No more steps are taken: of the first process, in the place of `agreed`; of the others,
-        to wait for that."""
-        if not self.alone:
-            self._gathered((0, 0, 0, 0, 0, signal, OVER))
-
-    def give_up(self) -> None:
-        """Of a process that cannot go on, in the place of `agreed`: others raise ShareFailed."""
-        if not self.alone:
-            self._gathered((0, 0, 0, 0, 0, 0, FAILED))
+    def called(self, errand: Errand, argument: int = 0, signal: int = 0) -> Together:
+        """In the place of `agreed`. Of the first process: what it is about to do. Of the others:
+        WAIT, to hear what the first one does, and FAILED, of one that cannot go on."""
+        if self.alone:
+            return Together(errand=errand, argument=argument)
+        return self._summed(self._gathered((argument, 0, 0, 0, 0, 0, signal, errand)))
 
     def confirm(self, *, well: bool) -> None:
         """All processes say whether they could take their share; raises ShareFailed where this one
@@ -153,29 +171,50 @@ class Ranks:
         dist.all_gather(everybodys, own)
         return [one.tolist() for one in everybodys]
 
-    def _summed(self, everybodys: list[list[int]], step: Step) -> Together:
-        steps, supervised, samples, tokens, dropped, signals, over = zip(*everybodys, strict=True)
-        self._refuse([number for number, end in enumerate(over) if end == FAILED])
-        if OVER in over:
-            return Together(0, 0, 0, (), max(signals), over=True)
-        if len(set(steps)) > 1:
+    def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
+        *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
+        steps, supervised, samples, tokens = figures
+        if said[self.number] != Errand.FAILED:
+            self._refuse([number for number, one in enumerate(said) if one == Errand.FAILED])
+        if said[0] != Errand.STEP:
+            return Together(signal=max(signals), errand=Errand(said[0]), argument=steps[0])
+        if len({*zip(steps, said, strict=True)}) > 1:
             raise ShareFailed(
                 f"the processes stand before different steps: {', '.join(map(str, steps))}",
                 where="training",
                 expected="one output that all processes see",
                 remedy="put the run on a disk that all machines share",
             )
-        left_out = self._all_of(step.dropped) if any(dropped) else ()
-        return Together(sum(supervised), sum(samples), sum(tokens), left_out, max(signals))
+        left_out = self._all_of(own) if any(dropped) else ()
+        whole = sum(supervised), sum(samples), sum(tokens), max(packs)
+        return Together(*whole, left_out, max(signals))
 
     def _all_of(self, dropped: Sequence[Dropped]) -> tuple[Dropped, ...]:
-        told = json.dumps(dropped).encode()
-        ((longest,), *_) = sorted(self._gathered((len(told),)), reverse=True)
-        room = torch.tensor(list(told.ljust(longest)), dtype=torch.uint8)
-        everybodys = [torch.empty_like(room) for _ in range(self.count)]
-        dist.all_gather(everybodys, room)
-        lists = [json.loads(bytes(one.tolist())) for one in everybodys]
-        return tuple(Dropped(*one) for found in lists for one in found)
+        told = self.everybodys(json.dumps(dropped).encode())
+        return tuple(Dropped(*one) for found in map(json.loads, told) for one in found)
+
+    def everybodys(self, told: bytes) -> list[bytes]:
+        """What every process tells, in order. All of them have to."""
+        if self.alone:
+            return [told]
+        sizes = [size for (size,) in self._gathered((len(told),))]
+        room = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        if told:
+            room[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        rooms = [torch.empty_like(room) for _ in sizes]
+        dist.all_gather(rooms, room)
+        return [one[:size].numpy().tobytes() for one, size in zip(rooms, sizes, strict=True)]
+
+    @contextmanager
+    def confirmed(self) -> Iterator[None]:
+        """A block that all processes go through. Raises ShareFailed where it came to its end here,
+        and not in another one."""
+        well = False
+        try:
+            yield
+            well = True
+        finally:
+            self.confirm(well=well)
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in its place."""

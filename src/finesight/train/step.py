@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from finesight.encode.pack import PackedBatch
+from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step, read_steps
@@ -89,17 +89,11 @@ def take_step(
     by = scale.value
     ranks = session.machine.ranks
     together = together or Together.of(step)
-    well = False
-    try:
+    # Before anybody waits for what a process that failed will never give.
+    with ranks.confirmed():
         total = _accumulate(session, step, together, stop, seen)
-        well = True
-    finally:
-        # Before anybody waits for what a process that failed will never give.
-        ranks.confirm(well=well)
-    if not ranks.alone:
-        masters.join(ranks.add)
-        ranks.add(total)
-    norm = masters.norm()
+    ranks.add(total)
+    norm = session.parallel.joined(masters)
     taken = Taken(
         step=step,
         together=together,
@@ -116,11 +110,12 @@ def take_step(
         # Whether to move at all depends on the norm.
         _, found = replace(taken, moved=False).wait()
         if not scale.accept(found, step.number + 1):
-            masters.forget_gradients()
+            session.forget_gradients()
             return replace(taken, moved=False)
     elif taken.event is None:
         taken.wait()
     masters.step(taken.factor, norm, by)
+    session.parallel.moved()
     return taken
 
 
@@ -132,24 +127,32 @@ def _accumulate(
     total = torch.zeros((), device=device)
     share = torch.full((), session.scale.value / max(1, together.supervised), device=device)
     ranks = session.machine.ranks
-    for micro, packed in enumerate(step.packs):
+    for micro, packed in enumerate(_micro_batches(session, step, together)):
         # In the middle of a step the others would wait for this process.
         if stop.asked and ranks.alone:
-            session.masters.forget_gradients()
+            session.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         number = micro * ranks.count + ranks.number
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, number))
         known = None if seen is None else step.known[micro]
+        weight = share if packed.sample_ids else torch.zeros_like(share)
         try:
             if micro:
                 session.masters.add_up()
-            total += _learn(session, packed, share, seen, known)
+            total += _learn(session, packed, weight, seen, known)
         except torch.OutOfMemoryError as error:
             # Another try has as much room as this one, and that of recordings, too.
             session.passes.forget()
-            session.masters.forget_gradients()
+            session.forget_gradients()
             raise too_much(error, packed, session.progress.budget, learning=True) from None
     return total
+
+
+def _micro_batches(session: Session, step: Step, together: Together) -> Sequence[PackedBatch]:
+    """The packs of a step. Where layers are put together for each, as many as any process has."""
+    if not session.parallel.sharded:
+        return step.packs
+    return *step.packs, *[nothing()] * (together.packs - len(step.packs))
 
 
 def _learn(

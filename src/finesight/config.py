@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -44,11 +45,25 @@ StepsOrShare = Steps | Share
 """A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
 
 
-class DataFile(Section):
-    """One JSONL file of samples. `weight` is how many times an epoch passes over it (2.0: twice,
-    0.5: a different half each epoch); `limit` takes only its first samples."""
+def _as_place(value: object) -> object:
+    return value if is_address(value) else _as_path(value)
 
-    path: FilePath
+
+def is_address(value: object) -> bool:
+    """Whether it is text that names a file in object storage, such as `s3://BUCKET/NAME`."""
+    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
+FilePlace = Annotated[Path | str, BeforeValidator(_as_place)]
+"""A path, or the address of a file in object storage: no other text."""
+
+
+class DataFile(Section):
+    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them. `weight` is
+    how many times an epoch passes over it (2.0: twice, 0.5: a different half each epoch); `limit`
+    takes only its first samples."""
+
+    path: FilePlace
     weight: Annotated[Real, Field(gt=0.0)] = 1.0
     limit: Positive | None = None
 

@@ -29,7 +29,7 @@ from finesight.errors import UserError
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
-from finesight.train.survey import Survey
+from finesight.train.survey import Glance
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -332,12 +332,11 @@ class _Alone(NamedTuple):
 
 
 def shared(
-    course: Members, ranks: Ranks, survey: Survey, arithmetic: Arithmetic | Uncounted
+    course: Members, ranks: Ranks, glances: Mapping[int, Glance], arithmetic: Arithmetic | Uncounted
 ) -> Members:
     """This process's samples of each step, about as costly as those of any other."""
     if ranks.alone:
         return course
-    glances = dict(zip(survey.kept, survey.glances, strict=True))
 
     def cost(index: int) -> float:
         seen = glances[index]

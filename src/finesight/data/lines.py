@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """The data file, open for reading. Raises Unreadable when it cannot be opened or read."""
     try:
         with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # such as /dev/zero, without an end
+                raise Unreadable(
+                    "is a device",
+                    where=str(path),
+                    expected="a data file",
+                    remedy="check the path",
+                )
             yield file
     except FileNotFoundError as error:
         raise Unreadable(

@@ -40,7 +40,8 @@ def read_ahead(
     loader: DataLoader[Item | UserError] = DataLoader(
         data,
         batch_size=None,
-        sampler=list(numbers),
+        # A range of any length takes no memory.
+        sampler=numbers if isinstance(numbers, range) else list(numbers),
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,

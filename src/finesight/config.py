@@ -26,20 +26,26 @@ def _as_path(value: object) -> object:
 
 def _as_float(value: object) -> object:
     # YAML reads 1 as an integer and, without a dot, 1e-4 as text: both mean a number here.
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):
+    if isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
     return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Real = Annotated[float, BeforeValidator(_as_float)]
-Positive = Annotated[int, Field(gt=0)]
-Steps = Annotated[int, Field(ge=0)]
+
+MOST = 1_000_000_000
+"""Of anything that is counted: what is more was mistyped, and would end where memory does."""
+
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Steps = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(gt=0, le=65_535)]
+"""Pixels along a side, as many as a JPEG may have."""
+
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
 StepsOrShare = Steps | Share
 """A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
@@ -64,7 +70,7 @@ class DataFile(Section):
     takes only its first samples."""
 
     path: FilePlace
-    weight: Annotated[Real, Field(gt=0.0)] = 1.0
+    weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
     limit: Positive | None = None
 
 
@@ -102,14 +108,14 @@ class PixelRange(Section):
 class ExactSize(Section):
     """Every picture to one size, rounded to what the family's patches allow."""
 
-    height: Positive
-    width: Positive
+    height: Side
+    width: Side
 
 
 class LongestSide(Section):
     """Scale so that the longer side has this many pixels, keep the shape."""
 
-    longest_side: Positive
+    longest_side: Side
 
 
 PictureRule = PixelRange | ExactSize | LongestSide
@@ -127,8 +133,8 @@ class Lora(Section):
     """Low-rank adapters (Hu et al. 2021): scale is alpha / rank; `targets` narrows the linear
     layers of a part by the last piece of their hub name, by default all of them."""
 
-    rank: Positive = 64
-    alpha: Annotated[Real, Field(gt=0.0)] = 16.0
+    rank: Annotated[int, Field(gt=0, le=65_536)] = 64
+    alpha: Annotated[Real, Field(gt=0.0, le=1e9)] = 16.0
     dropout: Annotated[Real, Field(ge=0.0, lt=1.0)] = 0.05
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
@@ -240,7 +246,7 @@ class Train(Section):
     share: gradients (DDP), also what is kept of the optimiser (ZeRO-2), also weights (FSDP2).
     """
 
-    epochs: Annotated[Real, Field(gt=0.0)] | None = None
+    epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
     steps: Positive | None = None
     batch: Positive = 16
     pack_tokens: Positive = 4096
@@ -254,9 +260,9 @@ class Train(Section):
     recompute: bool | Share = False
     precision: Precision = "auto"
     device: Device = "auto"
-    seed: Steps = 0
-    data_seed: Steps = 0
-    workers: Steps | None = None
+    seed: Seed = 0
+    data_seed: Seed = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     cache: Cache = "auto"
     parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
     save_every: StepsOrShare | None = None
@@ -288,7 +294,7 @@ class Eval(Section):
     every: StepsOrShare | None = None
     patience: Positive | None = None
     limit: Positive | None = None
-    max_new_tokens: Positive = 512
+    max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
     batch: Positive = 32
 
     @model_validator(mode="after")

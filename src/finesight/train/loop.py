@@ -64,7 +64,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
     start = time.perf_counter()
     run = Run(recipe.output)
     run.check_free(resume)
-    with ExitStack() as stack, _enough_memory():
+    with ExitStack() as stack, enough_memory():
         begun = resume and run.begun
         if begun:
             # Nobody may write into the run while it is read.
@@ -116,7 +116,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
+    """Within the block, a memory that is full becomes a UserError that says what takes less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -127,6 +128,17 @@ def _enough_memory() -> Iterator[None]:
             remedy="end other programs on this GPU, keep frozen weights in four bits"
             " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
             " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the memory",
+            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
+            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
+            " (eval.max_new_tokens)",
         ) from error
 
 

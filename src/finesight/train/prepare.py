@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -299,11 +300,11 @@ def base_of(recipe: Recipe) -> Base:
             remedy="leave adapter out, or name the model that it belongs to",
         )
     manifest = parts.manifest
-    if (adapter / MANIFEST).is_file():
+    if os.path.isfile(adapter / MANIFEST):
         manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
-    if not (adapter / ADAPTER_CONFIG).is_file() and (adapter / "adapter").is_dir():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
         adapter = adapter / "adapter"
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
         raise UserError(
             f"no {ADAPTER_CONFIG} in {adapter}",
             where="adapter",

@@ -65,6 +65,13 @@ class Run:
                 expected="a new folder, or --resume to go on with that run",
                 remedy=f"add --resume, or choose another one: output={self.folder}-2",
             )
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise UserError(
+                f"{self.folder.name} is a link to nothing",
+                where=str(self.folder),
+                expected="a folder, or nothing yet",
+                remedy="remove the link, or choose another output",
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(
                 f"{self.folder.name} is a file",

@@ -29,7 +29,7 @@ from finesight.train.report import Reporter, plan_of
 from finesight.train.room import checkpoint_bytes, require_room_for_run
 from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
-from finesight.train.schedule import in_steps
+from finesight.train.schedule import in_steps, saved_every
 from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
@@ -37,9 +37,6 @@ from finesight.train.tower import OffCard, leaves
 from finesight.train.track import trackers
 from finesight.train.waiting import awaited
 from finesight.train.workers import WorkerDied
-
-USUAL_SAVE = 0.25
-"""Share of a run between two checkpoints, where the recipe does not say."""
 
 
 def train(
@@ -149,11 +146,12 @@ class Loop:
         self.session, self.screen, self.reporter, self.stop = session, screen, reporter, stop
         self.total = len(session.course)
         settings, evaluation = session.recipe.train, session.recipe.eval
-        save = USUAL_SAVE if settings.save_every is None else settings.save_every
-        self.save_every = in_steps(save, self.total)
+        self.save_every = saved_every(settings, self.total)
         # Without a metric, the held-out loss costs so little that it is had with every checkpoint.
-        every = save if evaluation is None else (evaluation.every or 0)
-        self.measure_every = in_steps(every, self.total) if session.held_out else 0
+        every = self.save_every
+        if evaluation is not None:
+            every = in_steps(evaluation.every or 0, self.total)
+        self.measure_every = every if session.held_out else 0
         self.patience = evaluation.patience if evaluation else None
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
         # A CPU has no time beside its steps.

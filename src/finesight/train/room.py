@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from finesight.storage import require_room
 from finesight.train.prepare import Session
+from finesight.train.schedule import saved_every
 
 
 def checkpoint_bytes(session: Session) -> int:
@@ -19,10 +20,12 @@ def require_room_for_run(session: Session, present: int) -> None:
     """Raises UserError where the disk has no room for the checkpoints that a run keeps, of which
     so many are `present`, for the best one, for another that is being written, and for the trained
     weights."""
-    one, keep = checkpoint_bytes(session), session.recipe.train.keep
-    more = max(1, min(keep + 2, len(session.course) - session.progress.step + 1) - present)
-    weights = 4 * session.masters.numbers
-    if session.recipe.tune.uses("full"):
+    recipe, total = session.recipe, len(session.course)
+    one, every = checkpoint_bytes(session), saved_every(recipe.train, total)
+    coming = 1 + ((total - session.progress.step) // every if every else 0)
+    more = max(1, min(recipe.train.keep + 2, coming + 1 if every else 1) - present)
+    weights = 4 * session.masters.numbers if recipe.tune.uses("lora") else 0
+    if recipe.tune.uses("full"):
         weights += sum(parameter.nbytes for parameter in session.model.parameters())
     require_room(
         session.run.folder,

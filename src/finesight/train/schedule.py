@@ -7,10 +7,18 @@ import math
 from finesight.config import StepsOrShare, Train
 from finesight.errors import UserError
 
+USUAL_SAVE = 0.25
+"""Share of a run between two checkpoints, where the recipe does not say."""
+
 
 def in_steps(value: StepsOrShare, total: int) -> int:
     """A count of steps as it is, a share as so many of `total` steps, rounded up."""
     return value if isinstance(value, int) else math.ceil(value * total)
+
+
+def saved_every(train: Train, total: int) -> int:
+    """Steps between two checkpoints; 0 where only the last step has one."""
+    return in_steps(USUAL_SAVE if train.save_every is None else train.save_every, total)
 
 
 class Schedule:

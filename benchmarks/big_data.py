@@ -7,8 +7,8 @@ Draws 400 pictures and writes a JSONL file of so many samples that show them in 
 seconds from the command to the first step and the most memory, that of the run and its reading
 processes (a page that some share counted once), looked at ten times a second. Input alone, nothing
 learned: samples/s that come out of the readers, in the run's own order, for pictures of two sizes,
-and of the larger ones in tars and Parquet, too; `cpu_ms` is the processor's time for a sample, which
-other programs on the machine do not swell. The files that it wrote are removed.
+and of the larger ones in tars and Parquet, too; `cpu_ms` is the processor's time for a sample, that
+other programs on the machine hardly swell. The files that it wrote are removed.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
 from finesight.remote.archive import is_archive
+from finesight.yaml_text import parsed
 
 ELSEWHERE = ("hf:", "modelscope:", "https:/", "http:/")
 """How sources begin that are not on this machine."""
@@ -100,7 +101,7 @@ def is_recipe(path: Path) -> bool:
     if path.suffix.lower() not in (".yaml", ".yml"):
         return False
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return True  # whoever reads recipes says what is wrong
     return not isinstance(content, dict) or "names" not in content

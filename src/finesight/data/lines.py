@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -149,6 +150,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """The data file, open for reading. Raises Unreadable when it cannot be opened or read."""
     try:
         with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # such as /dev/zero, without an end
+                raise Unreadable(
+                    "is a device",
+                    where=str(path),
+                    expected="a data file",
+                    remedy="check the path",
+                )
             yield file
     except FileNotFoundError as error:
         raise Unreadable(

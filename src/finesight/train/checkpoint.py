@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import explained, remove_folder, sweep, write_folder
+from finesight.storage import explained, remove_folder, set_aside, sweep, write_folder
 from finesight.train.budget import Budget
 from finesight.train.ranks import ALONE, Ranks
 
@@ -49,8 +50,9 @@ class State(BaseModel):
 
     `step` steps are finished, and `samples` is the position in the order of the data, counted in
     samples since the start. `measured` is the step of the last measurement. `budget` is that of the
-    next step, None in runs of versions that kept to the recipe's. `identity` holds the settings and
-    fingerprints that a run which goes on must share, by name.
+    next step, None in runs of versions that kept to the recipe's. `void` counts steps that moved
+    nothing, as their figures were no finite numbers, and `void_in_a_row` the last of them.
+    `identity` holds the settings and fingerprints that a run which goes on must share, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +64,22 @@ class State(BaseModel):
     best: Best | None
     loss_scale: dict[str, float]
     budget: Budget | None = None
+    void: int = 0
+    void_in_a_row: int = 0
     identity: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: `step` steps finished, `void` of them void, last measured after step
+    `measured` (-1: never), and the budget of the next step."""
+
+    budget: Budget
+    step: int = 0
+    measured: int = -1
+    best: Best | None = None
+    void: int = 0
+    void_in_a_row: int = 0
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -117,6 +134,10 @@ def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or has changed since it was written."""
+
+
 class Checkpoints:
     """The checkpoints of a run: the last `keep` of them and the best one stay."""
 
@@ -150,7 +171,7 @@ class Checkpoints:
                     folder = stack.enter_context(write_folder(self.path(state.step)))
             finally:
                 # The others have to know, whatever went wrong.
-                told = ranks.everybodys(folder.name.encode() if folder else b"")[0].decode()
+                told = ranks.everybodys(folder.name if folder else "")[0].decode()
             if told:
                 with ranks.confirmed():
                     _write(self.folder / told, values, moments, ranks)
@@ -165,25 +186,44 @@ class Checkpoints:
             if step not in wanted:
                 remove_folder(self.path(step))
 
-    def newest(self) -> tuple[State, Tensors, Tensors] | None:
-        """The last checkpoint, every byte verified: state, values and moments. None without one.
+    def newest(self, say: Callable[[str], None]) -> tuple[State, Tensors, Tensors] | None:
+        """The last checkpoint that is whole, every byte verified: state, values and moments. None
+        without one. Damaged ones after it are told to `say`; see `set_aside`.
 
-        Raises UserError naming what is damaged or missing, and where else the run could go on.
+        Raises UserError where all are damaged, naming what is wrong with the last one.
         """
         sweep(self.folder)
-        steps = self.steps()
-        if not steps:
-            return None
-        before = f"resume from step {steps[-2]}" if len(steps) > 1 else "start from the beginning"
-        return self.read(steps[-1], f"delete {self.path(steps[-1])} to {before}")
+        last: UserError | None = None
+        for step in reversed(self.steps()):
+            remedy = f"delete {self.folder} to start from the beginning"
+            try:
+                found = self.read(step, remedy)
+            except DamagedCheckpoint as error:
+                last = last or error
+                say(f"the checkpoint of step {step} is damaged: {error.where}: {error.what}")
+            else:
+                if last is not None:
+                    say(f"going on from that of step {step}, the last one that is whole")
+                return found
+        if last is not None:
+            raise last
+        return None
+
+    def set_aside(self, step: int) -> None:
+        """Take the checkpoints after this step for damaged ones: they make room for those that
+        will be written again, under names that nothing reads."""
+        for later in self.steps():
+            if later > step:
+                set_aside(self.path(later), self.folder / f"damaged-step-{later}")
 
     def read(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
-        """The checkpoint of a step, every byte verified. Raises UserError with the remedy."""
+        """The checkpoint of a step, every byte verified. Raises UserError with the remedy, a
+        DamagedCheckpoint where it is not as it was written."""
         folder = self.path(step)
         try:
             verify_folder(folder)
         except UserError as error:
-            raise UserError(
+            raise DamagedCheckpoint(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
         state = _read_state(folder / STATE, remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
         _export(session)
     loss, late = None, 0
     for line in run.lines():
-        loss = loss if line.get("loss") is None else line["loss"]
+        found = line.get("loss")
+        # Of a void step it is NaN.
+        if found is not None and isfinite(found):
+            loss = found
         late += len(line.get("dropped", ()))
     result = RunResult(
         run=str(run.folder),

@@ -13,6 +13,7 @@ from finesight.config import Recipe
 from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
 from finesight.report.run_page import MOST_ON_THE_WAY
+from finesight.storage import require_room
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
@@ -22,9 +23,10 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, joined
+from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, StepTorn, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
+from finesight.train.room import checkpoint_bytes, require_room_for_run
 from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
 from finesight.train.schedule import in_steps
@@ -49,7 +51,7 @@ def train(
     and come back with nothing.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
-    Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
+    Interrupted, with a checkpoint of the last finished step, when one of `stop.SIGNALS` arrives.
     """
     with joined() as ranks:
         if ranks.first:
@@ -62,7 +64,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
     start = time.perf_counter()
     run = Run(recipe.output)
     run.check_free(resume)
-    with ExitStack() as stack, _enough_memory():
+    with ExitStack() as stack, enough_memory():
         begun = resume and run.begun
         if begun:
             # Nobody may write into the run while it is read.
@@ -73,6 +75,8 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
                 report(run, screen)
             return result
         session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
+        checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
+        require_room_for_run(session, len(checkpoints.steps()))
         if not begun:
             stack.enter_context(run.locked())
             # Another process may have been quicker.
@@ -80,6 +84,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         ranks.same(session.identity)
+        checkpoints.set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
@@ -111,7 +116,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
+    """Within the block, a memory that is full becomes a UserError that says what takes less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -122,6 +128,17 @@ def _enough_memory() -> Iterator[None]:
             remedy="end other programs on this GPU, keep frozen weights in four bits"
             " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
             " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the memory",
+            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
+            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
+            " (eval.max_new_tokens)",
         ) from error
 
 
@@ -145,6 +162,7 @@ class Loop:
         self.saving = Saving(self.checkpoints, meanwhile=beside, ranks=together)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
+        self.torn = False
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -161,6 +179,9 @@ class Loop:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
             return finish(self.session, self.screen, self.checkpoints)
+        except StepTorn:
+            self.torn = True
+            raise
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
@@ -174,9 +195,10 @@ class Loop:
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
-            # Some may have ended: what went wrong there is theirs to say.
-            with suppress(RuntimeError):
-                self.ranks.called(Errand.OVER, signal=self.stop.number)
+            if not self.torn:
+                # Some may have ended: what went wrong there is theirs to say.
+                with suppress(RuntimeError, ShareFailed):
+                    self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
@@ -184,13 +206,9 @@ class Loop:
             return
         budget, device = self.session.progress.budget, self.session.machine.device
         with self.looked() as seen, self.reporter.showing(self.total):
-            if self.ranks.alone:
-                within_memory(
-                    budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
-                )
-            else:
-                # Others would not know that the step is tried again.
-                self.steps_within(budget, seen)
+            within_memory(
+                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+            )
             self.reporter.catch_up()
 
     def steps_within(self, budget: Budget, seen: Seen | None) -> None:
@@ -273,10 +291,24 @@ class Loop:
         """A checkpoint of the steps finished so far, unless it is there already."""
         session = self.session
         if session.progress.step:
+            self.require_room()
+            # A checkpoint must not know of a measurement that nobody can read any more.
+            session.run.flush()
             if session.parallel.sharded:
                 self.ranks.called(Errand.SAVE)
             tensors = session.masters.values(), session.masters.moments()
             self.saving.save(session.state(), *tensors)
+
+    def require_room(self) -> None:
+        """Raises UserError where the disk has no room for another checkpoint."""
+        step, folder = self.session.progress.step, self.checkpoints.folder
+        if step not in self.checkpoints.steps():
+            require_room(
+                folder,
+                checkpoint_bytes(self.session),
+                f"a checkpoint of step {step}",
+                "free some space, then start again with --resume",
+            )
 
     def interruption(self) -> Interrupted:
         """Where the run stands and how to go on."""

@@ -163,7 +163,7 @@ def _spread(ranks: Ranks, ask: Ask) -> Ask:
             return answers
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
-        for number, told in enumerate(ranks.everybodys(_ANSWERS.dump_json(answers))):
+        for number, told in enumerate(ranks.everybodys(_ANSWERS.dump_json(answers).decode())):
             found, missing = _ANSWERS.validate_json(told)
             places = range(number, len(samples), ranks.count)
             unreadable |= {places[index]: why for index, why in missing.items()}
@@ -186,7 +186,7 @@ class Summed(NamedTuple):
 def _mean(session: Session, own: Summed, screen: Screen) -> float:
     """The loss per learned token, of all processes. Raises UserError when all samples are
     damaged."""
-    told = session.machine.ranks.everybodys(json.dumps(own).encode())
+    told = session.machine.ranks.everybodys(json.dumps(own))
     losses, tokens, all_dropped = zip(*map(json.loads, told), strict=True)
     dropped = [Dropped(*one) for some in all_dropped for one in some]
     if not sum(tokens):

@@ -85,7 +85,7 @@ class Watch:
         names the parameters that gradients came to. Where each of `ranks` has rows of every
         parameter, all of them have to ask."""
         own = self._looked(reached)
-        told = ranks.everybodys(json.dumps(own).encode()) if sharded else []
+        told = ranks.everybodys(json.dumps(own)) if sharded else []
         found: dict[str, _Look] = {}
         for looks in map(json.loads, told) if sharded else [own]:
             for name, look in looks.items():

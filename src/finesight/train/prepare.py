@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning
 from finesight.model.qwen_vl import SquareTower
 from finesight.train.budget import Budget
-from finesight.train.checkpoint import Best, Checkpoints, State, Tensors, check_identity
+from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
@@ -86,17 +87,6 @@ class Base:
             picture = self.manifest.picture if picture is None else picture
             system = self.manifest.system if system is None else system
         return renderer_of(self.folder, picture, system)
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never), and
-    the budget of the next step."""
-
-    budget: Budget
-    step: int = 0
-    measured: int = -1
-    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +161,8 @@ class Session:
             best=self.progress.best,
             loss_scale=self.scale.state(),
             budget=self.progress.budget,
+            void=self.progress.void,
+            void_in_a_row=self.progress.void_in_a_row,
             identity=self.identity,
         )
 
@@ -222,7 +214,7 @@ def prepare(
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
-    found = checkpoints.newest() if resume else None
+    found = checkpoints.newest(screen.say) if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
     nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
@@ -272,6 +264,7 @@ def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) ->
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+    progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
         session.keep_within(state.budget)
 
@@ -307,11 +300,11 @@ def base_of(recipe: Recipe) -> Base:
             remedy="leave adapter out, or name the model that it belongs to",
         )
     manifest = parts.manifest
-    if (adapter / MANIFEST).is_file():
+    if os.path.isfile(adapter / MANIFEST):
         manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
-    if not (adapter / ADAPTER_CONFIG).is_file() and (adapter / "adapter").is_dir():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
         adapter = adapter / "adapter"
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
         raise UserError(
             f"no {ADAPTER_CONFIG} in {adapter}",
             where="adapter",

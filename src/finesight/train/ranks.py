@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from heapq import heapify, heapreplace
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,23 @@ from torch import Tensor
 
 from finesight.encode.encoded import Grid
 from finesight.errors import UserError
+from finesight.train.budget import Budget, FullMemory
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
 from finesight.train.survey import Glance
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which measures and writes meanwhile."""
+
+AWAITED = timedelta(minutes=30)
+"""How long the first one waits for the others, which have nothing but their share to compute, and
+any for what all have begun."""
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -55,6 +63,11 @@ class Errand(IntEnum):
     OVER = 4
     WAIT = 5
     FAILED = 6
+
+
+class StepTorn(UserError):
+    """This process could not take its share of a step in the middle of which the others wait for
+    it: there is nobody left to speak to."""
 
 
 class Together(NamedTuple):
@@ -78,6 +91,42 @@ class Together(NamedTuple):
         return cls(*figures, step.dropped, signal)
 
 
+class Roll:
+    """Meetings of all processes, to which each brings something, where all can see it: who does not
+    come has a number."""
+
+    def __init__(self, store: Store, number: int, count: int) -> None:
+        self._store, self._number, self._count = store, number, count
+        self._meeting = 0
+
+    def gathered(self, own: str, patience: timedelta) -> list[bytes]:
+        """What every process has brought, in order. Raises ShareFailed when one has not come by
+        then."""
+        self._meeting += 1
+        keys = [f"finesight/{self._meeting}/{number}" for number in range(self._count)]
+        self._store.set(keys[self._number], own)
+        # All have left the meeting before the last one: who came to the last had left it.
+        self._store.delete_key(f"finesight/{self._meeting - 2}/{self._number}")
+        try:
+            self._store.wait(keys, patience)
+        except RuntimeError as error:
+            raise ShareFailed(
+                f"process {self._missing(keys)} of {self._count} has not answered for {patience}",
+                where="training",
+                expected="every process with its share of a step",
+                remedy="see what that process said, and start again with --resume",
+            ) from error
+        return self._store.multi_get(keys)
+
+    def _missing(self, keys: Sequence[str]) -> str:
+        try:
+            came = [self._store.check([key]) for key in keys]
+        except RuntimeError:
+            # Who kept the roll is gone.
+            return "0"
+        return ", ".join(str(number) for number, here in enumerate(came) if not here)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Process `number` of `count`; on its machine it is number `local` of `beside`."""
@@ -86,6 +135,7 @@ class Ranks:
     count: int = 1
     local: int = 0
     beside: int = 1
+    roll: Roll | None = None
 
     @property
     def first(self) -> bool:
@@ -134,13 +184,6 @@ class Ranks:
             return Together(errand=errand, argument=argument)
         return self._summed(self._gathered((argument, 0, 0, 0, 0, 0, signal, errand)))
 
-    def confirm(self, *, well: bool) -> None:
-        """All processes say whether they could take their share; raises ShareFailed where this one
-        could and another could not."""
-        failed = [] if self.alone else self._gathered((int(not well),))
-        if well:
-            self._refuse([number for number, (bad,) in enumerate(failed) if bad])
-
     def _refuse(self, failed: Sequence[int]) -> None:
         if failed:
             raise ShareFailed(
@@ -165,11 +208,13 @@ class Ranks:
             )
 
     def _gathered(self, numbers: Sequence[int]) -> list[list[int]]:
-        """These of every process, in order."""
-        own = torch.tensor(numbers)
-        everybodys = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(everybodys, own)
-        return [one.tolist() for one in everybodys]
+        """These of every process, in order. Raises ShareFailed with the number of one that does
+        not come."""
+        return [json.loads(told) for told in self._told(json.dumps(numbers))]
+
+    def _told(self, own: str) -> list[bytes]:
+        assert self.roll is not None, f"process {self.number} of {self.count} is on no roll"
+        return self.roll.gathered(own, AWAITED if self.first else PATIENCE)
 
     def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
         *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
@@ -190,36 +235,57 @@ class Ranks:
         return Together(*whole, left_out, max(signals))
 
     def _all_of(self, dropped: Sequence[Dropped]) -> tuple[Dropped, ...]:
-        told = self.everybodys(json.dumps(dropped).encode())
+        told = self.everybodys(json.dumps(dropped))
         return tuple(Dropped(*one) for found in map(json.loads, told) for one in found)
 
-    def everybodys(self, told: bytes) -> list[bytes]:
+    def everybodys(self, told: str) -> list[bytes]:
         """What every process tells, in order. All of them have to."""
-        if self.alone:
-            return [told]
-        sizes = [size for (size,) in self._gathered((len(told),))]
-        room = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        if told:
-            room[: len(told)] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
-        rooms = [torch.empty_like(room) for _ in sizes]
-        dist.all_gather(rooms, room)
-        return [one[:size].numpy().tobytes() for one, size in zip(rooms, sizes, strict=True)]
+        return [told.encode()] if self.alone else self._told(told)
 
     @contextmanager
     def confirmed(self) -> Iterator[None]:
         """A block that all processes go through. Raises ShareFailed where it came to its end here,
-        and not in another one."""
-        well = False
+        and not in another one; and FullMemory in all of them where a smaller budget would do."""
+        full, well = None, False
         try:
             yield
             well = True
+        except FullMemory as error:
+            full = error
         finally:
-            self.confirm(well=well)
+            below = full and full.below
+            told = [well, below.model_dump() if below else None]
+            everybodys = [json.loads(one) for one in self.everybodys(json.dumps(told))]
+        self._refuse_budgets(everybodys, full)
+
+    def _refuse_budgets(self, everybodys: list[Any], full: FullMemory | None) -> None:
+        """Of what all have said of a block that did not fail here otherwise."""
+        if full is not None and full.below is None:
+            raise full
+        self._refuse([n for n, (well, below) in enumerate(everybodys) if not well and not below])
+        less = {n: Budget(**below) for n, (_, below) in enumerate(everybodys) if below}
+        if not less:
+            return
+        full = full or FullMemory(
+            f"the memory of the GPU of process {', '.join(map(str, less))} is full"
+        )
+        full.below = Budget(
+            pack_tokens=min(budget.pack_tokens for budget in less.values()),
+            recompute=max(budget.recompute for budget in less.values()),
+        )
+        raise full
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor, in its place."""
-        if not self.alone:
+        """The sum of every process's tensor, in its place. On a CPU, raises ShareFailed as meetings
+        do; what a GPU waits for, torch ends after `AWAITED`."""
+        if self.alone:
+            return tensor
+        try:
             dist.all_reduce(tensor)
+        except RuntimeError:
+            # All whom it failed come to say so.
+            self._told("")
+            raise
         return tensor
 
 
@@ -245,8 +311,11 @@ def joined() -> Iterator[Ranks]:
     local = int(found["LOCAL_RANK"])
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    yield Ranks(int(found["RANK"]), int(found["WORLD_SIZE"]), local, beside)
+    dist.init_process_group(backend, timeout=AWAITED)
+    number, count = int(found["RANK"]), int(found["WORLD_SIZE"])
+    # The one that the processes have found each other by.
+    roll = Roll(dist.distributed_c10d._get_default_store(), number, count)
+    yield Ranks(number, count, local, beside, roll)
     # Where something was raised, others may be far from here: they would be waited for.
     dist.destroy_process_group()
 

@@ -26,7 +26,15 @@ from finesight.run_folder import (
     REPORT,
     RESULT,
 )
-from finesight.storage import append_line, cut_file, explained, make_folder, sweep, write_file
+from finesight.storage import (
+    append_line,
+    cut_file,
+    explained,
+    flush_file,
+    make_folder,
+    sweep,
+    write_file,
+)
 
 
 class Run:
@@ -56,6 +64,13 @@ class Run:
                 where=str(self.folder),
                 expected="a new folder, or --resume to go on with that run",
                 remedy=f"add --resume, or choose another one: output={self.folder}-2",
+            )
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise UserError(
+                f"{self.folder.name} is a link to nothing",
+                where=str(self.folder),
+                expected="a folder, or nothing yet",
+                remedy="remove the link, or choose another output",
             )
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(
@@ -112,8 +127,12 @@ class Run:
             write_file(self.folder / own.COPY, place[0].read_bytes())
 
     def note(self, figures: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        append_line(self.metrics, json.dumps(figures, allow_nan=False))
+        """Append a line to `metrics.jsonl`: JSON, but for NaN where a step had no finite figure."""
+        append_line(self.metrics, json.dumps(figures))
+
+    def flush(self) -> None:
+        """Let all that was noted survive a power failure."""
+        flush_file(self.metrics)
 
     def write(self, name: str, content: object) -> None:
         """Put `content` into the folder as a JSON file."""
@@ -125,7 +144,8 @@ class Run:
         write_file(self.folder / DROPPED, "".join(lines).encode())
 
     def finished(self, result: object) -> None:
-        """Write the result: the run is complete."""
+        """Write the result: the run is complete, and what was noted stays."""
+        self.flush()
         self.write(RESULT, result)
 
     def result(self) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor
 
 from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
-from finesight.train.budget import Budget, too_much
+from finesight.train.budget import Budget, FullMemory, too_much
 from finesight.train.loader import Step, read_steps
-from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
-from finesight.train.ranks import Together
+from finesight.train.ranks import Ranks, StepTorn, Together
 from finesight.train.seen import Seen
 from finesight.train.stop import Stop
 
@@ -26,8 +26,9 @@ class Taken:
     """A step that the device may still be working on.
 
     `coming_2` holds mean loss per learned token and gradient norm, on their way to the CPU until
-    `event` has happened. `moved` is False for a step that an overflow in fp16 made void, and for
-    one without a usable sample. `budget` is that of its packs.
+    `event` has happened: where one of them is no finite number, the device has left everything as
+    it was. `moved` is False for a step whose gradients overflowed in fp16, and for one without a
+    usable sample. `budget` is that of its packs.
     """
 
     step: Step
@@ -40,16 +41,10 @@ class Taken:
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
-        """Loss and gradient norm, once the device has them.
-
-        Raises UserError when one of them is no finite number in a step that moved the model.
-        """
+        """Loss and gradient norm, once the device has them."""
         if self.event is not None:
             self.event.synchronize()
         loss, norm = self.coming_2.tolist()
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if self.moved and not math.isfinite(value):
-                raise not_finite(value, what, self.step.number + 1)
         return loss, norm
 
 
@@ -81,16 +76,15 @@ def take_step(
     known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
-    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A bad gradient
-    raises UserError here where waiting for the device costs nothing, and otherwise in `wait`, one
-    step later; nothing is saved in between.
+    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A step whose loss
+    or gradients are no finite numbers moves nothing, in any process: the device sees to that.
     """
     masters, scale = session.masters, session.scale
     by = scale.value
     ranks = session.machine.ranks
     together = together or Together.of(step)
     # Before anybody waits for what a process that failed will never give.
-    with ranks.confirmed():
+    with _untorn(ranks) if session.parallel.sharded else ranks.confirmed():
         total = _accumulate(session, step, together, stop, seen)
     ranks.add(total)
     norm = session.parallel.joined(masters)
@@ -107,16 +101,32 @@ def take_step(
     if not taken.moved:
         return taken
     if scale.active:
-        # Whether to move at all depends on the norm.
-        _, found = replace(taken, moved=False).wait()
-        if not scale.accept(found, step.number + 1):
+        # What the next step's loss is multiplied by depends on the norm.
+        loss, found = taken.wait()
+        if math.isfinite(loss) and not scale.accept(found):
             session.forget_gradients()
             return replace(taken, moved=False)
-    elif taken.event is None:
-        taken.wait()
-    masters.step(taken.factor, norm, by)
+    masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
     session.parallel.moved()
     return taken
+
+
+@contextmanager
+def _untorn(ranks: Ranks) -> Iterator[None]:
+    """The packs of a step whose layers are put together by all processes."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, FullMemory)
+        raise StepTorn(
+            f"process {ranks.number} of {ranks.count} broke off in the middle of a step: {error}",
+            where="training",
+            expected="every process with its share of every layer",
+            remedy="set a lower train.pack_tokens or train.recompute=true, and start again with"
+            " --resume"
+            if full
+            else "start again with --resume",
+        ) from error
 
 
 def _accumulate(

@@ -11,18 +11,22 @@ from types import FrameType
 
 from finesight.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SOON_OVER = (signal.SIGUSR1, signal.SIGUSR2)
+"""What a scheduler sends some time before a job has to end (sbatch --signal=USR1@300)."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *SOON_OVER)
 
 
 class Stop:
-    """Whether SIGINT or SIGTERM has arrived."""
+    """Whether one of these signals has arrived."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the first signal is noted, and a second one acts as it did before.
+        """Within the block the first signal is noted, and a second one acts as it did before, but
+        for one that only says again that time is short.
 
         Only the main thread can listen; in another one signals act as ever.
         """
@@ -34,6 +38,8 @@ class Stop:
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal is None:
                 self.signal = signal.Signals(number)
+                return
+            if number in SOON_OVER:
                 return
             signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -7,7 +7,8 @@ Draws 400 pictures and writes a JSONL file of so many samples that show them in 
 seconds from the command to the first step and the most memory, that of the run and its reading
 processes (a page that some share counted once), looked at ten times a second. Input alone, nothing
 learned: samples/s that come out of the readers, in the run's own order, for pictures of two sizes,
-and of the larger ones in tars and Parquet, too. The files that it wrote are removed.
+and of the larger ones in tars and Parquet, too; `cpu_ms` is the processor's time for a sample, that
+other programs on the machine hardly swell. The files that it wrote are removed.
 """
 
 from __future__ import annotations
@@ -163,9 +164,9 @@ def read(data: Path, samples: int | None, kind: str, workers: int) -> Row:
     steps = StepData(corpus, renderer, course, 4096, "refuse", max_length=limit)
     with closing(read_steps(steps, 0, workers, pin=False)) as coming:
         next(coming)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         number = sum(step.samples for step in islice(coming, READ[kind]))
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - before
     sides = SIZES[kind]
     return {
         "file": data.name,
@@ -174,6 +175,7 @@ def read(data: Path, samples: int | None, kind: str, workers: int) -> Row:
         "reading_processes": workers,
         "opened_s": round(opened_s, 2),
         "samples_per_s": round(number / seconds),
+        "cpu_ms": None if workers else round(1000 * busy / number, 2),
     }
 
 

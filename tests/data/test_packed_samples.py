@@ -72,6 +72,21 @@ def test_shards_of_tars_by_a_pattern(table: Path, tmp_path: Path) -> None:
     assert len({corpus.fingerprint, few.fingerprint, load(table).fingerprint}) == 3
 
 
+def test_many_shards_are_gone_through_by_several_processes(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    pattern = as_tars(table, tmp_path / "shards", each=1)
+    alone = load(pattern)
+    monkeypatch.setattr("finesight.data.sources.MANY", 7)
+    together = load(pattern)
+    assert together.fingerprint == alone.fingerprint
+    assert_same(together, table)
+    (tmp_path / "shards" / "003.tar").write_bytes(b"none" * 500)
+    with pytest.raises(UserError, match=r"003\.tar: cannot be read"):
+        load(pattern)
+
+
 @pytest.mark.parametrize("texts", [False, True], ids=["structs", "texts"])
 def test_parquet_with_pictures_in_it(table: Path, tmp_path: Path, texts: bool) -> None:
     path = as_parquet(table, tmp_path / "a.parquet", group=3, texts=texts)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,8 +27,8 @@ UNUSED_S = 90 * 24 * 3600.0
 FORMAT = 1
 """To be raised where what an index holds changes."""
 
-_DIGEST = 32
-"""Bytes of a SHA-256."""
+_WORDS = 4
+"""Numbers of eight bytes that a SHA-256 takes."""
 
 
 class Index(NamedTuple):
@@ -52,62 +53,63 @@ def index_folder() -> Path:
 
 
 def indexed(file: BinaryIO, path: Path, kind: str, find: Callable[[], Index]) -> Index:
-    """What `find` says of the open file at `path`, or said when the file was the same one: in the
-    same place, of the same size, and not written to since, as the file system tells."""
-    identity = _identity(file, path, kind)
+    """What `find` says of the open file at `path`, or said when the file was the same one: of the
+    same size, and not written to since, as the file system tells."""
+    identity = _identity(file)
     if os.fstat(file.fileno()).st_size < LEAST[kind]:
         return find()
-    kept = index_folder() / f"{identity}.index"
-    index = _read(kept)
+    place = hashlib.sha256(f"{kind} {path.absolute()}".encode(errors="surrogateescape"))
+    kept = index_folder() / f"{place.hexdigest()}.index"
+    index = _read(kept, identity)
     if index is None:
         index = find()
-        if _identity(file, path, kind) == identity:
-            _write(kept, index)
+        if _identity(file) == identity:
+            _write(kept, identity, index)
     return index
 
 
-def _identity(file: BinaryIO, path: Path, kind: str) -> str:
+def _identity(file: BinaryIO) -> bytes:
     found = os.fstat(file.fileno())
     # The time of change, which programs cannot set, beside that of writing, which copies keep.
     times = found.st_size, found.st_mtime_ns, found.st_ctime_ns
-    told = FORMAT, kind, str(path.absolute()), found.st_dev, found.st_ino, *times
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    return hashlib.sha256(repr((FORMAT, found.st_dev, found.st_ino, *times)).encode()).digest()
 
 
-def _read(kept: Path) -> Index | None:
-    """The index, mapped; None where there is none, or a damaged one."""
+def _read(kept: Path, identity: bytes) -> Index | None:
+    """The index, mapped; None where there is none of this file, or a damaged one."""
     try:
         whole_N: NDArray[np.int64] = np.asarray(np.memmap(kept, np.int64, "r"))
         os.utime(kept)
     except (OSError, ValueError):
         return None
-    words = _DIGEST // 8
-    if len(whole_N) < 2 * words + 2:
+    if len(whole_N) < 3 * _WORDS + 2:
         return None
-    if hashlib.sha256(whole_N[words:].data).digest() != whole_N[:words].tobytes():
+    own, of_file, content = (whole_N[at * _WORDS :][:_WORDS].tobytes() for at in range(3))
+    if of_file != identity or hashlib.sha256(whole_N[_WORDS:].data).digest() != own:
         return None
-    samples, rest_N = int(whole_N[2 * words]), whole_N[2 * words + 1 :]
-    digest = whole_N[words : 2 * words].tobytes().hex()
-    return Index(rest_N[: samples + 1], rest_N[samples + 1 :], digest)
+    samples, rest_N = int(whole_N[3 * _WORDS]), whole_N[3 * _WORDS + 1 :]
+    return Index(rest_N[: samples + 1], rest_N[samples + 1 :], content.hex())
 
 
-def _write(kept: Path, index: Index) -> None:
-    """Eight bytes a number: a SHA-256 of what follows, the content's, the number of samples, then
-    the numbers of the index."""
-    content = np.frombuffer(bytes.fromhex(index.digest), np.int64)
+def _write(kept: Path, identity: bytes, index: Index) -> None:
+    """Eight bytes a number: SHA-256 of what follows, of the file's identity and of its content, the
+    number of samples, then the numbers of the index."""
+    digests = np.frombuffer(identity + bytes.fromhex(index.digest), np.int64)
     samples = np.array([len(index.bounds_N1) - 1])
-    told_N = np.concatenate([content, samples, index.bounds_N1, index.beside_B])
-    own = np.frombuffer(hashlib.sha256(told_N.data).digest(), np.int64)
+    told_N = np.concatenate([digests, samples, index.bounds_N1, index.beside_B])
+    own = hashlib.sha256(told_N.data).digest()
     try:
         make_folder(kept.parent)
         _remove_unused(kept.parent)
-        write_file(kept, np.concatenate([own, told_N]).tobytes())
+        write_file(kept, own + told_N.tobytes())
     except (UserError, OSError):
         # It would only have saved time.
         return
 
 
+@lru_cache
 def _remove_unused(folder: Path) -> None:
+    """Once in a process: there may be thousands of shards."""
     for old in folder.glob("*.index"):
         if time.time() - old.stat().st_mtime > UNUSED_S:
             old.unlink(missing_ok=True)

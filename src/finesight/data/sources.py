@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 
 from finesight.config import DataFile, HeldOutFile
@@ -17,6 +21,9 @@ from finesight.data.rules import check_sample
 from finesight.data.shards import Samples, Shards, files_at, packed
 from finesight.data.tar_samples import tar_samples
 from finesight.remote.objects import fetched
+
+MANY = 8
+"""Files that are worth processes of their own."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,21 @@ def load_sources(files: Sequence[HeldOutFile], *, answered: bool = True) -> Corp
 def _samples(place: Path | str) -> Samples:
     """Those of a file, or of all files that a pattern fits. Raises UserError for none."""
     files = files_at(place) if isinstance(place, Path) else fetched(packed(place))
-    shards = [_of_file(file) for file in files]
+    shards = _of_files(files)
     samples = shards[0] if len(files) == 1 else Shards(tuple(shards))
     if not len(samples):
         raise no_samples(place)
     return samples
+
+
+def _of_files(files: list[Path]) -> list[Samples]:
+    """Those of each file; of many files in several processes, as going through one takes a while
+    where that was not done before."""
+    cores = os.cpu_count() or 1
+    if len(files) < MANY or cores == 1 or sys.platform != "linux":
+        return [_of_file(file) for file in files]
+    with ProcessPoolExecutor(min(cores, len(files)), get_context("fork")) as pool:
+        return list(pool.map(_of_file, files))
 
 
 def _of_file(path: Path) -> Samples:

@@ -274,8 +274,9 @@ class StepData(Dataset[Parcel | UserError]):
     def _encode(self, index: int, located: Located) -> Encoded:
         if self._known is None:
             encoded = self._renderer.encode(located)
-            problem = self._max_length and unfit(encoded.outline, self._max_length)
-            if problem:
+            limit = self._max_length
+            problem = None if limit is None else unfit(encoded.outline, limit)
+            if problem is not None:
                 raise problem
             return encoded
         unseen = self._renderer.unseen(located)

@@ -16,6 +16,7 @@ COMMANDS = (
     ["quickstart"],
     ["download"],
     ["train"],
+    ["launch"],
     ["eval"],
     ["predict"],
     ["merge"],

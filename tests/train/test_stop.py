@@ -32,6 +32,17 @@ def test_second_signal_acts_as_before() -> None:
     assert stop.signal == signal.SIGTERM
 
 
+def test_a_signal_that_another_process_told_of_may_still_come() -> None:
+    """As where a scheduler signals all processes, one after the other."""
+    stop = Stop()
+    with stop.listening():
+        stop.heed(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with Stop().listening():

@@ -1,5 +1,6 @@
 # make quickstart   set up .venv and run the demonstration on the CPU
 # make test         set up .venv and run every check
+# make test-faults  break runs at every point that the fault tests know, not at a few: minutes
 # make measures     print the house measures
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint types layers unit measures clean
+.PHONY: quickstart test test-faults lint types layers unit measures clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -30,6 +31,9 @@ measures: $(VENV)/.installed-dev
 # The tests compute with small tensors: one thread is quicker than several that wait for each other.
 unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --every-fault
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

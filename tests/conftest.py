@@ -12,6 +12,13 @@ import pytest
 _ASSETS = pytest.StashKey[str]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many points of a fault are tried."""
+    parser.addoption(
+        "--every-fault", action="store_true", help="tests/faults at every point, not at a few"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What runs keep for later ones stays apart from what is on this machine. Here, as
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from finesight import storage
@@ -78,18 +79,20 @@ class PowerCut(DyingDisk):
     def __init__(self, last: int, root: Path) -> None:
         super().__init__(last)
         self.root = root
-        self.flushed = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+        files = [path for path in root.rglob("*") if path.is_file()]
+        self.flushed = {path.stat().st_ino: path.stat().st_size for path in files}
         folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
         self.entries = {path.stat().st_ino: set(os.listdir(path)) for path in folders}
         self.renames: list[tuple[Path, Path, bytes | None]] = []
 
-    def write(self, file: int, data: memoryview) -> int:
-        self.flushed.discard(os.fstat(file).st_ino)
-        return super().write(file, data)
+    def create(self, path: Path) -> int:
+        file = super().create(path)
+        self.flushed[os.fstat(file).st_ino] = 0
+        return file
 
     def sync(self, file: int) -> None:
         super().sync(file)
-        self.flushed.add(os.fstat(file).st_ino)
+        self.flushed[os.fstat(file).st_ino] = os.fstat(file).st_size
 
     def sync_path(self, path: Path) -> None:
         super().sync_path(path)
@@ -97,7 +100,7 @@ class PowerCut(DyingDisk):
             self.entries[path.stat().st_ino] = set(os.listdir(path))
             self.renames = [rename for rename in self.renames if rename[1].parent != path]
         else:
-            self.flushed.add(path.stat().st_ino)
+            self.flushed[path.stat().st_ino] = path.stat().st_size
 
     def rename(self, source: Path, target: Path) -> None:
         before = target.read_bytes() if target.is_file() else None
@@ -110,7 +113,7 @@ class PowerCut(DyingDisk):
             target.rename(source)
             if before is not None:
                 target.write_bytes(before)
-                self.flushed.add(target.stat().st_ino)
+                self.flushed[target.stat().st_ino] = len(before)
         for folder, folders, files in os.walk(self.root):
             kept = self.entries.get(Path(folder).stat().st_ino, set())
             for name in set(folders) - kept:
@@ -119,6 +122,28 @@ class PowerCut(DyingDisk):
             for path in (Path(folder) / name for name in files):
                 if path.name not in kept:
                     path.unlink()
-                elif path.stat().st_ino not in self.flushed:
-                    os.truncate(path, path.stat().st_size // 2)
+                    continue
+                sure, size = self.flushed.get(path.stat().st_ino, 0), path.stat().st_size
+                if size > sure:
+                    os.truncate(path, sure + (size - sure) // 2)
         super().die()
+
+
+def in_dying_child(
+    last: int, action: Callable[[Path], None], store: Path, crash: str = "process"
+) -> bool:
+    """Whether `action` got through in a child that dies before its operation number `last`, alone
+    or with the power; when it got through, the power goes off after it."""
+    child = os.fork()
+    if child == 0:
+        disk = PowerCut(last, store) if crash == "power" else DyingDisk(last)
+        with storage.using(disk):
+            action(store)
+        if crash == "power" and os.fork() == 0:
+            disk.die()
+        elif crash == "power":
+            os.wait()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL, f"child ended {status}"
+    return os.WIFEXITED(status)

@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dying_disk import DyingDisk, PowerCut
+from dying_disk import in_dying_child
 from safetensors.numpy import load_file, save_file
 
 from finesight import digests, storage
@@ -79,26 +77,6 @@ def replace_generation(store: Path) -> None:
     """What a run does at a checkpoint: write the new folder, delete the old one, note a line."""
     write_all(store / "new", NEW)
     storage.remove_folder(store / "old")
-
-
-def in_dying_child(
-    last: int, action: Callable[[Path], None], store: Path, crash: str = "process"
-) -> bool:
-    """Whether `action` got through in a child that dies before its operation number `last`, alone
-    or with the power; when it got through, the power goes off after it."""
-    child = os.fork()
-    if child == 0:
-        disk = PowerCut(last, store) if crash == "power" else DyingDisk(last)
-        with storage.using(disk):
-            action(store)
-        if crash == "power" and os.fork() == 0:
-            disk.die()
-        elif crash == "power":
-            os.wait()
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL, f"child ended {status}"
-    return os.WIFEXITED(status)
 
 
 @pytest.mark.parametrize("crash", ["process", "power"])

@@ -37,6 +37,7 @@ FOLDERS = {
     "tools": "What holds the project to its own rules.",
     "benchmarks": "Measurements, their results, and what they say.",
     "tests": "Tests: tests/AREA/test_x.py is about src/finesight/AREA/x.py.",
+    "tests/faults": "Twenty-five ways to break a run, and what survives each.",
     "tests/invariants": "Equalities: packed = alone, resumed = uninterrupted, and so on.",
 }
 """Folders that are described as a whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -50,11 +51,25 @@ StepsOrShare = Steps | Share
 """A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
 
 
-class DataFile(Section):
-    """One JSONL file of samples. `weight` is how many times an epoch passes over it (2.0: twice,
-    0.5: a different half each epoch); `limit` takes only its first samples."""
+def _as_place(value: object) -> object:
+    return value if is_address(value) else _as_path(value)
 
-    path: FilePath
+
+def is_address(value: object) -> bool:
+    """Whether it is text that names a file in object storage, such as `s3://BUCKET/NAME`."""
+    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
+FilePlace = Annotated[Path | str, BeforeValidator(_as_place)]
+"""A path, or the address of a file in object storage: no other text."""
+
+
+class DataFile(Section):
+    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them. `weight` is
+    how many times an epoch passes over it (2.0: twice, 0.5: a different half each epoch); `limit`
+    takes only its first samples."""
+
+    path: FilePlace
     weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
     limit: Positive | None = None
 
@@ -227,7 +242,8 @@ class Train(Section):
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone). `cache` says where features of
-    pictures are kept that a frozen tower has looked at.
+    pictures are kept that a frozen tower has looked at. `parallel` says what several processes
+    share: gradients (DDP), also what is kept of the optimiser (ZeRO-2), also weights (FSDP2).
     """
 
     epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
@@ -248,6 +264,7 @@ class Train(Section):
     data_seed: Seed = 0
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     cache: Cache = "auto"
+    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 

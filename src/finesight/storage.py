@@ -82,6 +82,10 @@ class Disk:
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
 
+    def free(self, path: Path) -> int:
+        """Bytes that this user may still write to the disk of an existing file or folder."""
+        return shutil.disk_usage(path).free
+
 
 _DISK: ContextVar[Disk] = ContextVar("disk", default=Disk())  # noqa: B039 (it has no state)
 
@@ -120,6 +124,21 @@ def _refusal(path: Path, number: int) -> UserError:
         expected="a place that takes what is written",
         remedy=_REMEDIES[number],
     )
+
+
+def require_room(path: Path, size: int, what: str, remedy: str) -> None:
+    """Raises UserError unless `size` bytes are free for `what`, where `path` is or will be. Quotas
+    are not known here: only writing tells."""
+    with explained(path):
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = _DISK.get().free(there)
+    if free < size:
+        raise UserError(
+            f"{free / 1e9:.3g} GB are free on this disk",
+            where=str(path),
+            expected=f"at least {size / 1e9:.3g} GB: {what}",
+            remedy=remedy,
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -253,8 +272,8 @@ def write_file(path: Path, data: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append `line` and a line end to a file that its reader may find torn after a crash.
 
-    Not flushed to the disk: a power failure loses the last lines. When the disk is full nothing
-    of the line stays, and a UserError says so.
+    Not flushed to the disk: a power failure loses the lines since `flush_file`. When the disk is
+    full nothing of the line stays, and a UserError says so.
     """
     disk, data = _DISK.get(), f"{line}\n".encode()
     with explained(path):
@@ -267,6 +286,14 @@ def append_line(path: Path, line: str) -> None:
             raise
         finally:
             os.close(file)
+
+
+def flush_file(path: Path) -> None:
+    """Let what has been appended to the file, if there is one, survive a power failure."""
+    if path.exists():
+        with explained(path):
+            _DISK.get().sync_path(path)
+            _DISK.get().sync_path(path.parent)
 
 
 def cut_file(path: Path, size: int) -> None:
@@ -288,6 +315,15 @@ def remove_folder(path: Path) -> None:
         disk.rename(path, hidden)
         disk.sync_path(path.parent)
         disk.remove_tree(hidden)
+
+
+def set_aside(path: Path, other: Path) -> None:
+    """Give a folder another name; one that has it already makes room."""
+    with explained(path):
+        if other.exists():
+            remove_folder(other)
+        _DISK.get().rename(path, other)
+        _DISK.get().sync_path(path.parent)
 
 
 def sweep(folder: Path) -> None:

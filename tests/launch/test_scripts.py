@@ -6,22 +6,19 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import fake_slurm
 import pytest
-from small_run import Task, losses, write_recipe
+from launching import TUNE, a_job, started, wait_for_steps
+from small_run import Task, losses
 
 from finesight.errors import UserError
 from finesight.launch.job import Job, Machines
 from finesight.launch.scripts import Queue, slurm, torchrun
 
 NASTY = 'it\'s; $(touch stolen) `id` "x" \n *'
-TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
 
 
 def job(folder: Path, machines: Machines, python: str = sys.executable, output: str = "run") -> Job:
@@ -115,46 +112,6 @@ def test_a_directive_has_no_quotes(value: str) -> None:
     assert caught.value.where == "--partition"
 
 
-def started(folder: Path, text: str, tasks: int) -> subprocess.Popen[str]:
-    """The script as Slurm runs it, with so many tasks on this machine."""
-    commands = folder / "slurm"
-    if not commands.exists():
-        fake_slurm.install(commands)
-    (folder / "job.sh").write_text(text)
-    environment = {
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "FAKE_SLURM": str(commands),
-        "OMP_NUM_THREADS": "1",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NTASKS": str(tasks),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-    return subprocess.Popen(
-        ["bash", str(folder / "job.sh")],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def a_job(task: Task, name: str, tasks: int, epochs: int, save_every: int = 1000) -> Job:
-    output = {"output": str(task.folder / name), "tune": TUNE}
-    settings = {"learning_rate": 1e-3, "epochs": epochs, "save_every": save_every}
-    path = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
-    return Job.of(path, (), None, Machines(1, 2, tasks))
-
-
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while len(losses(folder)) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="bash and processes as on clusters")
 def test_slurm_warns_requeues_and_the_run_comes_to_its_end(tmp_path: Path) -> None:
     """Two processes learn until the warning, three after it: as if one had learned alone."""
@@ -166,7 +123,7 @@ def test_slurm_warns_requeues_and_the_run_comes_to_its_end(tmp_path: Path) -> No
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM, checkpoint of step" in said
+    assert "stopped by SIGUSR1, checkpoint of step" in said
     stopped = max(step for step, _ in losses(folder))
     assert stopped < 55
     assert (folder / "checkpoints" / f"step-{stopped}").is_dir()
@@ -196,57 +153,3 @@ def test_slurm_does_not_requeue_what_fails_or_is_stopped_by_hand(tmp_path: Path)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == ends, said
     assert "scontrol requeue" not in told.read_text()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-def test_torchrun_grows_and_starts_again_what_died(tmp_path: Path) -> None:
-    """One machine learns until a second one comes; then a process of both is killed. Each time the
-    run goes on from its newest checkpoint, and learns what one process learns."""
-    task = Task(tmp_path / "task")
-    text = torchrun(a_job(task, "run", 1, epochs=40, save_every=10))
-    # Half a minute for more machines to come, else.
-    text = text.replace("=c10d", "=c10d --rdzv-conf=last_call_timeout=1")
-    text = text.replace("$MASTER_PORT", str(port := free_port())).replace("29400", str(port))
-    folder = task.folder / "run"
-    first = started(tmp_path, text, 1)
-    wait_for_steps(folder, 4, first)
-    second = started(tmp_path, text, 1)
-    wait_for_processes(folder, [1, 2], first)
-    os.kill(rank_of(second.pid), signal.SIGKILL)
-    for process in (first, second):
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-    assert processes(folder) == [1, 2, 2]
-    assert json.loads((folder / "result.json").read_text())["steps"] == 110
-    alone = task.run("train.epochs=40", "train.learning_rate=1e-3", name="alone", tune=TUNE)
-    assert alone.steps == 110
-    # Rounding grows from step to step.
-    assert dict(losses(folder)) == pytest.approx(dict(losses(task.folder / "alone")), rel=1e-3)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def processes(folder: Path) -> list[int]:
-    """How many learned together, each time that the run was begun or gone on with."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["processes"] for line in lines if "processes" in line]
-
-
-def wait_for_processes(folder: Path, counts: list[int], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while processes(folder) != counts:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def rank_of(launcher: int) -> int:
-    """The process that a launcher has started."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = [c for c in children if b"finesight" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return int(ranks[-1])

@@ -45,9 +45,9 @@ def save(checkpoints: Checkpoints, step: int, best: Best | None = None) -> None:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.newest() is None
+    assert checkpoints.newest(print) is None
     save(checkpoints, 7)
-    found = checkpoints.newest()
+    found = checkpoints.newest(print)
     assert found is not None
     assert found[0] == state(7)
     assert {name: value.tolist() for name, value in found[1].items()} == {
@@ -81,26 +81,27 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [VALUES, MOMENTS, STATE, digests.DIGESTS])
 @pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
-def test_damage_is_named_and_the_way_out_told(
+def test_damage_is_named_and_the_last_whole_one_found(
     tmp_path: Path, name: str, spoil: Callable[[Path], None], words: str
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 5)
     save(checkpoints, 9)
     spoil(tmp_path / "step-9" / name)
-    with pytest.raises(UserError) as caught:
-        checkpoints.newest()
-    message = str(caught.value)
+    said: list[str] = []
+    found = checkpoints.newest(said.append)
+    assert found is not None
+    assert found[0].step == 5
+    message, outcome = said
     assert str(tmp_path / "step-9") in message
     assert words in message
-    assert f"delete {tmp_path / 'step-9'} to resume from step 5" in message
+    assert "from that of step 5" in outcome
     if spoil is flip and name != digests.DIGESTS:
         assert name in message
         assert digests.digest(tmp_path / "step-9" / name) in message
-    storage.remove_folder(tmp_path / "step-9")
-    found = checkpoints.newest()
-    assert found is not None
-    assert found[0].step == 5
+    checkpoints.set_aside(5)
+    assert checkpoints.steps() == [5]
+    assert (tmp_path / "damaged-step-9").is_dir()
 
 
 def test_damage_to_the_only_one(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_damage_to_the_only_one(tmp_path: Path) -> None:
     save(checkpoints, 5)
     flip(tmp_path / "step-5" / VALUES)
     with pytest.raises(UserError, match="to start from the beginning"):
-        checkpoints.newest()
+        checkpoints.newest(print)
 
 
 def test_leftovers_of_a_crash_are_cleared_and_never_read(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_leftovers_of_a_crash_are_cleared_and_never_read(tmp_path: Path) -> None
     save(checkpoints, 5)
     (tmp_path / ".step-9.partial").mkdir()
     (tmp_path / ".step-9.partial" / VALUES).write_bytes(b"half")
-    found = checkpoints.newest()
+    found = checkpoints.newest(print)
     assert found is not None
     assert found[0].step == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
@@ -142,7 +143,7 @@ def test_state_of_another_release(tmp_path: Path, change: dict[str, Any], words:
     save(checkpoints, 5)
     rewrite(tmp_path / "step-5", change)
     with pytest.raises(UserError, match=words) as caught:
-        checkpoints.newest()
+        checkpoints.newest(print)
     assert str(tmp_path / "step-5" / STATE) in str(caught.value)
 
 

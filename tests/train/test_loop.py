@@ -133,10 +133,18 @@ def test_resume_from_a_damaged_checkpoint(task: Task, spoil: Any, words: str) ->
     task.recipe["train"]["keep"] = 3
     run = task.unfinished()
     spoil(run / "checkpoints" / "step-4")
+    assert task.run(resume=True).steps == 6
+    assert words in task.screen
+    assert "going on from that of step 2" in task.screen
+    assert (run / "checkpoints" / "damaged-step-4").is_dir()
+    spoil(run / "checkpoints" / "step-2")
+    (run / "result.json").unlink()
+    for step in (4, 6):
+        storage.remove_folder(run / "checkpoints" / f"step-{step}")
     with pytest.raises(UserError) as caught:
         task.run(resume=True)
     assert words in str(caught.value)
-    assert "to resume from step 2" in caught.value.remedy
+    assert "to start from the beginning" in caught.value.remedy
 
 
 def test_damaged_pictures_are_counted_and_the_run_goes_on(task: Task) -> None:

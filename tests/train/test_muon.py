@@ -99,7 +99,7 @@ def test_steps_are_those_of_each_matrix_alone(monkeypatch: pytest.MonkeyPatch, m
     )
     for of_step in grads:
         grad_E.copy_(torch.cat([grad.flatten() for grad in of_step]))
-        muon.step(0.1, 0.5)
+        muon.step(0.1, 0.5, torch.ones(()))
     for place, master, number in zip(places, masters, range(3), strict=True):
         expected = reference(master, [of_step[number] for of_step in grads], 0.1, 0.5)
         torch.testing.assert_close(flat[place].view(master.shape), expected)
@@ -121,9 +121,31 @@ def test_recorded_steps_are_the_launched_ones() -> None:
         for grad, rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
             muon._warm &= recorded
-            muon.step(rate, 0.5)
+            muon.step(rate, 0.5, torch.ones((), device="cuda"))
         assert (muon._recorded is not None) is recorded
         moved.append((master_E, muon.momentum_E))
+    for one, other in zip(*moved, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_void_step_changes_nothing_recorded_or_not(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(5)
+    grads = torch.randn(4, 6144, device="cuda", generator=generator)
+    moved = []
+    for broken in (True, False):
+        masters = Wide(torch.ones(6144, device="cuda", dtype=dtype))
+        grad_E = torch.zeros(6144, device="cuda")
+        muon = Muon(masters, grad_E, [Matrix(slice(0, 6144), 64, 96)])
+        for grad in grads:
+            if broken:
+                grad_E.fill_(torch.nan)
+                muon.step(0.1, 0.5, torch.full((), torch.nan, device="cuda"))
+            grad_E.copy_(grad)
+            muon.step(0.1, 0.5, torch.ones((), device="cuda"))
+        moved.append((masters.of(slice(0, 6144)), muon.momentum_E))
     for one, other in zip(*moved, strict=True):
         assert torch.equal(one, other)
 

@@ -12,41 +12,15 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launched import run, start, unfinished
 from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
-from finesight.storage import remove_folder
 from finesight.train.checkpoint import MOMENTS, VALUES
 from finesight.train.ranks import Ranks, Share
-
-# Drop-outs are a function of the process, too.
-TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
-
-
-def start(task: Task, count: int, name: str, *words: str, **train: Any) -> subprocess.Popen[str]:
-    output = {"output": str(task.folder / name), "tune": TUNE}
-    settings = {"learning_rate": 1e-3} | train
-    recipe = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *(launcher if count > 1 else []), "-m", "finesight", "train"]
-    return subprocess.Popen(
-        [*command, str(recipe), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_OF_TEST": output["output"]},
-    )
-
-
-def run(task: Task, count: int, name: str, *words: str, **train: Any) -> Path:
-    process = start(task, count, name, *words, **train)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return task.folder / name
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
@@ -65,13 +39,6 @@ def assert_alike(folder: Path, other: Path) -> None:
         assert (tensor - theirs[name]).square().mean().sqrt() <= 1e-6, name
 
 
-def unfinished(folder: Path) -> Path:
-    """The run as it was after its fourth step."""
-    (folder / "result.json").unlink()
-    remove_folder(folder / "checkpoints" / "step-6")
-    return folder
-
-
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
     """The last step has two samples: of four processes two have nothing to learn. Each run is gone
     on with by another number of them."""
@@ -88,6 +55,25 @@ def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
     assert_alike(four, alone)
     started = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [line["processes"] for line in started if "processes" in line] == [2, 1]
+
+
+def test_answers_are_shared_out(tmp_path: Path) -> None:
+    """Three held-out samples, one of them damaged: of four processes some have none to answer, and
+    what is measured and written is what one process does."""
+    task = Task(tmp_path / "task")
+    broken = task.folder / "eval1.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 8}
+    folders = [run(task, count, f"run{count}", epochs=1) for count in (1, 2, 4)]
+    for name in ("before", "after"):
+        alone, *others = [(run_ / "predictions" / f"{name}.jsonl").read_text() for run_ in folders]
+        assert alone.count("\n") == 2
+        assert others == [alone, alone]
+    first, *others = [json.loads((one / "result.json").read_text())["after"] for one in folders]
+    for other in others:
+        assert other["scores"] == first["scores"]
+        assert other["intervals"] == first["intervals"]
+        assert other["held_out_loss"] == pytest.approx(first["held_out_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "muon"])

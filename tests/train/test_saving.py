@@ -55,7 +55,7 @@ def test_what_changes_while_it_is_written_is_not_in_it(tmp_path: Path) -> None:
     values["layer.weight"].fill_(7.0)
     disk.may.set()
     saving.wait()
-    found = checkpoints.newest()
+    found = checkpoints.newest(print)
     assert found is not None
     assert found[0].step == 1
     assert torch.equal(found[1]["layer.weight"], numbers(1.0)["layer.weight"])
@@ -71,7 +71,7 @@ def test_the_next_one_waits_for_the_last(tmp_path: Path) -> None:
     saving.wait()
     assert checkpoints.steps() == [2, 3]
     saving.save(state(3), numbers(9), numbers(9))
-    found = checkpoints.newest()
+    found = checkpoints.newest(print)
     assert found is not None
     assert float(found[1]["layer.weight"][0, 0]) == 3.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ class Side:
             piece.of(narrow_E).copy_(piece.parameter.detach())
         self.numbers = Wide(narrow_E)
         self.gradients = Gradients(self.pieces, end)
+        self.shrink, self.void = torch.tensor([0.37, math.nan], device=device)
         self.adamw = AdamW(self.numbers, self.gradients, (0.9, 0.999), eight_bits)
 
     def receive(self, number: int, gradient: Tensor) -> None:
@@ -46,8 +49,7 @@ class Side:
 
     def step(self) -> None:
         self.gradients.of_each()
-        shrink = torch.tensor(0.37, device=self.numbers.narrow_E.device)
-        self.adamw.step(shrink, 1e-2, 0.1)
+        self.adamw.step(self.shrink, 1e-2, 0.1)
         self.gradients.used_up()
 
     def whole(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +118,33 @@ def test_codes_are_those_of_the_table(signed: bool) -> None:
         rtol=2e-6,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_void_step_changes_no_bit_and_does_not_count(
+    dtype: torch.dtype, eight_bits: bool
+) -> None:
+    """Between the others nothing waits for the device."""
+    broken, whole = (Side(SIZES[1], dtype, eight_bits, "cuda") for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    for step in range(4):
+        for number, size in enumerate(SIZES[1]):
+            drawn = torch.randn(size, generator=generator)
+            broken.receive(number, drawn)
+            whole.receive(number, drawn)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            whole.step()
+            broken.step()
+            broken.receive(0, broken.pieces[0].parameter.detach() * math.nan)
+            broken.adamw.step(broken.void, 1e-2, 0.1)
+            broken.gradients.used_up()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert broken.adamw.taken == whole.adamw.taken == 4
+    for found, expected in zip(broken.whole(), whole.whole(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_gradient_that_begins_anywhere_is_read() -> None:

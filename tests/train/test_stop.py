@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from finesight.errors import Interrupted
-from finesight.train.stop import SIGNALS, Stop
+from finesight.train.stop import SIGNALS, SOON_OVER, Stop
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -41,6 +41,15 @@ def test_a_signal_that_another_process_told_of_may_still_come() -> None:
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", SOON_OVER)
+def test_that_time_is_short_may_be_said_twice(number: signal.Signals) -> None:
+    stop = Stop()
+    with stop.listening():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    assert stop.signal == number
 
 
 def test_handlers_come_back() -> None:

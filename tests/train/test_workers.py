@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from finesight.errors import UserError
-from finesight.train.workers import WorkerDied, guarded, read_ahead
+from finesight.train.workers import RESTARTS, guarded, read_ahead
 
 
 class Numbers(Dataset[int | UserError]):
@@ -78,8 +78,9 @@ def test_no_process_stays_when_reading_is_broken_off() -> None:
 
 def test_a_killed_worker_is_explained() -> None:
     items = read_ahead(Numbers(2, signal.SIGKILL), range(50), 1, pin=False)
-    with pytest.raises(UserError, match=r"process that reads data died[\s\S]*train\.workers lower"):
+    with pytest.raises(UserError, match=r"data died[\s\S]*train\.workers lower") as caught:
         list(items)
+    assert f"{RESTARTS + 1} times for one item" in caught.value.what
 
 
 class Tensors(Dataset[torch.Tensor | UserError]):
@@ -90,7 +91,10 @@ class Tensors(Dataset[torch.Tensor | UserError]):
 
 
 @pytest.mark.parametrize("data", [Numbers(), Tensors()], ids=["numbers", "tensors"])
-def test_a_death_shows_at_the_next_item_and_never_in_between(data: Dataset[Any]) -> None:
+def test_a_death_shows_at_the_next_item_and_never_in_between(
+    data: Dataset[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is no loss: the worker is started again, with the item that was due."""
     before = signal.getsignal(signal.SIGCHLD)
     items = read_ahead(data, range(50), 1, pin=False)
     for _ in range(5):
@@ -100,8 +104,12 @@ def test_a_death_shows_at_the_next_item_and_never_in_between(data: Dataset[Any])
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    with pytest.raises(WorkerDied):
-        list(items)
+    assert caplog.messages == []
+    assert [int(torch.as_tensor(item).max()) for item in items] == [*range(5, 50)]
+    (said,) = caplog.messages
+    assert said.startswith("a process that reads data died, and is started again")
+    assert signal.getsignal(signal.SIGCHLD) is before
+    assert multiprocessing.active_children() == []
 
 
 class Broken(Dataset[int | UserError]):

@@ -29,8 +29,9 @@ def train(
 ) -> None:
     """Tune a model as a recipe says, and measure it before and after.
 
-    SIGINT (Ctrl-C) and SIGTERM stop it after writing a checkpoint, with exit code 75; the same
-    command with --resume goes on from there as if nothing had happened.
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 (sbatch --signal=USR1@300) stop it after writing a
+    checkpoint, with exit code 75; the same command with --resume goes on from there as if nothing
+    had happened.
 
     Of several GPUs each has its own process: torchrun --nproc-per-node 4 -m finesight train RECIPE
     learns what one would, and may be resumed with another number of them.

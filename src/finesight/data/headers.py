@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from finesight.data.inside import content
 from finesight.errors import UserError
 
 MAX_PIXELS = 64_000_000
@@ -55,9 +56,11 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             remedy="correct the path",
         )
     try:
-        _check_length(path)
-        image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
+        source = content(path)
+        if isinstance(source, Path):
+            _check_length(source)
+        image = Image.open(source, formats=FORMATS)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedPicture(
             "no such picture",
             where=str(path),
@@ -67,7 +70,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
-        empty = path.stat().st_size == 0
+        empty = (path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())) == 0
         raise DamagedPicture(
             "an empty file" if empty else "not a picture",
             where=str(path),

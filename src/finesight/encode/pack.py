@@ -113,22 +113,53 @@ def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
     if merge is not None:
         patches_ND, grids = evened(patches_ND, grids, merge)
     features = (len(patches_ND) - len(batch.patches_ND)) // (merge or 1) ** 2
-    end = len(batch.ids_T)
     tokens = features + 1
-    tokens += -(end + tokens) % EVEN
-    blank = batch.ids_T.new_zeros(tokens)
+    tokens += -(len(batch.ids_T) + tokens) % EVEN
+    longer = _followed(batch, tokens, features, patches_ND, grids)
+    return replace(longer, predict_L=F.pad(batch.predict_L, (0, -len(batch.predict_L) % EVEN)))
+
+
+def with_blank(batch: PackedBatch, grid: Grid, features: int, numbers: int) -> PackedBatch:
+    """The pack, which has no picture, with a sequence of nothing after its own that shows a blank
+    one: of this grid, so many features and so many numbers a patch."""
+    assert not batch.grids, f"a blank picture beside {len(batch.grids)}"
+    patches_ND = batch.patches_ND.new_zeros(math.prod(grid), numbers)
+    return _followed(batch, features + 1, features, patches_ND, (grid,))
+
+
+def nothing() -> PackedBatch:
+    """A pack of a token of nothing that predicts itself."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return PackedBatch(
+        sample_ids=(),
+        lengths=(1,),
+        grids=(),
+        ids_T=one,
+        positions_3T=one.expand(3, 1),
+        bounds_S1=torch.tensor([0, 1], dtype=torch.int32),
+        patches_ND=torch.empty(0, 0, dtype=torch.uint8),
+        visual_at_M=one[:0],
+        predict_L=one,
+        target_L=one,
+    )
+
+
+def _followed(
+    batch: PackedBatch, tokens: int, features: int, patches_ND: Tensor, grids: tuple[Grid, ...]
+) -> PackedBatch:
+    """The pack with a sequence of nothing after its own, of so many tokens, the first ones those of
+    the pictures that `patches_ND` and `grids` have beyond its own."""
+    end, blank = len(batch.ids_T), batch.ids_T.new_zeros(tokens)
     own = torch.arange(tokens, device=blank.device)
-    bounds_S1 = batch.bounds_S1
     return replace(
         batch,
         lengths=(*batch.lengths, tokens),
         grids=grids,
         ids_T=torch.cat([batch.ids_T, blank]),
         positions_3T=torch.cat([batch.positions_3T, own.expand(3, -1)], dim=1),
-        bounds_S1=torch.cat([bounds_S1, bounds_S1[-1:] + tokens]),
+        bounds_S1=torch.cat([batch.bounds_S1, batch.bounds_S1[-1:] + tokens]),
         patches_ND=patches_ND,
         visual_at_M=torch.cat([batch.visual_at_M, end + own[:features]]),
-        predict_L=F.pad(batch.predict_L, (0, -len(batch.predict_L) % EVEN)),
     )
 
 

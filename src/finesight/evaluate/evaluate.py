@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ from finesight.storage import write_file
 
 LISTED = 10
 """Most lines of details in a table."""
+
+
+Answers = tuple[list[Prediction], dict[int, str]]
+"""Predictions in the order of the samples, and why those of others are missing, by the index of
+their sample."""
+
+Ask = Callable[[Sequence[Located]], Answers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +98,14 @@ def evaluate(
     out: Path | None = None,
     advance: Callable[[int], None] | None = None,
     fewer: Callable[[int], None] | None = None,
+    spread: Callable[[Ask], Ask] | None = None,
 ) -> Evaluation:
     """Answer held-out samples, score the answers, and write each to `out` as a line of JSON.
 
     Takes the first `settings.limit` samples. The model is left in the mode it was in. `advance` is
     told after each token how many answers ended with it, and may raise to stop; `fewer`, how many
-    at once are tried where a GPU's memory is full. Raises UserError for no samples, samples without
+    at once are tried where a GPU's memory is full. `spread` makes of asking here asking in several
+    processes, each a share. Raises UserError for no samples, samples without
     an answer, answers that the metric cannot compare, and when not one sample could be read.
     """
     chosen = list(islice(samples, settings.limit))
@@ -109,7 +119,15 @@ def evaluate(
     thinks = renderer.thinks
     truths = [truths_of(sample.sample, thinks=thinks) for sample in chosen]
     check_truths(settings.metric, truths)
-    predictions, unreadable = _answers(model, renderer, chosen, settings, advance, fewer)
+    ask = partial(_answers, model, renderer, settings, advance, fewer)
+    predictions, unreadable = (spread(ask) if spread else ask)(chosen)
+    if not predictions:
+        raise UserError(
+            f"not one of {len(chosen)} samples has a picture that can be read",
+            where="evaluation data",
+            expected="whole pictures",
+            remedy=f"the first one says: {unreadable[0]}",
+        )
     readable = [truth for i, truth in enumerate(truths) if i not in unreadable]
     cases = [
         Case(prediction.answer, prediction.boxes, *truth, prediction.id, prediction.stopped)
@@ -133,12 +151,11 @@ def evaluate(
 def _answers(
     model: AnyModel,
     renderer: Rendering,
-    samples: Sequence[Located],
     settings: Eval,
     advance: Callable[[int], None] | None,
     fewer: Callable[[int], None] | None,
-) -> tuple[list[Prediction], dict[int, str]]:
-    """Predictions, at least one, and why others are missing, by the index of their sample."""
+    samples: Sequence[Located],
+) -> Answers:
     unreadable: dict[int, str] = {}
 
     def set_aside(index: int, error: DamagedPicture) -> None:
@@ -154,11 +171,4 @@ def _answers(
         damaged=set_aside,
         fewer=fewer,
     )
-    if not predictions:
-        raise UserError(
-            f"not one of {len(samples)} samples has a picture that can be read",
-            where="evaluation data",
-            expected="whole pictures",
-            remedy=f"the first one says: {unreadable[0]}",
-        )
     return predictions, unreadable

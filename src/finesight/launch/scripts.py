@@ -68,7 +68,7 @@ class Queue:
 
 
 _TASK = """\
-trap : TERM
+trap : TERM USR1
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 "$@"
 code=$?
@@ -76,18 +76,18 @@ code=$?
 [ "$code" -eq 75 ] && exit 0
 exit "$code"
 """
-"""What srun starts for each GPU. The shell outlives SIGTERM, which its child gets as well."""
+"""What srun starts for each GPU. The shell outlives signals, which its child gets as well."""
 
 _SLURM = """\
 set -u
 cd -- {folder} || exit 1
 
-# Slurm warns this script of the end. The processes get SIGTERM once, from scancel: srun makes
-# SIGKILL of its own, and torchrun would pass on what its processes have got already.
+# Slurm warns this script of the end, and it the processes, by scancel: srun makes SIGKILL of some
+# signals that it gets itself.
 warned= heard=
 warn() {{
     warned=1 heard=1
-    scancel --signal=TERM "$SLURM_JOB_ID"
+    scancel --signal=USR1 "$SLURM_JOB_ID"
 }}
 trap warn USR1
 

@@ -183,6 +183,11 @@ class SquareTower(VisionTower):
         self.positional_embedding = nn.Parameter(torch.empty(POSITIONS**2, geometry.width))
         self.ln_pre = _norm(geometry.width)
 
+    @property
+    def smallest(self) -> Grid:
+        """That of all pictures."""
+        return 1, self.side, self.side
+
     def placed(self, x_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Embedded patches with their learned positions, normed."""
         strange = [grid for grid in grids if grid != (1, self.side, self.side)]

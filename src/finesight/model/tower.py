@@ -77,6 +77,11 @@ class VisionTower(nn.Module):
         return 1 + len(self.deepstack)
 
     @property
+    def smallest(self) -> Grid:
+        """The grid of the smallest picture that it takes."""
+        return 1, self.geometry.merge, self.geometry.merge
+
+    @property
     def trains(self) -> bool:
         """Whether anything before the mergers has a gradient, adapters included."""
         mergers = {id(p) for p in self.merger.parameters()}

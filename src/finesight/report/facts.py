@@ -165,7 +165,7 @@ def cost(record: Record) -> list[Fact]:
         ("samples seen", f"{_sum(steps, 'samples'):,.0f}"),
         ("tokens read", f"{tokens:,.0f}"),
         ("tokens learned", f"{learned:,.0f}"),
-        ("void steps (overflow)", f"{max(int(s.get('skipped') or 0) for s in steps):,}"),
+        ("void steps", f"{max(int(s.get('skipped') or 0) for s in steps):,}"),
         ("starts", str(len(record.starts)) if record.starts else UNKNOWN),
     ]
 

@@ -31,7 +31,7 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
     **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
     **dict.fromkeys(["before", "after"], dict),
-    **dict.fromkeys(["dropped", "differences"], list),
+    **dict.fromkeys(["dropped", "differences", "void", "jumped"], list),
     "weights_of": float,
     "recompute": float,
     "headline": str,

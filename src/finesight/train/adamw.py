@@ -28,7 +28,7 @@ MOST = 1 << 20
 
 class AdamW:
     """Steps for one group. Its two moments are all that it remembers, and how many steps were
-    `taken`."""
+    `taken`: a number on the device, which alone knows whether one is void."""
 
     def __init__(
         self,
@@ -46,23 +46,39 @@ class AdamW:
             self.second = EightBits(length, device, signed=False)
         else:
             self.first, self.second = Moment(length, device), Moment(length, device)
-        self.taken = 0
+        self._taken = torch.zeros((), dtype=torch.float64, device=device)
+        self._next = self._taken.clone()
+
+    @property
+    def taken(self) -> int:
+        """Steps that were not void. Waits for the device."""
+        return int(self._taken)
+
+    @taken.setter
+    def taken(self, number: int) -> None:
+        self._taken.fill_(number)
 
     @torch.no_grad()
     def step(self, shrink: Tensor, rate: float, decay: float) -> None:
         """Move the numbers by a step at this rate, of gradients times `shrink`, a scalar on the
-        device, and shrink them by `rate` times `decay`. Waits for nothing."""
-        self.taken += 1
-        pace = Pace(rate, decay, self._betas, self.taken)
+        device, and shrink them by `rate` times `decay`. Where `shrink` is NaN, the step is void: it
+        changes nothing and does not count. Waits for nothing where there is a kernel."""
+        pace = Pace(rate, decay, self._betas)
         tiles, moments = self._gradients.tiles, (self.first, self.second)
         of_each = self._gradients.of_each()
         if tiles is not None:
-            step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, pace)
+            count = self._taken, self._next
+            step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, count, pace)
+            self._next, self._taken = count
             return
+        if not shrink.isfinite():
+            return
+        self.taken += 1
+        taken = self.taken
         for start in range(0, len(self._numbers), MOST):
-            self._step(slice(start, min(start + MOST, len(self._numbers))), shrink, pace)
+            self._step(slice(start, min(start + MOST, len(self._numbers))), shrink, pace, taken)
 
-    def _step(self, place: slice, shrink: Tensor, pace: Pace) -> None:
+    def _step(self, place: slice, shrink: Tensor, pace: Pace, taken: int) -> None:
         beta_1, beta_2 = pace.betas
         grad_M = self._gradients.stretch(place).mul_(shrink)
         first_M = self.first.of(place).lerp_(grad_M, 1 - beta_1)
@@ -71,9 +87,9 @@ class AdamW:
         self.first.keep(first_M, place)
         self.second.keep(second_M, place)
         # Moved by the moments as they were before they were rounded.
-        root_M = second_M.sqrt().div_(pace.root).add_(EPSILON)
+        root_M = second_M.sqrt().div_(pace.root(taken)).add_(EPSILON)
         master_M = self._numbers.of(place).mul_(pace.kept)
-        self._numbers.keep(master_M.addcdiv_(first_M, root_M, value=-pace.length), place)
+        self._numbers.keep(master_M.addcdiv_(first_M, root_M, value=-pace.length(taken)), place)
 
     def stored(self, place: slice, shape: torch.Size) -> dict[str, Tensor]:
         """What a checkpoint keeps of a parameter; views. The last is zero as long as every gradient

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,8 +17,9 @@ from torch import Tensor
 
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import remove_folder, sweep, write_folder
+from finesight.storage import explained, remove_folder, set_aside, sweep, write_folder
 from finesight.train.budget import Budget
+from finesight.train.ranks import ALONE, Ranks
 
 VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
@@ -46,8 +50,9 @@ class State(BaseModel):
 
     `step` steps are finished, and `samples` is the position in the order of the data, counted in
     samples since the start. `measured` is the step of the last measurement. `budget` is that of the
-    next step, None in runs of versions that kept to the recipe's. `identity` holds the settings and
-    fingerprints that a run which goes on must share, by name.
+    next step, None in runs of versions that kept to the recipe's. `void` counts steps that moved
+    nothing, as their figures were no finite numbers, and `void_in_a_row` the last of them.
+    `identity` holds the settings and fingerprints that a run which goes on must share, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,7 +64,22 @@ class State(BaseModel):
     best: Best | None
     loss_scale: dict[str, float]
     budget: Budget | None = None
+    void: int = 0
+    void_in_a_row: int = 0
     identity: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: `step` steps finished, `void` of them void, last measured after step
+    `measured` (-1: never), and the budget of the next step."""
+
+    budget: Budget
+    step: int = 0
+    measured: int = -1
+    best: Best | None = None
+    void: int = 0
+    void_in_a_row: int = 0
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -88,9 +108,34 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class RowFiles(Mapping[str, Tensor]):
+    """Files with some rows of every tensor each, in order; what has no rows is the same in all."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self._files = files
+        self._names = [*dict.fromkeys(name for file in files for name in file)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = [file[name] for file in self._files if name in file]
+        return torch.cat(rows) if rows[0].dim() else rows[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+Tensors = TensorFile | RowFiles
+
+
 def _opened(path: Path) -> Any:
     # Its methods are untyped.
     return safe_open(path, framework="pt")
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or has changed since it was written."""
 
 
 class Checkpoints:
@@ -110,44 +155,103 @@ class Checkpoints:
         return self.folder / f"step-{step}"
 
     def save(
-        self, state: State, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+        self,
+        state: State,
+        values: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Write a checkpoint, then delete those that are not to be kept. One that is there already
-        stays as it is: it was made from the same steps."""
-        if state.step not in self.steps():
-            with write_folder(self.path(state.step)) as folder:
-                for tensors, name in ((values, VALUES), (moments, MOMENTS)):
-                    # One by one: a GPU has no room for the wide copies of all.
-                    save_file({key: t.cpu() for key, t in tensors.items()}, folder / name)
+        stays as it is: it was made from the same steps. Where `ranks` are several, each of them
+        has to call it, with its own rows of every tensor."""
+        with ExitStack() as stack:
+            folder = None
+            try:
+                if ranks.first and state.step not in self.steps():
+                    folder = stack.enter_context(write_folder(self.path(state.step)))
+            finally:
+                # The others have to know, whatever went wrong.
+                told = ranks.everybodys(folder.name if folder else "")[0].decode()
+            if told:
+                with ranks.confirmed():
+                    _write(self.folder / told, values, moments, ranks)
+            if folder is not None:
                 (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
+        if ranks.first:
+            self._tidy(state)
+
+    def _tidy(self, state: State) -> None:
         wanted = {*self.steps()[-self.keep :], state.best.step if state.best else state.step}
         for step in self.steps():
             if step not in wanted:
                 remove_folder(self.path(step))
 
-    def newest(self) -> tuple[State, TensorFile, TensorFile] | None:
-        """The last checkpoint, every byte verified: state, values and moments. None without one.
+    def newest(self, say: Callable[[str], None]) -> tuple[State, Tensors, Tensors] | None:
+        """The last checkpoint that is whole, every byte verified: state, values and moments. None
+        without one. Damaged ones after it are told to `say`; see `set_aside`.
 
-        Raises UserError naming what is damaged or missing, and where else the run could go on.
+        Raises UserError where all are damaged, naming what is wrong with the last one.
         """
         sweep(self.folder)
-        steps = self.steps()
-        if not steps:
-            return None
-        before = f"resume from step {steps[-2]}" if len(steps) > 1 else "start from the beginning"
-        return self.read(steps[-1], f"delete {self.path(steps[-1])} to {before}")
+        last: UserError | None = None
+        for step in reversed(self.steps()):
+            remedy = f"delete {self.folder} to start from the beginning"
+            try:
+                found = self.read(step, remedy)
+            except DamagedCheckpoint as error:
+                last = last or error
+                say(f"the checkpoint of step {step} is damaged: {error.where}: {error.what}")
+            else:
+                if last is not None:
+                    say(f"going on from that of step {step}, the last one that is whole")
+                return found
+        if last is not None:
+            raise last
+        return None
 
-    def read(self, step: int, remedy: str) -> tuple[State, TensorFile, TensorFile]:
-        """The checkpoint of a step, every byte verified. Raises UserError with the remedy."""
+    def set_aside(self, step: int) -> None:
+        """Take the checkpoints after this step for damaged ones: they make room for those that
+        will be written again, under names that nothing reads."""
+        for later in self.steps():
+            if later > step:
+                set_aside(self.path(later), self.folder / f"damaged-step-{later}")
+
+    def read(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
+        """The checkpoint of a step, every byte verified. Raises UserError with the remedy, a
+        DamagedCheckpoint where it is not as it was written."""
         folder = self.path(step)
         try:
             verify_folder(folder)
         except UserError as error:
-            raise UserError(
+            raise DamagedCheckpoint(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
         state = _read_state(folder / STATE, remedy)
-        return state, TensorFile(folder / VALUES), TensorFile(folder / MOMENTS)
+        return state, _tensors(folder, VALUES), _tensors(folder, MOMENTS)
+
+
+def _write(
+    folder: Path, values: Mapping[str, Tensor], moments: Mapping[str, Tensor], ranks: Ranks
+) -> None:
+    for tensors, name in ((values, VALUES), (moments, MOMENTS)):
+        file = folder / (name if ranks.alone else _part(name, ranks.number, ranks.count))
+        # One by one: a GPU has no room for the wide copies of all.
+        with explained(file):
+            save_file({key: t.cpu() for key, t in tensors.items()}, file)
+
+
+def _part(name: str, number: int, count: int) -> str:
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}-{number + 1:05}-of-{count:05}.{ending}"
+
+
+def _tensors(folder: Path, name: str) -> Tensors:
+    whole = folder / name
+    if whole.is_file():
+        return TensorFile(whole)
+    stem, _, ending = name.rpartition(".")
+    found = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
+    return RowFiles([TensorFile(part) for part in found])
 
 
 def _read_state(path: Path, remedy: str) -> State:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from finesight.train.measure import Measured, history
 from finesight.train.moved import PartChange, check_moved
 from finesight.train.prepare import Session
 from finesight.train.progress import Screen
+from finesight.train.ranks import Errand
 from finesight.train.run import Run
 
 
@@ -66,22 +69,33 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
     measured = history(run)
     best = _best(measured[1:])
     before, after = (measured[0], measured[-1]) if len(measured) > 1 else (None, None)
+    step = session.progress.step
     if best is not None and session.recipe.eval is not None and session.recipe.eval.patience:
-        after = _go_back(session, checkpoints, best, screen)
-    rows = session.watch.changes(session.masters.reached())
-    run.write(MOVED, [row.as_json() for row in rows])
-    screen.say(moved_table(rows))
-    check_moved(rows)
-    _export(session)
-    lines = run.history()
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    late = sum(len(line["dropped"]) for line in lines if "dropped" in line)
+        after = best
+        if best.step != step:
+            step = best.step
+            screen.say(f"going back to the weights of step {step}, the best that were measured")
+        _take_over(run, best)
+    if session.parallel.sharded:
+        session.machine.ranks.called(Errand.SETTLE, step)
+    with settled(session, checkpoints, step) as rows:
+        run.write(MOVED, [row.as_json() for row in rows])
+        screen.say(moved_table(rows))
+        check_moved(rows)
+        _export(session)
+    loss, late = None, 0
+    for line in run.lines():
+        found = line.get("loss")
+        # Of a void step it is NaN.
+        if found is not None and isfinite(found):
+            loss = found
+        late += len(line.get("dropped", ()))
     result = RunResult(
         run=str(run.folder),
         steps=session.progress.step,
         samples=session.state().samples,
         dropped=len(session.train.survey.dropped) + late,
-        loss=losses[-1] if losses else None,
+        loss=loss,
         before=before,
         after=after,
         moved=tuple(rows),
@@ -95,6 +109,21 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
     report(run, screen)
     screen.say(f"Try it:  finesight predict {run.folder} PICTURE --prompt TEXT")
     return result
+
+
+@contextmanager
+def settled(session: Session, checkpoints: Checkpoints, step: int) -> Iterator[list[PartChange]]:
+    """Within the block, the model is whole and has the weights after so many steps; yields what
+    moved. Where it lies in parts, all processes go through it."""
+    parallel, masters = session.parallel, session.masters
+    if step != session.progress.step:
+        remedy = "set eval.patience=null and resume to keep the weights of the last step"
+        _, values, moments = checkpoints.read(step, remedy)
+        session.load(values, moments)
+    ranks = session.machine.ranks
+    rows = session.watch.changes(masters.reached(), ranks, sharded=parallel.sharded)
+    with parallel.whole():
+        yield rows
 
 
 def report(run: Run, screen: Screen, most: int = MOST_EXAMPLES) -> None:
@@ -133,19 +162,11 @@ def _best(measured: Sequence[Measured]) -> Measured | None:
     return best
 
 
-def _go_back(
-    session: Session, checkpoints: Checkpoints, best: Measured, screen: Screen
-) -> Measured:
-    """Give the model the weights of the best measurement, whose answers become those after."""
-    if best.step != session.progress.step:
-        remedy = "set eval.patience=null and resume to keep the weights of the last step"
-        _, values, moments = checkpoints.read(best.step, remedy)
-        session.masters.load(values, moments)
-        screen.say(f"going back to the weights of step {best.step}, the best that were measured")
-    answers = session.run.predictions / f"step-{best.step}.jsonl"
+def _take_over(run: Run, best: Measured) -> None:
+    """The answers of the best measurement become those after."""
+    answers = run.predictions / f"step-{best.step}.jsonl"
     if answers.is_file():
-        write_file(session.run.predictions / "after.jsonl", answers.read_bytes())
-    return best
+        write_file(run.predictions / "after.jsonl", answers.read_bytes())
 
 
 def _differences(session: Session, before: Measured, after: Measured) -> list[Difference]:

@@ -4,71 +4,128 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import Interrupted
-from finesight.train.finish import finished
+from finesight.train.checkpoint import Checkpoints
+from finesight.train.finish import finished, settled
+from finesight.train.loader import Step
 from finesight.train.looking import looked_at
+from finesight.train.measure import measure
+from finesight.train.moved import check_moved
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Ranks
+from finesight.train.ranks import Errand, Ranks, ShareFailed, Together
 from finesight.train.run import Run
-from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
 
 
 def follow(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
-    """Take this process's share of every step that the first one takes, from the step where that
-    begins. Raises Interrupted where a signal ended the run."""
+    """Take this process's share of everything that the first one does. Raises Interrupted where a
+    signal ended the run."""
     run, screen, stop = Run(recipe.output), Screen(Console(file=io.StringIO())), Stop()
     if resume and finished(run) is not None:
         return
     session = prepare(recipe, run, screen, resume, ranks)
     ranks.same(session.identity)
-    with stop.listening(), ExitStack() as stack:
-        with _or_give_up(ranks):
-            seen = stack.enter_context(looked_at(session, screen, stop)).seen
-        if seen is not None and leaves(session.machine.device):
-            stack.enter_context(OffCard(session.model).away())
-        _steps(session, stop, seen)
+    with stop.listening():
+        _Follower(session, screen, stop).go()
     if stop.asked:
         raise Interrupted("asked to stop, as the first process of the run was")
 
 
-@contextmanager
-def _or_give_up(ranks: Ranks) -> Iterator[None]:
-    """What is raised in the block, while the others wait for this process's share, ends them."""
-    try:
-        yield
-    except Exception:
-        ranks.give_up()
-        raise
+class _Follower:
+    """What a process does for a run that another one leads."""
 
+    def __init__(self, session: Session, screen: Screen, stop: Stop) -> None:
+        self.session, self.screen, self.stop = session, screen, stop
+        self.ranks = session.machine.ranks
+        self.checkpoints = Checkpoints(session.run.checkpoints, session.recipe.train.keep)
+        self.tower = OffCard(session.model)
+        self.over = False
 
-def _steps(session: Session, stop: Stop, seen: Seen | None) -> None:
-    ranks, before = session.machine.ranks, None
-    with closing(coming_steps(session, seen)) as steps:
+    def go(self) -> None:
+        """Until the first process says that the run is over, whatever goes wrong here."""
+        try:
+            self.steps()
+            self.wait()
+        except Exception as error:
+            # Who leads may be gone, too.
+            with suppress(RuntimeError):
+                self.wait()
+            # That another one was asked to stop is no fault.
+            if not (isinstance(error, ShareFailed) and self.stop.asked):
+                raise
+
+    def steps(self) -> None:
+        """Learn, until there are no more steps or a signal has come."""
+        session, before = self.session, None
+        with ExitStack() as stack:
+            with self.or_failed():
+                looking = looked_at(session, self.screen, self.stop)
+                seen = stack.enter_context(looking).seen
+            if seen is not None and leaves(session.machine.device):
+                stack.enter_context(self.tower.away())
+            steps = stack.enter_context(closing(coming_steps(session, seen)))
+            while (step := self.next_of(steps)) is not None:
+                together = self.agreed(step)
+                if self.over or together.signal:
+                    return
+                taken = take_step(session, step, self.stop, seen, together)
+                session.progress.step += 1
+                # One step behind, as the first process is, which judges the figures.
+                if before is not None:
+                    before.synchronize()
+                before = taken.event
+
+    @contextmanager
+    def or_failed(self) -> Iterator[None]:
+        """What is raised in the block, while the others wait for this process, they hear of."""
+        try:
+            yield
+        except Exception:
+            self.ranks.called(Errand.FAILED)
+            raise
+
+    def next_of(self, steps: Iterator[Step]) -> Step | None:
+        """The next one, if there is one."""
+        with self.or_failed():
+            return next(steps, None)
+
+    def agreed(self, step: Step) -> Together:
+        """What all processes have of a step, after what comes before it."""
         while True:
-            with _or_give_up(ranks):
-                step = next(steps, None)
-            if step is None:
-                return
-            together = ranks.agreed(step, stop.number)
-            stop.heed(together.signal)
-            if together.over:
-                return
-            if together.signal:
-                # The first process writes a checkpoint before it lets the others go.
-                ranks.dismiss()
-                return
-            taken = take_step(session, step, stop, seen, together)
-            session.progress.step += 1
-            # One step behind, as the first process is, which judges the figures.
-            if before is not None:
-                before.synchronize()
-            before = taken.event
+            together = self.ranks.agreed(step, self.stop.number)
+            self.stop.heed(together.signal)
+            if together.errand is Errand.STEP or self.has_done(together):
+                return together
+
+    def wait(self) -> None:
+        """Do what is asked for, until the run is over."""
+        while not self.over:
+            together = self.ranks.called(Errand.WAIT, signal=self.stop.number)
+            self.stop.heed(together.signal)
+            self.has_done(together)
+
+    def has_done(self, asked: Together) -> bool:
+        """Take a share of an errand other than a step. Whether it was the last one."""
+        session = self.session
+        match asked.errand:
+            case Errand.SAVE:
+                tensors = session.masters.values(), session.masters.moments()
+                self.checkpoints.save(session.state(), *tensors, self.ranks)
+            case Errand.MEASURE:
+                with self.tower.back():
+                    # A signal is heeded before the next step, where the others hear of it.
+                    measure(session, "", self.screen, Stop())
+            case Errand.SETTLE:
+                with settled(session, self.checkpoints, asked.argument) as rows:
+                    check_moved(rows)
+            case _:
+                self.over = True
+        return self.over

@@ -13,6 +13,7 @@ from finesight.config import Recipe
 from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
 from finesight.report.run_page import MOST_ON_THE_WAY
+from finesight.storage import require_room
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
@@ -22,9 +23,10 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Ranks, ShareFailed, joined
+from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
+from finesight.train.room import checkpoint_bytes, require_room_for_run
 from finesight.train.run import Run
 from finesight.train.saving import MOST_NUMBERS, Saving
 from finesight.train.schedule import in_steps
@@ -49,7 +51,7 @@ def train(
     and come back with nothing.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
-    Interrupted, with a checkpoint of the last finished step, when SIGINT or SIGTERM arrives.
+    Interrupted, with a checkpoint of the last finished step, when one of `stop.SIGNALS` arrives.
     """
     with joined() as ranks:
         if ranks.first:
@@ -73,6 +75,8 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
                 report(run, screen)
             return result
         session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
+        checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
+        require_room_for_run(session, len(checkpoints.steps()))
         if not begun:
             stack.enter_context(run.locked())
             # Another process may have been quicker.
@@ -80,6 +84,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         if not session.progress.step:
             run.begin(recipe, session.manifest())
         ranks.same(session.identity)
+        checkpoints.set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
@@ -153,10 +158,10 @@ class Loop:
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
         # A CPU has no time beside its steps.
         beside = session.machine.device.type == "cuda" and session.masters.numbers <= MOST_NUMBERS
-        self.saving = Saving(self.checkpoints, meanwhile=beside)
+        together = session.machine.ranks if session.parallel.sharded else ALONE
+        self.saving = Saving(self.checkpoints, meanwhile=beside, ranks=together)
         self.tower = OffCard(session.model)
-        # Whether others wait for this process to begin another step; not in the middle of one.
-        self.followed = True
+        self.ranks = session.machine.ranks
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -172,6 +177,7 @@ class Loop:
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
+            return finish(self.session, self.screen, self.checkpoints)
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
@@ -185,8 +191,9 @@ class Loop:
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
-            self.dismiss()
-        return finish(self.session, self.screen, self.checkpoints)
+            # Some may have ended: what went wrong there is theirs to say.
+            with suppress(RuntimeError):
+                self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
@@ -194,7 +201,7 @@ class Loop:
             return
         budget, device = self.session.progress.budget, self.session.machine.device
         with self.looked() as seen, self.reporter.showing(self.total):
-            if self.session.machine.ranks.alone:
+            if self.ranks.alone:
                 within_memory(
                     budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
                 )
@@ -209,14 +216,11 @@ class Loop:
         session.keep_within(budget)
         with closing(coming_steps(session, seen)) as steps:
             for step, wait in awaited(steps, session.machine.device):
-                self.followed = False
-                together = session.machine.ranks.agreed(step, self.stop.number)
+                together = self.ranks.agreed(step, self.stop.number)
                 self.stop.heed(together.signal)
-                if together.signal and not session.machine.ranks.alone:
-                    self.followed = True
+                if together.signal and not self.ranks.alone:
                     self.stop.check()
                 taken = take_step(session, step, self.stop, seen, together)
-                self.followed = True
                 progress.step += 1
                 self.reporter.take(taken, wait)
                 if not self.after_step():
@@ -232,13 +236,6 @@ class Loop:
             rests = looked.seen is not None and leaves(session.machine.device)
             with self.tower.away() if rests else nullcontext():
                 yield looked.seen
-
-    def dismiss(self) -> None:
-        """Let the processes that follow this one go, if they wait for another step. Some may have
-        ended: what went wrong there is theirs to say."""
-        if self.followed and self.session.progress.step < self.total:
-            with suppress(RuntimeError):
-                self.session.machine.ranks.dismiss(self.stop.number)
 
     def after_step(self) -> bool:
         """Measure, save and stop where it is time to; otherwise do not wait for the device. False
@@ -277,6 +274,7 @@ class Loop:
         """Measure and report; the best measurement between start and end earns a checkpoint."""
         progress = self.session.progress
         start = time.perf_counter()
+        self.ranks.called(Errand.MEASURE)
         with self.tower.back():
             measured = measure(self.session, name, self.screen, self.stop)
         self.reporter.measured(measured, time.perf_counter() - start)
@@ -290,9 +288,26 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of the steps finished so far, unless it is there already."""
-        if self.session.progress.step:
-            masters = self.session.masters
-            self.saving.save(self.session.state(), masters.values(), masters.moments())
+        session = self.session
+        if session.progress.step:
+            self.require_room()
+            # A checkpoint must not know of a measurement that nobody can read any more.
+            session.run.flush()
+            if session.parallel.sharded:
+                self.ranks.called(Errand.SAVE)
+            tensors = session.masters.values(), session.masters.moments()
+            self.saving.save(session.state(), *tensors)
+
+    def require_room(self) -> None:
+        """Raises UserError where the disk has no room for another checkpoint."""
+        step, folder = self.session.progress.step, self.checkpoints.folder
+        if step not in self.checkpoints.steps():
+            require_room(
+                folder,
+                checkpoint_bytes(self.session),
+                f"a checkpoint of step {step}",
+                "free some space, then start again with --resume",
+            )
 
     def interruption(self) -> Interrupted:
         """Where the run stands and how to go on."""

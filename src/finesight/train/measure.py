@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from finesight.config import Eval
+from finesight.data.jsonl import Located
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.bootstrap import Interval
-from finesight.evaluate.evaluate import evaluate
+from finesight.evaluate.evaluate import Answers, Ask, Evaluation, evaluate
+from finesight.infer.predict import Prediction
 from finesight.train.budget import Budget, too_many, too_much, within_memory
 from finesight.train.loader import Dropped, read_steps
 from finesight.train.loss import label_loss
 from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.progress import Advance, Screen
+from finesight.train.ranks import Ranks
 from finesight.train.run import Run
 from finesight.train.stop import Stop
 
@@ -67,7 +74,7 @@ class Measured:
 
 def history(run: Run) -> list[Measured]:
     """The measurements of a run so far, the one before its first step first."""
-    return [m for line in run.history() if (m := Measured.read(line)) is not None]
+    return [m for line in run.lines() if (m := Measured.read(line)) is not None]
 
 
 def waited(measured: Sequence[Measured]) -> int:
@@ -81,57 +88,128 @@ def waited(measured: Sequence[Measured]) -> int:
 
 def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured:
     """Loss over all usable held-out samples, and answers to those that the recipe's limit leaves,
-    which go to `predictions/NAME.jsonl`. The model is left in training mode.
+    which go to `predictions/NAME.jsonl`. The model is left in training mode. Of several processes
+    each takes a share of the samples, all come to the same figures, and the first one writes.
 
     Raises Interrupted when the run was asked to stop on the way, and FullMemory when one sample at
     a time is too much for the GPU's.
     """
     assert session.held_out is not None, "nothing to measure on"
-    kept = session.held_out.survey.kept
+    kept, ranks = session.held_out.survey.kept, session.machine.ranks
 
-    def loss_within(budget: Budget) -> tuple[float, list[Dropped]]:
-        with screen.stage(f"held-out loss {name}", len(kept)) as advance:
+    def loss_within(budget: Budget) -> Summed:
+        with screen.stage(f"held-out loss {name}", len(ranks.own(kept))) as advance:
             return held_out_loss(session, budget, advance, stop)
 
     budget, device = session.progress.budget, session.machine.device
-    loss, dropped = within_memory(budget, device, screen.say, loss_within)
-    if dropped:
-        screen.say(
-            f"{len(dropped)} held-out samples left out, {dropped[0].id}: {dropped[0].reason}"
-        )
-    step, settings = session.progress.step, session.recipe.eval
-    if settings is None:
-        return Measured(step, loss, {}, None)
-    samples = [session.held_out.corpus[index] for index in kept[: settings.limit]]
-    metric = own.found(settings.metric, session.run.folder)
-    model, renderer = session.model, session.renderer
+    with session.parallel.whole():
+        with ranks.confirmed():
+            summed = within_memory(budget, device, screen.say, loss_within)
+        loss = _mean(session, summed, screen)
+        step, settings = session.progress.step, session.recipe.eval
+        if settings is None:
+            return Measured(step, loss, {}, None)
+        samples = [session.held_out.corpus[index] for index in kept[: settings.limit]]
+        result = _answered(session, settings, samples, name, screen, stop)
+    scores, headline = result.scores, result.headline
+    return Measured(step, loss, scores, headline, result.intervals, result.details)
+
+
+def _answered(
+    session: Session,
+    settings: Eval,
+    samples: Sequence[Located],
+    name: str,
+    screen: Screen,
+    stop: Stop,
+) -> Evaluation:
+    metric, ranks = own.found(settings.metric, session.run.folder), session.machine.ranks
 
     def fewer(batch: int) -> None:
         screen.say(f"the GPU's memory is full: going on with {batch} answers at once (eval.batch)")
 
-    with screen.stage(f"answers {name}", len(samples)) as advance:
+    with screen.stage(f"answers {name}", len(ranks.own(samples))) as advance:
 
         def answered(count: int) -> None:
             advance(count)
             stop.check()
 
-        out = session.run.predictions / f"{name}.jsonl"
-        chosen = settings.model_copy(update={"metric": metric})
-        try:
-            result = evaluate(model, renderer, samples, chosen, out, answered, fewer)
-        except torch.OutOfMemoryError as error:
-            raise too_many(error) from None
-    scores, headline = result.scores, result.headline
-    return Measured(step, loss, scores, headline, result.intervals, result.details)
+        return evaluate(
+            session.model,
+            session.renderer,
+            samples,
+            settings.model_copy(update={"metric": metric}),
+            out=session.run.predictions / f"{name}.jsonl" if ranks.first else None,
+            advance=answered,
+            fewer=fewer,
+            spread=partial(_spread, ranks),
+        )
+
+
+_ANSWERS: TypeAdapter[Answers] = TypeAdapter(Answers)
+
+
+def _spread(ranks: Ranks, ask: Ask) -> Ask:
+    """Asking in several processes, each its own samples: all of them get all answers."""
+
+    def asked(samples: Sequence[Located]) -> Answers:
+        mine = ranks.own(samples)
+        with ranks.confirmed():
+            try:
+                answers = ask(mine) if mine else ([], {})
+            except torch.OutOfMemoryError as error:
+                raise too_many(error) from None
+        if ranks.alone:
+            return answers
+        predictions: dict[int, Prediction] = {}
+        unreadable: dict[int, str] = {}
+        for number, told in enumerate(ranks.everybodys(_ANSWERS.dump_json(answers).decode())):
+            found, missing = _ANSWERS.validate_json(told)
+            places = range(number, len(samples), ranks.count)
+            unreadable |= {places[index]: why for index, why in missing.items()}
+            read = (place for index, place in enumerate(places) if index not in missing)
+            predictions |= zip(read, found, strict=True)
+        return [predictions[place] for place in sorted(predictions)], unreadable
+
+    return asked
+
+
+class Summed(NamedTuple):
+    """The loss of some held-out samples in nats, summed over so many learned tokens, and those
+    whose pictures turned out damaged."""
+
+    loss: float
+    tokens: int
+    dropped: tuple[Dropped, ...]
+
+
+def _mean(session: Session, own: Summed, screen: Screen) -> float:
+    """The loss per learned token, of all processes. Raises UserError when all samples are
+    damaged."""
+    told = session.machine.ranks.everybodys(json.dumps(own))
+    losses, tokens, all_dropped = zip(*map(json.loads, told), strict=True)
+    dropped = [Dropped(*one) for some in all_dropped for one in some]
+    if not sum(tokens):
+        raise UserError(
+            f"not one of {len(dropped)} samples has a picture that can be decoded",
+            where="data.eval",
+            expected="whole pictures",
+            remedy=f"the first one says: {dropped[0].reason}",
+        )
+    loss: float = math.fsum(losses) / sum(tokens)
+    if not math.isfinite(loss):
+        raise not_finite(loss, "held-out loss", session.progress.step)
+    if dropped:
+        screen.say(
+            f"{len(dropped)} held-out samples left out, {dropped[0].id}: {dropped[0].reason}"
+        )
+    return loss
 
 
 @torch.no_grad()
-def held_out_loss(
-    session: Session, budget: Budget, advance: Advance, stop: Stop
-) -> tuple[float, list[Dropped]]:
-    """Mean cross entropy per learned token over all usable held-out samples, dropout off, and the
-    samples whose pictures turned out damaged. Raises UserError when these are all, and FullMemory
-    when a pack is too much for the GPU's."""
+def held_out_loss(session: Session, budget: Budget, advance: Advance, stop: Stop) -> Summed:
+    """Cross entropy at the learned tokens of this process's usable held-out samples, dropout off.
+    Raises FullMemory when a pack is too much for the GPU's."""
     data, model = session.held_out_data(budget.pack_tokens), session.model
     machine = session.machine
     assert data is not None, "nothing to measure on"
@@ -155,17 +233,7 @@ def held_out_loss(
                 advance(step.samples + len(step.dropped))
     finally:
         model.train()
-    if not count:
-        raise UserError(
-            f"not one of {len(dropped)} samples has a picture that can be decoded",
-            where="data.eval",
-            expected="whole pictures",
-            remedy=f"the first one says: {dropped[0].reason}",
-        )
-    loss = total.item() / count
-    if not math.isfinite(loss):
-        raise not_finite(loss, "held-out loss", session.progress.step)
-    return loss, dropped
+    return Summed(total.item(), count, tuple(dropped))
 
 
 def _loss(session: Session, packed: PackedBatch, one: Tensor) -> Tensor:

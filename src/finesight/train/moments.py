@@ -24,28 +24,24 @@ EPSILON = 1e-8
 
 
 class Pace(NamedTuple):
-    """How far one step goes, and how much of the gradients before it still counts; `taken` counts
-    the steps with this one."""
+    """How far one step goes, and how much of the gradients before it still counts."""
 
     rate: float
     decay: float
     betas: tuple[float, float]
-    taken: int
 
     @property
     def kept(self) -> float:
         """What a step leaves of a number, before it moves it."""
         return 1 - self.rate * self.decay
 
-    @property
-    def length(self) -> float:
-        """The rate, and what the first moment lacks as long as steps are few."""
-        return self.rate / (1 - self.betas[0] ** self.taken)
+    def length(self, taken: int) -> float:
+        """The rate, and what the first moment lacks as long as steps are few, this one included."""
+        return self.rate / (1 - self.betas[0] ** taken)
 
-    @property
-    def root(self) -> float:
+    def root(self, taken: int) -> float:
         """The second moment's share of what it will be once steps are many, as its root."""
-        return float((1 - self.betas[1] ** self.taken) ** 0.5)
+        return float((1 - self.betas[1] ** taken) ** 0.5)
 
 
 class Moment:

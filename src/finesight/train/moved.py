@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import fsum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finesight.errors import UserError
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import PARTS, Part, part_of
+from finesight.train.ranks import ALONE, Ranks
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Whole numbers by their size in bytes."""
@@ -54,11 +58,13 @@ class Watch:
     def __init__(self, model: nn.Module, masters: Mapping[str, Tensor]) -> None:
         # Themselves, not what they are now: a weight may come to lie elsewhere.
         self._frozen = {
-            name: parameter for name, parameter in model.named_parameters() if name not in masters
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name not in masters and not _learns_elsewhere(parameter)
         }
         self._few = frozen_weights(model)
         self._masters = masters
-        frozen = {name: tensor.numel() for name, tensor in self._frozen.items()}
+        frozen = {name: _here(tensor).numel() for name, tensor in self._frozen.items()}
         frozen |= {name: weight.numbers for name, weight in self._few.items()}
         trained = {name: tensor.numel() for name, tensor in masters.items()}
         self._numbers = {True: trained, False: frozen}
@@ -66,39 +72,96 @@ class Watch:
         self._start = {name: _sampled(tensor).clone() for name, tensor in masters.items()}
 
     def _checksums(self) -> dict[str, int]:
-        frozen = {name: parameter.detach() for name, parameter in self._frozen.items()}
+        frozen = {name: _here(parameter.detach()) for name, parameter in self._frozen.items()}
         sums = checksums(frozen) | checksums(self._masters)
         for name, weight in self._few.items():
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums
 
-    def changes(self, reached: Collection[str]) -> list[PartChange]:
+    def changes(
+        self, reached: Collection[str], ranks: Ranks = ALONE, *, sharded: bool = False
+    ) -> list[PartChange]:
         """How every part differs from what it was, trained and frozen parameters apart. `reached`
-        names the parameters that gradients came to."""
-        now = self._checksums()
+        names the parameters that gradients came to. Where each of `ranks` has rows of every
+        parameter, all of them have to ask."""
+        own = self._looked(reached)
+        told = ranks.everybodys(json.dumps(own)) if sharded else []
+        found: dict[str, _Look] = {}
+        for looks in map(json.loads, told) if sharded else [own]:
+            for name, look in looks.items():
+                found[name] = found.get(name, _Look()).beside(_Look(*look))
         rows = []
         for part in PARTS:
-            for trained, numbers in self._numbers.items():
-                own = {name: count for name, count in numbers.items() if part_of(name) == part}
-                if own:
-                    row = PartChange(
-                        part=part,
-                        trained=trained,
-                        tensors=len(own),
-                        numbers=sum(own.values()),
-                        changed=sum(now[name] != self._sums[name] for name in own),
-                        reached=sum(name in reached for name in own),
-                        relative=self._relative(own) if trained else 0.0,
-                    )
-                    rows.append(row)
+            for trained in self._numbers:
+                ours = [
+                    look
+                    for name, look in found.items()
+                    if part_of(name) == part and look.trained == trained
+                ]
+                if ours:
+                    rows.append(_row(part, trained, ours))
         return rows
 
-    def _relative(self, names: Iterable[str]) -> float:
-        moved, start = 0.0, 0.0
-        for name in names:
-            moved += float((_sampled(self._masters[name]) - self._start[name]).square().sum())
-            start += float(self._start[name].square().sum())
-        return float(moved**0.5 / start**0.5) if start else float("inf") if moved else 0.0
+    def _looked(self, reached: Collection[str]) -> dict[str, _Look]:
+        now, found = self._checksums(), {}
+        for trained, numbers in self._numbers.items():
+            for name, count in numbers.items():
+                moved, start = self._far(name) if trained else (0.0, 0.0)
+                changed = now[name] != self._sums[name]
+                found[name] = _Look(trained, count, changed, name in reached, moved, start)
+        return found
+
+    def _far(self, name: str) -> tuple[float, float]:
+        start = self._start[name]
+        moved = _sampled(self._masters[name]) - start
+        return float(moved.square().sum()), float(start.square().sum())
+
+
+class _Look(NamedTuple):
+    """A parameter, or some rows of it: squares of how far its sample moved, and of its start."""
+
+    trained: bool = False
+    numbers: int = 0
+    changed: bool = False
+    reached: bool = False
+    moved: float = 0.0
+    start: float = 0.0
+
+    def beside(self, other: _Look) -> _Look:
+        """Both together."""
+        return _Look(
+            self.trained or other.trained,
+            self.numbers + other.numbers,
+            self.changed or other.changed,
+            self.reached or other.reached,
+            self.moved + other.moved,
+            self.start + other.start,
+        )
+
+
+def _row(part: Part, trained: bool, looks: Sequence[_Look]) -> PartChange:
+    moved, start = (
+        fsum(squares) ** 0.5 for squares in zip(*(look[-2:] for look in looks), strict=True)
+    )
+    return PartChange(
+        part=part,
+        trained=trained,
+        tensors=len(looks),
+        numbers=sum(look.numbers for look in looks),
+        changed=sum(look.changed for look in looks),
+        reached=sum(look.reached for look in looks),
+        relative=moved / start if start else float("inf") if moved else 0.0,
+    )
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """A tensor, or of one that lies in parts what this process has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _learns_elsewhere(parameter: nn.Parameter) -> bool:
+    """Whether it lies in parts and learns, if none of its rows is here."""
+    return isinstance(parameter, DTensor) and parameter.requires_grad
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -66,19 +66,27 @@ class Muon:
             for shape, places in by_shape.items()
             for some in _together(places, shape)
         ]
+        # Where a recorded graph finds it.
+        self._new = torch.zeros((), device=grad_E.device)
         self._warm = False
         self._recorded: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def step(self, rate: float, decay: float) -> None:
-        """Move the masters by Nesterov's momentum of the gradients, made orthogonal, and shrink
-        them by `rate` times `decay`. The gradients are used up. Waits for nothing, except once, to
-        record a small group."""
+    def step(self, rate: float, decay: float, shrink: Tensor) -> None:
+        """Move the masters by Nesterov's momentum of the gradients times `shrink`, a scalar on the
+        device, made orthogonal, and shrink them by `rate` times `decay`. Where `shrink` is NaN, the
+        step is void and changes nothing. The gradients are used up. Waits for nothing, except once,
+        to record a small group."""
+        void = shrink.isnan()
+        self._grad_E.mul_(shrink).masked_fill_(void, 0.0)
+        self._new.fill_(1 - MOMENTUM).masked_fill_(void, 0.0)
         self._turn()
+        kept = torch.where(void, 1.0, 1 - rate * decay)
+        length = torch.where(void, 0.0, -rate)
         for start in range(0, len(self._masters), WIDE):
             place = slice(start, start + WIDE)
-            master_N = self._masters.of(place).mul_(1 - rate * decay)
-            self._masters.keep(master_N.sub_(self._grad_E[place], alpha=rate), place)
+            master_N = self._masters.of(place).mul_(kept)
+            self._masters.keep(master_N.addcmul_(self._grad_E[place], length), place)
 
     def _turn(self) -> None:
         """`_directions`, recorded the second time, when all that it needs has been set up."""
@@ -96,7 +104,7 @@ class Muon:
 
     def _directions(self) -> None:
         """Gradients to the steps of a rate of one, in their place."""
-        self.momentum_E.lerp_(self._grad_E, 1 - MOMENTUM)
+        self.momentum_E.lerp_(self._grad_E, self._new)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
         for ahead in self._alike:
             moved_NRC = orthogonal(torch.stack(ahead))

@@ -78,12 +78,12 @@ class Group:
             self.steps = AdamW(self.masters, self.gradients, train.betas, eight_bits)
 
     def step(self, shrink: Tensor, factor: float) -> None:
-        """One step of gradients times `shrink` at `factor` times the rate; the gradients are used
-        up."""
+        """One step of gradients times `shrink` at `factor` times the rate, void where that is NaN;
+        the gradients are used up."""
         rate = self.rate * factor
         if isinstance(self.steps, Muon):
-            self.gradients.whole().mul_(shrink)
-            self.steps.step(rate, self.decay)
+            self.gradients.whole()
+            self.steps.step(rate, self.decay, shrink)
         else:
             self.steps.step(shrink, rate, self.decay)
         self.gradients.used_up()
@@ -169,9 +169,10 @@ class Masters:
         """One step at `factor` times the groups' learning rates; then the gradients are gone.
 
         `norm` is what `norm()` returned; the gradients are still multiplied by `grad_scale`
-        (fp16), and are clipped to the recipe's norm once they are not. Waits for nothing.
+        (fp16), and are clipped to the recipe's norm once they are not. Where the norm is no finite
+        number, the step is void: it changes nothing but uses the gradients up. Waits for nothing.
         """
-        shrink = torch.full_like(norm, 1 / grad_scale)
+        shrink = torch.full_like(norm, 1 / grad_scale).masked_fill_(~norm.isfinite(), math.nan)
         if self.clip is not None:
             # The small number keeps a norm of zero from dividing.
             shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
@@ -276,18 +277,16 @@ class LossScale:
         self.calm = 0
         self.skipped = 0
 
-    def accept(self, norm: float, step: int) -> bool:
-        """Whether the step with this gradient norm may be taken; adapts the scale.
-
-        Raises UserError for a gradient that is not finite and for which scaling is not to blame.
-        """
+    def accept(self, norm: float) -> bool:
+        """Whether scaling is not to blame for a step with this gradient norm; adapts the scale, so
+        that a step with the same samples may be possible."""
         if math.isfinite(norm):
             self.calm += 1
             if self.active and self.calm >= self.CALM:
                 self.value, self.calm = self.value * 2, 0
             return True
         if not self.active or self.value <= self.LOWEST:
-            raise not_finite(norm, "gradient norm", step)
+            return True
         self.value, self.calm, self.skipped = self.value / 2, 0, self.skipped + 1
         return False
 

@@ -6,22 +6,20 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.data.sources import Corpus, load_sources
 from finesight.digests import digest
 from finesight.encode.pack import PackedBatch, filled
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
-from finesight.evaluate import own
-from finesight.evaluate.score import task_of
 from finesight.hub import ModelFolder, lasting_name
 from finesight.infer.load import find_parts, resolve_device, resolve_precision
 from finesight.manifest import MANIFEST, Manifest
@@ -34,24 +32,25 @@ from finesight.model.fp8 import refuse_device
 from finesight.model.lora import stacked
 from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
-from finesight.model.parts import apply_tuning, trainable
+from finesight.model.parts import apply_tuning
 from finesight.model.qwen_vl import SquareTower
 from finesight.train.budget import Budget
-from finesight.train.checkpoint import Best, Checkpoints, State, TensorFile, check_identity
+from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
 from finesight.train.loader import StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
+from finesight.train.parallel import Parallel, share_model
 from finesight.train.progress import Screen
 from finesight.train.ranks import ALONE, Ranks, shared
 from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
-from finesight.train.survey import Survey, pictures_of, survey
+from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
-ANYTHING = {"workers", "cache", "keep", "save_every", "device", "precision"}
+ANYTHING = {"workers", "cache", "parallel", "keep", "save_every", "device", "precision"}
 """Settings of `train` that a resumed run may change: they do not touch what is computed."""
 
 
@@ -91,25 +90,6 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Samples to learn from or to measure on, and which of them are usable."""
-
-    corpus: Corpus
-    survey: Survey
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is: `step` steps finished, last measured after step `measured` (-1: never), and
-    the budget of the next step."""
-
-    budget: Budget
-    step: int = 0
-    measured: int = -1
-    best: Best | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Session:
     """Everything a run works with."""
 
@@ -123,6 +103,7 @@ class Session:
     course: Course
     data: StepData
     model: AnyModel
+    parallel: Parallel
     masters: Masters
     passes: Passes
     watch: Watch
@@ -133,17 +114,18 @@ class Session:
     progress: Progress
 
     def held_out_data(self, pack_tokens: int) -> StepData | None:
-        """The held-out samples in steps of the training's batch, in packs of at most so many
-        tokens."""
+        """This process's held-out samples in steps of the training's batch, in packs of at most so
+        many tokens."""
         if self.held_out is None:
             return None
-        members = InOrder(self.held_out.survey.kept, self.recipe.train.batch)
-        corpus, unusable = self.held_out.corpus, self.recipe.data.unusable
-        return StepData(corpus, self.renderer, members, pack_tokens, unusable)
+        own = self.machine.ranks.own(self.held_out.survey.kept)
+        members = InOrder(own, self.recipe.train.batch)
+        return self.held_out.in_steps(self.renderer, members, pack_tokens, self.recipe.data)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where
         that is faster."""
+        packed = self.parallel.passable(packed)
         if self.even and not isinstance(self.model, FallbackModel):
             return filled(packed, merge_filled(self.model))
         return packed.to(self.machine.device)
@@ -153,6 +135,16 @@ class Session:
         """Whether sizes are filled up: where a CPU computes in 16 bits, since oneDNN builds its
         kernels anew for every new shape."""
         return self.machine.device.type == "cpu" and self.machine.dtype != torch.float32
+
+    def forget_gradients(self) -> None:
+        """Drop those of a step that is not taken."""
+        self.masters.forget_gradients()
+        self.parallel.forget()
+
+    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Continue from what a checkpoint holds."""
+        self.masters.load(self.parallel.own(values), self.parallel.own(moments))
+        self.parallel.moved()
 
     def keep_within(self, budget: Budget) -> None:
         """Learn within this budget from here on."""
@@ -169,6 +161,8 @@ class Session:
             best=self.progress.best,
             loss_scale=self.scale.state(),
             budget=self.progress.budget,
+            void=self.progress.void,
+            void_in_a_row=self.progress.void_in_a_row,
             identity=self.identity,
         )
 
@@ -220,7 +214,7 @@ def prepare(
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
-    found = checkpoints.newest() if resume else None
+    found = checkpoints.newest(screen.say) if resume else None
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
     nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
@@ -230,12 +224,13 @@ def prepare(
         continue_adapter(model, base.adapter, base=base.folder)
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
-    learning = trainable(model)
-    masters = Masters(learning, recipe.train, stacked(model))
-    if not machine.ranks.alone:
-        masters.sum_always()
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
-    members = shared(course, machine.ranks, train.survey, arithmetic)
+    members = shared(course, machine.ranks, train.glances(renderer, recipe.data), arithmetic)
+    rows = stacked(model)
+    parallel = share_model(recipe, model, machine.dtype, machine.ranks)
+    masters = Masters(parallel.learning, recipe.train, rows)
+    if not (machine.ranks.alone or parallel.sharded):
+        masters.sum_always()
     budget = Budget(pack_tokens=recipe.train.pack_tokens, recompute=recipe.train.recompute)
     session = Session(
         recipe=recipe,
@@ -246,12 +241,11 @@ def prepare(
         train=train,
         held_out=held_out,
         course=course,
-        data=StepData(
-            train.corpus, renderer, members, recipe.train.pack_tokens, recipe.data.unusable
-        ),
+        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
         model=model.train(),
+        parallel=parallel,
         masters=masters,
-        passes=Passes(model, list(learning.values())),
+        passes=Passes(model, list(parallel.learning.values()), alone=not parallel.sharded),
         watch=Watch(model, masters.values()),
         scale=LossScale(active=machine.dtype == torch.float16),
         schedule=schedule,
@@ -265,11 +259,12 @@ def prepare(
     return session
 
 
-def _go_on(session: Session, state: State, values: TensorFile, moments: TensorFile) -> None:
-    session.masters.load(values, moments)
+def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) -> None:
+    session.load(values, moments)
     session.scale.load(state.loss_scale)
     progress = session.progress
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
+    progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
         session.keep_within(state.budget)
 
@@ -319,56 +314,6 @@ def base_of(recipe: Recipe) -> Base:
     return Base(name, parts.folder, adapter, manifest)
 
 
-def texts_of(
-    recipe: Recipe, renderer: Rendering, workers: int, screen: Screen
-) -> tuple[Texts, Texts | None]:
-    """The samples to learn from and those to measure on, every one checked, and what is left out
-    said on the screen. Raises UserError for mistakes in them, and for a metric without them."""
-    if recipe.eval is not None and not recipe.data.eval:
-        raise UserError(
-            f"eval.metric is {recipe.eval.metric}, and there is no held-out data",
-            where="data.eval",
-            expected="a JSONL file of held-out samples",
-            remedy="set data.eval, for example by `finesight data import --split 0.9`",
-        )
-    if recipe.eval is not None:
-        task_of(own.found(recipe.eval.metric, recipe.output))
-    corpus = load_sources(recipe.data.train)
-    if not recipe.data.eval:
-        return _surveyed(corpus, recipe, renderer, workers, screen, "train"), None
-    held_out = load_sources(recipe.data.eval)
-    watched = {picture for located in held_out.read() for picture in pictures_of(located)}
-    train = _surveyed(corpus, recipe, renderer, workers, screen, "train", watched)
-    if train.survey.met:
-        screen.say(
-            f"{len(train.survey.met)} pictures of data.eval are in data.train too: figures measured"
-            " on them say nothing about new ones"
-        )
-    return train, _surveyed(held_out, recipe, renderer, workers, screen, "eval")
-
-
-def _surveyed(
-    corpus: Corpus,
-    recipe: Recipe,
-    renderer: Rendering,
-    workers: int,
-    screen: Screen,
-    name: str,
-    watched: Set[str] = frozenset(),
-) -> Texts:
-    with screen.stage(f"reading headers of data.{name}", len(corpus)) as advance:
-        found = survey(corpus, renderer, recipe.data, workers, advance, watched)
-    screen.say(
-        f"data.{name}: {len(found.kept)} samples, {found.tokens} tokens (longest {found.longest}),"
-        f" {found.patches} patches, {len(found.dropped)} samples dropped"
-    )
-    for dropped in found.dropped[:5]:
-        screen.say(f"  dropped {dropped.id}: {dropped.reason}")
-    if len(found.dropped) > 5:
-        screen.say(f"  and {len(found.dropped) - 5} more, all of them listed in the run folder")
-    return Texts(corpus, found)
-
-
 def _identity(
     recipe: Recipe,
     machine: Machine,
@@ -388,7 +333,7 @@ def _identity(
         "train.precision": machine.precision,
     }
     for name, texts in (("train", train), ("eval", held_out)):
-        kept = json.dumps(texts.survey.kept) if texts else ""
+        kept = texts.usable if texts else ""
         settings[f"data.{name}"] = texts.corpus.fingerprint if texts else None
         settings[f"usable samples of data.{name}"] = hashlib.sha256(kept.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")

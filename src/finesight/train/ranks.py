@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from heapq import heapify, heapreplace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,19 @@ from finesight.errors import UserError
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
-from finesight.train.survey import Survey
+from finesight.train.survey import Glance
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which measures and writes meanwhile."""
 
-OVER, FAILED = 1, 2
-"""What a process says in the place of its numbers of a step."""
+AWAITED = timedelta(minutes=30)
+"""How long the first one waits for the others, which have nothing but their share to compute, and
+any for what all have begun."""
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,22 +50,75 @@ class ShareFailed(UserError):
     """A process could not take its share of a step; all know it, and nobody has taken the step."""
 
 
-class Together(NamedTuple):
-    """What all processes have of a step: learned tokens, samples, tokens, samples dropped late; and
-    `signal`, the number of one that asked any of them to stop, or 0."""
+class Errand(IntEnum):
+    """What a process is about to do. The first one says what all of them do; the others are ready
+    for a step, wait, or have failed."""
 
-    supervised: int
-    samples: int
-    tokens: int
+    STEP = 0
+    SAVE = 1
+    MEASURE = 2
+    SETTLE = 3
+    """The end of a run."""
+    OVER = 4
+    WAIT = 5
+    FAILED = 6
+
+
+class Together(NamedTuple):
+    """What all processes have of a step: learned tokens, samples, tokens, the most packs of one,
+    samples dropped late; and `signal`, the number of one that asked any of them to stop, or 0.
+    Where the first process is not about to take a step, its errand and what it says of it."""
+
+    supervised: int = 0
+    samples: int = 0
+    tokens: int = 0
+    packs: int = 0
     dropped: tuple[Dropped, ...] = ()
     signal: int = 0
-    over: bool = False
-    """Whether the first process takes no more steps."""
+    errand: Errand = Errand.STEP
+    argument: int = 0
 
     @classmethod
     def of(cls, step: Step, signal: int = 0) -> Together:
         """That of one process."""
-        return cls(step.supervised, step.samples, step.tokens, step.dropped, signal)
+        figures = step.supervised, step.samples, step.tokens, len(step.packs)
+        return cls(*figures, step.dropped, signal)
+
+
+class Roll:
+    """Meetings of all processes, to which each brings something, where all can see it: who does not
+    come has a number."""
+
+    def __init__(self, store: Store, number: int, count: int) -> None:
+        self._store, self._number, self._count = store, number, count
+        self._meeting = 0
+
+    def gathered(self, own: str, patience: timedelta) -> list[bytes]:
+        """What every process has brought, in order. Raises ShareFailed when one has not come by
+        then."""
+        self._meeting += 1
+        keys = [f"finesight/{self._meeting}/{number}" for number in range(self._count)]
+        self._store.set(keys[self._number], own)
+        # All have left the meeting before the last one: who came to the last had left it.
+        self._store.delete_key(f"finesight/{self._meeting - 2}/{self._number}")
+        try:
+            self._store.wait(keys, patience)
+        except RuntimeError as error:
+            raise ShareFailed(
+                f"process {self._missing(keys)} of {self._count} has not answered for {patience}",
+                where="training",
+                expected="every process with its share of a step",
+                remedy="see what that process said, and start again with --resume",
+            ) from error
+        return self._store.multi_get(keys)
+
+    def _missing(self, keys: Sequence[str]) -> str:
+        try:
+            came = [self._store.check([key]) for key in keys]
+        except RuntimeError:
+            # Who kept the roll is gone.
+            return "0"
+        return ", ".join(str(number) for number, here in enumerate(came) if not here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +129,7 @@ class Ranks:
     count: int = 1
     local: int = 0
     beside: int = 1
+    roll: Roll | None = None
 
     @property
     def first(self) -> bool:
@@ -97,24 +158,25 @@ class Ranks:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of what may be done in any order: every so manieth."""
+        return items[self.number :: self.count]
+
     def agreed(self, step: Step, signal: int = 0) -> Together:
-        """The step of all processes. All of them have to ask, and wait for each other."""
+        """The step of all processes, or what the first one does before it. All of them have to ask,
+        and wait for each other. Raises ShareFailed where one of them cannot go on."""
         own = Together.of(step, signal)
         if self.alone:
             return own
-        numbers = (step.number, *own[:3], len(step.dropped), signal, 0)
-        return self._summed(self._gathered(numbers), step)
+        figures = step.number, *own[:4], len(step.dropped)
+        return self._summed(self._gathered((*figures, signal, Errand.STEP)), step.dropped)
 
-    def dismiss(self, signal: int = 0) -> None:
-        """No more steps are taken: of the first process, in the place of `agreed`; of the others,
-        to wait for that."""
-        if not self.alone:
-            self._gathered((0, 0, 0, 0, 0, signal, OVER))
-
-    def give_up(self) -> None:
-        """Of a process that cannot go on, in the place of `agreed`: others raise ShareFailed."""
-        if not self.alone:
-            self._gathered((0, 0, 0, 0, 0, 0, FAILED))
+    def called(self, errand: Errand, argument: int = 0, signal: int = 0) -> Together:
+        """In the place of `agreed`. Of the first process: what it is about to do. Of the others:
+        WAIT, to hear what the first one does, and FAILED, of one that cannot go on."""
+        if self.alone:
+            return Together(errand=errand, argument=argument)
+        return self._summed(self._gathered((argument, 0, 0, 0, 0, 0, signal, errand)))
 
     def confirm(self, *, well: bool) -> None:
         """All processes say whether they could take their share; raises ShareFailed where this one
@@ -147,40 +209,62 @@ class Ranks:
             )
 
     def _gathered(self, numbers: Sequence[int]) -> list[list[int]]:
-        """These of every process, in order."""
-        own = torch.tensor(numbers)
-        everybodys = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(everybodys, own)
-        return [one.tolist() for one in everybodys]
+        """These of every process, in order. Raises ShareFailed with the number of one that does
+        not come."""
+        return [json.loads(told) for told in self._told(json.dumps(numbers))]
 
-    def _summed(self, everybodys: list[list[int]], step: Step) -> Together:
-        steps, supervised, samples, tokens, dropped, signals, over = zip(*everybodys, strict=True)
-        self._refuse([number for number, end in enumerate(over) if end == FAILED])
-        if OVER in over:
-            return Together(0, 0, 0, (), max(signals), over=True)
-        if len(set(steps)) > 1:
+    def _told(self, own: str) -> list[bytes]:
+        assert self.roll is not None, f"process {self.number} of {self.count} is on no roll"
+        return self.roll.gathered(own, AWAITED if self.first else PATIENCE)
+
+    def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
+        *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
+        steps, supervised, samples, tokens = figures
+        if said[self.number] != Errand.FAILED:
+            self._refuse([number for number, one in enumerate(said) if one == Errand.FAILED])
+        if said[0] != Errand.STEP:
+            return Together(signal=max(signals), errand=Errand(said[0]), argument=steps[0])
+        if len({*zip(steps, said, strict=True)}) > 1:
             raise ShareFailed(
                 f"the processes stand before different steps: {', '.join(map(str, steps))}",
                 where="training",
                 expected="one output that all processes see",
                 remedy="put the run on a disk that all machines share",
             )
-        left_out = self._all_of(step.dropped) if any(dropped) else ()
-        return Together(sum(supervised), sum(samples), sum(tokens), left_out, max(signals))
+        left_out = self._all_of(own) if any(dropped) else ()
+        whole = sum(supervised), sum(samples), sum(tokens), max(packs)
+        return Together(*whole, left_out, max(signals))
 
     def _all_of(self, dropped: Sequence[Dropped]) -> tuple[Dropped, ...]:
-        told = json.dumps(dropped).encode()
-        ((longest,), *_) = sorted(self._gathered((len(told),)), reverse=True)
-        room = torch.tensor(list(told.ljust(longest)), dtype=torch.uint8)
-        everybodys = [torch.empty_like(room) for _ in range(self.count)]
-        dist.all_gather(everybodys, room)
-        lists = [json.loads(bytes(one.tolist())) for one in everybodys]
-        return tuple(Dropped(*one) for found in lists for one in found)
+        told = self.everybodys(json.dumps(dropped))
+        return tuple(Dropped(*one) for found in map(json.loads, told) for one in found)
+
+    def everybodys(self, told: str) -> list[bytes]:
+        """What every process tells, in order. All of them have to."""
+        return [told.encode()] if self.alone else self._told(told)
+
+    @contextmanager
+    def confirmed(self) -> Iterator[None]:
+        """A block that all processes go through. Raises ShareFailed where it came to its end here,
+        and not in another one."""
+        well = False
+        try:
+            yield
+            well = True
+        finally:
+            self.confirm(well=well)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor, in its place."""
-        if not self.alone:
+        """The sum of every process's tensor, in its place. On a CPU, raises ShareFailed as meetings
+        do; what a GPU waits for, torch ends after `AWAITED`."""
+        if self.alone:
+            return tensor
+        try:
             dist.all_reduce(tensor)
+        except RuntimeError:
+            # All whom it failed come to say so.
+            self._told("")
+            raise
         return tensor
 
 
@@ -206,8 +290,11 @@ def joined() -> Iterator[Ranks]:
     local = int(found["LOCAL_RANK"])
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    yield Ranks(int(found["RANK"]), int(found["WORLD_SIZE"]), local, beside)
+    dist.init_process_group(backend, timeout=AWAITED)
+    number, count = int(found["RANK"]), int(found["WORLD_SIZE"])
+    # The one that the processes have found each other by.
+    roll = Roll(dist.distributed_c10d._get_default_store(), number, count)
+    yield Ranks(number, count, local, beside, roll)
     # Where something was raised, others may be far from here: they would be waited for.
     dist.destroy_process_group()
 
@@ -245,12 +332,11 @@ class _Alone(NamedTuple):
 
 
 def shared(
-    course: Members, ranks: Ranks, survey: Survey, arithmetic: Arithmetic | Uncounted
+    course: Members, ranks: Ranks, glances: Mapping[int, Glance], arithmetic: Arithmetic | Uncounted
 ) -> Members:
     """This process's samples of each step, about as costly as those of any other."""
     if ranks.alone:
         return course
-    glances = dict(zip(survey.kept, survey.glances, strict=True))
 
     def cost(index: int) -> float:
         seen = glances[index]

@@ -164,14 +164,17 @@ def _fill(room: Tensor, values: Tensor, rest: int) -> None:
 class Passes:
     """Packs forwards and backwards; the gradients are left with the parameters."""
 
-    def __init__(self, model: AnyModel, learning: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, model: AnyModel, learning: Sequence[nn.Parameter], *, alone: bool = True
+    ) -> None:
+        """`alone` says whether a pass waits for no other process."""
         self._model = model
         self._learning = list(learning)
         self._met: Counter[Kind] = Counter()
         self._held: dict[Kind, Held] = {}
         self._gradients: list[Tensor | None] = []
         device = self._learning[0].device
-        records = _recordable(model, device) and learns_little(model)
+        records = alone and _recordable(model, device) and learns_little(model)
         self._recorded = Recorded(device) if records else None
 
     def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def rehearse(session: Session) -> None:
     shows in the step that learns it."""
     device = session.machine.device
     native = isinstance(session.model, VisionLanguageModel)
-    if not (KERNELS and device.type == "cuda" and native):
+    if not (KERNELS and device.type == "cuda" and native) or session.parallel.sharded:
         return
     if not nothing_compiled() or session.progress.step == len(session.course):
         return

@@ -21,6 +21,7 @@ from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
 from finesight.train.step import Taken, recorded
+from finesight.train.tolerance import Tolerance
 from finesight.train.track import Tracker
 from finesight.train.waiting import Wait
 
@@ -53,6 +54,7 @@ class Reporter:
 
     def __init__(self, session: Session, screen: Screen, tracks: Sequence[Tracker]) -> None:
         self._session, self._screen, self._tracks = session, screen, tracks
+        self._tolerance = Tolerance(session, screen.say)
         self._behind: tuple[Taken, Wait] | None = None
         self._view: Steps | None = None
         self._clock = Clock(session.machine.device)
@@ -118,8 +120,8 @@ class Reporter:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """Wait for the step that was kept, if any, and report it. Raises UserError when its
-        figures are no finite numbers."""
+        """Wait for the step that was kept, if any, and report it. Raises UserError when it was one
+        void step, or one damaged picture, too many."""
         behind, self._behind = self._behind, None
         if behind is None:
             return
@@ -133,17 +135,18 @@ class Reporter:
             self._screen.say(f"dropped {dropped.id}: {dropped.reason}")
         if self._view is not None:
             self._view.show(figures)
+        self._tolerance.check()
 
     def _figures(self, taken: Taken, wait: Wait) -> dict[str, Any]:
-        loss, norm = taken.wait()
+        judged = self._tolerance.judge(taken)
         seconds = self._clock.lap(taken.event)
         session, step, whole = self._session, taken.step, taken.together
         position = min((step.number + 1) * session.recipe.train.batch, session.course.samples)
         return {
             "step": step.number + 1,
             "epoch": round(position / session.course.epoch_length, 4),
-            "loss": loss if taken.moved else None,
-            "grad_norm": norm if taken.moved else None,
+            "loss": judged.loss,
+            "grad_norm": judged.norm,
             "lr": session.masters.rates(taken.factor),
             "samples": whole.samples,
             "tokens": whole.tokens,
@@ -151,7 +154,9 @@ class Reporter:
             "packs": len(step.packs),
             **taken.budget.model_dump(),
             "dropped": [dropped.id for dropped in whole.dropped],
-            "skipped": session.scale.skipped,
+            "skipped": session.scale.skipped + session.progress.void,
+            "void": judged.void,
+            "jumped": judged.jumped,
             "seconds": seconds,
             "waited_s": wait.seconds,
             "samples_per_s": whole.samples / seconds,

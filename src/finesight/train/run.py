@@ -26,7 +26,15 @@ from finesight.run_folder import (
     REPORT,
     RESULT,
 )
-from finesight.storage import append_line, cut_file, explained, make_folder, sweep, write_file
+from finesight.storage import (
+    append_line,
+    cut_file,
+    explained,
+    flush_file,
+    make_folder,
+    sweep,
+    write_file,
+)
 
 
 class Run:
@@ -119,8 +127,12 @@ class Run:
             write_file(self.folder / own.COPY, place[0].read_bytes())
 
     def note(self, figures: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        append_line(self.metrics, json.dumps(figures, allow_nan=False))
+        """Append a line to `metrics.jsonl`: JSON, but for NaN where a step had no finite figure."""
+        append_line(self.metrics, json.dumps(figures))
+
+    def flush(self) -> None:
+        """Let all that was noted survive a power failure."""
+        flush_file(self.metrics)
 
     def write(self, name: str, content: object) -> None:
         """Put `content` into the folder as a JSON file."""
@@ -132,7 +144,8 @@ class Run:
         write_file(self.folder / DROPPED, "".join(lines).encode())
 
     def finished(self, result: object) -> None:
-        """Write the result: the run is complete."""
+        """Write the result: the run is complete, and what was noted stays."""
+        self.flush()
         self.write(RESULT, result)
 
     def result(self) -> str | None:
@@ -144,25 +157,31 @@ class Run:
         """Cut off the lines of steps after `step` and of measurements after step `measured`, which
         will come again, and a last line that a crash has torn."""
         if self.metrics.exists():
-            kept = b""
-            for line, figures in _lines(self.metrics):
+            kept = 0
+            for size, figures in _lines(self.metrics):
                 if figures["step"] > (measured if "held_out_loss" in figures else step):
                     break
-                kept += line
-            cut_file(self.metrics, len(kept))
+                kept += size
+            cut_file(self.metrics, kept)
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
-        return [figures for _, figures in _lines(self.metrics)] if self.metrics.exists() else []
+        return list(self.lines())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Those of `history`, one at a time: a long run has more than there is room for."""
+        if self.metrics.exists():
+            yield from (figures for _, figures in _lines(self.metrics))
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Whole lines, up to the first that is torn."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            figures = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(figures, dict) or not line.endswith(b"\n"):
-            return
-        yield line, figures
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines, each with its bytes, up to the first that is torn."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                return
+            if not isinstance(figures, dict) or not line.endswith(b"\n"):
+                return
+            yield len(line), figures

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finesight.train.checkpoint import Checkpoints, State
+from finesight.train.ranks import ALONE, Ranks
 
 MOST_NUMBERS = 400_000_000
 """That learn, of which a copy is made in memory, twelve bytes each. More of them are written before
@@ -59,8 +60,9 @@ def _up(size: int) -> int:
 class Saving:
     """Writes one checkpoint at a time. What goes wrong is raised by the next call."""
 
-    def __init__(self, checkpoints: Checkpoints, *, meanwhile: bool) -> None:
-        self._checkpoints, self._meanwhile = checkpoints, meanwhile
+    def __init__(self, checkpoints: Checkpoints, *, meanwhile: bool, ranks: Ranks = ALONE) -> None:
+        """`ranks` that are several write together, and before they go on."""
+        self._checkpoints, self._meanwhile, self._ranks = checkpoints, meanwhile, ranks
         self._room = _Room()
         self._thread: Thread | None = None
         self._failed: BaseException | None = None
@@ -70,8 +72,9 @@ class Saving:
     ) -> None:
         """As `Checkpoints.save`: it is there when `wait` returns."""
         self.wait()
-        if not self._meanwhile or state.step in self._checkpoints.steps():
-            self._checkpoints.save(state, values, moments)
+        written = state.step in self._checkpoints.steps()
+        if not (self._meanwhile and self._ranks.alone) or written:
+            self._checkpoints.save(state, values, moments, self._ranks)
             return
         copies = self._room.copies((values, moments))
         # What is in force for this thread is for that one.

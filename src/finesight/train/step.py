@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from finesight.encode.pack import PackedBatch
+from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, too_much
 from finesight.train.loader import Step, read_steps
-from finesight.train.optimizer import not_finite
 from finesight.train.prepare import Session
 from finesight.train.ranks import Together
 from finesight.train.seen import Seen
@@ -26,8 +25,9 @@ class Taken:
     """A step that the device may still be working on.
 
     `coming_2` holds mean loss per learned token and gradient norm, on their way to the CPU until
-    `event` has happened. `moved` is False for a step that an overflow in fp16 made void, and for
-    one without a usable sample. `budget` is that of its packs.
+    `event` has happened: where one of them is no finite number, the device has left everything as
+    it was. `moved` is False for a step whose gradients overflowed in fp16, and for one without a
+    usable sample. `budget` is that of its packs.
     """
 
     step: Step
@@ -40,16 +40,10 @@ class Taken:
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
-        """Loss and gradient norm, once the device has them.
-
-        Raises UserError when one of them is no finite number in a step that moved the model.
-        """
+        """Loss and gradient norm, once the device has them."""
         if self.event is not None:
             self.event.synchronize()
         loss, norm = self.coming_2.tolist()
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if self.moved and not math.isfinite(value):
-                raise not_finite(value, what, self.step.number + 1)
         return loss, norm
 
 
@@ -81,25 +75,18 @@ def take_step(
     known.
 
     Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
-    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A bad gradient
-    raises UserError here where waiting for the device costs nothing, and otherwise in `wait`, one
-    step later; nothing is saved in between.
+    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A step whose loss
+    or gradients are no finite numbers moves nothing, in any process: the device sees to that.
     """
     masters, scale = session.masters, session.scale
     by = scale.value
     ranks = session.machine.ranks
     together = together or Together.of(step)
-    well = False
-    try:
+    # Before anybody waits for what a process that failed will never give.
+    with ranks.confirmed():
         total = _accumulate(session, step, together, stop, seen)
-        well = True
-    finally:
-        # Before anybody waits for what a process that failed will never give.
-        ranks.confirm(well=well)
-    if not ranks.alone:
-        masters.join(ranks.add)
-        ranks.add(total)
-    norm = masters.norm()
+    ranks.add(total)
+    norm = session.parallel.joined(masters)
     taken = Taken(
         step=step,
         together=together,
@@ -113,14 +100,13 @@ def take_step(
     if not taken.moved:
         return taken
     if scale.active:
-        # Whether to move at all depends on the norm.
-        _, found = replace(taken, moved=False).wait()
-        if not scale.accept(found, step.number + 1):
-            masters.forget_gradients()
+        # What the next step's loss is multiplied by depends on the norm.
+        loss, found = taken.wait()
+        if math.isfinite(loss) and not scale.accept(found):
+            session.forget_gradients()
             return replace(taken, moved=False)
-    elif taken.event is None:
-        taken.wait()
-    masters.step(taken.factor, norm, by)
+    masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
+    session.parallel.moved()
     return taken
 
 
@@ -132,24 +118,32 @@ def _accumulate(
     total = torch.zeros((), device=device)
     share = torch.full((), session.scale.value / max(1, together.supervised), device=device)
     ranks = session.machine.ranks
-    for micro, packed in enumerate(step.packs):
+    for micro, packed in enumerate(_micro_batches(session, step, together)):
         # In the middle of a step the others would wait for this process.
         if stop.asked and ranks.alone:
-            session.masters.forget_gradients()
+            session.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         number = micro * ranks.count + ranks.number
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, number))
         known = None if seen is None else step.known[micro]
+        weight = share if packed.sample_ids else torch.zeros_like(share)
         try:
             if micro:
                 session.masters.add_up()
-            total += _learn(session, packed, share, seen, known)
+            total += _learn(session, packed, weight, seen, known)
         except torch.OutOfMemoryError as error:
             # Another try has as much room as this one, and that of recordings, too.
             session.passes.forget()
-            session.masters.forget_gradients()
+            session.forget_gradients()
             raise too_much(error, packed, session.progress.budget, learning=True) from None
     return total
+
+
+def _micro_batches(session: Session, step: Step, together: Together) -> Sequence[PackedBatch]:
+    """The packs of a step. Where layers are put together for each, as many as any process has."""
+    if not session.parallel.sharded:
+        return step.packs
+    return *step.packs, *[nothing()] * (together.packs - len(step.packs))
 
 
 def _learn(

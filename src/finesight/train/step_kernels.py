@@ -9,6 +9,7 @@ Imported only where Triton is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -206,11 +207,20 @@ def _remember(moment, codes, scales, at, blocks, inside, there, eight: tl.conste
 
 @triton.jit
 def _adamw(parameter_T, table_P3, addresses_P, like, narrow, rest, first, first_scale, second,
-           second_scale, shrink, kept, length, new_1, beta_2, new_2, unbias, epsilon,
-           beside: tl.constexpr, eight: tl.constexpr, even: tl.constexpr,
+           second_scale, shrink, taken, taken_next, log_1, log_2, kept, rate, new_1, beta_2, new_2,
+           epsilon, beside: tl.constexpr, eight: tl.constexpr, even: tl.constexpr,
            rows: tl.constexpr):  # fmt: skip
+    by = tl.load(shrink)
+    before = tl.load(taken)
+    if tl.program_id(0) == 0:
+        tl.store(taken_next, tl.where(by == by, before + 1.0, before))
+    if by != by:
+        return
+    # What moments lack as long as steps are few; one less a number near one wants 64 bits.
+    length = (rate / (1.0 - tl.exp((before + 1.0) * log_1))).to(tl.float32)
+    unbias = (1.0 / tl.sqrt(1.0 - tl.exp((before + 1.0) * log_2))).to(tl.float32)
     p, start, begin, at_RN, inside_RN = _tile(parameter_T, table_P3, even, rows)
-    grad_RN = _gradient(addresses_P, p, start, at_RN, inside_RN, like) * tl.load(shrink)
+    grad_RN = _gradient(addresses_P, p, start, at_RN, inside_RN, like) * by
     blocks_R = begin // 256 + tl.arange(0, rows)
     there_R = start + tl.arange(0, rows) * 256 < tl.load(table_P3 + p * 3 + 2)
     at_RN += begin
@@ -232,21 +242,24 @@ def adamw(
     numbers: Wide,
     moments: tuple[Moment, Moment],
     shrink: Tensor,
+    count: tuple[Tensor, Tensor],
     pace: Pace,
 ) -> None:
     """A step of AdamW for one group: gradients times `shrink`, a scalar on the device, move its
-    numbers and its moments."""
+    numbers and its moments; NaN leaves all as it is. The first number of `count` says how many
+    steps came before, and the second one becomes how many there are with this one."""
     narrow_E, rest_E = numbers.narrow_E, numbers.rest_E
     gradients = _aligned(gradients)
     like = next((gradient for gradient in gradients if gradient is not None), narrow_E)
     beside = 0 if rest_E is None else rest_E.itemsize
     beta_1, beta_2 = pace.betas
     first, second = moments
+    logs = [math.log(beta) if beta else -math.inf for beta in pace.betas]
     _adamw[(len(tiles.parameter_T),)](
         tiles.parameter_T, tiles.table_P3, tiles.addresses(gradients), like,
         narrow_E.view(torch.int16) if beside == 2 else narrow_E, rest_E,
         first.numbers_E, first.scale_B, second.numbers_E, second.scale_B, shrink,
-        pace.kept, pace.length, 1 - beta_1, beta_2, 1 - beta_2, 1 / pace.root, EPSILON,
+        *count, *logs, pace.kept, pace.rate, 1 - beta_1, beta_2, 1 - beta_2, EPSILON,
         beside=beside, eight=first.scale_B is not None, even=tiles.even, rows=ROWS,
         num_warps=WARPS,
     )  # fmt: skip

@@ -11,11 +11,14 @@ from types import FrameType
 
 from finesight.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SOON_OVER = (signal.SIGUSR1, signal.SIGUSR2)
+"""What a scheduler sends some time before a job has to end (sbatch --signal=USR1@300)."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *SOON_OVER)
 
 
 class Stop:
-    """Whether SIGINT or SIGTERM has arrived."""
+    """Whether one of these signals has arrived."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -23,7 +26,8 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the first signal is noted, and a second one acts as it did before.
+        """Within the block the first signal is noted, and a second one acts as it did before, but
+        for one that only says again that time is short.
 
         Only the main thread can listen; in another one signals act as ever.
         """
@@ -37,6 +41,8 @@ class Stop:
             if not self._arrived:
                 self._arrived = True
                 self.heed(number)
+                return
+            if number in SOON_OVER:
                 return
             signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,13 +36,25 @@ def read_ahead(
     """The items of `data` with these numbers, in this order, whatever the number of workers.
 
     A UserError that an item turned out to be is raised here, as it is. With `pin`, items are
-    brought into page-locked memory. The workers start at once, not at the first item.
+    brought into page-locked memory. The workers start at once, not at the first item. Where one
+    dies, they are started again with the item that is due; raises WorkerDied where that is in vain.
     """
+    # A range of any length takes no memory.
+    todo = numbers if isinstance(numbers, range) else list(numbers)
+
+    def from_item(place: int) -> Iterator[Item | UserError]:
+        return _started(data, todo[place:], workers, pin)
+
+    return _items(from_item, from_item(0), workers)
+
+
+def _started(
+    data: Dataset[Item | UserError], numbers: Sequence[int], workers: int, pin: bool
+) -> Iterator[Item | UserError]:
     loader: DataLoader[Item | UserError] = DataLoader(
         data,
         batch_size=None,
-        # A range of any length takes no memory.
-        sampler=numbers if isinstance(numbers, range) else list(numbers),
+        sampler=numbers,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
@@ -54,7 +67,7 @@ def read_ahead(
         generator=torch.Generator(),
     )
     before = signal.getsignal(signal.SIGCHLD)
-    items = _items(iter(loader), workers)
+    items = iter(loader)
     if threading.current_thread() is threading.main_thread():
         # torch's own handler raises in the middle of whatever runs when a worker dies, be it half
         # an optimiser step; without it the loader notices when the next item is due.
@@ -62,11 +75,20 @@ def read_ahead(
     return items
 
 
+RESTARTS = 2
+"""Times that workers are started again for one item: it may be the item that ends them."""
+
+
 class WorkerDied(UserError):
     """A process that reads data was killed or cannot go on, most often for want of memory."""
 
 
-def _items(source: Iterator[Item | UserError], workers: int) -> Iterator[Item]:
+def _items(
+    from_item: Callable[[int], Iterator[Item | UserError]],
+    source: Iterator[Item | UserError],
+    workers: int,
+) -> Iterator[Item]:
+    done = deaths = 0
     try:
         while True:
             try:
@@ -77,12 +99,24 @@ def _items(source: Iterator[Item | UserError], workers: int) -> Iterator[Item]:
                 if not workers or not _tells_of_death(error):
                     raise
                 first = (str(error) or type(error).__name__).splitlines()[0]
-                raise WorkerDied(
-                    f"a process that reads data died: {first}",
-                    where="train.workers",
-                    expected="enough memory, and enough of it shared (/dev/shm)",
-                    remedy="set train.workers lower, or to 0; then start again with --resume",
-                ) from error
+                deaths += 1
+                if deaths > RESTARTS:
+                    raise WorkerDied(
+                        f"a process that reads data died, {deaths} times for one item: {first}",
+                        where="train.workers",
+                        expected="enough memory, and enough of it shared (/dev/shm)",
+                        remedy="set train.workers lower, or to 0; then start again with --resume",
+                    ) from error
+                logging.getLogger(__name__).warning(
+                    "a process that reads data died, and is started again: %s", first
+                )
+                item = None
+            if item is None:
+                # Here, where the error is gone and with it the last reference to the old workers.
+                source = iter(())
+                source = from_item(done)
+                continue
+            done, deaths = done + 1, 0
             if isinstance(item, UserError):
                 raise item
             yield item

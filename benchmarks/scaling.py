@@ -1,0 +1,166 @@
+"""How much more several GPUs of one machine learn than one, and that they learn the same.
+
+    python benchmarks/scaling.py CONFIGS --work DIR --out FILE [--gpus 1,2,4] [--only "NAME;..."]
+
+CONFIGS holds folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct,
+Qwen2.5-VL-3B-Instruct and Qwen2.5-VL-7B-Instruct; weights are drawn at random and deleted after
+their runs. Every run is a real `torchrun -m finesight train` of drawn scenes, with the pictures
+looked at in every step; it is ended after its steps, since the checkpoint of billions of numbers
+takes longer than they do. A run on as many GPUs learns as many times the samples a step; `linear`
+is its samples a second over those of as many single GPUs. Cases named `same` learn the same samples
+on any number of GPUs: their losses are compared. `gb` is the most that one GPU had allocated, in
+10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from one_card import ALL, LORA, SEVEN, THREE, TWO
+from peer_data import draw, random_weights
+from peer_figures import WARM, head
+
+LIMIT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Runs with so many samples a step on each GPU, or on `all_of_them` together."""
+
+    name: str
+    model: str
+    side: int
+    batch: int
+    settings: tuple[str, ...]
+    all_of_them: bool = False
+    fewest: int = 1
+
+
+FSDP, ZERO2 = "train.parallel=fsdp", "train.parallel=zero2"
+CASES = (
+    Case("2B LoRA", TWO, 280, 64, (LORA,)),
+    Case("3B full, fsdp", THREE, 280, 32, (*ALL, FSDP)),
+    Case("3B full, zero2", THREE, 280, 32, (*ALL, ZERO2)),
+    Case("3B full, same, fsdp", THREE, 280, 16, (*ALL, FSDP), all_of_them=True),
+    Case("7B full, fsdp", SEVEN, 280, 16, (*ALL, FSDP), fewest=4),
+)
+
+
+def measure(case: Case, gpus: int, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A run's speed, memory and losses."""
+    run, file = options.work / "run", options.work / "recipe.yaml"
+    shutil.rmtree(run, ignore_errors=True)
+    file.write_text("{}\n", encoding="utf-8")
+    words = [
+        f"model={model}",
+        f"data.train={draw(options.work / 'data')}",
+        f"picture={{height: {case.side}, width: {case.side}}}",
+        f"train.steps={options.steps + 500}",
+        f"train.batch={case.batch if case.all_of_them else case.batch * gpus}",
+        f"train.pack_tokens={max(4096, 256 * case.batch)}",
+        "train.cache=never",
+        "train.precision=bf16",
+        "train.save_every=0",
+        f"output={run}",
+        *case.settings,
+    ]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+    command = [sys.executable, "-m", *launcher, "finesight", "train", str(file), *words]
+    said = options.work / "said.txt"
+    with said.open("wb") as stream:
+        # A group of its own, so that all its processes end with it.
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, start_new_session=True, env=environment(gpus)
+        )
+        start = time.monotonic()
+        try:
+            while process.poll() is None and time.monotonic() - start < LIMIT_S:
+                if len(steps_of(run)) >= options.steps:
+                    break
+                time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    steps = steps_of(run)[: options.steps]
+    if len(steps) < options.steps:
+        words = said.read_text(errors="replace").splitlines()
+        return {"case": case.name, "gpus": gpus, "failed": [word[:300] for word in words[-40:]]}
+    return {
+        "case": case.name,
+        "gpus": gpus,
+        "settings": list(case.settings),
+        "samples_a_step": steps[0]["samples"],
+        "tokens_a_step": steps[0]["tokens"],
+        "samples_per_s": round(statistics.median(s["samples_per_s"] for s in steps[WARM:]), 2),
+        "gb": round(max(step["memory_gb"] for step in steps), 2),
+        "losses": [step["loss"] for step in steps],
+    }
+
+
+def environment(gpus: int) -> dict[str, str]:
+    """The first so many GPUs."""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """What the run has noted of its steps so far."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = [line for line in file.read_text().split("\n")[:-1] if line]
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of all cases, with `linear` where one GPU was measured, too."""
+    chosen = [case for case in CASES if not options.only or case.name in options.only]
+    for name in dict.fromkeys(case.model for case in chosen):
+        folder = options.work / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        model = random_weights(options.configs / name, folder)
+        for case in chosen:
+            alone = 0.0
+            for gpus in options.gpus:
+                if case.model != name or gpus < case.fewest:
+                    continue
+                found = measure(case, gpus, model, options)
+                alone = found.get("samples_per_s", 0.0) if gpus == 1 else alone
+                if alone and "failed" not in found and not case.all_of_them:
+                    found["linear"] = round(found["samples_per_s"] / alone / gpus, 4)
+                yield found
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Measure, write, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2, 4])
+    parser.add_argument("--only", type=lambda text: text.split(";"), default=[])
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = head("scaling.py", options.configs) | {"results": []}
+    for found in results(options):
+        report["results"].append(found)
+        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        print(json.dumps(found)[:700], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""How several processes share one model: each has the whole of it, or its layers lie in parts with
+all of them and are put together while they compute (Zhao et al. 2023, arXiv:2304.11277).
+
+`ddp` keeps everything whole and adds up gradients. `zero2` keeps a part of the fp32 weights, the
+gradients and the moments with each process, `fsdp` of the weights that compute, too (stages 2 and 3
+of Rajbhandari et al. 2020, arXiv:1910.02054). Both are torch's `fully_shard`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from finesight.config import Recipe
+from finesight.encode.pack import PackedBatch, with_blank
+from finesight.errors import UserError
+from finesight.model.any_family import AnyModel
+from finesight.model.fallback import FallbackModel
+from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import trainable
+from finesight.train.optimizer import Masters
+from finesight.train.ranks import Ranks
+
+
+class Parallel(Protocol):
+    """What a step asks of it. All processes have to call the same methods in the same order."""
+
+    sharded: bool
+    """Whether no process has all of the model."""
+
+    learning: Mapping[str, nn.Parameter]
+    """What this process steps, by native name: all that learns, or its own rows of it."""
+
+    def passable(self, packed: PackedBatch) -> PackedBatch:
+        """The pack, such that all processes put the same layers together for theirs."""
+        ...
+
+    def joined(self, masters: Masters) -> Tensor:
+        """Let the gradients of all processes, added up, stand in the place of this one's. Returns
+        the Euclidean norm of all of them, a scalar on the device."""
+        ...
+
+    def moved(self) -> None:
+        """The masters have taken a step: let the model compute with that."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that was not taken."""
+        ...
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of what a checkpoint holds whole, this process's rows; names may say more than one of a
+        parameter, behind a full stop."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within the block, the model is whole in every process, and may be asked by one alone."""
+        ...
+
+
+class Replicated:
+    """Every process has all of the model."""
+
+    sharded = False
+
+    def __init__(self, model: AnyModel, ranks: Ranks) -> None:
+        self.learning: Mapping[str, nn.Parameter] = trainable(model)
+        self._ranks = ranks
+
+    def passable(self, packed: PackedBatch) -> PackedBatch:
+        """As it is."""
+        return packed
+
+    def joined(self, masters: Masters) -> Tensor:
+        """Gradients are added up in fp32 (Li et al. 2020, arXiv:2006.15704, without overlap)."""
+        if not self._ranks.alone:
+            masters.join(self._ranks.add)
+        return masters.norm()
+
+    def moved(self) -> None:
+        """The model computes with the masters' own upper halves."""
+
+    def forget(self) -> None:
+        """They are the masters'."""
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All of it."""
+        return tensors
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """As it always is."""
+        yield
+
+
+class Sharded:
+    """Each process has some rows of every weight: the fp32 numbers that learn, and what is frozen
+    in the type that computes. Weights are put together layer by layer when they are needed, in that
+    type, and their gradients added up in fp32 where their rows are."""
+
+    sharded = True
+
+    def __init__(self, model: VisionLanguageModel, dtype: torch.dtype, *, kept: bool) -> None:
+        """From here on the model's parameters are DTensors. `kept` ones stay together from the way
+        forth to the way back."""
+        self._kept, self._tower = kept, model.visual
+        device = model.model.embed_tokens.weight.device
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        self._parts: list[nn.Module] = [*model.visual.blocks, *model.model.layers]
+        for unit in (*self._parts, model):
+            for parameter in unit.parameters():
+                if parameter.requires_grad and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.float()
+            # The head is asked for after the way forth.
+            again = not kept and unit is not model
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        self._units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        for unit in self._units:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        self._rows: dict[str, DTensor] = {}
+        learning: dict[str, nn.Parameter] = {}
+        for name, parameter in trainable(model).items():
+            assert isinstance(parameter, DTensor), f"{name} lies whole in every process"
+            own = parameter.to_local().detach()
+            # A small weight has fewer rows than there are processes.
+            if own.numel():
+                self._rows[name] = parameter
+                learning[name] = nn.Parameter(own)
+        self.learning: Mapping[str, nn.Parameter] = learning
+
+    def passable(self, packed: PackedBatch) -> PackedBatch:
+        """One without pictures gets a blank one, of nothing."""
+        if packed.grids:
+            return packed
+        grid, numbers = self._tower.smallest, self._tower.geometry.patch_numbers
+        features = math.prod(grid) // self._tower.geometry.merge**2
+        return with_blank(packed, grid, features, numbers)
+
+    def joined(self, masters: Masters) -> Tensor:
+        """The gradients were added up on their way back; their norm is that of all rows."""
+        for name, rows in self._rows.items():
+            if isinstance(rows.grad, DTensor):
+                self.learning[name].grad = rows.grad.to_local()
+                rows.grad = None
+        squared = masters.norm().square()
+        dist.all_reduce(squared)
+        return squared.sqrt()
+
+    @torch.no_grad()
+    def moved(self) -> None:
+        """Copy the masters to where layers are put together from."""
+        rows = [rows.to_local() for rows in self._rows.values()]
+        torch._foreach_copy_(rows, list(self.learning.values()))
+
+    def forget(self) -> None:
+        """Those that are on their rows."""
+        for rows in self._rows.values():
+            rows.grad = None
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The rows of this process, of those parameters of which it has any."""
+        return _Rows(tensors, self._rows)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Every layer is put together at the same time."""
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_reshard_after_forward(
+                    not self._kept and unit in self._parts, recurse=False
+                )
+                unit.reshard()
+
+
+class _Rows(Mapping[str, Tensor]):
+    """A process's rows of whole tensors, each cut out when it is asked for."""
+
+    def __init__(self, whole: Mapping[str, Tensor], rows: Mapping[str, DTensor]) -> None:
+        self._whole, self._rows = whole, rows
+        here = (name for name in whole if _parameter(name, rows) is not None)
+        self._names = [name for name in whole if "." not in name] + list(here)
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = _parameter(name, self._rows)
+        if found is None:
+            return self._whole[name]
+        # As `torch.chunk` does it.
+        mesh = found.device_mesh
+        start = mesh.get_local_rank() * -(-len(found) // mesh.size())
+        return self._whole[name][start : start + len(found.to_local())]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _parameter(name: str, rows: Mapping[str, DTensor]) -> DTensor | None:
+    """That which a name, or what stands behind its first full stop, means."""
+    own = rows.get(name)
+    return rows.get(name.partition(".")[2]) if own is None else own
+
+
+def share_model(recipe: Recipe, model: AnyModel, dtype: torch.dtype, ranks: Ranks) -> Parallel:
+    """The model, from here on shared as the recipe says. Raises UserError for what cannot lie in
+    parts."""
+    how = recipe.train.parallel
+    if how == "ddp" or ranks.alone:
+        return Replicated(model, ranks)
+    if isinstance(model, FallbackModel):
+        _refuse(how, "this family, which transformers computes")
+    tune = recipe.tune
+    for name, found in (("lora", tune.uses("lora")), ("nf4", tune.nf4), ("fp8", tune.fp8)):
+        if found:
+            _refuse(how, f"a model with tune.{name}")
+    if recipe.train.optimizer != "adamw":
+        _refuse(how, f"what train.optimizer={recipe.train.optimizer} keeps")
+    return Sharded(model, dtype, kept=how == "zero2")
+
+
+def _refuse(how: str, what: str) -> NoReturn:
+    raise UserError(
+        f"train.parallel={how} does not share out {what}",
+        where="train.parallel",
+        expected="a family with code of its own, parts that learn whole (full) and AdamW",
+        remedy="set train.parallel=ddp: every process then has the whole model",
+    )

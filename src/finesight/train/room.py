@@ -1,0 +1,32 @@
+"""Room on the disk, looked at before it is needed: a run that is refused in its first minute has
+lost nothing."""
+
+from __future__ import annotations
+
+from finesight.storage import require_room
+from finesight.train.prepare import Session
+
+
+def checkpoint_bytes(session: Session) -> int:
+    """Of one checkpoint: values in fp32 and the optimiser's moments, of all processes where each
+    has some rows of them."""
+    masters = session.masters
+    own = 4 * masters.numbers + sum(moment.nbytes for moment in masters.moments().values())
+    return own * session.machine.ranks.count if session.parallel.sharded else own
+
+
+def require_room_for_run(session: Session, present: int) -> None:
+    """Raises UserError where the disk has no room for the checkpoints that a run keeps, of which
+    so many are `present`, for the best one, for another that is being written, and for the trained
+    weights."""
+    one, keep = checkpoint_bytes(session), session.recipe.train.keep
+    more = max(1, min(keep + 2, len(session.course) - session.progress.step + 1) - present)
+    weights = 4 * session.masters.numbers
+    if session.recipe.tune.uses("full"):
+        weights += sum(parameter.nbytes for parameter in session.model.parameters())
+    require_room(
+        session.run.folder,
+        more * one + weights,
+        f"{more} checkpoints of {one / 1e9:.3g} GB and {weights / 1e9:.3g} GB of trained weights",
+        "free some space, choose another output, or keep fewer checkpoints (train.keep)",
+    )

@@ -64,14 +64,19 @@ FilePlace = Annotated[Path | str, BeforeValidator(_as_place)]
 """A path, or the address of a file in object storage: no other text."""
 
 
-class DataFile(Section):
-    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them. `weight` is
-    how many times an epoch passes over it (2.0: twice, 0.5: a different half each epoch); `limit`
-    takes only its first samples."""
+class HeldOutFile(Section):
+    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them; `limit` takes
+    only its first samples."""
 
     path: FilePlace
-    weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
     limit: Positive | None = None
+
+
+class DataFile(HeldOutFile):
+    """A file to learn from. `weight` is how many times an epoch passes over it (2.0: twice, 0.5: a
+    different half each epoch)."""
+
+    weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
 
 
 def _as_files(value: object) -> object:
@@ -80,13 +85,14 @@ def _as_files(value: object) -> object:
 
 
 DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files)]
+HeldOutFiles = Annotated[tuple[HeldOutFile, ...], BeforeValidator(_as_files)]
 
 
 class Data(Section):
     """What to learn from and what to measure on."""
 
     train: DataFiles
-    eval: DataFiles = ()
+    eval: HeldOutFiles = ()
     system: str | None = None
     max_length: Positive = 8192
     unusable: Literal["drop", "refuse"] = "drop"
@@ -123,6 +129,8 @@ PictureRule = PixelRange | ExactSize | LongestSide
 Tuning = Literal["frozen", "lora", "full"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Sharing = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Cache = Literal["auto", "never", "memory", "disk"]
 Weights = Literal["auto", "nf4", "fp8", "int8", "int4"]
@@ -243,7 +251,8 @@ class Train(Section):
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone). `cache` says where features of
     pictures are kept that a frozen tower has looked at. `parallel` says what several processes
-    share: gradients (DDP), also what is kept of the optimiser (ZeRO-2), also weights (FSDP2).
+    share out: nothing (DDP), gradients and moments (ZeRO-2), or weights, too (FSDP2), which, like
+    moments, may lie in the CPU's memory.
     """
 
     epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
@@ -264,7 +273,7 @@ class Train(Section):
     data_seed: Seed = 0
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     cache: Cache = "auto"
-    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
+    parallel: Sharing = "ddp"
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-from finesight.config import DataFile
+from finesight.config import DataFile, HeldOutFile
 from finesight.data.jsonl import Located, line_samples, no_samples
 from finesight.data.parquet_samples import parquet_samples
 from finesight.data.rules import check_sample
@@ -72,16 +72,16 @@ class Corpus:
         return list(accumulate(self.sizes))
 
 
-def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpus:
+def load_sources(files: Sequence[HeldOutFile], *, answered: bool = True) -> Corpus:
     """The files of a recipe's `data.train` or `data.eval`, their samples not yet looked at. Raises
     UserError for a file that is missing, unreadable or empty."""
     identity = hashlib.sha256()
     found: list[Samples] = []
     for file in files:
         found.append(_samples(file.path))
-        identity.update(f"{found[-1].digest} {file.limit} {file.weight!r}\n".encode())
+        identity.update(f"{found[-1].digest} {file.limit} {_weight(file)!r}\n".encode())
     limited = (samples.first(file.limit) for samples, file in zip(found, files, strict=True))
-    weights = tuple(file.weight for file in files)
+    weights = tuple(map(_weight, files))
     return Corpus(tuple(limited), weights, identity.hexdigest(), answered)
 
 
@@ -99,3 +99,8 @@ def _of_file(path: Path) -> Samples:
     kinds: dict[str, Callable[[Path], Samples]]
     kinds = {".tar": tar_samples, ".parquet": parquet_samples}
     return kinds.get(path.suffix.lower(), line_samples)(path)
+
+
+def _weight(file: HeldOutFile) -> float:
+    # What is measured on is measured once.
+    return file.weight if isinstance(file, DataFile) else 1.0

@@ -23,7 +23,7 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, joined
+from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, StepTorn, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.room import checkpoint_bytes, require_room_for_run
@@ -162,6 +162,7 @@ class Loop:
         self.saving = Saving(self.checkpoints, meanwhile=beside, ranks=together)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
+        self.torn = False
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -178,6 +179,9 @@ class Loop:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
             return finish(self.session, self.screen, self.checkpoints)
+        except StepTorn:
+            self.torn = True
+            raise
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
@@ -191,9 +195,10 @@ class Loop:
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
-            # Some may have ended: what went wrong there is theirs to say.
-            with suppress(RuntimeError):
-                self.ranks.called(Errand.OVER, signal=self.stop.number)
+            if not self.torn:
+                # Some may have ended: what went wrong there is theirs to say.
+                with suppress(RuntimeError, ShareFailed):
+                    self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
@@ -201,13 +206,9 @@ class Loop:
             return
         budget, device = self.session.progress.budget, self.session.machine.device
         with self.looked() as seen, self.reporter.showing(self.total):
-            if self.ranks.alone:
-                within_memory(
-                    budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
-                )
-            else:
-                # Others would not know that the step is tried again.
-                self.steps_within(budget, seen)
+            within_memory(
+                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+            )
             self.reporter.catch_up()
 
     def steps_within(self, budget: Budget, seen: Seen | None) -> None:

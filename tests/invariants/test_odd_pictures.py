@@ -20,7 +20,7 @@ from finesight.cli.app import run
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ODDS = odd_pictures.odd_pictures()
-SOUND = 300
+SOUND = 400
 REFUSED = {odd.name for odd in ODDS if odd.fate == "refused"}
 
 

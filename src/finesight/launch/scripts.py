@@ -84,7 +84,7 @@ cd -- {folder} || exit 1
 
 # Slurm warns this script of the end, and it the processes, by scancel: srun makes SIGKILL of some
 # signals that it gets itself.
-warned= heard=
+warned='' heard=''
 warn() {{
     warned=1 heard=1
     scancel --signal=USR1 "$SLURM_JOB_ID"
@@ -101,7 +101,7 @@ step=$!
 
 # A signal that is trapped ends `wait` before the step has ended.
 while :; do
-    heard=
+    heard=''
     wait "$step"
     code=$?
     [ -n "$heard" ] || break

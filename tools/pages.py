@@ -30,7 +30,7 @@ COMMANDS = (
         "data export",
         "data migrate",
     ),
-    *("train", "report", "eval", "predict", "chat", "web", "serve", "merge", "export"),
+    *("train", "launch", "report", "eval", "predict", "chat", "web", "serve", "merge", "export"),
 )
 
 FOLDERS = {

@@ -16,6 +16,7 @@ COMMANDS = (
     ["quickstart"],
     ["download"],
     ["train"],
+    ["launch"],
     ["eval"],
     ["predict"],
     ["merge"],
@@ -91,7 +92,7 @@ def test_users_mistake_is_2_with_where_what_expected_remedy(tmp_path, capsys):
         f"error: {recipe}:4: train.batchsize: unknown setting, given 8\n"
         "  expected: one of epochs, steps, batch, pack_tokens, optimizer, learning_rate, schedule,"
         " warmup, weight_decay, betas, clip, recompute, precision, device, seed, data_seed,"
-        " workers, cache, save_every, keep\n"
+        " workers, cache, parallel, save_every, keep\n"
         "  remedy: did you mean train.batch?\n"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import odd_pictures
 import pytest
-from odd_pictures import write_samples
+from odd_pictures import Odd, noise, saved, write_samples
 from PIL import Image
 from small_run import make_task, write_recipe
 
@@ -20,6 +20,7 @@ from finesight.cli.app import run
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ODDS = odd_pictures.odd_pictures()
+SOUND = 400
 REFUSED = {odd.name for odd in ODDS if odd.fate == "refused"}
 
 
@@ -63,12 +64,14 @@ def test_no_header_takes_the_memory(outcomes: list[dict[str, Any]]) -> None:
 
 
 def test_a_run_learns_from_those_that_are_pictures(tmp_path: Path) -> None:
-    """The very command: whatever is no picture is left out by name, before a step or in it."""
+    """The very command: whatever is no picture is left out by name, before a step or in it. Where
+    more than a tenth of the pictures are none, a run ends: so many are added."""
     task = make_task(tmp_path / "task")
-    data = write_samples(tmp_path / "task", ODDS, "odd.jsonl")
+    sound = [Odd(f"sound-{n}.png", saved(noise(), "PNG"), "taken") for n in range(SOUND)]
+    data = write_samples(tmp_path / "task", [*ODDS, *sound], "odd.jsonl")
     task["data"] = {"train": str(data)}
     recipe = write_recipe(
-        tmp_path / "recipe.yaml", task | {"output": str(tmp_path / "run")}, epochs=1, batch=32
+        tmp_path / "recipe.yaml", task | {"output": str(tmp_path / "run")}, epochs=1, batch=64
     )
     assert run(["train", str(recipe)]) == 0
     before = (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()
@@ -78,7 +81,7 @@ def test_a_run_learns_from_those_that_are_pictures(tmp_path: Path) -> None:
     assert all(one["reason"] for one in dropped)
     assert {one["id"] for one in dropped} | set(late) == REFUSED
     learned = sum(line["samples"] for line in steps if "loss" in line)
-    assert learned == len(ODDS) - len(REFUSED)
+    assert learned == len(ODDS) - len(REFUSED) + SOUND
 
 
 def test_a_check_names_those_that_are_none(

@@ -32,6 +32,17 @@ def test_second_signal_acts_as_before() -> None:
     assert stop.signal == signal.SIGTERM
 
 
+def test_a_signal_that_another_process_told_of_may_still_come() -> None:
+    """As where a scheduler signals all processes, one after the other."""
+    stop = Stop()
+    with stop.listening():
+        stop.heed(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", SOON_OVER)
 def test_that_time_is_short_may_be_said_twice(number: signal.Signals) -> None:
     stop = Stop()

@@ -25,6 +25,7 @@ from finesight.cli.data_show import show
 from finesight.cli.download import download
 from finesight.cli.evaluate import evaluate
 from finesight.cli.export import export
+from finesight.cli.launch import launch
 from finesight.cli.merge import merge
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
@@ -83,6 +84,7 @@ data.command(short_help="Print every token of a recipe's samples.")(show)
 data.command(short_help="Count what a run will take, and choose settings that fit.")(plan)
 data.command(short_help="Write a file's boxes for another family.")(migrate)
 app.command(short_help="Tune a model as a recipe says.")(train)
+app.command(short_help="Train a recipe by torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
 app.command(short_help="Make the page of a run again.")(report)
 app.command(short_help="Answer questions about pictures.")(predict)

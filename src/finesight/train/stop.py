@@ -22,6 +22,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._arrived = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,8 +37,10 @@ class Stop:
         before = {number: signal.getsignal(number) for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None:
-                self.signal = signal.Signals(number)
+            # What was heeded is often the same signal, which comes to each process in its time.
+            if not self._arrived:
+                self._arrived = True
+                self.heed(number)
                 return
             if number in SOON_OVER:
                 return

@@ -1,0 +1,1 @@
+"""A recipe handed to what starts processes: torchrun, Slurm, SkyPilot, Kubeflow."""

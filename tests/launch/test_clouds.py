@@ -1,0 +1,196 @@
+"""Tasks for SkyPilot and TrainJobs for Kubeflow: the fields that these engines know, and sound
+shell in them."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finesight.errors import UserError
+from finesight.launch.clouds import Image, kubeflow, skypilot
+from finesight.launch.job import Job, Machines
+
+IMAGE = Image("registry.example/finesight:1", "s3://bucket/folder")
+NASTY = 'it\'s $(touch stolen) `id` "x"'
+
+Shape = dict[str, Any]
+"""Keys and what they hold: a type, a shape, or a list of one; a key with ? may be missing."""
+
+SKYPILOT: Shape = {
+    "name": str,
+    "num_nodes": int,
+    "resources": {
+        "accelerators": str,
+        "image_id": str,
+        "job_recovery": {"max_restarts_on_errors": int},
+    },
+    "file_mounts": {"/finesight": {"source": str, "mode": str}},
+    "run": str,
+}
+"""Of https://docs.skypilot.co/en/latest/reference/yaml-spec.html, the fields that are used."""
+
+POD: Shape = {
+    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
+    "containers": [{"name": str, "volumeMounts": [{"name": str, "mountPath": str}]}],
+}
+
+TRAIN_JOB: Shape = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {"name": str},
+    "spec": {
+        "runtimeRef": {"name": str},
+        "trainer": {
+            "image": str,
+            "command": [str],
+            "env": [{"name": str, "value": str}],
+            "numNodes": int,
+            "numProcPerNode": int,
+            "resourcesPerNode": {"limits": {"nvidia.com/gpu": int}},
+        },
+        "runtimePatches": [
+            {
+                "manager": str,
+                "trainingRuntimeSpec": {
+                    "template": {
+                        "spec": {
+                            "replicatedJobs": [
+                                {
+                                    "name": str,
+                                    "template": {"spec": {"template": {"spec": POD}}},
+                                }
+                            ]
+                        }
+                    }
+                },
+            }
+        ],
+    },
+}
+"""Of trainjob_types.go (v1alpha1) in github.com/kubeflow/trainer, the fields that are used."""
+
+
+def assert_shaped(content: object, shape: object, place: str = "") -> None:
+    if isinstance(shape, dict):
+        assert isinstance(content, dict), place
+        assert content.keys() == shape.keys(), place
+        for key, inner in shape.items():
+            assert_shaped(content[key], inner, f"{place}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(content, list), place
+        for item in content:
+            assert_shaped(item, shape[0], f"{place}[]")
+    else:
+        assert type(content) is shape, place
+
+
+def job(nodes: str = "2", recipe: str = f"{NASTY}.yaml", output: str = "runs/first") -> Job:
+    machines = Machines.of(nodes, 8)
+    return Job("first", Path(recipe), (f"data.system={NASTY}",), Path(output), Path(), machines)
+
+
+def sound(shell: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def words(shell: str, folder: Path, **environment: str) -> list[str]:
+    """What torchrun is called with by these lines."""
+    sound(shell)
+    torchrun = folder / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$SEEN"\n')
+    torchrun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", shell.replace("/finesight", str(folder))],
+        env={"PATH": f"{folder}:/usr/bin:/bin", "SEEN": str(folder / "seen"), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "stolen").exists()
+    return (folder / "seen").read_text().split("\0")[:-1]
+
+
+TRAIN = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system={NASTY}", "--resume"]
+
+
+def test_a_skypilot_task(tmp_path: Path) -> None:
+    task = yaml.safe_load(skypilot(job(), IMAGE, "H100"))
+    assert_shaped(task, SKYPILOT)
+    assert task["resources"]["accelerators"] == "H100:8"
+    assert task["resources"]["image_id"] == "docker:registry.example/finesight:1"
+    assert task["num_nodes"] == 2
+    told = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+    }
+    found = words(task["run"], tmp_path, **told)
+    assert found[-6:] == TRAIN
+    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.1:29400"} <= {*found}
+
+
+def test_a_train_job(tmp_path: Path) -> None:
+    found = yaml.safe_load(kubeflow(job(), Image("registry.example/finesight:1", "claim")))
+    assert_shaped(found, TRAIN_JOB)
+    assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    trainer = found["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
+    assert trainer["command"][:2] == ["bash", "-c"]
+    assert words(trainer["command"][2], tmp_path)[-6:] == TRAIN
+
+
+@pytest.mark.parametrize("engine", ["sky", "kubernetes"])
+def test_by_the_engines_own_reader(engine: str, tmp_path: Path) -> None:
+    try:
+        module = importlib.import_module(engine)
+    except ImportError:
+        pytest.skip(f"{engine} is not installed")
+    if engine == "sky":
+        (tmp_path / "task.yaml").write_text(skypilot(job(), IMAGE, "H100"))
+        assert module.Task.from_yaml(str(tmp_path / "task.yaml")).num_nodes == 2
+    else:
+        spec = yaml.safe_load(kubeflow(job(), Image("image", "claim")))["spec"]
+        pod = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+        volume = pod["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"][0]
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        module.client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "output"), [("/r.yaml", "x"), ("../r.yaml", "x"), ("r.yaml", "/x"), ("r.yaml", "..")]
+)
+def test_what_lies_outside_of_the_store_is_not_there(recipe: str, output: str) -> None:
+    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, IMAGE)):
+        with pytest.raises(UserError, match="lies outside"):
+            made(job(recipe=recipe, output=output))
+
+
+def test_machines_that_come_and_go_are_not_for_these() -> None:
+    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, IMAGE)):
+        with pytest.raises(UserError, match="1:4 machines"):
+            made(job("1:4"))
+
+
+@pytest.mark.parametrize(
+    ("image", "store", "where"),
+    [(None, "x", "--image"), ("x", None, "--store"), ("a b", "x", "--image"), ("x", "", "--store")],
+)
+def test_an_image_and_a_store_have_to_be_named(
+    image: str | None, store: str | None, where: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        Image.of(image, store)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize("accelerator", [None, "H100\nrun: x", ""])
+def test_a_gpu_has_to_be_named(accelerator: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        skypilot(job(), IMAGE, accelerator)
+    assert caught.value.where == "--accelerator"

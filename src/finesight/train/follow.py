@@ -56,7 +56,7 @@ class _Follower:
             self.wait()
         except Exception as error:
             # Who leads may be gone, too.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, ShareFailed):
                 self.wait()
             # That another one was asked to stop is no fault.
             if not (isinstance(error, ShareFailed) and self.stop.asked):

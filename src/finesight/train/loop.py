@@ -180,7 +180,7 @@ class Loop:
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
             # Some may have ended: what went wrong there is theirs to say.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, ShareFailed):
                 self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import big_data
 import growth
 import peer_figures
 import pytest
@@ -116,3 +117,17 @@ def test_finesight_and_a_peer_that_is_not_there(table: Path, tmp_path: Path) -> 
     assert ours["samples_per_s"] > 0
     assert theirs["failed"].startswith("not installed: unsloth")
     assert "| unsloth | 2 | not installed: unsloth |" in done.stdout
+
+
+def test_very_many_samples_are_read_as_they_are_and_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(big_data, "PICTURES", 3)
+    monkeypatch.setattr(big_data, "SHARD", 30)
+    monkeypatch.setitem(big_data.READ, "large", 2)
+    big_data.write(tmp_path / "large.jsonl", big_data.draw(tmp_path, "large"), 80)
+    for source in (tmp_path / "large.jsonl", *big_data.pack(tmp_path / "large.jsonl")):
+        row = big_data.read(source, None, "large", 0)
+        assert (row["samples"], row["pixels"]) == (80, "448")
+        assert row["samples_per_s"] > 0
+    assert len(list(tmp_path.glob("*.tar"))) == 3

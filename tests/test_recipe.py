@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_yaml_text import LAUGHS
 
 from finesight.config import ExactSize, Rates
 from finesight.errors import UserError
@@ -247,6 +248,59 @@ def test_a_file_that_is_no_recipe(tmp_path, text):
 
 def test_a_yaml_alias_of_its_own_parent_ends(tmp_path):
     assert "model" in str(_refusal(tmp_path, "model: &a [*a]\ndata: {train: x}\noutput: y\n"))
+
+
+@pytest.mark.parametrize("value", ["[*a, *a, *a, *a]", "{train: *a, x: *a, y: *a, z: *a}"])
+def test_aliases_that_never_end_are_named(tmp_path, value):
+    refusal = _refusal(tmp_path, f"model: x\ndata: &a {value}\noutput: y\n")
+    assert "stands inside of itself" in refusal.what
+    assert refusal.where.endswith(":2")
+
+
+def test_nine_lines_that_stand_for_a_billion_values(tmp_path):
+    assert "aliases that stand for" in _refusal(tmp_path, LAUGHS).what
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "!!int foo", "0x_", "9" * 5000, '"a\\0b"'])
+def test_an_impossible_value_names_its_line(tmp_path, value):
+    refusal = _refusal(tmp_path, f"model: x\noutput: {value}\n")
+    assert refusal.where.endswith(":2")
+    assert "broken YAML" in refusal.what
+    refusal = _refusal(tmp_path, SHORTEST, f"output={value}")
+    assert "cannot be read" in refusal.what
+    assert len(str(refusal)) < 400
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "data.train.\u0663", "data.train." + "9" * 5000])
+def test_a_place_that_only_looks_like_a_number(tmp_path, name):
+    assert _refusal(tmp_path, SHORTEST, f"{name}=1").where.startswith("override")
+
+
+def test_a_device_is_no_recipe():
+    with pytest.raises(UserError, match="a device"):
+        load_recipe(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.epochs=1e30",
+        "train.steps=9223372036854775807",
+        "train.batch=10000000000000000000000000000000",
+        "train.workers=99999999",
+        "tune.lora.rank=1000000000",
+        "tune.lora.alpha=1e308",
+        "picture={longest_side: 99999999}",
+        "picture={height: 9223372036854775807, width: 28}",
+        "eval={metric: captions, max_new_tokens: 1000000000}",
+        "data.train=[{path: a, weight: 1e30}]",
+    ],
+)
+def test_more_than_any_machine_holds(tmp_path, setting):
+    """Each of these ended in a traceback, or in no end at all."""
+    refusal = _refusal(tmp_path, SHORTEST, setting)
+    assert refusal.where.startswith("override")
+    assert "wrong value" in refusal.what
 
 
 def test_missing_recipe_names_a_neighbour(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -25,32 +26,57 @@ def _as_path(value: object) -> object:
 
 def _as_float(value: object) -> object:
     # YAML reads 1 as an integer and, without a dot, 1e-4 as text: both mean a number here.
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):
+    if isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
     return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Real = Annotated[float, BeforeValidator(_as_float)]
-Positive = Annotated[int, Field(gt=0)]
-Steps = Annotated[int, Field(ge=0)]
+
+MOST = 1_000_000_000
+"""Of anything that is counted: what is more was mistyped, and would end where memory does."""
+
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Steps = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(gt=0, le=65_535)]
+"""Pixels along a side, as many as a JPEG may have."""
+
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
 StepsOrShare = Steps | Share
 """A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
 
 
-class DataFile(Section):
-    """One JSONL file of samples. `weight` is how many times an epoch passes over it (2.0: twice,
-    0.5: a different half each epoch); `limit` takes only its first samples."""
+def _as_place(value: object) -> object:
+    return value if is_address(value) else _as_path(value)
 
-    path: FilePath
-    weight: Annotated[Real, Field(gt=0.0)] = 1.0
+
+def is_address(value: object) -> bool:
+    """Whether it is text that names a file in object storage, such as `s3://BUCKET/NAME`."""
+    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
+FilePlace = Annotated[Path | str, BeforeValidator(_as_place)]
+"""A path, or the address of a file in object storage: no other text."""
+
+
+class HeldOutFile(Section):
+    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them; `limit` takes
+    only its first samples."""
+
+    path: FilePlace
     limit: Positive | None = None
+
+
+class DataFile(HeldOutFile):
+    """A file to learn from. `weight` is how many times an epoch passes over it (2.0: twice, 0.5: a
+    different half each epoch)."""
+
+    weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
 
 
 def _as_files(value: object) -> object:
@@ -59,13 +85,14 @@ def _as_files(value: object) -> object:
 
 
 DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files)]
+HeldOutFiles = Annotated[tuple[HeldOutFile, ...], BeforeValidator(_as_files)]
 
 
 class Data(Section):
     """What to learn from and what to measure on."""
 
     train: DataFiles
-    eval: DataFiles = ()
+    eval: HeldOutFiles = ()
     system: str | None = None
     max_length: Positive = 8192
     unusable: Literal["drop", "refuse"] = "drop"
@@ -87,14 +114,14 @@ class PixelRange(Section):
 class ExactSize(Section):
     """Every picture to one size, rounded to what the family's patches allow."""
 
-    height: Positive
-    width: Positive
+    height: Side
+    width: Side
 
 
 class LongestSide(Section):
     """Scale so that the longer side has this many pixels, keep the shape."""
 
-    longest_side: Positive
+    longest_side: Side
 
 
 PictureRule = PixelRange | ExactSize | LongestSide
@@ -102,6 +129,8 @@ PictureRule = PixelRange | ExactSize | LongestSide
 Tuning = Literal["frozen", "lora", "full"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Sharing = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Cache = Literal["auto", "never", "memory", "disk"]
 Weights = Literal["auto", "nf4", "fp8", "int8", "int4"]
@@ -112,8 +141,8 @@ class Lora(Section):
     """Low-rank adapters (Hu et al. 2021): scale is alpha / rank; `targets` narrows the linear
     layers of a part by the last piece of their hub name, by default all of them."""
 
-    rank: Positive = 64
-    alpha: Annotated[Real, Field(gt=0.0)] = 16.0
+    rank: Annotated[int, Field(gt=0, le=65_536)] = 64
+    alpha: Annotated[Real, Field(gt=0.0, le=1e9)] = 16.0
     dropout: Annotated[Real, Field(ge=0.0, lt=1.0)] = 0.05
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
@@ -222,10 +251,11 @@ class Train(Section):
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone). `cache` says where features of
     pictures are kept that a frozen tower has looked at. `parallel` says what several processes
-    share: gradients (DDP), also what is kept of the optimiser (ZeRO-2), also weights (FSDP2).
+    share out: nothing (DDP), gradients and moments (ZeRO-2), or weights, too (FSDP2), which, like
+    moments, may lie in the CPU's memory.
     """
 
-    epochs: Annotated[Real, Field(gt=0.0)] | None = None
+    epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
     steps: Positive | None = None
     batch: Positive = 16
     pack_tokens: Positive = 4096
@@ -239,11 +269,11 @@ class Train(Section):
     recompute: bool | Share = False
     precision: Precision = "auto"
     device: Device = "auto"
-    seed: Steps = 0
-    data_seed: Steps = 0
-    workers: Steps | None = None
+    seed: Seed = 0
+    data_seed: Seed = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     cache: Cache = "auto"
-    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
+    parallel: Sharing = "ddp"
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 
@@ -273,7 +303,7 @@ class Eval(Section):
     every: StepsOrShare | None = None
     patience: Positive | None = None
     limit: Positive | None = None
-    max_new_tokens: Positive = 512
+    max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
     batch: Positive = 32
 
     @model_validator(mode="after")

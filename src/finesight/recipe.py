@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finesight.config import Recipe, Section
-from finesight.errors import UserError, look_beside
+from finesight.errors import UserError
+from finesight.recipe_text import Key, dotted, lines_of_keys, read_text
+from finesight.yaml_text import parsed
 
-Key = tuple[str | int, ...]
-"""A place in a recipe: names of groups and settings, numbers in lists."""
+_NUMBER = re.compile("[0-9]{1,9}")
+"""A place in a list, as overrides name it."""
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -76,9 +78,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     to the recipe's folder. Raises UserError for a file that cannot be read, broken YAML, a key
     given twice, and for settings that are unknown, missing or of a wrong type (all in one message).
     """
-    text = _read(path)
-    lines = _lines_of_keys(text, path)
-    content = yaml.safe_load(text)
+    text = read_text(path)
+    lines = lines_of_keys(text, path)
+    content = parsed(text)
     if not isinstance(content, dict):
         raise UserError(
             f"holds {_shown(content)}, which is not a recipe",
@@ -118,79 +120,6 @@ def _sections_in(annotation: object) -> Iterator[type[Section]]:
         yield from _sections_in(argument)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(
-            "no such recipe",
-            where=str(path),
-            expected="a YAML file",
-            remedy=look_beside(path),
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected="a YAML file in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            expected="a YAML file",
-            remedy="check the path and its permissions",
-        ) from error
-
-
-def _lines_of_keys(text: str, path: Path) -> dict[Key, int]:
-    """The line of every key, counted from 1; refuses broken YAML and keys given twice."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[Key, int] = {}
-        if root is not None:
-            _collect_lines(root, (), path, lines)
-        yaml.safe_load(text)  # tags that SafeLoader does not know show only when it builds
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            f"broken YAML: {error.problem or error.context}",
-            where=f"{path}:{mark.line + 1}" if mark else str(path),
-            expected="settings as `name: value`, groups indented by spaces",
-            remedy="correct this line or the one above it",
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"broken YAML: {error}",
-            where=str(path),
-            expected="settings as `name: value`, groups indented by spaces",
-            remedy="remove what YAML cannot hold",
-        ) from error
-    return lines
-
-
-def _collect_lines(node: yaml.Node, key: Key, path: Path, lines: dict[Key, int]) -> None:
-    if len(key) > 16:  # a YAML alias may point at its own parent
-        return
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*key, index)] = item.start_mark.line + 1
-            _collect_lines(item, (*key, index), path, lines)
-    elif isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            line, inner = name.start_mark.line + 1, (*key, str(name.value))
-            if inner in lines:
-                raise UserError(
-                    f"{_dotted(inner)} is given twice, first on line {lines[inner]}",
-                    where=f"{path}:{line}",
-                    expected="each setting once",
-                    remedy="remove one of the two",
-                )
-            lines[inner] = line
-            _collect_lines(value, inner, path, lines)
-
-
 def _override(content: dict[str, Any], override: str) -> Key:
     """Set one `a.b=value` in the content; gives the key it set."""
     name, equals, text = override.partition("=")
@@ -202,23 +131,23 @@ def _override(content: dict[str, Any], override: str) -> Key:
             remedy="for example train.batch=8",
         )
     try:
-        value = yaml.safe_load(text)
+        value = parsed(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"{text!r} cannot be read as YAML",
+            f"{_shown(text)} cannot be read as YAML",
             where=f"override {name}",
             expected="a value such as 8, 1e-4, lora, [a, b] or {height: 112, width: 504}",
             remedy="put quotes around text with special characters",
         ) from error
-    key: Key = tuple(int(p) if p.isdigit() else p for p in name.strip().split("."))
+    key: Key = tuple(int(p) if _NUMBER.fullmatch(p) else p for p in name.strip().split("."))
     node: Any = content
     for depth, piece in enumerate(key):
         if not _can_hold(node, piece):
             raise UserError(
-                f"{_dotted(key[:depth])} is {_shown(node)}, which has no {piece!r} inside",
+                f"{dotted(key[:depth])} is {_shown(node)}, which has no {piece!r} inside",
                 where=f"override {override}",
                 expected=f"a group with the setting {piece!r}",
-                remedy=f"override {_dotted(key[:depth])} as a whole, or change the recipe",
+                remedy=f"override {dotted(key[:depth])} as a whole, or change the recipe",
             )
         if depth == len(key) - 1:
             node[piece] = value
@@ -291,7 +220,7 @@ def _mistake(key: Key, errors: Sequence[ErrorDetails]) -> _Mistake:
         reason = first["msg"].removeprefix("Value error, ")
         return _Mistake(key, reason, "settings that agree with each other", "change one of them")
     expected = " or ".join(dict.fromkeys(_expected(key, error) for error in errors))
-    remedy = f"change {_dotted(key)}" if key else "correct the name"
+    remedy = f"change {dotted(key)}" if key else "correct the name"
     return _Mistake(key, f"has the wrong value {value}", expected, remedy)
 
 
@@ -316,7 +245,7 @@ def _nearest(key: Key) -> str | None:
     wanted = str(key[-1])
     beside = _most_like(wanted, _names_in(key[:-1]))
     if beside:
-        return _dotted((*key[:-1], beside))
+        return dotted((*key[:-1], beside))
     pieces = [name.split(".") for name in setting_names()]
     by_end = {
         p[depth]: ".".join(p[: depth + 1])
@@ -338,11 +267,7 @@ def _most_like(wanted: str, names: Iterable[str]) -> str | None:
 
 
 def _inside(group: Key) -> str:
-    return f"under {_dotted(group)}" if group else "at the top level"
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(str(piece) for piece in key)
+    return f"under {dotted(group)}" if group else "at the top level"
 
 
 def _shown(value: object) -> str:
@@ -367,7 +292,7 @@ def _place(path: Path, key: Key, lines: dict[Key, int], changed: dict[Key, str])
 def _as_user_error(path: Path, mistakes: list[_Mistake], places: list[str]) -> UserError:
     errors = [
         UserError(
-            f"{_dotted(m.key)}: {m.what}" if m.key else m.what,
+            f"{dotted(m.key)}: {m.what}" if m.key else m.what,
             where=place,
             expected=m.expected,
             remedy=m.remedy,

@@ -172,6 +172,12 @@ def test_a_recipe_is_checked_with_its_model(folder, model):
         refused = run(path, *beside).exception
         assert isinstance(refused, UserError)
         assert (refused.where, refused.expected.split()[1]) == (str(path), "recipe")
+    for other in ("shards/*.tar", "train.parquet", "s3://bucket/train.tar"):
+        path.write_text(yaml.safe_dump(recipe | {"data": {"train": other}}))
+        refused = run(path).exception
+        assert isinstance(refused, UserError)
+        assert refused.where == other
+        assert "finesight data show" in refused.remedy
 
 
 def test_a_source_given_twice_is_refused(folder):

@@ -7,10 +7,17 @@ import pickle
 from pathlib import Path
 
 import pytest
+from odd_pictures import tiled_tiff
 from PIL import Image
 from scenery import paint
 
-from finesight.data.headers import MAX_PIXELS, DamagedPicture, picture_size
+from finesight.data.headers import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    DamagedPicture,
+    TooLarge,
+    picture_size,
+)
 
 
 def test_height_comes_first(tmp_path: Path) -> None:
@@ -85,3 +92,22 @@ def test_damage_survives_the_way_back_from_a_worker(tmp_path: Path) -> None:
     returned = pickle.loads(pickle.dumps(caught.value))
     assert isinstance(returned, DamagedPicture)
     assert str(returned) == str(caught.value)
+
+
+def test_a_tile_larger_than_any_picture(tmp_path: Path) -> None:
+    """Ten pixels a side, in one tile of 20,000: unpacked whole it took 400 MB."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiled_tiff(10, 10, 20_000, b""))
+    with pytest.raises(TooLarge, match="tiles of 400000000 pixels"):
+        picture_size(path)
+    path.write_bytes(tiled_tiff(10, 10, 16, b""))
+    assert picture_size(path) == (10, 10)
+
+
+def test_a_file_longer_than_any_picture(tmp_path: Path) -> None:
+    path = paint(tmp_path / "a.png")
+    os.truncate(path, MAX_BYTES)
+    assert picture_size(path) == (20, 40)
+    os.truncate(path, MAX_BYTES + 1)
+    with pytest.raises(TooLarge, match=f"{MAX_BYTES + 1} bytes"):
+        picture_size(path)

@@ -87,3 +87,8 @@ def test_a_line_costs_a_few_numbers(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert most < 80 * len(lines)
     assert lines[199_999] == b'{"a": 1}\n'
+
+
+def test_a_device_without_an_end_is_refused() -> None:
+    with pytest.raises(Unreadable, match="is a device"):
+        find_lines(Path("/dev/zero"))

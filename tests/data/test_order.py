@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 
-from finesight.data.order import Order
+from finesight.data.order import Order, _places_by_size
 
 
 def epochs(order: Order, count: int) -> list[list[int]]:
@@ -86,3 +87,12 @@ def test_a_small_weight_still_gives_a_sample() -> None:
 def test_nothing_to_order(sizes: list[int], weights: list[float]) -> None:
     with pytest.raises(AssertionError):
         Order(sizes, weights, seed=0)
+
+
+@pytest.mark.parametrize("upper", [0, 3, 2**40, 2**63])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 4096])
+def test_sorted_as_a_stable_sort_does(upper: int, size: int) -> None:
+    """Also where many draws agree in their upper bits, or in all."""
+    raw = np.random.Philox(np.random.SeedSequence((size, upper))).random_raw(size)
+    for draws in (raw, raw % np.uint64(500) + np.uint64(upper), raw | np.uint64(upper)):
+        assert _places_by_size(draws).tolist() == np.argsort(draws, kind="stable").tolist()

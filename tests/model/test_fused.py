@@ -134,3 +134,10 @@ def test_kernels_round_as_the_eager_twins_do(
             error = (found.double().cpu() - exact).abs()
             assert float((error - 4 * step * exact.abs()).max()) < 4 * step
     assert both(gated, x, y)[0][0].dtype == dtype
+
+
+def test_next_to_nothing_is_dropped() -> None:
+    x = torch.ones(100, 60)
+    dropped, places = drop(x, 1e-300)
+    assert len(places) == 0
+    assert torch.equal(dropped, x)

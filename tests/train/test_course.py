@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from finesight.config import Train
+from finesight.data.index_files import Index
+from finesight.data.jsonl import LineSamples
 from finesight.data.lines import Lines
 from finesight.data.sources import Corpus
 from finesight.train.course import Course, InOrder
 
 
 def corpus(sizes: tuple[int, ...], weights: tuple[float, ...]) -> Corpus:
-    columns = [[np.arange(size) for _ in range(3)] for size in sizes]
-    files = [Lines(Path(), *three, state=(0, 0)) for three in columns]
+    nothing = np.empty(0, np.int64)
+    files = [
+        LineSamples(Lines(Path(), Index(np.arange(size + 1), nothing, ""), (0, 0)))
+        for size in sizes
+    ]
     return Corpus(tuple(files), weights, "fingerprint")
 
 

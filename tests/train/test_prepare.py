@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
+import torch
 from small_run import Task
 
 from finesight.errors import UserError
+from finesight.train.loop import enough_memory
 
 
 def test_going_on_from_a_run_and_from_its_adapter(task: Task) -> None:
@@ -79,3 +82,26 @@ def test_eval_without_data_is_refused_at_once(task: Task) -> None:
     with pytest.raises(UserError, match=r"data\.eval"):
         task.run(data=data, eval={"metric": "ocr"})
     assert task.run(data=data).before is None
+
+
+def test_an_adapter_where_nobody_can_look(task: Task) -> None:
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        task.run(adapter="a" * 5000)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1 << 60, dtype=torch.uint8),
+        lambda: bytearray(1 << 62),
+    ],
+    ids=["tensor", "bytes"],
+)
+def test_a_machine_without_so_much_memory_is_told(allocate: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match="this machine's memory is full"), enough_memory():
+        allocate()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory():
+        raise RuntimeError("shapes")

@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launched import run, start, unfinished
 from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
+from finesight.train.budget import Budget, FullMemory
 from finesight.train.checkpoint import MOMENTS, VALUES
-from finesight.train.ranks import Ranks, Share
+from finesight.train.ranks import Ranks, Roll, Share, ShareFailed
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
@@ -37,6 +41,53 @@ def assert_alike(folder: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).square().mean().sqrt() <= 1e-6, name
+
+
+def meeting(works: Sequence[Callable[[], None]]) -> list[BaseException | None]:
+    """What is raised where each of several processes, here threads, goes through a block."""
+    store = dist.HashStore()
+
+    def go(number: int) -> BaseException | None:
+        ranks = Ranks(number, len(works), roll=Roll(store, number, len(works)))
+        try:
+            with ranks.confirmed():
+                works[number]()
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(go, range(len(works))))
+
+
+def fails(error: Exception) -> None:
+    raise error
+
+
+def full(below: Budget | None) -> Callable[[], None]:
+    return partial(fails, FullMemory("full", below=below))
+
+
+def nothing() -> None:
+    pass
+
+
+def test_where_memory_is_full_all_take_less() -> None:
+    """The least that any of them needs; an end for all where one sample is too much for one."""
+    less = [Budget(pack_tokens=tokens, recompute=share) for tokens, share in ((64, 0.5), (512, 1))]
+    both = Budget(pack_tokens=64, recompute=1)
+    raised = meeting([full(less[0]), nothing, full(less[1])])
+    assert [error.below for error in raised if isinstance(error, FullMemory)] == [both] * 3
+    assert "process 0, 2" in str(raised[1])
+    first, second = meeting([full(None), full(less[0])])
+    assert isinstance(first, FullMemory)
+    assert first.below is None
+    assert isinstance(second, ShareFailed)
+    assert "process 0 of 2" in str(second)
+    first, second = meeting([partial(fails, ValueError("mine")), full(less[0])])
+    assert isinstance(first, ValueError)
+    assert isinstance(second, ShareFailed)
+    assert meeting([nothing, nothing]) == [None, None]
 
 
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:

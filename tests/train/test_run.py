@@ -35,6 +35,16 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path, resume: bool) -> Non
         Run(tmp_path / "thesis.tex").check_free(resume)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_link_to_nothing_is_refused(tmp_path: Path, resume: bool) -> None:
+    for target in ("nowhere", "link"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match="a link to nothing"):
+            Run(link).check_free(resume)
+
+
 def test_a_users_own_recipe_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(UserError, match=r"holds recipe\.yaml, and no run"):

@@ -15,7 +15,7 @@ from finesight.data.sources import load_sources
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
-from finesight.train.survey import CHUNK, Survey, survey
+from finesight.train.survey import CHUNK, Glances, Survey, spread, survey
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)
 
@@ -94,3 +94,36 @@ def test_workers_find_the_same(tmp_path: Path) -> None:
     (tmp_path / "train70.png").write_bytes(b"")
     assert look(tmp_path, workers=2) == look(tmp_path)
     assert len(look(tmp_path).kept) == 8 * CHUNK + 2
+
+
+def test_some_stand_for_all(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    (tmp_path / "train3.png").write_bytes(b"no picture")
+    (tmp_path / "train7.png").write_bytes(b"no picture")
+    file = DataFile(path=tmp_path / "train.jsonl")
+    corpus, data = load_sources((file,)), Data(train=(file,))
+    renderer = Renderer(ModelFolder(tmp_path / "tiny"), RULE)
+    all_of_them = survey(corpus, renderer, data, 0)
+    some = survey(corpus, renderer, data, 0, some=[1, 3, 4, 9])
+    assert (some.whole, all_of_them.whole) == (False, True)
+    assert some.kept == range(11)
+    assert some.looked_at == 4
+    assert list(some.seen) == [1, 4, 9]
+    assert some.dropped == ()
+    assert some.tokens == round(11 / 4 * sum(glance.tokens for glance in some.glances))
+    glances = Glances(corpus, some, renderer, data.max_length)
+    assert {index: glances[index] for index in all_of_them.kept} == dict(
+        zip(all_of_them.kept, all_of_them.glances, strict=True)
+    )
+    # What cannot be used costs nothing, wherever its share of a step is dealt out.
+    assert glances[3].tokens == glances[7].tokens == 0
+    assert Glances(corpus, some, renderer, max_length=5)[0].tokens == 0
+
+
+def test_drawn_by_chance_and_always_the_same() -> None:
+    drawn = spread(10_000_000)
+    assert list(drawn) == list(spread(10_000_000)) == sorted(set(drawn))
+    assert 9_900 < len(drawn) <= 10_000
+    assert 0 <= drawn[0] < 10_000
+    assert 9_990_000 < drawn[-1] < 10_000_000
+    assert list(drawn) != list(spread(9_999_999))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -132,3 +133,13 @@ def test_reading_leaves_the_random_numbers_of_training_alone() -> None:
     torch.manual_seed(1)
     list(read_ahead(Numbers(), range(3), 0, pin=False))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_ten_million_items_to_come_take_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        items = read_ahead(Numbers(), range(10_000_000), 0, pin=False)
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

@@ -10,6 +10,7 @@ import yaml
 
 from finesight.check.texts import further
 from finesight.data.opening import Request
+from finesight.data.shards import is_pattern
 from finesight.data.tar_rows import is_tar, is_webdataset
 from finesight.encode.rank_tokenizer import tokenizer_of
 from finesight.encode.rendering import Rendering, renderer_of
@@ -17,6 +18,7 @@ from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
 from finesight.remote.archive import is_archive
+from finesight.yaml_text import parsed
 
 ELSEWHERE = ("hf:", "modelscope:", "https:/", "http:/")
 """How sources begin that are not on this machine."""
@@ -99,10 +101,24 @@ def is_recipe(path: Path) -> bool:
     if path.suffix.lower() not in (".yaml", ".yml"):
         return False
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return True  # whoever reads recipes says what is wrong
     return not isinstance(content, dict) or "names" not in content
+
+
+def _lines(place: Path | str) -> Path:
+    """The path of a JSONL file. Raises UserError for other data of recipes."""
+    packed = (".tar", ".parquet")
+    if isinstance(place, str) or place.suffix.lower() in packed or is_pattern(place):
+        raise UserError(
+            "no JSONL file of this machine",
+            where=str(place),
+            expected="one file of samples, one a line",
+            remedy="`finesight data show` looks at samples in tars, Parquet files and object"
+            " storage; what is wrong with them is said when they are trained on",
+        )
+    return place
 
 
 def of_recipe(recipe: Path) -> tuple[list[Subject], Model]:
@@ -112,7 +128,7 @@ def of_recipe(recipe: Path) -> tuple[list[Subject], Model]:
     """
     settings = load_recipe(recipe)
     subjects = [
-        Subject(file.path, Request(format="samples", limit=file.limit), held_out)
+        Subject(_lines(file.path), Request(format="samples", limit=file.limit), held_out)
         for held_out, files in ((False, settings.data.train), (True, settings.data.eval))
         for file in files
     ]

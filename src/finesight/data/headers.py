@@ -7,11 +7,16 @@ import warnings
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
+from finesight.data.inside import content
 from finesight.errors import UserError
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused: a 12 KB file can unpack to gigabytes (8000 x 8000 is the limit)."""
+
+MAX_BYTES = 1 << 30
+"""Larger files are refused: `MAX_PIXELS` of four 32-bit numbers, uncompressed, are as much."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """The formats that are opened at all; Pillow's others can start programs (EPS) or hold no pixels.
@@ -19,6 +24,8 @@ JPEG comes first and includes MPO, the container of phone cameras."""
 
 ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+"""Of a TIFF: each tile is unpacked whole, however little of it lies inside of the picture."""
 
 # The limit above is checked on every picture and refuses; Pillow's own is a warning above 89 Mpx.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -49,8 +56,11 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             remedy="correct the path",
         )
     try:
-        image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
+        source = content(path)
+        if isinstance(source, Path):
+            _check_length(source)
+        image = Image.open(source, formats=FORMATS)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedPicture(
             "no such picture",
             where=str(path),
@@ -60,13 +70,15 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
-        empty = path.stat().st_size == 0
+        empty = (path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())) == 0
         raise DamagedPicture(
             "an empty file" if empty else "not a picture",
             where=str(path),
             expected=f"one of {', '.join(FORMATS)}",
             remedy="fetch or export the picture again, or leave it out",
         ) from error
+    except DamagedPicture:
+        raise
     except Exception as error:  # a broken header can raise nearly anything inside Pillow
         raise DamagedPicture(
             f"cannot be opened ({error})",
@@ -78,7 +90,28 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if width * height > max_pixels:
         image.close()
         raise _too_large(path, f"{width} x {height} = {width * height}", max_pixels)
+    if isinstance(image, TiffImageFile) and _tile(image) > max_pixels:
+        image.close()
+        raise _too_large(path, f"tiles of {_tile(image)}", max_pixels)
     return image
+
+
+def _check_length(path: Path) -> None:
+    length = path.stat().st_size
+    if length > MAX_BYTES:
+        raise TooLarge(
+            f"a file of {length} bytes",
+            where=str(path),
+            expected=f"at most {MAX_BYTES} bytes",
+            remedy="save the picture compressed, or scale it down first",
+        )
+
+
+def _tile(image: TiffImageFile) -> int:
+    """Pixels of one tile; 0 of a picture without."""
+    sides = (image.tag_v2.get(_TILE_WIDTH, 0), image.tag_v2.get(_TILE_LENGTH, 0))
+    width, length = (side if isinstance(side, int) else 0 for side in sides)
+    return width * length
 
 
 def orientation(image: Image.Image) -> int:

@@ -19,6 +19,7 @@ from finesight.data.formats.inventory import PICTURE_SUFFIXES, ROW_SUFFIXES
 from finesight.errors import UserError
 from finesight.remote.archive import ARCHIVES, is_archive
 from finesight.remote.repository import Repository
+from finesight.yaml_text import parsed
 
 WHOLE = (".parquet", ".tar")
 """Endings of files that hold their pictures with their rows."""
@@ -198,8 +199,8 @@ def _is_subset(card: str, part: str) -> bool:
 
 def _subsets(card: str) -> Iterator[dict[str, Any]]:
     try:
-        head = yaml.safe_load(_head(card.removeprefix("\ufeff")))
-    except (yaml.YAMLError, RecursionError):  # a card is for people; names tell as well
+        head = parsed(_head(card.removeprefix("\ufeff")))
+    except yaml.YAMLError:  # a card is for people; names tell as well
         return
     configs = head.get("configs") if isinstance(head, dict) else None
     for subset in configs if isinstance(configs, list) else []:

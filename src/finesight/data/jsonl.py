@@ -55,19 +55,49 @@ def read_samples(path: Path, *, answered: bool = True) -> list[Sample]:
         samples.append(parse(line, where))
         check_sample(samples[-1], where, answered=answered)
     if not samples:
-        raise _no_samples(path)
+        raise no_samples(path)
     return samples
 
 
-def sample_lines(path: Path) -> Lines:
-    """The lines of a data file that hold samples. Raises UserError when there are none."""
-    lines = find_lines(path)
-    if not len(lines):
-        raise _no_samples(path)
-    return lines
+@dataclass(frozen=True, slots=True)
+class LineSamples:
+    """The samples of a JSONL file, one a line."""
+
+    lines: Lines
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.lines.path
+
+    @property
+    def digest(self) -> str:
+        """Of the file's bytes."""
+        return self.lines.index.digest
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def located(self, index: int) -> Located:
+        """A sample by its types alone. Raises UserError."""
+        return Located(parse(self.lines[index], self.where(index)), self.path.parent)
+
+    def where(self, index: int) -> str:
+        """File and line as messages name them."""
+        return self.lines.where(index)
+
+    def first(self, limit: int | None) -> LineSamples:
+        """So many samples at most, from the start."""
+        return LineSamples(self.lines.first(limit))
 
 
-def _no_samples(path: Path) -> UserError:
+def line_samples(path: Path) -> LineSamples:
+    """The samples of a JSONL file, none of them looked at. Raises UserError."""
+    return LineSamples(find_lines(path))
+
+
+def no_samples(path: Path | str) -> UserError:
+    """The error for a file of data that has none."""
     return UserError(
         "holds no samples",
         where=str(path),

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from array import array
+import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.index_files import Index, indexed
 from finesight.errors import UserError, look_beside
 
 MARK = b"\xef\xbb\xbf"
 """UTF-8's byte order mark, which some editors put at the start."""
+
+NEWLINE, SPACE = b"\n "
+"""White space has no byte above that of a space."""
+
+BLOCK = 2**22
+"""Bytes that are looked through at once."""
 
 State = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds."""
@@ -28,59 +37,78 @@ class Unreadable(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """The lines of a file that are not blank: where they start and stop in bytes, and their
-    numbers, counted from 1 with the blank ones. A line is read when it is asked for, from the file
-    in the `state` in which its lines were found."""
+    """The lines of a file that are not blank. By the `index`, line k starts at byte `bounds_N1[k]`
+    and ends before `bounds_N1[k + 1]`, with blank ones that may follow it; of each blank line,
+    `beside_B` has how many others stand before it. A line is read when it is asked for, from the
+    file in the `state` in which its lines were found."""
 
     path: Path
-    starts_N: NDArray[np.int64]
-    stops_N: NDArray[np.int64]
-    numbers_N: NDArray[np.int64]
+    index: Index
     state: State
 
     def __len__(self) -> int:
-        return len(self.starts_N)
+        return len(self.index.bounds_N1) - 1
 
     def __getitem__(self, index: int) -> bytes:
         """Raises Unreadable when the file has changed or is gone."""
-        start, stop = int(self.starts_N[index]), int(self.stops_N[index])
-        with opened(self.path) as file:
-            if _state(file) != self.state:
-                raise Unreadable(
-                    "has changed since its lines were counted",
-                    where=str(self.path),
-                    expected="the same file until the end",
-                    remedy="put the old file back and go on with --resume, or start anew",
-                )
+        start, stop = self.index.bounds_N1[index : index + 2].tolist()
+        with unchanged(self.path, self.state) as file:
             file.seek(start)
-            return file.read(stop - start)
+            content = file.read(stop - start)
+        return content[: content.find(b"\n") + 1 or None]
 
     def where(self, index: int) -> str:
-        """File and line as messages name them."""
-        return f"{self.path}:{self.numbers_N[index]}"
+        """File and line as messages name them, counted from 1 with the blank ones."""
+        blank = np.searchsorted(self.index.beside_B, index, side="right")
+        return f"{self.path}:{index + 1 + blank}"
 
     def first(self, limit: int | None) -> Lines:
         """So many lines at most, from the start."""
-        starts_N, stops_N, numbers_N = (
-            column[:limit] for column in (self.starts_N, self.stops_N, self.numbers_N)
-        )
-        return Lines(self.path, starts_N, stops_N, numbers_N, self.state)
+        return replace(self, index=self.index.first(limit))
 
 
 def find_lines(path: Path) -> Lines:
-    """Raises Unreadable for a file that is missing or cannot be read."""
-    starts, stops, numbers = (array("q") for _ in range(3))
+    """All lines of a file, in one passage. Raises Unreadable for one that is missing or cannot be
+    read."""
     with opened(path) as file:
-        state, at = _state(file), 0
-        for number, line in enumerate(file, start=1):
-            content = _content(line, number)
-            if content.strip():
-                starts.append(at + len(line) - len(content))
-                stops.append(at + len(line))
-                numbers.append(number)
-            at += len(line)
-    starts_N, stops_N, numbers_N = (np.array(c, dtype=np.int64) for c in (starts, stops, numbers))
-    return Lines(path, starts_N, stops_N, numbers_N, state)
+        return Lines(path, indexed(file, path, "lines", lambda: _found(file)), state_of(file))
+
+
+def _found(file: BinaryIO) -> Index:
+    whole = hashlib.sha256()
+    starts: list[NDArray[np.int64]] = []
+    blanks: list[NDArray[np.int64]] = []
+    at = found = 0
+    # Beside the search for lines: a digest takes as long as that.
+    with ThreadPoolExecutor(1) as beside:
+        while block := file.read(BLOCK) + file.readline():
+            hashed = beside.submit(whole.update, block)
+            starts_L, is_blank_L = _starts(block, first=at == 0)
+            starts.append(starts_L[~is_blank_L] + at)
+            blanks.append(found + np.cumsum(~is_blank_L)[is_blank_L])
+            found, at = found + len(starts[-1]), at + len(block)
+            hashed.result()
+    bounds_N1 = np.concatenate([*starts, np.array([at])])
+    blanks_B = np.concatenate([*blanks, np.empty(0, np.int64)])
+    return Index(bounds_N1, blanks_B, whole.hexdigest())
+
+
+def _starts(block: bytes, *, first: bool) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where the lines of a block start, a mark before the file's first one passed over, and which
+    of them are blank."""
+    bytes_N = np.frombuffer(block, np.uint8)
+    stops_L = np.flatnonzero(bytes_N == NEWLINE) + 1
+    if not block.endswith(b"\n"):
+        stops_L = np.append(stops_L, len(block))
+    starts_L = np.concatenate([np.zeros(1, np.int64), stops_L[:-1]])
+    is_blank_L = bytes_N[starts_L] <= SPACE
+    if first and block.startswith(MARK):
+        starts_L[0] = len(MARK)
+        is_blank_L[0] = True
+    # Some that begin with white space are not blank.
+    for line in np.flatnonzero(is_blank_L):
+        is_blank_L[line] = not block[starts_L[line] : stops_L[line]].strip()
+    return starts_L, is_blank_L
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
@@ -97,9 +125,24 @@ def _content(line: bytes, number: int) -> bytes:
     return line.removeprefix(MARK) if number == 1 else line
 
 
-def _state(file: BinaryIO) -> State:
+def state_of(file: BinaryIO) -> State:
+    """That of an open file."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def unchanged(path: Path, state: State) -> Iterator[BinaryIO]:
+    """The data file, open for reading. Raises Unreadable when it has changed or is gone."""
+    with opened(path) as file:
+        if state_of(file) != state:
+            raise Unreadable(
+                "has changed since its lines were counted",
+                where=str(path),
+                expected="the same file until the end",
+                remedy="put the old file back and go on with --resume, or start anew",
+            )
+        yield file
 
 
 @contextmanager
@@ -107,6 +150,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """The data file, open for reading. Raises Unreadable when it cannot be opened or read."""
     try:
         with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # such as /dev/zero, without an end
+                raise Unreadable(
+                    "is a device",
+                    where=str(path),
+                    expected="a data file",
+                    remedy="check the path",
+                )
             yield file
     except FileNotFoundError as error:
         raise Unreadable(

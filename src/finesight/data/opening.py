@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -217,7 +218,7 @@ def _opened(source: Path, request: Request) -> tuple[Rows, Format | None, str]:
             expected=named.looks,
             remedy="check the path, or leave --format out to have the format detected",
         )
-    if source.is_dir() and not request.files:
+    if os.path.isdir(source) and not request.files:
         folders = [form for form in FORMATS if form.open is not None]
         found = inventory(source)
         raise UserError(

@@ -1,18 +1,22 @@
-"""The data files of a recipe as one sequence of samples."""
+"""The data files of a recipe as one sequence of samples: JSONL, Parquet, tars, or many of these."""
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
-from finesight.config import DataFile
-from finesight.data.jsonl import Located, parse, sample_lines
-from finesight.data.lines import Lines
+from finesight.config import DataFile, HeldOutFile
+from finesight.data.jsonl import Located, line_samples, no_samples
+from finesight.data.parquet_samples import parquet_samples
 from finesight.data.rules import check_sample
-from finesight.digests import digest
+from finesight.data.shards import Samples, Shards, files_at, packed
+from finesight.data.tar_samples import tar_samples
+from finesight.remote.objects import fetched
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Corpus:
     give the same samples in the same order, wherever the files lie.
     """
 
-    files: tuple[Lines, ...]
+    files: tuple[Samples, ...]
     weights: tuple[float, ...]
     fingerprint: str
     answered: bool = True
@@ -32,7 +36,7 @@ class Corpus:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Samples of each file, in order."""
-        return tuple(len(lines) for lines in self.files)
+        return tuple(len(samples) for samples in self.files)
 
     def read(self, limit: int | None = None) -> list[Located]:
         """All samples, or the first ones, each read and checked now."""
@@ -43,24 +47,22 @@ class Corpus:
 
     def __getitem__(self, index: int) -> Located:
         """A sample that has been checked before, so that its types alone are looked at."""
-        return self._parsed(*self._place(index))
-
-    def where(self, index: int) -> str:
-        """File and line of a sample, as messages name them."""
-        lines, place = self._place(index)
-        return lines.where(place)
+        source, place = self._place(index)
+        return source.located(place)
 
     def checked(self, index: int) -> Located:
         """A sample. Raises UserError naming file and line for what `check_sample` refuses."""
-        lines, place = self._place(index)
-        found = self._parsed(lines, place)
-        check_sample(found.sample, lines.where(place), answered=self.answered)
+        source, place = self._place(index)
+        found = source.located(place)
+        check_sample(found.sample, source.where(place), answered=self.answered)
         return found
 
-    def _parsed(self, lines: Lines, place: int) -> Located:
-        return Located(parse(lines[place], lines.where(place)), lines.path.parent)
+    def where(self, index: int) -> str:
+        """A sample's file and line."""
+        source, place = self._place(index)
+        return source.where(place)
 
-    def _place(self, index: int) -> tuple[Lines, int]:
+    def _place(self, index: int) -> tuple[Samples, int]:
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         number = bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number] - len(self.files[number]))
@@ -70,13 +72,35 @@ class Corpus:
         return list(accumulate(self.sizes))
 
 
-def load_sources(files: tuple[DataFile, ...], *, answered: bool = True) -> Corpus:
+def load_sources(files: Sequence[HeldOutFile], *, answered: bool = True) -> Corpus:
     """The files of a recipe's `data.train` or `data.eval`, their samples not yet looked at. Raises
     UserError for a file that is missing, unreadable or empty."""
     identity = hashlib.sha256()
-    lines: list[Lines] = []
+    found: list[Samples] = []
     for file in files:
-        lines.append(sample_lines(file.path).first(file.limit))
-        identity.update(f"{digest(file.path)} {file.limit} {file.weight!r}\n".encode())
-    weights = tuple(file.weight for file in files)
-    return Corpus(tuple(lines), weights, identity.hexdigest(), answered)
+        found.append(_samples(file.path))
+        identity.update(f"{found[-1].digest} {file.limit} {_weight(file)!r}\n".encode())
+    limited = (samples.first(file.limit) for samples, file in zip(found, files, strict=True))
+    weights = tuple(map(_weight, files))
+    return Corpus(tuple(limited), weights, identity.hexdigest(), answered)
+
+
+def _samples(place: Path | str) -> Samples:
+    """Those of a file, or of all files that a pattern fits. Raises UserError for none."""
+    files = files_at(place) if isinstance(place, Path) else fetched(packed(place))
+    shards = [_of_file(file) for file in files]
+    samples = shards[0] if len(files) == 1 else Shards(tuple(shards))
+    if not len(samples):
+        raise no_samples(place)
+    return samples
+
+
+def _of_file(path: Path) -> Samples:
+    kinds: dict[str, Callable[[Path], Samples]]
+    kinds = {".tar": tar_samples, ".parquet": parquet_samples}
+    return kinds.get(path.suffix.lower(), line_samples)(path)
+
+
+def _weight(file: HeldOutFile) -> float:
+    # What is measured on is measured once.
+    return file.weight if isinstance(file, DataFile) else 1.0

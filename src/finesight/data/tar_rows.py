@@ -38,8 +38,8 @@ def is_webdataset(path: Path) -> bool:
     """
     with open_tar_file(path) as tar:
         first = None
-        for sample in _samples(tar):
-            endings = {_parts(member)[1] for member in sample}
+        for sample in samples_in(tar):
+            endings = {parts_of(member)[1] for member in sample}
             if not any(map(_is_picture, endings)) or not endings & {*TEXTS, "json"}:
                 return False
             first = first or _record(tar, sample)
@@ -49,7 +49,7 @@ def is_webdataset(path: Path) -> bool:
 def open_tar(source: Path) -> Rows:
     """A row for each sample of a WebDataset. Raises UserError for a file that is none."""
     with open_tar_file(source) as tar:
-        total = sum(1 for _ in _samples(tar))
+        total = sum(1 for _ in samples_in(tar))
     if total == 0:
         raise UserError(
             "holds no samples",
@@ -60,17 +60,18 @@ def open_tar(source: Path) -> Rows:
 
     def select(start: int, stop: int) -> Iterator[Row]:
         with open_tar_file(source) as tar:
-            chosen = itertools.islice(enumerate(_samples(tar), start=1), start, stop)
+            chosen = itertools.islice(enumerate(samples_in(tar), start=1), start, stop)
             for number, sample in chosen:
-                key = _parts(sample[0])[0]
+                key = parts_of(sample[0])[0]
                 yield Row(number, f"sample {key}", _record(tar, sample), source.stem)
 
     return Rows(total, select)
 
 
-def _samples(tar: Tar) -> Iterator[Sample]:
+def samples_in(tar: Tar) -> Iterator[Sample]:
+    """The files of each sample, in order."""
     files = (member for member in tar.headers() if member.isreg() and not _is_hidden(member))
-    for _, sample in itertools.groupby(files, key=lambda member: _parts(member)[0]):
+    for _, sample in itertools.groupby(files, key=lambda member: parts_of(member)[0]):
         yield list(sample)
 
 
@@ -78,7 +79,7 @@ def _is_hidden(member: tarfile.TarInfo) -> bool:
     return PurePosixPath(member.name).name.startswith((".", "__"))
 
 
-def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
+def parts_of(member: tarfile.TarInfo) -> tuple[str, str]:
     """What the files of a sample share, and what comes after the first point of the name."""
     path = PurePosixPath(member.name)
     stem, _, ending = path.name.partition(".")
@@ -91,12 +92,12 @@ def _is_picture(ending: str) -> bool:
 
 def _record(tar: Tar, sample: Sample) -> Record:
     """A sample's files under their endings; a lone picture is `image`."""
-    record: Record = {"id": _parts(sample[0])[0]}
-    pictures = {_parts(m)[1]: m for m in sample if _is_picture(_parts(m)[1])}
+    record: Record = {"id": parts_of(sample[0])[0]}
+    pictures = {parts_of(m)[1]: m for m in sample if _is_picture(parts_of(m)[1])}
     for ending, member in pictures.items():
         record["image" if len(pictures) == 1 else ending] = _bytes(tar, member)
     for member in sample:
-        ending = _parts(member)[1]
+        ending = parts_of(member)[1]
         if ending in TEXTS or ending == "json":
             text = _text(tar, member)
             found = _parsed(text, member, tar.archive) if ending == "json" else {ending: text}

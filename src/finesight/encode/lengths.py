@@ -50,18 +50,16 @@ def usable(
     longest = 0
     for index, outline in enumerate(outlines):
         longest = max(longest, outline.tokens)
-        if outline.tokens > max_length:
-            problem = _too_long(outline.id, outline.tokens, max_length)
-            too_long.append(outline.id)
-        elif not outline.supervised:
-            problem = _without_answer(outline.id)
-            without_answer.append(outline.id)
-        else:
+        problem = unfit(outline, max_length)
+        if problem is None:
             kept.append(index)
             tokens.append(outline.tokens)
-            continue
-        if policy == "refuse":
+        elif policy == "refuse":
             raise problem
+        elif outline.tokens > max_length:
+            too_long.append(outline.id)
+        else:
+            without_answer.append(outline.id)
     if not kept:
         raise UserError(
             f"none of {len(too_long) + len(without_answer)} samples is usable: {len(too_long)}"
@@ -72,6 +70,13 @@ def usable(
             remedy="raise data.max_length, or set a smaller picture",
         )
     return Usable(tuple(kept), tuple(tokens), tuple(too_long), tuple(without_answer))
+
+
+def unfit(outline: Counted, max_length: int) -> UserError | None:
+    """Why nothing is learned from a sample; None where it can be."""
+    if outline.tokens > max_length:
+        return _too_long(outline.id, outline.tokens, max_length)
+    return None if outline.supervised else _without_answer(outline.id)
 
 
 def _too_long(sample: str, tokens: int, max_length: int) -> UserError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def load(file: Path, function: str) -> Score:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(
             "no such file",
             where=str(file),

@@ -22,6 +22,7 @@ from finesight.manifest import MANIFEST
 from finesight.model.merge import public_name
 from finesight.remote.address import model_address
 from finesight.report.record import Record, read_record
+from finesight.yaml_text import parsed
 
 CARD = "README.md"
 
@@ -246,7 +247,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     if not text.startswith("---\n") or not end:
         return {}
     try:
-        content = yaml.safe_load(head)
+        content = parsed(head)
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}

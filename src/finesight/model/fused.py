@@ -84,7 +84,8 @@ def _drawn(number: int, share: float) -> Tensor:
     # Eight deviations more: not to reach the end is a matter of 10^14 draws, and then means that
     # the last few numbers are kept.
     draws = int(expected + 8 * expected**0.5) + 16
-    kept = torch.rand(draws).neg_().log1p_().div_(math.log1p(-share))
+    # Below 1e-12 not one of as many numbers as fit into memory is dropped; log1p would become 0.
+    kept = torch.rand(draws).neg_().log1p_().div_(math.log1p(-max(share, 1e-12)))
     places = kept.long().add_(1).cumsum(0).sub_(1)
     return places[: int(torch.searchsorted(places, number))]
 

@@ -61,4 +61,5 @@ def steps_of(
     number = min(most, len(course))
     for k in range(number):
         step = round(k * last / max(1, number - 1))
-        yield [glances[index] for index in course.of(step)]
+        seen = (glances[index] for index in course.of(step))
+        yield [glance for glance in seen if glance.tokens]

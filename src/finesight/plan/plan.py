@@ -22,9 +22,10 @@ from finesight.plan.seconds import start_seconds
 from finesight.plan.target import Target, named_target, own_target
 from finesight.train.course import Course
 from finesight.train.flops import Arithmetic
-from finesight.train.prepare import base_of, texts_of
+from finesight.train.prepare import base_of
 from finesight.train.progress import Screen
-from finesight.train.survey import Glance
+from finesight.train.survey import Glance, Survey
+from finesight.train.texts import texts_of
 from finesight.train.workers import MOST
 
 SPARE = 1.3
@@ -94,8 +95,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
     renderer = base.renderer(recipe)
     train, held_out = texts_of(recipe, renderer, written_on.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
-    glances = dict(zip(train.survey.kept, train.survey.glances, strict=True))
-    steps = Steps(list(steps_of(course, glances)))
+    steps = Steps(list(steps_of(course, train.glances(renderer, recipe.data))))
     on = _better(recipe, gpu, written_on)
 
     @lru_cache
@@ -126,7 +126,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
         learning=model.learning,
         target=on,
         precision=on.precision,
-        tokens=_tokens(train.survey.glances, len(train.survey.dropped)),
+        tokens=_tokens(train.survey),
         operations=_operations(model, train.survey.glances),
         steps=len(course),
         batch=recipe.train.batch,
@@ -190,17 +190,18 @@ def _workers(recipe: Recipe, chosen: Estimate, on: Target) -> int:
     return min(MOST, max(1, needed, now))
 
 
-def _tokens(glances: Sequence[Glance], dropped: int) -> Tokens:
+def _tokens(survey: Survey) -> Tokens:
+    glances = survey.glances
     lengths = sorted(glance.tokens for glance in glances)
     width = _round_width((lengths[-1] - lengths[0]) / BINS)
     bars = Counter(length // width * width for length in lengths)
     first, last = min(bars), max(bars)
     longest = max(glances, key=lambda glance: glance.tokens)
     return Tokens(
-        samples=len(glances),
-        dropped=dropped,
-        tokens=sum(lengths),
-        patches=sum(glance.patches for glance in glances),
+        samples=len(survey.kept),
+        dropped=len(survey.dropped),
+        tokens=survey.tokens,
+        patches=survey.patches,
         shortest=lengths[0],
         median=median(lengths),
         longest=lengths[-1],

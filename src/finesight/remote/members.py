@@ -123,13 +123,15 @@ class _Sips(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def open_tar_file(archive: Path) -> Iterator[Tar]:
-    """A tar, compressed as its name says. Raises UserError for a file that is none."""
+def open_tar_file(archive: Path, start: int = 0) -> Iterator[Tar]:
+    """A tar, compressed as its name says, from the header at byte `start` on. Raises UserError for
+    a file that is none."""
     openers: dict[str, Callable[..., Any]]
     openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     with contextlib.ExitStack() as stack:
         with intact(archive):
             raw = openers.get(archive.suffix.lower(), open)(archive, "rb")
             sips = _Sips(stack.enter_context(raw))
+            sips.seek(start)
             file = stack.enter_context(tarfile.open(fileobj=sips, mode="r:"))
         yield Tar(archive, file)

@@ -18,6 +18,7 @@ from finesight import run_folder as names
 from finesight.digests import DIGESTS
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST
+from finesight.yaml_text import parsed
 
 Line = dict[str, Any]
 """A JSON object: of one step, of one measurement, of one answer."""
@@ -179,7 +180,7 @@ class _Reader:
 
     def yaml(self, text: str) -> Line:
         try:
-            return _object(yaml.safe_load(text))
+            return _object(parsed(text))
         except yaml.YAMLError:
             self.unreadable.append(names.RECIPE)
             return {}

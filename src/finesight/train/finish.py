@@ -83,16 +83,19 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
         screen.say(moved_table(rows))
         check_moved(rows)
         _export(session)
-    lines = run.history()
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    late = sum(len(line["dropped"]) for line in lines if "dropped" in line)
+    loss, late = None, 0
+    for line in run.lines():
+        found = line.get("loss")
+        # Of a void step it is NaN.
+        if found is not None and isfinite(found):
+            loss = found
+        late += len(line.get("dropped", ()))
     result = RunResult(
         run=str(run.folder),
         steps=session.progress.step,
         samples=session.state().samples,
         dropped=len(session.train.survey.dropped) + late,
-        # Of a void step it is NaN.
-        loss=next(filter(isfinite, reversed(losses)), None),
+        loss=loss,
         before=before,
         after=after,
         moved=tuple(rows),

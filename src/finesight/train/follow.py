@@ -10,6 +10,7 @@ from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import Interrupted
+from finesight.train.budget import Budget, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import finished, settled
 from finesight.train.loader import Step
@@ -18,8 +19,9 @@ from finesight.train.measure import measure
 from finesight.train.moved import check_moved
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Errand, Ranks, ShareFailed, Together
+from finesight.train.ranks import Errand, Ranks, ShareFailed, StepTorn, Together
 from finesight.train.run import Run
+from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
@@ -54,6 +56,8 @@ class _Follower:
         try:
             self.steps()
             self.wait()
+        except StepTorn:
+            raise
         except Exception as error:
             # Who leads may be gone, too.
             with suppress(RuntimeError, ShareFailed):
@@ -64,14 +68,23 @@ class _Follower:
 
     def steps(self) -> None:
         """Learn, until there are no more steps or a signal has come."""
-        session, before = self.session, None
+        session = self.session
+        budget, device = session.progress.budget, session.machine.device
         with ExitStack() as stack:
             with self.or_failed():
                 looking = looked_at(session, self.screen, self.stop)
                 seen = stack.enter_context(looking).seen
             if seen is not None and leaves(session.machine.device):
                 stack.enter_context(self.tower.away())
-            steps = stack.enter_context(closing(coming_steps(session, seen)))
+            within_memory(
+                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+            )
+
+    def steps_within(self, budget: Budget, seen: Seen | None) -> None:
+        """Go on from where the run stands, in packs of this budget, as the first process does."""
+        session, before = self.session, None
+        session.keep_within(budget)
+        with closing(coming_steps(session, seen)) as steps:
             while (step := self.next_of(steps)) is not None:
                 together = self.agreed(step)
                 if self.over or together.signal:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
+from finesight.data.lines import Unreadable
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Encoded
+from finesight.encode.lengths import unfit
 from finesight.encode.pack import PackedBatch, pack, plan_packs
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
@@ -187,9 +188,10 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, others: Iterator[Tenso
 class StepData(Dataset[Parcel | UserError]):
     """Item k is step k: its samples encoded and packed within the token budget.
 
-    A picture that turns out damaged when it is decoded drops its sample from the step, or is an
-    error, by the recipe's `data.unusable`. Pictures that are `known` are not decoded, and packs
-    hold neither patches nor grids.
+    A sample that turns out unusable when it is read, its picture damaged or, where not all samples
+    were looked at beforehand, whatever is wrong with it, is dropped from the step, or is an error,
+    by the recipe's `data.unusable`; so is one of more than `max_length` tokens, where that is
+    given. Pictures that are `known` are not decoded, and packs hold neither patches nor grids.
     """
 
     def __init__(
@@ -200,27 +202,32 @@ class StepData(Dataset[Parcel | UserError]):
         pack_tokens: int,
         unusable: Literal["drop", "refuse"],
         known: Known | None = None,
+        max_length: int | None = None,
     ) -> None:
         self._corpus, self._renderer, self._members = corpus, renderer, members
         self._pack_tokens, self._unusable = pack_tokens, unusable
-        self._known = known
+        self._known, self._max_length = known, max_length
 
     def without_pictures(self, known: Known) -> StepData:
         """The same steps, with what is known of all pictures in their place."""
-        return StepData(
-            self._corpus, self._renderer, self._members, self._pack_tokens, self._unusable, known
-        )
+        source = self._corpus, self._renderer, self._members
+        return StepData(*source, self._pack_tokens, self._unusable, known, self._max_length)
 
     def within(self, pack_tokens: int) -> StepData:
         """The same steps in packs of at most so many tokens."""
         source = self._corpus, self._renderer, self._members
-        return StepData(*source, pack_tokens, self._unusable, self._known)
+        return StepData(*source, pack_tokens, self._unusable, self._known, self._max_length)
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __getitem__(self, number: int) -> Parcel | UserError:
         return guarded(lambda: Parcel.of(*self.laid(number)))
+
+    def know_order(self, number: int) -> None:
+        """Find the order of samples around this step: workers that are forked off have it then."""
+        if number < len(self):
+            self._members.of(number)
 
     def step(self, number: int) -> Step:
         """The step with this number, counted from 0."""
@@ -232,14 +239,18 @@ class StepData(Dataset[Parcel | UserError]):
         indices: list[int] = []
         dropped: list[Dropped] = []
         for index in self._members.of(number):
-            located = self._corpus[index]
+            name = self._corpus.where(index)
             try:
+                located = self._corpus.checked(index)
+                name = located.sample.id
                 encoded.append(self._encode(index, located))
                 indices.append(index)
-            except DamagedPicture as error:
+            except Unreadable:
+                raise
+            except UserError as error:
                 if self._unusable == "refuse":
                     raise
-                dropped.append(Dropped(located.sample.id, str(error).splitlines()[0]))
+                dropped.append(Dropped(name, str(error).splitlines()[0]))
         # What a family's own processor made cannot be laid end to end.
         budget = 1 if any(one.inputs for one in encoded) else self._pack_tokens
         plan = plan_packs([one.outline.tokens for one in encoded], budget)
@@ -262,7 +273,11 @@ class StepData(Dataset[Parcel | UserError]):
 
     def _encode(self, index: int, located: Located) -> Encoded:
         if self._known is None:
-            return self._renderer.encode(located)
+            encoded = self._renderer.encode(located)
+            problem = self._max_length and unfit(encoded.outline, self._max_length)
+            if problem:
+                raise problem
+            return encoded
         unseen = self._renderer.unseen(located)
         self._known.check(index, sum(span.stop - span.start for span in unseen.outline.spans))
         return unseen
@@ -271,5 +286,7 @@ class StepData(Dataset[Parcel | UserError]):
 def read_steps(data: StepData, start: int, workers: int, pin: bool) -> Generator[Step, None, None]:
     """The steps from `start` on, the same ones for any number of workers. To be closed: that ends
     the workers."""
+    if workers:
+        data.know_order(start)
     parcels: Iterator[Parcel] = read_ahead(data, range(start, len(data)), workers, pin)
     return (parcel.open() for parcel in parcels)

@@ -107,6 +107,8 @@ def _against(session: Session) -> str | None:
         return f"{session.base.folder.family} is computed by transformers"
     if any(parameter.requires_grad for parameter in model.visual.parameters()):
         return "the vision part learns"
+    if not session.train.survey.whole:
+        return "there are too many samples to know all of their pictures"
     if session.recipe.train.cache == "never":
         return "train.cache=never"
     if session.progress.step and not _began_so(session):
@@ -118,7 +120,7 @@ def _against(session: Session) -> str | None:
 
 def _began_so(session: Session) -> bool:
     """Whether the steps that the run has taken knew their pictures."""
-    lines = [line for line in session.run.history() if "pictures" in line]
+    lines = [line for line in session.run.lines() if "pictures" in line]
     return bool(lines) and bool(lines[-1]["pictures"])
 
 

@@ -23,7 +23,7 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, joined
+from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, StepTorn, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.room import checkpoint_bytes, require_room_for_run
@@ -64,7 +64,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
     start = time.perf_counter()
     run = Run(recipe.output)
     run.check_free(resume)
-    with ExitStack() as stack, _enough_memory():
+    with ExitStack() as stack, enough_memory():
         begun = resume and run.begun
         if begun:
             # Nobody may write into the run while it is read.
@@ -116,7 +116,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
+    """Within the block, a memory that is full becomes a UserError that says what takes less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -127,6 +128,17 @@ def _enough_memory() -> Iterator[None]:
             remedy="end other programs on this GPU, keep frozen weights in four bits"
             " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
             " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the memory",
+            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
+            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
+            " (eval.max_new_tokens)",
         ) from error
 
 
@@ -150,6 +162,7 @@ class Loop:
         self.saving = Saving(self.checkpoints, meanwhile=beside, ranks=together)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
+        self.torn = False
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -166,6 +179,9 @@ class Loop:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
             return finish(self.session, self.screen, self.checkpoints)
+        except StepTorn:
+            self.torn = True
+            raise
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
@@ -179,9 +195,10 @@ class Loop:
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
-            # Some may have ended: what went wrong there is theirs to say.
-            with suppress(RuntimeError, ShareFailed):
-                self.ranks.called(Errand.OVER, signal=self.stop.number)
+            if not self.torn:
+                # Some may have ended: what went wrong there is theirs to say.
+                with suppress(RuntimeError, ShareFailed):
+                    self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
@@ -189,13 +206,9 @@ class Loop:
             return
         budget, device = self.session.progress.budget, self.session.machine.device
         with self.looked() as seen, self.reporter.showing(self.total):
-            if self.ranks.alone:
-                within_memory(
-                    budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
-                )
-            else:
-                # Others would not know that the step is tried again.
-                self.steps_within(budget, seen)
+            within_memory(
+                budget, device, self.screen.say, lambda some: self.steps_within(some, seen)
+            )
             self.reporter.catch_up()
 
     def steps_within(self, budget: Budget, seen: Seen | None) -> None:

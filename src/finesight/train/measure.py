@@ -74,7 +74,7 @@ class Measured:
 
 def history(run: Run) -> list[Measured]:
     """The measurements of a run so far, the one before its first step first."""
-    return [m for line in run.history() if (m := Measured.read(line)) is not None]
+    return [m for line in run.lines() if (m := Measured.read(line)) is not None]
 
 
 def waited(measured: Sequence[Measured]) -> int:

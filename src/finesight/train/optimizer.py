@@ -177,7 +177,7 @@ class Masters:
             # The small number keeps a norm of zero from dividing.
             shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
         for group in self.groups:
-            group.step(shrink, factor)
+            group.step(shrink.to(group.gradients.device), factor)
 
     def forget_gradients(self) -> None:
         """Drop what the micro-batches since the last step have brought, and what a backward pass

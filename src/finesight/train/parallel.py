@@ -3,24 +3,32 @@ all of them and are put together while they compute (Zhao et al. 2023, arXiv:230
 
 `ddp` keeps everything whole and adds up gradients. `zero2` keeps a part of the fp32 weights, the
 gradients and the moments with each process, `fsdp` of the weights that compute, too (stages 2 and 3
-of Rajbhandari et al. 2020, arXiv:1910.02054). Both are torch's `fully_shard`.
+of Rajbhandari et al. 2020, arXiv:1910.02054), `fsdp_offload` in the CPU's memory. All are torch's
+`fully_shard`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, pairwise
 from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-from finesight.config import Recipe
+from finesight.config import Recipe, Sharing
 from finesight.encode.pack import PackedBatch, with_blank
 from finesight.errors import UserError
 from finesight.model.any_family import AnyModel
@@ -29,6 +37,9 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import trainable
 from finesight.train.optimizer import Masters
 from finesight.train.ranks import Ranks
+
+UNIT = 64_000_000
+"""Numbers that are put together at once, or more."""
 
 
 class Parallel(Protocol):
@@ -109,27 +120,40 @@ class Sharded:
 
     sharded = True
 
-    def __init__(self, model: VisionLanguageModel, dtype: torch.dtype, *, kept: bool) -> None:
-        """From here on the model's parameters are DTensors. `kept` ones stay together from the way
-        forth to the way back."""
-        self._kept, self._tower = kept, model.visual
-        device = model.model.embed_tokens.weight.device
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    def __init__(self, model: VisionLanguageModel, dtype: torch.dtype, how: Sharing) -> None:
+        """From here on the model's parameters are DTensors."""
+        self._kept, self._tower = how == "zero2", model.visual
+        self._device = model.model.embed_tokens.weight.device
+        mesh = init_device_mesh(self._device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        self._parts: list[nn.Module] = [*model.visual.blocks, *model.model.layers]
-        for unit in (*self._parts, model):
-            for parameter in unit.parameters():
+        offload = CPUOffloadPolicy() if how == "fsdp_offload" else OffloadPolicy()
+        units: list[list[nn.Module]] = [
+            *_units(model.visual.blocks),
+            *_units(model.model.layers),
+            [model],
+        ]
+        for unit in units:
+            for parameter in chain.from_iterable(module.parameters() for module in unit):
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
             # The head is asked for after the way forth.
-            again = not kept and unit is not model
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
-        self._units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-        for unit in self._units:
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+            again = not self._kept and unit is not units[-1]
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=again,
+            )
+        self._heads = [_sharded(unit[0]) for unit in units]
+        for head in self._heads:
+            head.set_gradient_divide_factor(1.0)
+            head.set_force_sum_reduction_for_comms(True)
+        for head, following in pairwise(self._heads[:-1]):
+            # The processor is not always ahead of the device.
+            head.set_modules_to_forward_prefetch([following])
         self._rows: dict[str, DTensor] = {}
         learning: dict[str, nn.Parameter] = {}
         for name, parameter in trainable(model).items():
@@ -155,7 +179,7 @@ class Sharded:
             if isinstance(rows.grad, DTensor):
                 self.learning[name].grad = rows.grad.to_local()
                 rows.grad = None
-        squared = masters.norm().square()
+        squared = masters.norm().square().to(self._device)
         dist.all_reduce(squared)
         return squared.sqrt()
 
@@ -177,17 +201,40 @@ class Sharded:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Every layer is put together at the same time."""
-        for unit in self._units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+        for head in self._heads:
+            head.set_reshard_after_forward(False, recurse=False)
+            head.unshard()
         try:
             yield
         finally:
-            for unit in self._units:
-                unit.set_reshard_after_forward(
-                    not self._kept and unit in self._parts, recurse=False
-                )
-                unit.reshard()
+            for head in self._heads:
+                again = not self._kept and head is not self._heads[-1]
+                head.set_reshard_after_forward(again, recurse=False)
+                head.reshard()
+
+
+def _units(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Layers that are put together at once, one after the other: small ones would take longer to
+    ask for than to compute."""
+    layers = list(layers)
+    numbers = sum(_numbers(layer) for layer in layers)
+    unit: list[nn.Module] = []
+    for layer in layers:
+        unit.append(layer)
+        if sum(map(_numbers, unit)) >= min(UNIT, numbers / 2):
+            yield unit
+            unit = []
+    if unit:
+        yield unit
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _sharded(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule), f"{type(module).__name__} lies whole in every process"
+    return module
 
 
 class _Rows(Mapping[str, Tensor]):
@@ -234,7 +281,7 @@ def share_model(recipe: Recipe, model: AnyModel, dtype: torch.dtype, ranks: Rank
             _refuse(how, f"a model with tune.{name}")
     if recipe.train.optimizer != "adamw":
         _refuse(how, f"what train.optimizer={recipe.train.optimizer} keeps")
-    return Sharded(model, dtype, kept=how == "zero2")
+    return Sharded(model, dtype, how)
 
 
 def _refuse(how: str, what: str) -> NoReturn:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,10 @@ from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.data.sources import Corpus, load_sources
 from finesight.digests import digest
 from finesight.encode.pack import PackedBatch, filled
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
-from finesight.evaluate import own
-from finesight.evaluate.score import task_of
 from finesight.hub import ModelFolder, lasting_name
 from finesight.infer.load import find_parts, resolve_device, resolve_precision
 from finesight.manifest import MANIFEST, Manifest
@@ -49,7 +47,7 @@ from finesight.train.ranks import ALONE, Ranks, shared
 from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
-from finesight.train.survey import Survey, pictures_of, survey
+from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
 ANYTHING = {"workers", "cache", "parallel", "keep", "save_every", "device", "precision"}
@@ -92,14 +90,6 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Samples to learn from or to measure on, and which of them are usable."""
-
-    corpus: Corpus
-    survey: Survey
-
-
-@dataclass(frozen=True, slots=True)
 class Session:
     """Everything a run works with."""
 
@@ -130,8 +120,7 @@ class Session:
             return None
         own = self.machine.ranks.own(self.held_out.survey.kept)
         members = InOrder(own, self.recipe.train.batch)
-        corpus, unusable = self.held_out.corpus, self.recipe.data.unusable
-        return StepData(corpus, self.renderer, members, pack_tokens, unusable)
+        return self.held_out.in_steps(self.renderer, members, pack_tokens, self.recipe.data)
 
     def placed(self, packed: PackedBatch) -> PackedBatch:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where
@@ -236,7 +225,7 @@ def prepare(
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
-    members = shared(course, machine.ranks, train.survey, arithmetic)
+    members = shared(course, machine.ranks, train.glances(renderer, recipe.data), arithmetic)
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -252,9 +241,7 @@ def prepare(
         train=train,
         held_out=held_out,
         course=course,
-        data=StepData(
-            train.corpus, renderer, members, recipe.train.pack_tokens, recipe.data.unusable
-        ),
+        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
         model=model.train(),
         parallel=parallel,
         masters=masters,
@@ -313,11 +300,11 @@ def base_of(recipe: Recipe) -> Base:
             remedy="leave adapter out, or name the model that it belongs to",
         )
     manifest = parts.manifest
-    if (adapter / MANIFEST).is_file():
+    if os.path.isfile(adapter / MANIFEST):
         manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
-    if not (adapter / ADAPTER_CONFIG).is_file() and (adapter / "adapter").is_dir():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
         adapter = adapter / "adapter"
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
         raise UserError(
             f"no {ADAPTER_CONFIG} in {adapter}",
             where="adapter",
@@ -325,56 +312,6 @@ def base_of(recipe: Recipe) -> Base:
             remedy="correct the path",
         )
     return Base(name, parts.folder, adapter, manifest)
-
-
-def texts_of(
-    recipe: Recipe, renderer: Rendering, workers: int, screen: Screen
-) -> tuple[Texts, Texts | None]:
-    """The samples to learn from and those to measure on, every one checked, and what is left out
-    said on the screen. Raises UserError for mistakes in them, and for a metric without them."""
-    if recipe.eval is not None and not recipe.data.eval:
-        raise UserError(
-            f"eval.metric is {recipe.eval.metric}, and there is no held-out data",
-            where="data.eval",
-            expected="a JSONL file of held-out samples",
-            remedy="set data.eval, for example by `finesight data import --split 0.9`",
-        )
-    if recipe.eval is not None:
-        task_of(own.found(recipe.eval.metric, recipe.output))
-    corpus = load_sources(recipe.data.train)
-    if not recipe.data.eval:
-        return _surveyed(corpus, recipe, renderer, workers, screen, "train"), None
-    held_out = load_sources(recipe.data.eval)
-    watched = {picture for located in held_out.read() for picture in pictures_of(located)}
-    train = _surveyed(corpus, recipe, renderer, workers, screen, "train", watched)
-    if train.survey.met:
-        screen.say(
-            f"{len(train.survey.met)} pictures of data.eval are in data.train too: figures measured"
-            " on them say nothing about new ones"
-        )
-    return train, _surveyed(held_out, recipe, renderer, workers, screen, "eval")
-
-
-def _surveyed(
-    corpus: Corpus,
-    recipe: Recipe,
-    renderer: Rendering,
-    workers: int,
-    screen: Screen,
-    name: str,
-    watched: Set[str] = frozenset(),
-) -> Texts:
-    with screen.stage(f"reading headers of data.{name}", len(corpus)) as advance:
-        found = survey(corpus, renderer, recipe.data, workers, advance, watched)
-    screen.say(
-        f"data.{name}: {len(found.kept)} samples, {found.tokens} tokens (longest {found.longest}),"
-        f" {found.patches} patches, {len(found.dropped)} samples dropped"
-    )
-    for dropped in found.dropped[:5]:
-        screen.say(f"  dropped {dropped.id}: {dropped.reason}")
-    if len(found.dropped) > 5:
-        screen.say(f"  and {len(found.dropped) - 5} more, all of them listed in the run folder")
-    return Texts(corpus, found)
 
 
 def _identity(
@@ -396,7 +333,7 @@ def _identity(
         "train.precision": machine.precision,
     }
     for name, texts in (("train", train), ("eval", held_out)):
-        kept = json.dumps(texts.survey.kept) if texts else ""
+        kept = texts.usable if texts else ""
         settings[f"data.{name}"] = texts.corpus.fingerprint if texts else None
         settings[f"usable samples of data.{name}"] = hashlib.sha256(kept.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")

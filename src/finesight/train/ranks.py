@@ -26,10 +26,11 @@ from torch import Tensor
 
 from finesight.encode.encoded import Grid
 from finesight.errors import UserError
+from finesight.train.budget import Budget, FullMemory
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
-from finesight.train.survey import Survey
+from finesight.train.survey import Glance
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -62,6 +63,11 @@ class Errand(IntEnum):
     OVER = 4
     WAIT = 5
     FAILED = 6
+
+
+class StepTorn(UserError):
+    """This process could not take its share of a step in the middle of which the others wait for
+    it: there is nobody left to speak to."""
 
 
 class Together(NamedTuple):
@@ -185,13 +191,6 @@ class Ranks:
             return Together(errand=errand, argument=argument)
         return self._summed(self._gathered((argument, 0, 0, 0, 0, 0, signal, errand)))
 
-    def confirm(self, *, well: bool) -> None:
-        """All processes say whether they could take their share; raises ShareFailed where this one
-        could and another could not."""
-        failed = [] if self.alone else self._gathered((int(not well),))
-        if well:
-            self._refuse([number for number, (bad,) in enumerate(failed) if bad])
-
     def _refuse(self, failed: Sequence[int]) -> None:
         if failed:
             raise ShareFailed(
@@ -253,13 +252,35 @@ class Ranks:
     @contextmanager
     def confirmed(self) -> Iterator[None]:
         """A block that all processes go through. Raises ShareFailed where it came to its end here,
-        and not in another one."""
-        well = False
+        and not in another one; and FullMemory in all of them where a smaller budget would do."""
+        full, well = None, False
         try:
             yield
             well = True
+        except FullMemory as error:
+            full = error
         finally:
-            self.confirm(well=well)
+            below = full and full.below
+            told = [well, below.model_dump() if below else None]
+            everybodys = [json.loads(one) for one in self.everybodys(json.dumps(told))]
+        self._refuse_budgets(everybodys, full)
+
+    def _refuse_budgets(self, everybodys: list[Any], full: FullMemory | None) -> None:
+        """Of what all have said of a block that did not fail here otherwise."""
+        if full is not None and full.below is None:
+            raise full
+        self._refuse([n for n, (well, below) in enumerate(everybodys) if not well and not below])
+        less = {n: Budget(**below) for n, (_, below) in enumerate(everybodys) if below}
+        if not less:
+            return
+        full = full or FullMemory(
+            f"the memory of the GPU of process {', '.join(map(str, less))} is full"
+        )
+        full.below = Budget(
+            pack_tokens=min(budget.pack_tokens for budget in less.values()),
+            recompute=max(budget.recompute for budget in less.values()),
+        )
+        raise full
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in its place. On a CPU, raises ShareFailed as meetings
@@ -339,12 +360,11 @@ class _Alone(NamedTuple):
 
 
 def shared(
-    course: Members, ranks: Ranks, survey: Survey, arithmetic: Arithmetic | Uncounted
+    course: Members, ranks: Ranks, glances: Mapping[int, Glance], arithmetic: Arithmetic | Uncounted
 ) -> Members:
     """This process's samples of each step, about as costly as those of any other."""
     if ranks.alone:
         return course
-    glances = dict(zip(survey.kept, survey.glances, strict=True))
 
     def cost(index: int) -> float:
         seen = glances[index]

@@ -65,6 +65,13 @@ class Run:
                 expected="a new folder, or --resume to go on with that run",
                 remedy=f"add --resume, or choose another one: output={self.folder}-2",
             )
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise UserError(
+                f"{self.folder.name} is a link to nothing",
+                where=str(self.folder),
+                expected="a folder, or nothing yet",
+                remedy="remove the link, or choose another output",
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(
                 f"{self.folder.name} is a file",
@@ -150,25 +157,31 @@ class Run:
         """Cut off the lines of steps after `step` and of measurements after step `measured`, which
         will come again, and a last line that a crash has torn."""
         if self.metrics.exists():
-            kept = b""
-            for line, figures in _lines(self.metrics):
+            kept = 0
+            for size, figures in _lines(self.metrics):
                 if figures["step"] > (measured if "held_out_loss" in figures else step):
                     break
-                kept += line
-            cut_file(self.metrics, len(kept))
+                kept += size
+            cut_file(self.metrics, kept)
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
-        return [figures for _, figures in _lines(self.metrics)] if self.metrics.exists() else []
+        return list(self.lines())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Those of `history`, one at a time: a long run has more than there is room for."""
+        if self.metrics.exists():
+            yield from (figures for _, figures in _lines(self.metrics))
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Whole lines, up to the first that is torn."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            figures = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(figures, dict) or not line.endswith(b"\n"):
-            return
-        yield line, figures
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines, each with its bytes, up to the first that is torn."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                return
+            if not isinstance(figures, dict) or not line.endswith(b"\n"):
+                return
+            yield len(line), figures

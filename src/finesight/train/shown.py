@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from finesight.data.headers import DamagedPicture
+from finesight.data.inside import content_digest
 from finesight.data.sources import Corpus
-from finesight.digests import digest
 from finesight.encode.encoded import Span
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
@@ -133,7 +133,7 @@ class _Sights(Dataset[list[list[Sight] | UserError] | UserError]):
         # Samples with the same picture often stand together.
         if file not in self._digests:
             try:
-                self._digests[file] = digest(file)
+                self._digests[file] = content_digest(file)
             except OSError as error:
                 raise DamagedPicture(
                     f"cannot be read: {error.strerror}",

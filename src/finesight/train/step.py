@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
-from finesight.train.budget import Budget, too_much
+from finesight.train.budget import Budget, FullMemory, too_much
 from finesight.train.loader import Step, read_steps
 from finesight.train.prepare import Session
-from finesight.train.ranks import Together
+from finesight.train.ranks import Ranks, StepTorn, Together
 from finesight.train.seen import Seen
 from finesight.train.stop import Stop
 
@@ -83,7 +84,7 @@ def take_step(
     ranks = session.machine.ranks
     together = together or Together.of(step)
     # Before anybody waits for what a process that failed will never give.
-    with ranks.confirmed():
+    with _untorn(ranks) if session.parallel.sharded else ranks.confirmed():
         total = _accumulate(session, step, together, stop, seen)
     ranks.add(total)
     norm = session.parallel.joined(masters)
@@ -108,6 +109,24 @@ def take_step(
     masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
     session.parallel.moved()
     return taken
+
+
+@contextmanager
+def _untorn(ranks: Ranks) -> Iterator[None]:
+    """The packs of a step whose layers are put together by all processes."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, FullMemory)
+        raise StepTorn(
+            f"process {ranks.number} of {ranks.count} broke off in the middle of a step: {error}",
+            where="training",
+            expected="every process with its share of every layer",
+            remedy="set a lower train.pack_tokens or train.recompute=true, and start again with"
+            " --resume"
+            if full
+            else "start again with --resume",
+        ) from error
 
 
 def _accumulate(

@@ -1,13 +1,15 @@
-"""Every sample looked at before training: checked, tokens counted, pictures' headers read."""
+"""Samples looked at before training: checked, tokens counted, pictures' headers read. All of them,
+or of very many some, by which the others are judged until they are read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from finesight.config import Data
@@ -16,12 +18,18 @@ from finesight.data.jsonl import Located
 from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Grid
-from finesight.encode.lengths import usable
+from finesight.encode.lengths import unfit, usable
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.train.loader import Dropped
 from finesight.train.progress import Advance
 from finesight.train.workers import guarded, read_ahead
+
+MOST = 500_000
+"""Samples that are all looked at: of more, it would take minutes, and gigabytes to remember."""
+
+SOME = 10_000
+"""How many are looked at where there are more."""
 
 CHUNK = 64
 """Samples that a worker looks at before it reports."""
@@ -29,12 +37,16 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Which samples of a corpus will be used: `kept` holds their indices, `glances` what was seen
-    of each, `dropped` the others. `tokens` and `patches` are sums over the kept ones, `longest`
-    counts tokens. `pictures` counts the files of pictures and frames that the kept ones show,
-    `distinct` those that differ in their path. `met` are the watched pictures that samples have."""
+    """Which samples of a corpus will be used: `kept` holds their indices, `dropped` the others.
+    `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `pictures` counts
+    the files of pictures and frames that the kept ones show, `distinct` those that differ in their
+    path. `met` are the watched pictures that samples have. `glances` are what was seen of the
+    samples `seen`.
 
-    kept: tuple[int, ...]
+    Where all were looked at, `seen` are those that are kept. Otherwise all are kept, `looked_at` of
+    them were looked at, `seen` can be used, sums are estimates, and `pictures` is not known."""
+
+    kept: Sequence[int]
     dropped: tuple[Dropped, ...]
     tokens: int
     patches: int
@@ -43,6 +55,13 @@ class Survey:
     distinct: int = 0
     met: frozenset[str] = frozenset()
     glances: tuple[Glance, ...] = ()
+    seen: Sequence[int] = ()
+    looked_at: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all samples were looked at."""
+        return self.looked_at == len(self.kept) + len(self.dropped)
 
 
 class Glance(NamedTuple):
@@ -62,29 +81,50 @@ class Glance(NamedTuple):
         return sum(t * h * w for t, h, w in self.grids)
 
 
-class _Glances(Dataset[list[Glance | UserError] | UserError]):
-    def __init__(self, corpus: Corpus, renderer: Rendering, watched: Set[str]) -> None:
-        self._corpus, self._renderer, self._watched = corpus, renderer, watched
+class _Looks(Dataset[list[Glance | UserError] | UserError]):
+    """Item k is what is seen of the k-th samples of these."""
+
+    def __init__(
+        self, corpus: Corpus, indices: Sequence[int], renderer: Rendering, watched: Set[str]
+    ) -> None:
+        self._corpus, self._indices = corpus, indices
+        self._renderer, self._watched = renderer, watched
 
     def __getitem__(self, number: int) -> list[Glance | UserError] | UserError:
-        chunk = range(number * CHUNK, min((number + 1) * CHUNK, len(self._corpus)))
+        chunk = self._indices[number * CHUNK : (number + 1) * CHUNK]
         return [self._guarded(index) for index in chunk]
 
     def _guarded(self, index: int) -> Glance | UserError:
-        return guarded(lambda: self._glance(index))
+        return guarded(lambda: _glance(self._corpus, index, self._renderer, self._watched))
 
-    def _glance(self, index: int) -> Glance:
-        located = self._corpus.checked(index)
-        outline = self._renderer.outline(located)
-        shown = pictures_of(located)
-        return Glance(
-            id=outline.id,
-            tokens=outline.tokens,
-            supervised=outline.supervised,
-            grids=tuple(span.grid for span in outline.spans),
-            pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
-            met=frozenset(shown & self._watched),
-        )
+
+def _glance(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) -> Glance:
+    located = corpus.checked(index)
+    outline = renderer.outline(located)
+    shown = pictures_of(located)
+    return Glance(
+        id=outline.id,
+        tokens=outline.tokens,
+        supervised=outline.supervised,
+        grids=tuple(span.grid for span in outline.spans),
+        pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
+        met=frozenset(shown & watched),
+    )
+
+
+class Glances(dict[int, Glance]):
+    """What was seen of samples, by their index in the corpus. One that was not looked at is looked
+    at when it is asked for; one that cannot be used shows nothing."""
+
+    def __init__(self, corpus: Corpus, found: Survey, renderer: Rendering, max_length: int) -> None:
+        super().__init__(zip(found.seen, found.glances, strict=True))
+        self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
+
+    def __missing__(self, index: int) -> Glance:
+        seen = guarded(lambda: _glance(self._corpus, index, self._renderer, frozenset()))
+        if isinstance(seen, UserError) or unfit(seen, self._max_length) is not None:
+            return Glance("", 0, 0, (), (), frozenset())
+        return seen
 
 
 def pictures_of(located: Located) -> set[str]:
@@ -103,15 +143,17 @@ def survey(
     workers: int,
     advance: Advance | None = None,
     watched: Set[str] = frozenset(),
+    some: Sequence[int] | None = None,
 ) -> Survey:
-    """Check and outline every sample of `corpus` and choose the usable ones; `watched` are absolute
-    paths of pictures to be told of when samples have them.
+    """Check and outline samples of `corpus` and choose the usable ones; `watched` are absolute
+    paths of pictures to be told of when samples have them. Every sample, unless there are `some`.
 
     Over-long samples, samples with nothing to learn and unusable pictures are dropped with their
     reason or, by `data.unusable`, refused with a UserError; other mistakes in a sample always are.
     """
-    chunks = range(-(-len(corpus) // CHUNK))
-    source = _Glances(corpus, renderer, watched)
+    indices = range(len(corpus)) if some is None else some
+    chunks = range(-(-len(indices) // CHUNK))
+    source = _Looks(corpus, indices, renderer, watched)
     lists: Iterator[list[Glance | UserError]] = read_ahead(
         source, chunks, min(workers, len(chunks) // 4), pin=False
     )
@@ -136,20 +178,23 @@ def survey(
                 advance(len(glances))
         if not seen:
             raise UserError(
-                f"not one of {len(corpus)} samples has pictures that can be read",
+                f"not one of {len(indices)} samples has pictures that can be read",
                 where="data",
                 expected="whole pictures, at the paths that the samples name",
                 remedy=f"the first one says: {next(iter(damaged.values()))}",
             )
 
     chosen = usable(whole(), data.max_length, data.unusable)
-    readable = [index for index in range(len(corpus)) if index not in damaged]
+    readable = [index for place, index in enumerate(indices) if place not in damaged]
+    glances = tuple(seen[i] for i in chosen.kept)
+    if some is not None:
+        return _estimated(len(corpus), indices, [readable[i] for i in chosen.kept], glances, met)
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
-    glances = tuple(seen[i] for i in chosen.kept)
+    kept = tuple(readable[i] for i in chosen.kept)
     return Survey(
-        kept=tuple(readable[i] for i in chosen.kept),
+        kept=kept,
         dropped=tuple(dropped),
         tokens=sum(chosen.tokens),
         patches=sum(glance.patches for glance in glances),
@@ -158,4 +203,31 @@ def survey(
         distinct=len({shown for glance in glances for shown in glance.pictures}),
         met=frozenset(met),
         glances=glances,
+        seen=kept,
+        looked_at=len(corpus),
+    )
+
+
+def spread(samples: int) -> Sequence[int]:
+    """About `SOME` of so many samples, in order: drawn by chance, always the same ones."""
+    draws = np.random.Philox(np.random.SeedSequence(samples)).random_raw(SOME)
+    return [int(index) for index in np.unique(draws % samples)]
+
+
+def _estimated(
+    samples: int, indices: Sequence[int], fit: list[int], glances: tuple[Glance, ...], met: set[str]
+) -> Survey:
+    """Of so many samples, when those of these indices were looked at, and those `fit` can be used;
+    all of them are kept, as which others cannot be used is not known."""
+    share = samples / len(indices)
+    return Survey(
+        kept=range(samples),
+        dropped=(),
+        tokens=round(share * sum(glance.tokens for glance in glances)),
+        patches=round(share * sum(glance.patches for glance in glances)),
+        longest=max(glance.tokens for glance in glances),
+        met=frozenset(met),
+        glances=glances,
+        seen=fit,
+        looked_at=len(indices),
     )

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -39,7 +39,8 @@ def read_ahead(
     brought into page-locked memory. The workers start at once, not at the first item. Where one
     dies, they are started again with the item that is due; raises WorkerDied where that is in vain.
     """
-    todo = list(numbers)
+    # A range of any length takes no memory.
+    todo = numbers if isinstance(numbers, range) else list(numbers)
 
     def from_item(place: int) -> Iterator[Item | UserError]:
         return _started(data, todo[place:], workers, pin)
@@ -48,7 +49,7 @@ def read_ahead(
 
 
 def _started(
-    data: Dataset[Item | UserError], numbers: list[int], workers: int, pin: bool
+    data: Dataset[Item | UserError], numbers: Sequence[int], workers: int, pin: bool
 ) -> Iterator[Item | UserError]:
     loader: DataLoader[Item | UserError] = DataLoader(
         data,

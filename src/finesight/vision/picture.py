@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ _TURNS = {
 """What each EXIF orientation asks for (Exif 2.32, tag 0x0112)."""
 
 _WHITE = (255, 255, 255, 255)
+
+BAND = 1 << 20
+"""Pixels that are turned into RGB at a time, where that takes wider numbers."""
 
 
 def open_picture(
@@ -60,13 +64,30 @@ def _damaged(path: Path, error: Exception) -> DamagedPicture:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(_from_16_bits(np.asarray(image)))
+        return _in_bands(image, lambda band: _grey(_from_16_bits(np.asarray(band))))
     if image.mode in ("I", "F"):
-        return _grey(_from_wide(np.asarray(image)))
+        low, high = _range(image)
+        return _in_bands(image, lambda band: _grey(_from_wide(_numbers(band), low, high)))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, _WHITE)
-        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+        return _in_bands(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_bands(image: Image.Image, turned: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`turned` of the whole picture, some rows at a time: wide numbers between take no memory."""
+    width, height = image.size
+    rows = max(1, BAND // width)
+    if rows >= height:
+        return turned(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        whole.paste(turned(image.crop((0, top, width, min(top + rows, height)))), (0, top))
+    return whole
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    opaque = Image.new("RGBA", image.size, _WHITE)
+    return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
 
 
 def _grey(values_HW: NDArray[np.uint8]) -> Image.Image:
@@ -78,11 +99,27 @@ def _from_16_bits(values_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
     return ((values_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _from_wide(values_HW: NDArray[np.number]) -> NDArray[np.uint8]:
-    """Whole numbers within 16 bits by that range, fractions within 0..1 by that one; other
-    values name no white of their own, so the darkest becomes 0 and the brightest 255."""
-    values_HW = np.nan_to_num(values_HW)
-    low, high = float(values_HW.min()), float(values_HW.max())
+def _numbers(image: Image.Image) -> NDArray[np.number]:
+    numbers_HW: NDArray[np.number] = np.nan_to_num(np.asarray(image))
+    return numbers_HW
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest number."""
+    width, height = image.size
+    rows = max(1, BAND // width)
+    bands = (
+        _numbers(image.crop((0, top, width, min(top + rows, height))))
+        for top in range(0, height, rows)
+    )
+    lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
+    return min(lows), max(highs)
+
+
+def _from_wide(values_HW: NDArray[np.number], low: float, high: float) -> NDArray[np.uint8]:
+    """Numbers of a picture that has them from `low` to `high`: whole ones within 16 bits by that
+    range, fractions within 0..1 by that one; other values name no white of their own, so the
+    darkest becomes 0 and the brightest 255."""
     whole = np.issubdtype(values_HW.dtype, np.integer)
     if whole and low >= 0 and high <= 65535:
         return _from_16_bits(values_HW.astype(np.uint16))

@@ -38,6 +38,7 @@ from finesight.data.formats.inventory import inventory
 from finesight.data.jsonl import Located, read_bytes
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.errors import UserError
+from finesight.yaml_text import parsed
 
 CENTRE_AND_SIZE = BoxForm(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")
@@ -160,8 +161,8 @@ def _by_yaml(source: Path) -> _Set | None:
 
 def _description(file: Path) -> Record:
     try:
-        content = yaml.safe_load(read_bytes(file))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        content = parsed(read_bytes(file))
+    except yaml.YAMLError:
         return {}  # some other program's file
     return content if isinstance(content, dict) else {}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,10 @@ def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     assert [step for step, _ in losses(output)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_reader_leaves_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    """The death shows between two steps: what is finished is saved, and the run goes on."""
+def test_readers_that_are_killed_again_and_again_leave_a_checkpoint(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The deaths show between two steps: what is finished is saved, and the run goes on."""
     settings = [str(recipe), "train.epochs=60", "train.workers=2", "train.save_every=0"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
@@ -124,8 +127,11 @@ def test_a_killed_reader_leaves_a_checkpoint(recipe: Path, tmp_path: Path) -> No
         text=True,
     )
     wait_for_lines(killed / "metrics.jsonl", 5, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        with suppress(OSError):
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGKILL)
     _, said = process.communicate()
     assert process.returncode == 2, said
     assert "error: train.workers: a process that reads data died" in said

@@ -94,24 +94,22 @@ def test_a_process_that_hangs_is_named(task: Task) -> None:
     verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_scheduler_that_asks_to_stop_gets_a_checkpoint(
-    task: Task, number: signal.Signals
-) -> None:
-    """Breaks: a job's time is over. Survive: a checkpoint of the last step, exit code 75, and the
-    rest of the run when it goes on."""
-    recipe = task.recipe | {"output": str(task.folder / "run")}
-    path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finesight", "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    until(lambda: len(losses(task.folder / "run")) > 2, process)
-    process.send_signal(number)
-    said, _ = process.communicate()
-    assert process.returncode == 75, said
-    last = max(step for step, _ in losses(task.folder / "run"))
-    assert f"stopped by {number.name}, checkpoint of step {last} written" in said
-    verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
+def test_a_scheduler_that_asks_to_stop_gets_a_checkpoint(task: Task, every: bool) -> None:
+    """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)[: 3 if every else 1]:
+        run = task.folder / number.name
+        recipe = task.recipe | {"output": str(run)}
+        path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finesight", "train", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        until(lambda run=run: len(losses(run)) > 2, process)
+        process.send_signal(number)
+        said, _ = process.communicate()
+        assert process.returncode == 75, said
+        last = max(step for step, _ in losses(run))
+        assert f"stopped by {number.name}, checkpoint of step {last} written" in said
+        verify_folder(run / "checkpoints" / f"step-{last}")

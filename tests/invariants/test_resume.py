@@ -146,7 +146,7 @@ def test_products_in_fp8_go_on_as_others_do(task: dict[str, Any], tmp_path: Path
 def test_killed_before_file_operations(task: dict[str, Any], whole: Whole, tmp_path: Path) -> None:
     """SIGKILL before every seventh operation, and what is left goes on to the same end."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)
-    points = {str(point): point for point in range(1, 141, 7)}
+    points = {str(point): point for point in range(1, 176, 7)}
     killed = in_new_process(recipe, tmp_path, "kill", points)
     survivors = [ending.name for ending in killed if ending.how != "killed"]
     assert survivors, "the run has more operations than were tried"

@@ -98,10 +98,13 @@ class Roll:
     def __init__(self, store: Store, number: int, count: int) -> None:
         self._store, self._number, self._count = store, number, count
         self._meeting = 0
+        self._missed = ""
 
     def gathered(self, own: str, patience: timedelta) -> list[bytes]:
         """What every process has brought, in order. Raises ShareFailed when one has not come by
-        then."""
+        then, and from then on at once."""
+        if self._missed:
+            raise self._deserted(patience)
         self._meeting += 1
         keys = [f"finesight/{self._meeting}/{number}" for number in range(self._count)]
         self._store.set(keys[self._number], own)
@@ -110,13 +113,17 @@ class Roll:
         try:
             self._store.wait(keys, patience)
         except RuntimeError as error:
-            raise ShareFailed(
-                f"process {self._missing(keys)} of {self._count} has not answered for {patience}",
-                where="training",
-                expected="every process with its share of a step",
-                remedy="see what that process said, and start again with --resume",
-            ) from error
+            self._missed = self._missing(keys) or "one"
+            raise self._deserted(patience) from error
         return self._store.multi_get(keys)
+
+    def _deserted(self, patience: timedelta) -> ShareFailed:
+        return ShareFailed(
+            f"process {self._missed} of {self._count} has not answered for {patience}",
+            where="training",
+            expected="every process with its share of a step",
+            remedy="see what that process said, and start again with --resume",
+        )
 
     def _missing(self, keys: Sequence[str]) -> str:
         try:

@@ -52,7 +52,7 @@ class Tolerance:
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._damaged: dict[str, str] = {}
         self._void: list[str] = []
-        for line in session.run.history():
+        for line in session.run.lines():
             if "loss" in line:
                 self._recall(line)
 

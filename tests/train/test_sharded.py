@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from launched import run, start, unfinished
+from launched import TUNE, run, unfinished
 from PIL import Image
 from safetensors.torch import load_file
-from small_run import Task, losses
+from small_run import Task, losses, write_recipe
 from torch import Tensor
 
 from finesight.digests import verify_folder
+from finesight.errors import UserError
+from finesight.infer.load import find_parts
+from finesight.model.any_family import load_any
+from finesight.recipe import load_recipe
 from finesight.train.checkpoint import MOMENTS, VALUES, Checkpoints
+from finesight.train.parallel import share_model
+from finesight.train.ranks import Ranks
 
 WHOLE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 
@@ -93,22 +99,28 @@ def test_one_two_and_four_learn_the_same(tmp_path: Path) -> None:
         assert_alike(folder, alone if folder is not alone else two)
 
 
-@pytest.mark.parametrize(
-    ("tune", "train", "said"),
-    [
-        ({"language": "lora", "lora": {"rank": 2, "alpha": 2}}, {}, "tune.lora"),
-        (WHOLE, {"optimizer": "muon"}, "train.optimizer=muon"),
-    ],
-)
-def test_what_cannot_lie_in_parts_is_refused(
-    tmp_path: Path, tune: dict[str, Any], train: dict[str, Any], said: str
-) -> None:
+def test_adapters_lie_in_parts_too(tmp_path: Path) -> None:
+    """Beside frozen weights, and a merger that learns whole: what is written at the end is what one
+    process writes, in fp32."""
+    task = mixed(tmp_path / "task")
+    alone, two = run(task, 1, "alone"), run(task, 2, "two", parallel="fsdp")
+    frozen = run(task, 2, "frozen", tune=TUNE | {"merger": "frozen"}, parallel="zero2", epochs=1)
+    assert "the tower lies in parts" in (frozen / "metrics.jsonl").read_text()
+    assert_alike(two, alone)
+    assert moved(two) == moved(alone)
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        ours, theirs = load_file(two / name), load_file(alone / name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert (tensor - theirs[key]).square().mean().sqrt() <= 1e-5, key
+
+
+def test_what_cannot_lie_in_parts_is_refused(tmp_path: Path) -> None:
     task = Task(tmp_path / "task")
-    process = start(task, 2, "run", tune=tune, parallel="fsdp", **train)
-    words, _ = process.communicate(timeout=120)
-    assert process.returncode
-    assert "train.parallel=fsdp does not share out" in words
-    assert said in words
-    assert "set train.parallel=ddp" in words
-    assert "/finesight/" not in words
-    assert not (task.folder / "run" / "metrics.jsonl").exists()
+    path = write_recipe(tmp_path / "recipe.yaml", task.recipe | {"output": "run"})
+    recipe = load_recipe(path, ["train.parallel=fsdp", "train.optimizer=muon"])
+    model = load_any(find_parts(recipe.model).folder, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match="does not share out") as error:
+        share_model(recipe, model, torch.float32, Ranks(0, 2))
+    assert "train.optimizer=muon" in error.value.what
+    assert "train.parallel=ddp" in error.value.remedy

@@ -132,8 +132,7 @@ class GatedMlp(FeedForward):
         dense = all(isinstance(g.weight, nn.Parameter) and g.adapter is None for g in groups)
         if down.inputs % ALIGNED == 0 or not dense:
             return 0
-        # What learns lies among other masters, and is copied.
-        return -down.inputs % ALIGNED if _learns(down) else room(down.inputs, 0)
+        return -down.inputs % ALIGNED if _copied(down) else room(down.inputs, 0)
 
     def _aligned(self, x_TD: Tensor) -> Tensor:
         """For an inner width whose rows do not begin where tensor cores read quickly: Qwen2.5-VL's
@@ -143,12 +142,13 @@ class GatedMlp(FeedForward):
         assert isinstance(down.weight, nn.Parameter), "three matrices"
         both_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)
         behind = self.padded
-        down_DJ = F.pad(down.weight, (0, behind)) if _learns(down) else joined(down).weight_OJ
+        down_DJ = F.pad(down.weight, (0, behind)) if _copied(down) else joined(down).weight_OJ
         return F.linear(gated_jointly(both_TF2, behind), down_DJ, down.bias)
 
 
-def _learns(group: GroupedLinear) -> bool:
-    return isinstance(group.weight, nn.Parameter) and group.weight.requires_grad
+def _copied(group: GroupedLinear) -> bool:
+    """Whether the weight has to stay where it is: what learns lies among other masters."""
+    return group.apart or (isinstance(group.weight, nn.Parameter) and group.weight.requires_grad)
 
 
 class PatchEmbed(nn.Module):

@@ -39,6 +39,8 @@ class GroupedLinear(nn.Module):
         self.adapter: nn.Module | None = None
         self.joined: object = None
         """What `model.joined` has made of the weight."""
+        self.apart = False
+        """Whether the weight comes and goes, so that nothing may lie beside it."""
 
     def freeze_as(
         self,

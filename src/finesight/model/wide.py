@@ -24,7 +24,8 @@ from finesight.model.lora import LoraGroup
 def joined_of(group: GroupedLinear) -> Joined | None:
     """Where a weight lies beside the up-projections of its adapter, if it is one that can."""
     adapter = group.adapter
-    if isinstance(adapter, LoraGroup) and isinstance(group.weight, nn.Parameter):
+    dense = isinstance(group.weight, nn.Parameter) and not group.apart
+    if dense and isinstance(adapter, LoraGroup):
         return joined(group, len(adapter.a), adapter.beside())
     return None
 
@@ -83,7 +84,8 @@ class Wide(NamedTuple):
     def added(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
         """x plus what `forth` gives for `h`."""
         weight = self.weight if self.joined_OJ is None else self.joined_OJ
-        if self.bias is None and isinstance(weight, Tensor):
+        whole = self.joined_OJ is not None or not self.ups_OR
+        if whole and self.bias is None and isinstance(weight, Tensor):
             return torch.addmm(x_TO, h_TJ, weight.T)
         return self.forth(h_TJ, low_TS).add_(x_TO)
 

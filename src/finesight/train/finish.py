@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.evaluate import own
@@ -82,7 +83,7 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
         run.write(MOVED, [row.as_json() for row in rows])
         screen.say(moved_table(rows))
         check_moved(rows)
-        _export(session)
+        _export(session, _published(session, checkpoints, step))
     loss, late = None, 0
     for line in run.lines():
         found = line.get("loss")
@@ -198,7 +199,15 @@ def _last_words(result: RunResult, run: Run, screen: Screen) -> None:
         )
 
 
-def _export(session: Session) -> None:
+def _published(session: Session, checkpoints: Checkpoints, step: int) -> Mapping[str, Tensor]:
+    """What learned, in fp32 and whole: of a model in parts, from its checkpoint."""
+    if not session.parallel.sharded:
+        return session.masters.published()
+    _, values, _ = checkpoints.read(step, "start again with --resume")
+    return values
+
+
+def _export(session: Session, values: Mapping[str, Tensor]) -> None:
     run, base, model = session.run, session.base, session.model
     tune = session.recipe.tune
     whole = tune.uses("full")
@@ -216,7 +225,7 @@ def _export(session: Session) -> None:
             model,
             base=name,
             base_fingerprint=below.fingerprint(),
-            values=session.masters.published(),
+            values=values,
         )
 
 

@@ -107,6 +107,8 @@ def _against(session: Session) -> str | None:
         return f"{session.base.folder.family} is computed by transformers"
     if any(parameter.requires_grad for parameter in model.visual.parameters()):
         return "the vision part learns"
+    if session.parallel.sharded:
+        return f"the tower lies in parts (train.parallel={session.recipe.train.parallel})"
     if not session.train.survey.whole:
         return "there are too many samples to know all of their pictures"
     if session.recipe.train.cache == "never":

@@ -84,7 +84,7 @@ class Watch:
         """How every part differs from what it was, trained and frozen parameters apart. `reached`
         names the parameters that gradients came to. Where each of `ranks` has rows of every
         parameter, all of them have to ask."""
-        own = self._looked(reached)
+        own = self._looked(reached, ranks)
         told = ranks.everybodys(json.dumps(own)) if sharded else []
         found: dict[str, _Look] = {}
         for looks in map(json.loads, told) if sharded else [own]:
@@ -102,11 +102,14 @@ class Watch:
                     rows.append(_row(part, trained, ours))
         return rows
 
-    def _looked(self, reached: Collection[str]) -> dict[str, _Look]:
+    def _looked(self, reached: Collection[str], ranks: Ranks) -> dict[str, _Look]:
         now, found = self._checksums(), {}
         for trained, numbers in self._numbers.items():
             for name, count in numbers.items():
                 moved, start = self._far(name) if trained else (0.0, 0.0)
+                if name in self._few and not ranks.first:
+                    # These lie whole in every process.
+                    count = 0
                 changed = now[name] != self._sums[name]
                 found[name] = _Look(trained, count, changed, name in reached, moved, start)
         return found

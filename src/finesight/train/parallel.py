@@ -33,6 +33,7 @@ from finesight.encode.pack import PackedBatch, with_blank
 from finesight.errors import UserError
 from finesight.model.any_family import AnyModel
 from finesight.model.fallback import FallbackModel
+from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import trainable
 from finesight.train.optimizer import Masters
@@ -129,6 +130,9 @@ class Sharded:
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy() if how == "fsdp_offload" else OffloadPolicy()
+        for module in model.modules():
+            if isinstance(module, GroupedLinear):
+                module.apart = True
         units: list[list[nn.Module]] = [
             *_units(model.visual.blocks),
             *_units(model.model.layers),
@@ -275,10 +279,6 @@ def share_model(recipe: Recipe, model: AnyModel, dtype: torch.dtype, ranks: Rank
         return Replicated(model, ranks)
     if isinstance(model, FallbackModel):
         _refuse(how, "this family, which transformers computes")
-    tune = recipe.tune
-    for name, found in (("lora", tune.uses("lora")), ("nf4", tune.nf4), ("fp8", tune.fp8)):
-        if found:
-            _refuse(how, f"a model with tune.{name}")
     if recipe.train.optimizer != "adamw":
         _refuse(how, f"what train.optimizer={recipe.train.optimizer} keeps")
     return Sharded(model, dtype, how)
@@ -288,6 +288,6 @@ def _refuse(how: str, what: str) -> NoReturn:
     raise UserError(
         f"train.parallel={how} does not share out {what}",
         where="train.parallel",
-        expected="a family with code of its own, parts that learn whole (full) and AdamW",
+        expected="a family with code of its own, and AdamW",
         remedy="set train.parallel=ddp: every process then has the whole model",
     )

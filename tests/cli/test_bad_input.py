@@ -249,6 +249,7 @@ def test_damaged_checkpoint(
     folder: Path, name: str, missing: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "done" / "result.json").unlink()
+    storage.remove_folder(folder / "done" / "checkpoints" / "step-4")
     file = folder / "done" / "checkpoints" / "step-6" / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -259,7 +260,8 @@ def test_damaged_checkpoint(
     assert run(train(folder, "--resume", output="done")) == 2
     # A digest that has changed is found at the file it belongs to.
     place = "step-6" if name == "sha256.json" else name
-    check_message(capsys.readouterr().err, (place, f"delete {file.parent} to resume from step 4"))
+    remedy = f"delete {file.parent.parent} to start from the beginning"
+    check_message(capsys.readouterr().err, (place, remedy))
     assert contents(folder) == before
     storage.remove_folder(file.parent)
     assert run(train(folder, "--resume", output="done")) == 0

@@ -111,14 +111,18 @@ def off(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
 @pytest.mark.parametrize("rank", ["all learns", None, 4, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["beside", "apart"])
 def test_as_near_to_fp32_as_one_step_after_the_other(
     rank: int | Literal["all learns"] | None,
     dtype: torch.dtype,
     only: Tensor | None,
+    apart: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     only = None if only is None else only.to(CUDA)
     made = layer(None, learns=True) if rank == "all learns" else layer(rank)
+    for group in groups(made):
+        group.apart = apart
     fused = passed(made, dtype, only)
     monkeypatch.setattr(fused_layer, "takes", lambda *_: False)
     plain = passed(made, dtype, only)

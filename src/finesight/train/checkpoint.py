@@ -226,6 +226,11 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
+        return self.opened(step, remedy)
+
+    def opened(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
+        """The checkpoint of a step that somebody has verified."""
+        folder = self.path(step)
         state = _read_state(folder / STATE, remedy)
         return state, _tensors(folder, VALUES), _tensors(folder, MOMENTS)
 

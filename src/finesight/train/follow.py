@@ -21,6 +21,7 @@ from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
 from finesight.train.ranks import Errand, Ranks, ShareFailed, StepTorn, Together
 from finesight.train.run import Run
+from finesight.train.saving import saving_of
 from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
@@ -48,6 +49,7 @@ class _Follower:
         self.session, self.screen, self.stop = session, screen, stop
         self.ranks = session.machine.ranks
         self.checkpoints = Checkpoints(session.run.checkpoints, session.recipe.train.keep)
+        self.saving = saving_of(session, self.checkpoints)
         self.tower = OffCard(session.model)
         self.over = False
 
@@ -56,6 +58,7 @@ class _Follower:
         try:
             self.steps()
             self.wait()
+            self.saving.wait()
         except StepTorn:
             raise
         except Exception as error:
@@ -131,7 +134,7 @@ class _Follower:
         match asked.errand:
             case Errand.SAVE:
                 tensors = session.masters.values(), session.masters.moments()
-                self.checkpoints.save(session.state(), *tensors, self.ranks)
+                self.saving.save(session.state(), *tensors)
             case Errand.MEASURE:
                 with self.tower.back():
                     # A signal is heeded before the next step, where the others hear of it.

@@ -23,12 +23,12 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import ALONE, Errand, Ranks, ShareFailed, StepTorn, joined
+from finesight.train.ranks import Errand, Ranks, ShareFailed, StepTorn, joined
 from finesight.train.rehearse import rehearse
 from finesight.train.report import Reporter, plan_of
 from finesight.train.room import checkpoint_bytes, require_room_for_run
 from finesight.train.run import Run
-from finesight.train.saving import MOST_NUMBERS, Saving
+from finesight.train.saving import saving_of
 from finesight.train.schedule import in_steps, saved_every
 from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
@@ -154,10 +154,7 @@ class Loop:
         self.measure_every = every if session.held_out else 0
         self.patience = evaluation.patience if evaluation else None
         self.checkpoints = Checkpoints(session.run.checkpoints, settings.keep)
-        # A CPU has no time beside its steps.
-        beside = session.machine.device.type == "cuda" and session.masters.numbers <= MOST_NUMBERS
-        together = session.machine.ranks if session.parallel.sharded else ALONE
-        self.saving = Saving(self.checkpoints, meanwhile=beside, ranks=together)
+        self.saving = saving_of(session, self.checkpoints)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
         self.torn = False

@@ -214,7 +214,7 @@ def prepare(
     schedule = Schedule(recipe.train, len(course))
     identity = _identity(recipe, machine, base, renderer, train, held_out)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
-    found = checkpoints.newest(screen.say) if resume else None
+    found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
     nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
@@ -257,6 +257,21 @@ def prepare(
     if found is not None:
         _go_on(session, *found)
     return session
+
+
+def _newest(
+    checkpoints: Checkpoints, ranks: Ranks, resume: bool, screen: Screen
+) -> tuple[State, Tensors, Tensors] | None:
+    """Where a run that is resumed goes on. The first of several processes looks at every byte, the
+    others take its word."""
+    found = None
+    with ranks.confirmed():
+        if ranks.first and resume:
+            found = checkpoints.newest(screen.say)
+    told = ranks.everybodys("" if found is None else str(found[0].step))[0]
+    if told and not ranks.first:
+        found = checkpoints.opened(int(told), "start again with --resume")
+    return found
 
 
 def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) -> None:

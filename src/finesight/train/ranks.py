@@ -14,11 +14,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 from heapq import heapify, heapreplace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,6 @@ from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
 from finesight.train.survey import Glance
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -95,10 +92,15 @@ class Roll:
     """Meetings of all processes, to which each brings something, where all can see it: who does not
     come has a number."""
 
-    def __init__(self, store: Store, number: int, count: int) -> None:
-        self._store, self._number, self._count = store, number, count
+    def __init__(self, store: Any, number: int, count: int, name: str = "finesight") -> None:
+        """`store` is one of torch's, whose types say less than they do."""
+        self._store, self._number, self._count, self._name = store, number, count, name
         self._meeting = 0
         self._missed = ""
+
+    def aside(self) -> Roll:
+        """Other meetings of the same processes, that another thread may go to."""
+        return Roll(self._store.clone(), self._number, self._count, f"{self._name}/aside")
 
     def gathered(self, own: str, patience: timedelta) -> list[bytes]:
         """What every process has brought, in order. Raises ShareFailed when one has not come by
@@ -106,16 +108,17 @@ class Roll:
         if self._missed:
             raise self._deserted(patience)
         self._meeting += 1
-        keys = [f"finesight/{self._meeting}/{number}" for number in range(self._count)]
+        keys = [f"{self._name}/{self._meeting}/{number}" for number in range(self._count)]
         self._store.set(keys[self._number], own)
         # All have left the meeting before the last one: who came to the last had left it.
-        self._store.delete_key(f"finesight/{self._meeting - 2}/{self._number}")
+        self._store.delete_key(f"{self._name}/{self._meeting - 2}/{self._number}")
         try:
             self._store.wait(keys, patience)
         except RuntimeError as error:
             self._missed = self._missing(keys) or "one"
             raise self._deserted(patience) from error
-        return self._store.multi_get(keys)
+        brought: list[bytes] = self._store.multi_get(keys)
+        return brought
 
     def _deserted(self, patience: timedelta) -> ShareFailed:
         return ShareFailed(
@@ -170,6 +173,10 @@ class Ranks:
             )
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
+
+    def aside(self) -> Ranks:
+        """The same processes, for what another thread of each does meanwhile."""
+        return self if self.roll is None else replace(self, roll=self.roll.aside())
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of what may be done in any order: every so manieth."""

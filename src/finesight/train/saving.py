@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from finesight.train.checkpoint import Checkpoints, State
+from finesight.train.prepare import Session
 from finesight.train.ranks import ALONE, Ranks
 
 MOST_NUMBERS = 400_000_000
-"""That learn, of which a copy is made in memory, twelve bytes each. More of them are written before
-the run goes on."""
+"""That learn in a process, of which a copy is made in memory, twelve bytes each. More of them are
+written before the run goes on."""
 
 _ALIGNED = 64
 """Bytes between possible starts of a tensor."""
@@ -57,11 +58,20 @@ def _up(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
+def saving_of(session: Session, checkpoints: Checkpoints) -> Saving:
+    """That of a run: while a GPU goes on, where a copy has room. A CPU has no time beside its
+    steps."""
+    on_gpu = session.machine.device.type == "cuda"
+    ranks = session.machine.ranks.aside() if session.parallel.sharded else ALONE
+    meanwhile = on_gpu and session.masters.numbers <= MOST_NUMBERS
+    return Saving(checkpoints, meanwhile=meanwhile, ranks=ranks)
+
+
 class Saving:
     """Writes one checkpoint at a time. What goes wrong is raised by the next call."""
 
     def __init__(self, checkpoints: Checkpoints, *, meanwhile: bool, ranks: Ranks = ALONE) -> None:
-        """`ranks` that are several write together, and before they go on."""
+        """`ranks` that are several write together."""
         self._checkpoints, self._meanwhile, self._ranks = checkpoints, meanwhile, ranks
         self._room = _Room()
         self._thread: Thread | None = None
@@ -72,8 +82,8 @@ class Saving:
     ) -> None:
         """As `Checkpoints.save`: it is there when `wait` returns."""
         self.wait()
-        written = state.step in self._checkpoints.steps()
-        if not (self._meanwhile and self._ranks.alone) or written:
+        written = self._ranks.alone and state.step in self._checkpoints.steps()
+        if written or not self._meanwhile:
             self._checkpoints.save(state, values, moments, self._ranks)
             return
         copies = self._room.copies((values, moments))
@@ -86,7 +96,7 @@ class Saving:
         self, state: State, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]
     ) -> None:
         try:
-            self._checkpoints.save(state, values, moments)
+            self._checkpoints.save(state, values, moments, self._ranks)
         except BaseException as error:
             self._failed = error
 

@@ -20,7 +20,8 @@ from finesight.data.lines import Lines
 from finesight.data.order import Order
 from finesight.data.sources import Corpus
 from finesight.train.course import Course
-from finesight.train.ranks import Ranks, Share
+from finesight.train.ranks import Ranks
+from finesight.train.shares import Share
 
 SIZES, WEIGHTS = (7_000_000, 3_000_000), (1.0, 1.0)
 SAMPLES = sum(SIZES)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from finesight.train.budget import Budget, FullMemory
 from finesight.train.checkpoint import MOMENTS, VALUES
-from finesight.train.ranks import Ranks, Roll, Share, ShareFailed
+from finesight.train.ranks import Errand, Ranks, Roll, ShareFailed
+from finesight.train.shares import Share
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
@@ -90,6 +91,25 @@ def test_where_memory_is_full_all_take_less() -> None:
     assert meeting([nothing, nothing]) == [None, None]
 
 
+def test_meetings_of_two_kinds_are_told_apart() -> None:
+    """One that waits for the first to speak hears nothing while that is in a block; the first one
+    hears who did not come to its block."""
+    store = dist.HashStore()
+    first, second = (Ranks(n, 2, roll=Roll(store, n, 2)) for n in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(second.called, Errand.WAIT)
+        with pytest.raises(ShareFailed, match="process 1 of 2"), first.confirmed():
+            pass
+        assert waits.result().errand is Errand.WAIT
+        waits = pool.submit(second.called, Errand.WAIT)
+        assert first.called(Errand.OVER).errand is Errand.OVER
+        assert waits.result().errand is Errand.OVER
+        fails = pool.submit(second.called, Errand.FAILED)
+        with pytest.raises(ShareFailed, match="process 1 of 2"):
+            first.called(Errand.SAVE)
+        assert fails.result().errand is Errand.SAVE
+
+
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
     """The last step has two samples: of four processes two have nothing to learn. Each run is gone
     on with by another number of them."""
@@ -137,20 +157,23 @@ def test_other_optimisers(tmp_path: Path, optimizer: str) -> None:
 
 def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
     """A picture that only one process reads is damaged, and the recipe refuses such: the run ends,
-    whoever it was, and says so; with the picture whole again it comes to its own end."""
+    whoever it was, and says which; with the picture whole again it comes to its own end."""
     task = Task(tmp_path / "task")
     whole = run(task, 2, "whole", epochs=1)
-    broken = task.folder / "train3.png"
-    content = broken.read_bytes()
-    broken.write_bytes(content[:60])
-    process = start(task, 2, "run", "data.unusable=refuse", epochs=1)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode
-    assert "train3.png" in said
-    assert not (task.folder / "run" / "result.json").exists()
-    broken.write_bytes(content)
-    run(task, 2, "run", "--resume", "data.unusable=refuse", epochs=1)
-    assert dict(losses(task.folder / "run")) == pytest.approx(dict(losses(whole)), rel=1e-6)
+    for number in (3, 4):
+        broken = task.folder / f"train{number}.png"
+        content = broken.read_bytes()
+        broken.write_bytes(content[:60])
+        # Nothing else falls due at that step.
+        process = start(task, 2, f"run{number}", "data.unusable=refuse", epochs=1, save_every=100)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode
+        assert f"train{number}.png" in said
+        assert not (task.folder / f"run{number}" / "result.json").exists()
+        broken.write_bytes(content)
+    words = "--resume", "data.unusable=refuse"
+    resumed = run(task, 2, "run4", *words, epochs=1, save_every=100)
+    assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
 
 
 def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:

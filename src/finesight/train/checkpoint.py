@@ -176,6 +176,10 @@ class Checkpoints:
                 with ranks.confirmed():
                     _write(self.folder / told, values, moments, ranks)
             if folder is not None:
+                if not ranks.alone:
+                    # A disk of many machines may show what others wrote only later.
+                    for name in (VALUES, MOMENTS):
+                        _tensors(folder, name)
                 (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
         if ranks.first:
             self._tidy(state)
@@ -256,6 +260,14 @@ def _tensors(folder: Path, name: str) -> Tensors:
         return TensorFile(whole)
     stem, _, ending = name.rpartition(".")
     found = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
+    expected = [_part(name, number, len(found)) for number in range(len(found))]
+    if not found or [part.name for part in found] != expected:
+        raise DamagedCheckpoint(
+            f"holds {', '.join(part.name for part in found) or 'no part'} of {name}",
+            where=str(folder),
+            expected=f"{name}, or all parts of it",
+            remedy=f"delete {folder}, and start again with --resume",
+        )
     return RowFiles([TensorFile(part) for part in found])
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 
 from rich.console import Console
 
 from finesight.config import Recipe
-from finesight.errors import Interrupted
+from finesight.errors import Interrupted, UserError
 from finesight.train.budget import Budget, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import finished, settled
@@ -19,7 +19,7 @@ from finesight.train.measure import measure
 from finesight.train.moved import check_moved
 from finesight.train.prepare import Session, prepare
 from finesight.train.progress import Screen
-from finesight.train.ranks import Errand, Ranks, ShareFailed, StepTorn, Together
+from finesight.train.ranks import Deserted, Errand, Ranks, ShareFailed, StepTorn, Together
 from finesight.train.run import Run
 from finesight.train.saving import saving_of
 from finesight.train.seen import Seen
@@ -62,9 +62,7 @@ class _Follower:
         except StepTorn:
             raise
         except Exception as error:
-            # Who leads may be gone, too.
-            with suppress(RuntimeError, ShareFailed):
-                self.wait()
+            self.outlast()
             # That another one was asked to stop is no fault.
             if not (isinstance(error, ShareFailed) and self.stop.asked):
                 raise
@@ -105,7 +103,8 @@ class _Follower:
         try:
             yield
         except Exception:
-            self.ranks.called(Errand.FAILED)
+            together = self.ranks.called(Errand.FAILED, signal=self.stop.number)
+            self.over = together.errand is Errand.OVER
             raise
 
     def next_of(self, steps: Iterator[Step]) -> Step | None:
@@ -120,6 +119,17 @@ class _Follower:
             self.stop.heed(together.signal)
             if together.errand is Errand.STEP or self.has_done(together):
                 return together
+
+    def outlast(self) -> None:
+        """Come to all meetings until the run is over, whatever goes wrong in what is asked for:
+        the others would wait."""
+        while not self.over:
+            try:
+                self.wait()
+            except (Deserted, RuntimeError):
+                return
+            except UserError:
+                continue
 
     def wait(self) -> None:
         """Do what is asked for, until the run is over."""
@@ -142,6 +152,9 @@ class _Follower:
             case Errand.SETTLE:
                 with settled(session, self.checkpoints, asked.argument) as rows:
                     check_moved(rows)
-            case _:
+            case Errand.OVER:
                 self.over = True
+            case _:
+                # The first process waits for nothing.
+                pass
         return self.over

@@ -78,9 +78,11 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             stack.enter_context(run.locked())
             # Another process may have been quicker.
             run.check_free(resume=False)
+        ranks.same(session.identity)
+        stop = Stop()
+        stack.enter_context(_leading(ranks, stop))
         if not session.progress.step:
             run.begin(recipe, session.manifest())
-        ranks.same(session.identity)
         checkpoints.set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
@@ -88,13 +90,32 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         tracks = trackers(recipe, run.folder, screen.say, session.progress.step)
         for tracker in tracks:
             stack.enter_context(closing(tracker))
-        # After the trackers, which may take hold of signals themselves.
-        stop, reporter = Stop(), Reporter(session, screen, tracks)
+        reporter = Reporter(session, screen, tracks)
         rehearse(session)
         reporter.started(time.perf_counter() - start)
         device = session.machine.device
+        # After the trackers, which may take hold of signals themselves.
         with stop.listening(), _one_thread(device), freed_kept(device):
             return Loop(session, screen, reporter, stop).go()
+
+
+@contextmanager
+def _leading(ranks: Ranks, stop: Stop) -> Iterator[None]:
+    """Let the processes that follow this one go at the end of the block, however it ends."""
+    try:
+        yield
+    except StepTorn:
+        raise
+    except BaseException:
+        _dismiss(ranks, stop)
+        raise
+    _dismiss(ranks, stop)
+
+
+def _dismiss(ranks: Ranks, stop: Stop) -> None:
+    # Some may have ended: what went wrong there is theirs to say.
+    with suppress(RuntimeError, ShareFailed):
+        ranks.called(Errand.OVER, signal=stop.number)
 
 
 @contextmanager
@@ -157,7 +178,6 @@ class Loop:
         self.saving = saving_of(session, self.checkpoints)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
-        self.torn = False
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -174,9 +194,6 @@ class Loop:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
             return finish(self.session, self.screen, self.checkpoints)
-        except StepTorn:
-            self.torn = True
-            raise
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
@@ -190,10 +207,6 @@ class Loop:
             # Nobody else may have the run's folder while it is written to.
             if (failed := self.saving.end()) is not None:
                 self.screen.say(f"the last checkpoint was not written: {failed}")
-            if not self.torn:
-                # Some may have ended: what went wrong there is theirs to say.
-                with suppress(RuntimeError, ShareFailed):
-                    self.ranks.called(Errand.OVER, signal=self.stop.number)
 
     def steps(self) -> None:
         """Every step that is left, until patience ends, and what falls due between them."""
@@ -290,6 +303,8 @@ class Loop:
             # A checkpoint must not know of a measurement that nobody can read any more.
             session.run.flush()
             if session.parallel.sharded:
+                # What it raises the others must not have begun to wait for.
+                self.saving.wait()
                 self.ranks.called(Errand.SAVE)
             tensors = session.masters.values(), session.masters.moments()
             self.saving.save(session.state(), *tensors)

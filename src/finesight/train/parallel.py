@@ -49,6 +49,9 @@ class Parallel(Protocol):
     sharded: bool
     """Whether no process has all of the model."""
 
+    numbers: int
+    """All that learn, wherever they lie."""
+
     learning: Mapping[str, nn.Parameter]
     """What this process steps, by native name: all that learns, or its own rows of it."""
 
@@ -86,6 +89,7 @@ class Replicated:
 
     def __init__(self, model: AnyModel, ranks: Ranks) -> None:
         self.learning: Mapping[str, nn.Parameter] = trainable(model)
+        self.numbers = sum(parameter.numel() for parameter in self.learning.values())
         self._ranks = ranks
 
     def passable(self, packed: PackedBatch) -> PackedBatch:
@@ -158,6 +162,7 @@ class Sharded:
         for head, following in pairwise(self._heads[:-1]):
             # The processor is not always ahead of the device.
             head.set_modules_to_forward_prefetch([following])
+        self.numbers = sum(parameter.numel() for parameter in trainable(model).values())
         self._rows: dict[str, DTensor] = {}
         learning: dict[str, nn.Parameter] = {}
         for name, parameter in trainable(model).items():
@@ -279,6 +284,8 @@ def share_model(recipe: Recipe, model: AnyModel, dtype: torch.dtype, ranks: Rank
         return Replicated(model, ranks)
     if isinstance(model, FallbackModel):
         _refuse(how, "this family, which transformers computes")
+    if how == "fsdp_offload" and model.model.embed_tokens.weight.device.type == "cpu":
+        _refuse(how, "a model that a CPU computes")
     if recipe.train.optimizer != "adamw":
         _refuse(how, f"what train.optimizer={recipe.train.optimizer} keeps")
     return Sharded(model, dtype, how)

@@ -43,10 +43,11 @@ from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.parallel import Parallel, share_model
 from finesight.train.progress import Screen
-from finesight.train.ranks import ALONE, Ranks, shared
+from finesight.train.ranks import ALONE, Ranks
 from finesight.train.recorded import Passes
 from finesight.train.run import Run
 from finesight.train.schedule import Schedule
+from finesight.train.shares import shared
 from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
@@ -225,7 +226,8 @@ def prepare(
     if isinstance(model, FallbackModel):
         screen.say(f"{base.folder.family} {LIMITS}")
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
-    members = shared(course, machine.ranks, train.glances(renderer, recipe.data), arithmetic)
+    glances = train.glances(renderer, recipe.data) if train.survey.whole else None
+    members = shared(course, machine.ranks, glances, arithmetic)
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)

@@ -12,25 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
-from heapq import heapify, heapreplace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finesight.encode.encoded import Grid
 from finesight.errors import UserError
 from finesight.train.budget import Budget, FullMemory
-from finesight.train.course import Members
-from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Dropped, Step
-from finesight.train.survey import Glance
 
 T = TypeVar("T")
 
@@ -40,6 +35,9 @@ PATIENCE = timedelta(hours=2)
 AWAITED = timedelta(minutes=30)
 """How long the first one waits for the others, which have nothing but their share to compute, and
 any for what all have begun."""
+
+FIRST_MEETINGS = 16
+"""By which a run has taken a step or two."""
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,6 +58,10 @@ class Errand(IntEnum):
     OVER = 4
     WAIT = 5
     FAILED = 6
+
+
+class Deserted(ShareFailed):
+    """A process has not come to a meeting: it is gone, or hangs."""
 
 
 class StepTorn(UserError):
@@ -95,7 +97,7 @@ class Roll:
     def __init__(self, store: Any, number: int, count: int, name: str = "finesight") -> None:
         """`store` is one of torch's, whose types say less than they do."""
         self._store, self._number, self._count, self._name = store, number, count, name
-        self._meeting = 0
+        self.meetings = 0
         self._missed = ""
 
     def aside(self) -> Roll:
@@ -107,11 +109,11 @@ class Roll:
         then, and from then on at once."""
         if self._missed:
             raise self._deserted(patience)
-        self._meeting += 1
-        keys = [f"{self._name}/{self._meeting}/{number}" for number in range(self._count)]
+        self.meetings += 1
+        keys = [f"{self._name}/{self.meetings}/{number}" for number in range(self._count)]
         self._store.set(keys[self._number], own)
         # All have left the meeting before the last one: who came to the last had left it.
-        self._store.delete_key(f"{self._name}/{self._meeting - 2}/{self._number}")
+        self._store.delete_key(f"{self._name}/{self.meetings - 2}/{self._number}")
         try:
             self._store.wait(keys, patience)
         except RuntimeError as error:
@@ -120,8 +122,8 @@ class Roll:
         brought: list[bytes] = self._store.multi_get(keys)
         return brought
 
-    def _deserted(self, patience: timedelta) -> ShareFailed:
-        return ShareFailed(
+    def _deserted(self, patience: timedelta) -> Deserted:
+        return Deserted(
             f"process {self._missed} of {self._count} has not answered for {patience}",
             where="training",
             expected="every process with its share of a step",
@@ -189,14 +191,23 @@ class Ranks:
         if self.alone:
             return own
         figures = step.number, *own[:4], len(step.dropped)
-        return self._summed(self._gathered((*figures, signal, Errand.STEP)), step.dropped)
+        everybodys = self._errands((*figures, signal, Errand.STEP))
+        return self._summed(everybodys, step.dropped)
 
     def called(self, errand: Errand, argument: int = 0, signal: int = 0) -> Together:
         """In the place of `agreed`. Of the first process: what it is about to do. Of the others:
-        WAIT, to hear what the first one does, and FAILED, of one that cannot go on."""
+        WAIT, to hear what the first one does, and FAILED, of one that cannot go on: they hear
+        WAIT where it is about to do nothing, and of others' failures nothing."""
         if self.alone:
             return Together(errand=errand, argument=argument)
-        return self._summed(self._gathered((argument, 0, 0, 0, 0, 0, signal, errand)))
+        try:
+            return self._summed(self._errands((argument, 0, 0, 0, 0, 0, signal, errand)))
+        except Deserted:
+            raise
+        except ShareFailed:
+            if errand not in (Errand.WAIT, Errand.FAILED):
+                raise
+            return Together(errand=Errand.WAIT)
 
     def _refuse(self, failed: Sequence[int]) -> None:
         if failed:
@@ -211,9 +222,8 @@ class Ranks:
         """All processes tell what they are about to learn. Raises UserError where it differs."""
         if self.alone:
             return
-        found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
-        told = self._gathered((int.from_bytes(found[:7], "little"),))
-        if len({one for (one,) in told}) > 1:
+        found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if len({*self.everybodys(found)}) > 1:
             raise UserError(
                 "the processes see different models, data or settings",
                 where="training",
@@ -221,23 +231,34 @@ class Ranks:
                 remedy="put model, data and recipe on a disk that all machines share",
             )
 
-    def _gathered(self, numbers: Sequence[int]) -> list[list[int]]:
-        """These of every process, in order. Raises ShareFailed with the number of one that does
-        not come."""
-        return [json.loads(told) for told in self._told(json.dumps(numbers))]
+    def _errands(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [json.loads(told) for told in self._told(json.dumps(numbers), "errand")]
 
-    def _told(self, own: str) -> list[bytes]:
+    def _told(self, own: str, kind: str = "word") -> list[bytes]:
+        """What every process brings to a meeting of this kind, in order. Raises ShareFailed with
+        the numbers of those that come to another kind, and Deserted with those that do not."""
         assert self.roll is not None, f"process {self.number} of {self.count} is on no roll"
-        return self.roll.gathered(own, AWAITED if self.first else PATIENCE)
+        # Before the first step, others may look at all pictures.
+        patience = AWAITED if self.first and self.roll.meetings > FIRST_MEETINGS else PATIENCE
+        brought = self.roll.gathered(f"{kind} {own}", patience)
+        kinds, words = zip(*(one.split(b" ", 1) for one in brought), strict=True)
+        self._refuse([number for number, one in enumerate(kinds) if one != kind.encode()])
+        return list(words)
 
     def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
         *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
         steps, supervised, samples, tokens = figures
-        if said[self.number] != Errand.FAILED:
-            self._refuse([number for number, one in enumerate(said) if one == Errand.FAILED])
-        if said[0] != Errand.STEP:
-            return Together(signal=max(signals), errand=Errand(said[0]), argument=steps[0])
-        if len({*zip(steps, said, strict=True)}) > 1:
+        own_errand, first = said[self.number], Errand(said[0])
+        stays = (Errand.FAILED, Errand.WAIT) if first is Errand.STEP else (Errand.FAILED,)
+        failed = [number for number, one in enumerate(said) if one in stays]
+        if failed and max(signals):
+            # That one was asked to stop, and did not come to its step.
+            return Together(signal=max(signals), errand=first, argument=steps[0])
+        if own_errand != Errand.FAILED:
+            self._refuse(failed)
+        if first is not Errand.STEP or own_errand != Errand.STEP:
+            return Together(signal=max(signals), errand=first, argument=steps[0])
+        if len({*steps}) > 1:
             raise ShareFailed(
                 f"the processes stand before different steps: {', '.join(map(str, steps))}",
                 where="training",
@@ -251,6 +272,9 @@ class Ranks:
     def _all_of(self, dropped: Sequence[Dropped]) -> tuple[Dropped, ...]:
         told = self.everybodys(json.dumps(dropped))
         return tuple(Dropped(*one) for found in map(json.loads, told) for one in found)
+
+    def _blocks(self, told: Any) -> list[Any]:
+        return [json.loads(one) for one in self._told(json.dumps(told), "block")]
 
     def everybodys(self, told: str) -> list[bytes]:
         """What every process tells, in order. All of them have to."""
@@ -269,7 +293,7 @@ class Ranks:
         finally:
             below = full and full.below
             told = [well, below.model_dump() if below else None]
-            everybodys = [json.loads(one) for one in self.everybodys(json.dumps(told))]
+            everybodys = [told] if self.alone else self._blocks(told)
         self._refuse_budgets(everybodys, full)
 
     def _refuse_budgets(self, everybodys: list[Any], full: FullMemory | None) -> None:
@@ -332,49 +356,3 @@ def joined() -> Iterator[Ranks]:
     yield Ranks(number, count, local, beside, roll)
     # Where something was raised, others may be far from here: they would be waited for.
     dist.destroy_process_group()
-
-
-class Share:
-    """Of every step of `whole`, the samples of one process: the costliest first, each to the
-    process that has least to do so far; `cost` is that of a sample by its index."""
-
-    def __init__(self, whole: Members, ranks: Ranks, cost: Callable[[int], float]) -> None:
-        self._whole, self._ranks, self._cost = whole, ranks, cost
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-    def of(self, step: int) -> Sequence[int]:
-        members = self._whole.of(step)
-        costs = [self._cost(index) for index in members]
-        loads = [(0.0, 0, rank) for rank in range(self._ranks.count)]
-        heapify(loads)
-        own: list[int] = []
-        for place in sorted(range(len(members)), key=lambda place: -costs[place]):
-            load, samples, rank = loads[0]
-            heapreplace(loads, (load + costs[place], samples + 1, rank))
-            if rank == self._ranks.number:
-                own.append(place)
-        return [members[place] for place in sorted(own)]
-
-
-class _Alone(NamedTuple):
-    """A sample by itself, as its arithmetic hangs on it."""
-
-    lengths: tuple[int, ...]
-    grids: tuple[Grid, ...]
-    supervised: int
-
-
-def shared(
-    course: Members, ranks: Ranks, glances: Mapping[int, Glance], arithmetic: Arithmetic | Uncounted
-) -> Members:
-    """This process's samples of each step, about as costly as those of any other."""
-    if ranks.alone:
-        return course
-
-    def cost(index: int) -> float:
-        seen = glances[index]
-        return arithmetic.of(_Alone((seen.tokens,), seen.grids, seen.supervised)) or seen.tokens
-
-    return Share(course, ranks, cost)

@@ -204,7 +204,7 @@ def plan_of(session: Session) -> str:
         "embeddings": tune.embeddings,
     }
     learning = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
-    numbers = session.masters.numbers
+    numbers = session.parallel.numbers
     whole = sum(parameter.numel() for parameter in session.model.parameters())
     few = frozen_weights(session.model)
     whole += sum(weight.numbers for weight in few.values())

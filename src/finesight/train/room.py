@@ -24,7 +24,7 @@ def require_room_for_run(session: Session, present: int) -> None:
     one, every = checkpoint_bytes(session), saved_every(recipe.train, total)
     coming = 1 + ((total - session.progress.step) // every if every else 0)
     more = max(1, min(recipe.train.keep + 2, coming + 1 if every else 1) - present)
-    weights = 4 * session.masters.numbers if recipe.tune.uses("lora") else 0
+    weights = 4 * session.parallel.numbers if recipe.tune.uses("lora") else 0
     if recipe.tune.uses("full"):
         weights += sum(parameter.nbytes for parameter in session.model.parameters())
     require_room(

@@ -36,9 +36,6 @@ AWAITED = timedelta(minutes=30)
 """How long the first one waits for the others, which have nothing but their share to compute, and
 any for what all have begun."""
 
-FIRST_MEETINGS = 16
-"""By which a run has taken a step or two."""
-
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -97,7 +94,9 @@ class Roll:
     def __init__(self, store: Any, number: int, count: int, name: str = "finesight") -> None:
         """`store` is one of torch's, whose types say less than they do."""
         self._store, self._number, self._count, self._name = store, number, count, name
-        self.meetings = 0
+        self._meeting = 0
+        self.stepped = False
+        """Whether the processes have taken a step together."""
         self._missed = ""
 
     def aside(self) -> Roll:
@@ -109,11 +108,11 @@ class Roll:
         then, and from then on at once."""
         if self._missed:
             raise self._deserted(patience)
-        self.meetings += 1
-        keys = [f"{self._name}/{self.meetings}/{number}" for number in range(self._count)]
+        self._meeting += 1
+        keys = [f"{self._name}/{self._meeting}/{number}" for number in range(self._count)]
         self._store.set(keys[self._number], own)
         # All have left the meeting before the last one: who came to the last had left it.
-        self._store.delete_key(f"{self._name}/{self.meetings - 2}/{self._number}")
+        self._store.delete_key(f"{self._name}/{self._meeting - 2}/{self._number}")
         try:
             self._store.wait(keys, patience)
         except RuntimeError as error:
@@ -239,7 +238,7 @@ class Ranks:
         the numbers of those that come to another kind, and Deserted with those that do not."""
         assert self.roll is not None, f"process {self.number} of {self.count} is on no roll"
         # Before the first step, others may look at all pictures.
-        patience = AWAITED if self.first and self.roll.meetings > FIRST_MEETINGS else PATIENCE
+        patience = AWAITED if self.first and self.roll.stepped else PATIENCE
         brought = self.roll.gathered(f"{kind} {own}", patience)
         kinds, words = zip(*(one.split(b" ", 1) for one in brought), strict=True)
         self._refuse([number for number, one in enumerate(kinds) if one != kind.encode()])
@@ -266,6 +265,8 @@ class Ranks:
                 remedy="put the run on a disk that all machines share",
             )
         left_out = self._all_of(own) if any(dropped) else ()
+        if self.roll is not None:
+            self.roll.stepped = True
         whole = sum(supervised), sum(samples), sum(tokens), max(packs)
         return Together(*whole, left_out, max(signals))
 

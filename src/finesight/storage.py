@@ -332,12 +332,10 @@ def sweep(folder: Path) -> None:
         return
     with explained(folder):
         for leftover in folder.glob(f".*{_PARTIAL}"):
-            # Another process of the same run may be quicker.
-            with contextlib.suppress(FileNotFoundError):
-                if leftover.is_dir():
-                    _DISK.get().remove_tree(leftover)
-                else:
-                    _DISK.get().remove_file(leftover)
+            if leftover.is_dir():
+                _DISK.get().remove_tree(leftover)
+            else:
+                _DISK.get().remove_file(leftover)
 
 
 def _hidden(path: Path) -> Path:

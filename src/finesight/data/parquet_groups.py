@@ -29,11 +29,10 @@ def parquet_module(path: Path) -> Any:
     return parquet
 
 
-def group_sizes(path: Path) -> tuple[int, ...]:
-    """Rows of each group. Raises UserError for a file that is no Parquet, and for groups that are
-    too large to be read again and again."""
+def metadata(path: Path) -> Any:
+    """What the file says of itself. Raises UserError for one that is no Parquet."""
     try:
-        found = parquet_module(path).read_metadata(path)
+        return parquet_module(path).read_metadata(path)
     except (ValueError, OSError) as error:
         raise UserError(
             f"cannot be read as Parquet: {error}",
@@ -41,6 +40,12 @@ def group_sizes(path: Path) -> tuple[int, ...]:
             expected="a whole Parquet file",
             remedy="fetch or export the file again",
         ) from error
+
+
+def group_sizes(path: Path) -> tuple[int, ...]:
+    """Rows of each group. Raises UserError for a file that is no Parquet, and for groups that are
+    too large to be read again and again."""
+    found = metadata(path)
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     for number, group in enumerate(groups, start=1):
         if group.total_byte_size > LARGEST:

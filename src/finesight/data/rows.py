@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finesight.data.jsonl import read_bytes
+from finesight.data.parquet_groups import metadata, parquet_module
 from finesight.errors import UserError
 
 Record = dict[str, Any]
@@ -255,27 +256,10 @@ def _refuse_twins(names: Sequence[str], source: Path) -> None:
 
 
 def _parquet(source: Path) -> Rows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            f"reading {source.name} needs pyarrow, which is not installed",
-            where=str(source),
-            remedy="pip install 'finesight[hub]'",
-        ) from error
-    try:
-        total = parquet.read_metadata(source).num_rows
-    except FileNotFoundError:
+    parquet = parquet_module(source)
+    if not source.exists():
         read_bytes(source)  # says it in our words
-        raise
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"cannot be read as Parquet: {error}",
-            where=str(source),
-            expected="a whole Parquet file",
-            remedy="fetch or export the file again",
-        ) from error
+    total = metadata(source).num_rows
 
     def select(start: int, stop: int) -> Iterator[Row]:
         with parquet.ParquetFile(source) as table:

@@ -77,13 +77,12 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
             step = best.step
             screen.say(f"going back to the weights of step {step}, the best that were measured")
         _take_over(run, best)
-    if session.parallel.sharded:
-        session.machine.ranks.called(Errand.SETTLE, step)
+    session.together.called(Errand.SETTLE, step)
     with settled(session, checkpoints, step) as rows:
         run.write(MOVED, [row.as_json() for row in rows])
         screen.say(moved_table(rows))
         check_moved(rows)
-        _export(session, _published(session, checkpoints, step))
+        _export(session, checkpoints, step)
     loss, late = None, 0
     for line in run.lines():
         found = line.get("loss")
@@ -116,14 +115,12 @@ def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunRes
 def settled(session: Session, checkpoints: Checkpoints, step: int) -> Iterator[list[PartChange]]:
     """Within the block, the model is whole and has the weights after so many steps; yields what
     moved. Where it lies in parts, all processes go through it."""
-    parallel, masters = session.parallel, session.masters
     if step != session.progress.step:
         remedy = "set eval.patience=null and resume to keep the weights of the last step"
         _, values, moments = checkpoints.read(step, remedy)
         session.load(values, moments)
-    ranks = session.machine.ranks
-    rows = session.watch.changes(masters.reached(), ranks, sharded=parallel.sharded)
-    with parallel.whole():
+    rows = session.watch.changes(session.masters.reached(), session.together)
+    with session.parallel.whole():
         yield rows
 
 
@@ -207,7 +204,7 @@ def _published(session: Session, checkpoints: Checkpoints, step: int) -> Mapping
     return values
 
 
-def _export(session: Session, values: Mapping[str, Tensor]) -> None:
+def _export(session: Session, checkpoints: Checkpoints, step: int) -> None:
     run, base, model = session.run, session.base, session.model
     tune = session.recipe.tune
     whole = tune.uses("full")
@@ -225,7 +222,7 @@ def _export(session: Session, values: Mapping[str, Tensor]) -> None:
             model,
             base=name,
             base_fingerprint=below.fingerprint(),
-            values=values,
+            values=_published(session, checkpoints, step),
         )
 
 

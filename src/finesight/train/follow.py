@@ -75,7 +75,7 @@ class _Follower:
             with self.or_failed():
                 looking = looked_at(session, self.screen, self.stop)
                 seen = stack.enter_context(looking).seen
-            if seen is not None and leaves(session.machine.device):
+            if seen is not None and leaves(device):
                 stack.enter_context(self.tower.away())
             within_memory(
                 budget, device, self.screen.say, lambda some: self.steps_within(some, seen)

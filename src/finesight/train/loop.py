@@ -302,10 +302,9 @@ class Loop:
             self.require_room()
             # A checkpoint must not know of a measurement that nobody can read any more.
             session.run.flush()
-            if session.parallel.sharded:
-                # What it raises the others must not have begun to wait for.
-                self.saving.wait()
-                self.ranks.called(Errand.SAVE)
+            # What it raises the others must not have begun to wait for.
+            self.saving.wait()
+            session.together.called(Errand.SAVE)
             tensors = session.masters.values(), session.masters.moments()
             self.saving.save(session.state(), *tensors)
 

@@ -78,16 +78,13 @@ class Watch:
             sums[name] = sum(checksums(dict(weight.named_buffers())).values())
         return sums
 
-    def changes(
-        self, reached: Collection[str], ranks: Ranks = ALONE, *, sharded: bool = False
-    ) -> list[PartChange]:
+    def changes(self, reached: Collection[str], ranks: Ranks = ALONE) -> list[PartChange]:
         """How every part differs from what it was, trained and frozen parameters apart. `reached`
         names the parameters that gradients came to. Where each of `ranks` has rows of every
         parameter, all of them have to ask."""
-        own = self._looked(reached, ranks)
-        told = ranks.everybodys(json.dumps(own)) if sharded else []
+        told = ranks.everybodys(json.dumps(self._looked(reached, ranks)))
         found: dict[str, _Look] = {}
-        for looks in map(json.loads, told) if sharded else [own]:
+        for looks in map(json.loads, told):
             for name, look in looks.items():
                 found[name] = found.get(name, _Look()).beside(_Look(*look))
         rows = []

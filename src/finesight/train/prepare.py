@@ -114,6 +114,12 @@ class Session:
     identity: dict[str, Any]
     progress: Progress
 
+    @property
+    def together(self) -> Ranks:
+        """The processes that have to come together for whatever takes the whole model: this one
+        alone, where it has all of it."""
+        return self.machine.ranks if self.parallel.sharded else ALONE
+
     def held_out_data(self, pack_tokens: int) -> StepData | None:
         """This process's held-out samples in steps of the training's batch, in packs of at most so
         many tokens."""
@@ -218,13 +224,7 @@ def prepare(
     found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
         check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
-    nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
-    model = load_any(base.folder, machine.dtype, machine.device, nf4, fp8=fp8)
-    apply_tuning(model, recipe.tune, recipe.train.seed)
-    if base.adapter is not None:
-        continue_adapter(model, base.adapter, base=base.folder)
-    if isinstance(model, FallbackModel):
-        screen.say(f"{base.folder.family} {LIMITS}")
+    model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
     members = shared(course, machine.ranks, glances, arithmetic)
@@ -259,6 +259,18 @@ def prepare(
     if found is not None:
         _go_on(session, *found)
     return session
+
+
+def _tuned(recipe: Recipe, machine: Machine, base: Base, screen: Screen) -> AnyModel:
+    """The base's model, its parts ready to learn or to stay as the recipe says."""
+    nf4, fp8 = recipe.tune.nf4 or (), recipe.tune.fp8 or ()
+    model = load_any(base.folder, machine.dtype, machine.device, nf4, fp8=fp8)
+    apply_tuning(model, recipe.tune, recipe.train.seed)
+    if base.adapter is not None:
+        continue_adapter(model, base.adapter, base=base.folder)
+    if isinstance(model, FallbackModel):
+        screen.say(f"{base.folder.family} {LIMITS}")
+    return model
 
 
 def _newest(

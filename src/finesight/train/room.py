@@ -13,7 +13,7 @@ def checkpoint_bytes(session: Session) -> int:
     has some rows of them."""
     masters = session.masters
     own = 4 * masters.numbers + sum(moment.nbytes for moment in masters.moments().values())
-    return own * session.machine.ranks.count if session.parallel.sharded else own
+    return own * session.together.count
 
 
 def require_room_for_run(session: Session, present: int) -> None:

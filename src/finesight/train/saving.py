@@ -62,9 +62,8 @@ def saving_of(session: Session, checkpoints: Checkpoints) -> Saving:
     """That of a run: while a GPU goes on, where a copy has room. A CPU has no time beside its
     steps."""
     on_gpu = session.machine.device.type == "cuda"
-    ranks = session.machine.ranks.aside() if session.parallel.sharded else ALONE
     meanwhile = on_gpu and session.masters.numbers <= MOST_NUMBERS
-    return Saving(checkpoints, meanwhile=meanwhile, ranks=ranks)
+    return Saving(checkpoints, meanwhile=meanwhile, ranks=session.together.aside())
 
 
 class Saving:

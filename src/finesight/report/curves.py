@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from finesight.report.language import say
+
 Point = tuple[float, float]
 """(step, value)."""
 
@@ -238,5 +240,6 @@ def _summary(title: str, series: Sequence[Series]) -> str:
     for one in series:
         if one.look != "faint":
             (x1, y1), (x2, y2) = one.points[0], one.points[-1]
-            pieces.append(f"{one.name} {exact(y1)} at step {x1:g}, {exact(y2)} at step {x2:g}")
-    return f"{title}: {'; '.join(pieces)}"
+            ends = one.name, exact(y1), f"{x1:g}", exact(y2), f"{x2:g}"
+            pieces.append(say("{} {} at step {}, {} at step {}", *ends))
+    return say("{}: {}", title, say("; ").join(pieces))

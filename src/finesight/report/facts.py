@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from finesight.report.language import say
 from finesight.report.record import Line, Record
 
 UNKNOWN = "not recorded"
@@ -68,18 +69,20 @@ def state(record: Record) -> str:
     total, now = total_steps(record), done(record)
     if record.result is not None:
         kept = record.result.get("weights_of")
-        early = ", early, for want of a better score" if record.result.get("stopped_early") else ""
-        best = (
-            f"; the weights are those of step {kept:,}, the best" if kept not in (None, now) else ""
-        )
-        return f"finished after {now:,} steps{early}{best}"
-    of = f" of {total:,}" if total else ""
-    return f"not finished: {now:,}{of} steps so far"
+        early = record.result.get("stopped_early")
+        said = say("finished after {:,} steps", now)
+        said += say(", early, for want of a better score") if early else ""
+        if kept not in (None, now):
+            said += say("; the weights are those of step {:,}, the best", kept)
+        return said
+    if total:
+        return say("not finished: {:,} of {:,} steps so far", now, total)
+    return say("not finished: {:,} steps so far", now)
 
 
 def model_name(record: Record) -> str:
     """The base model, without the folders above it."""
-    base = str(record.manifest.get("base") or record.recipe.get("model") or UNKNOWN)
+    base = str(record.manifest.get("base") or record.recipe.get("model") or say(UNKNOWN))
     return base if not Path(base).is_absolute() else Path(base).name
 
 
@@ -111,24 +114,29 @@ def trained_parts(record: Record) -> str:
     adapted = [part for part in parts if tune.get(part) == "lora"]
     pieces = []
     if adapted:
-        pieces.append(f"{listed(adapted)} by LoRA of rank {rank}")
+        pieces.append(say("{} by LoRA of rank {}", listed(adapted), rank))
     if whole:
-        pieces.append(f"{listed(whole)} as a whole")
-    for key, how in (("nf4", "in NF4"), ("fp8", "multiplied in FP8")):
+        pieces.append(say("{} as a whole", listed(whole)))
+    hows = {"nf4": "frozen weights of {} in NF4", "fp8": "frozen weights of {} multiplied in FP8"}
+    for key, how in hows.items():
         quantised = tune.get(key)
         if isinstance(quantised, list) and quantised:
-            pieces.append(f"frozen weights of {listed(quantised)} {how}")
-    return "; ".join(pieces) or UNKNOWN
+            pieces.append(say(how, listed(quantised)))
+    return say("; ").join(pieces) or say(UNKNOWN)
 
 
 def what_was_done(record: Record) -> str:
     """The run in a sentence or two."""
     samples, epoch = training_samples(record), record.steps[-1].get("epoch") if record.steps else 0
-    on = f" on {samples:,} samples" if samples else ""
-    passes = f", {epoch:.4g} {'epoch' if epoch == 1 else 'epochs'}" if epoch else ""
-    return (
-        f"{model_name(record)} tuned{on}{passes}: {trained_parts(record)}. "
-        f"The run is {state(record)}."
+    on = say(" on {:,} samples", samples) if samples else ""
+    passes = say(", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs", epoch) if epoch else ""
+    return say(
+        "{} tuned{}{}: {}. The run is {}.",
+        model_name(record),
+        on,
+        passes,
+        trained_parts(record),
+        state(record),
     )
 
 
@@ -142,7 +150,7 @@ def phases(record: Record) -> list[Phase]:
     }
     known = {name: value for name, value in seconds.items() if value}
     total = sum(known.values())
-    return [Phase(name, value, value / total) for name, value in known.items()]
+    return [Phase(say(name), value, value / total) for name, value in known.items()]
 
 
 def cost(record: Record) -> list[Fact]:
@@ -150,24 +158,29 @@ def cost(record: Record) -> list[Fact]:
     steps = record.steps
     seconds = _sum(steps, "seconds")
     if not seconds:
-        return [("training steps", "none yet")]
+        return [(say("training steps"), say("none yet"))]
     used = sum(float(s.get("utilisation") or 0) * float(s["seconds"]) for s in steps) / seconds
     tokens, learned = _sum(steps, "tokens"), _sum(steps, "supervised")
     whole = seconds + _sum(record.looks, "seen_s")
     waiting = _waiting(record)
-    return [
+    return _said(
         ("samples a second", f"{_sum(steps, 'samples') / whole:,.4g}"),
         ("tokens a second", f"{tokens / whole:,.0f}"),
         ("median step", duration(median(float(line["seconds"]) for line in steps))),
-        ("of the device's peak", f"{100 * used:.3g} %" if used else UNKNOWN),
-        ("waiting for data", UNKNOWN if waiting is None else f"{100 * waiting:.2g} %"),
+        ("of the device's peak", f"{100 * used:.3g} %" if used else say(UNKNOWN)),
+        ("waiting for data", say(UNKNOWN) if waiting is None else f"{100 * waiting:.2g} %"),
         ("peak memory", _memory(steps)),
         ("samples seen", f"{_sum(steps, 'samples'):,.0f}"),
         ("tokens read", f"{tokens:,.0f}"),
         ("tokens learned", f"{learned:,.0f}"),
         ("void steps", f"{max(int(s.get('skipped') or 0) for s in steps):,}"),
-        ("starts", str(len(record.starts)) if record.starts else UNKNOWN),
-    ]
+        ("starts", str(len(record.starts)) if record.starts else say(UNKNOWN)),
+    )
+
+
+def _said(*facts: Fact) -> list[Fact]:
+    """With the names in the page's language."""
+    return [(say(name), text) for name, text in facts]
 
 
 def remarks(record: Record) -> list[str]:
@@ -187,12 +200,13 @@ def _starved(record: Record) -> list[str]:
     if share is None or share <= WAITING:
         return []
     workers = last_start(record).get("workers")
-    now = f", {workers} now" if isinstance(workers, int) else ""
-    return [
-        f"In {100 * share:.2g} % of the steps' time the device waited for data. More reading"
-        f" processes (train.workers{now}), smaller files of pictures or a smaller size in the model"
-        " (picture) would shorten that."
-    ]
+    now = say(", {} now", workers) if isinstance(workers, int) else ""
+    text = (
+        "In {:.2g} % of the steps' time the device waited for data. More reading processes"
+        " (train.workers{}), smaller files of pictures or a smaller size in the model (picture)"
+        " would shorten that."
+    )
+    return [say(text, 100 * share, now)]
 
 
 def _saved(record: Record) -> list[str]:
@@ -204,19 +218,20 @@ def _saved(record: Record) -> list[str]:
     for line in record.steps:
         at, now = line["step"], line.get("pack_tokens")
         if now is not None and tokens is not None and now != tokens:
-            changes.append(f"packs of at most {now:,} tokens from step {at:,} on")
+            changes.append(say("packs of at most {:,} tokens from step {:,} on", now, at))
             tokens = now
         if float(line.get("recompute") or 0) > float(twice or 0):
-            changes.append(f"activations computed twice from step {at:,} on")
+            changes.append(say("activations computed twice from step {:,} on", at))
             twice = True
     if not changes:
         return []
-    return [f"The GPU's memory was full, and the run went on with less: {listed(changes)}."]
+    text = "The GPU's memory was full, and the run went on with less: {}."
+    return [say(text, listed(changes))]
 
 
 def _memory(steps: Iterable[Line]) -> str:
     most = max((float(line.get("memory_gb") or 0) for line in steps), default=0.0)
-    return f"{most:.3g} GB" if most else UNKNOWN
+    return f"{most:.3g} GB" if most else say(UNKNOWN)
 
 
 def _sum(lines: Iterable[Line], name: str) -> float:
@@ -230,7 +245,7 @@ def left_out(record: Record) -> list[Left]:
     for line in record.dropped:
         groups[_short_reason(str(line.get("reason")))].append(str(line.get("id")))
     for line in record.steps:
-        groups["pictures that could not be decoded, found on the way"] += [
+        groups[say("pictures that could not be decoded, found on the way")] += [
             str(name) for name in line.get("dropped") or ()
         ]
     return [
@@ -250,23 +265,24 @@ def versions(record: Record) -> list[Fact]:
     start = last_start(record)
     found = start.get("versions") or record.manifest.get("versions")
     known: Line = found if isinstance(found, dict) else {}
-    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else UNKNOWN
+    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else ""
     return [
         *((name, str(value)) for name, value in known.items()),
-        ("device", device),
-        ("model family", str(record.manifest.get("family", UNKNOWN))),
-        ("started", str(record.starts[0]["started"]) if record.starts else UNKNOWN),
+        (say("device"), device or say(UNKNOWN)),
+        (say("model family"), str(record.manifest.get("family", say(UNKNOWN)))),
+        (say("started"), str(record.starts[0]["started"]) if record.starts else say(UNKNOWN)),
     ]
 
 
 def checksums(record: Record) -> list[Fact]:
     """SHA-256 digests of what went in and of what came out."""
-    facts = [("base model", str(record.manifest.get("base_fingerprint") or UNKNOWN))]
+    facts = [(say("base model"), str(record.manifest.get("base_fingerprint") or say(UNKNOWN)))]
     for name, title in (("train", "training data"), ("eval", "held-out data")):
         found = _data(record, name).get("fingerprint") or record.identity.get(f"data.{name}")
         if found or name == "train":
-            facts.append((title, str(found or UNKNOWN)))
-    return [*facts, *(record.weights.items() or [("trained weights", "not written yet")])]
+            facts.append((say(title), str(found or say(UNKNOWN))))
+    none = [(say("trained weights"), say("not written yet"))]
+    return [*facts, *(record.weights.items() or none)]
 
 
 def commands(record: Record, prompt: str) -> list[Fact]:
@@ -276,16 +292,16 @@ def commands(record: Record, prompt: str) -> list[Fact]:
     facts = []
     if record.weights:
         facts = [
-            ("Ask it", command("predict", folder, "PICTURE", "--prompt", asked)),
-            ("Measure it again", command("eval", folder)),
+            (say("Ask it"), command("predict", folder, "PICTURE", "--prompt", asked)),
+            (say("Measure it again"), command("eval", folder)),
         ]
         if any(name.startswith("adapter/") for name in record.weights):
             merged = command("merge", folder, f"{folder}-merged")
-            facts.append(("Merge it for other servers", merged))
+            facts.append((say("Merge it for other servers"), merged))
     elif record.result is None:
-        facts = [("Go on", command("train", f"{folder}/recipe.yaml", "--resume"))]
+        facts = [(say("Go on"), command("train", f"{folder}/recipe.yaml", "--resume"))]
     again = command("train", f"{folder}/recipe.yaml", f"output={folder}-again")
-    return [*facts, ("Do it again", again)]
+    return [*facts, (say("Do it again"), again)]
 
 
 def command(*words: str) -> str:
@@ -306,4 +322,4 @@ def duration(seconds: float) -> str:
 
 def listed(words: Sequence[str]) -> str:
     """Words as a list in a sentence."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return say(" and ").join([say(", ").join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from finesight.evaluate.compare import Difference, unsampled
 from finesight.evaluate.score import LOWER_IS_BETTER
+from finesight.report.language import say
 from finesight.report.record import Line
 
 Verdict = Literal["better", "worse", "unsure", "same", ""]
@@ -123,13 +124,13 @@ class Row:
     @property
     def meaning(self) -> str:
         """What the figure says, and which way is up."""
-        up = "lower is better" if self.lower else "higher is better"
-        return f"{MEANINGS[self.name]}; {up}" if self.name in MEANINGS else up
+        up = say("lower is better" if self.lower else "higher is better")
+        return say("{}; {}", say(MEANINGS[self.name]), up) if self.name in MEANINGS else up
 
     @property
     def words(self) -> str:
         """The verdict in words."""
-        return WORDS[self.verdict]
+        return say(WORDS[self.verdict])
 
 
 def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> list[Row]:
@@ -166,7 +167,7 @@ def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> lis
 
 def named(figure: str) -> str:
     """What people call a figure."""
-    return NAMES.get(figure, figure)
+    return say(NAMES.get(figure, figure))
 
 
 def figures_of(line: Line) -> dict[str, float]:
@@ -200,20 +201,24 @@ def sentence(row: Row) -> str:
     """What became of a figure, and how sure that is."""
     name = named(row.name)
     if row.before is None and row.after is None:
-        return f"The {name} could not be told from these answers."
+        return say("The {} could not be told from these answers.", name)
     if row.change is None:
-        return f"The {name} was measured once: there is nothing yet to compare it with."
+        return say("The {} was measured once: there is nothing yet to compare it with.", name)
     if row.change == 0:
-        return f"The {name} is what it was."
-    moved = f"The {name} {'rose' if row.change > 0 else 'fell'} by {plain(abs(row.change))}"
+        return say("The {} is what it was.", name)
+    moved = say(
+        "The {} rose by {}" if row.change > 0 else "The {} fell by {}",
+        name,
+        plain(abs(row.change)),
+    )
     if row.change_ends is None:
-        return f"{moved}. How much of that is chance is not known."
+        return say("{}. How much of that is chance is not known.", moved)
     ends = signed_between(row.change_ends)
     chance = "more than chance explains"
     if row.verdict == "unsure":
         clear = row.change_ends[0] > 0 or row.change_ends[1] < 0
         chance = "on too few samples to be sure" if clear else "which may be chance"
-    return f"{moved}, {chance}: the 95 % interval of the difference is {ends}."
+    return say("{}, {}: the 95 % interval of the difference is {}.", moved, say(chance), ends)
 
 
 def plain(value: float) -> str:
@@ -229,12 +234,12 @@ def signed(value: float) -> str:
 
 def signed_between(ends: Ends) -> str:
     """An interval of a difference."""
-    return " to ".join(f"{'−' if end < 0 else '+'}{short(abs(end))}" for end in ends)
+    return say("{} to {}", *(f"{'−' if end < 0 else '+'}{short(abs(end))}" for end in ends))
 
 
 def between(ends: Ends | None) -> str:
     """An interval of a figure."""
-    return "" if ends is None else f"{short(ends[0])} to {short(ends[1])}"
+    return "" if ends is None else say("{} to {}", short(ends[0]), short(ends[1]))
 
 
 def short(value: float) -> str:

@@ -13,6 +13,7 @@ from finesight.data.headers import MAX_PIXELS, DamagedPicture, picture_size
 from finesight.report.examples import Example, pictures_of, scores_of
 from finesight.report.figures import named
 from finesight.report.formulas import Formulas
+from finesight.report.language import say
 from finesight.report.picture import picture
 from finesight.report.record import Line
 from finesight.vision.picture import open_picture
@@ -154,4 +155,4 @@ def _all_finite(values: Iterable[object]) -> bool:
 def _shortened(text: str, longest: int = LONGEST) -> str:
     if len(text) <= longest:
         return text
-    return f"{text[:longest]} [and {len(text) - longest:,} more characters]"
+    return say("{} [and {:,} more characters]", text[:longest], len(text) - longest)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from markupsafe import Markup
 
 from finesight import __version__
 from finesight.errors import UserError
+from finesight.report.language import TAGS, say_in_page, spoken, table
 from finesight.storage import write_file
 
 MADE_HERE = '<meta name="generator" content="finesight'
@@ -22,12 +24,13 @@ MADE_HERE = '<meta name="generator" content="finesight'
 _TEMPLATES = importlib.resources.files("finesight.report") / "templates"
 
 
-def render(template: str, data: object = None, **values: object) -> str:
+def render(template: str, data: object = None, assets: Sequence[str] = (), **values: object) -> str:
     """The page `templates/TEMPLATE.html`, which extends `base.html`, filled with `values`.
 
     Every value is escaped wherever it stands. `base.html` needs `title`, and offers the blocks
-    `lead` (below the heading) and `main`. The page gets the style of `base.css` and, where there
-    is one, `TEMPLATE.css`, and the script of `base.js` and `TEMPLATE.js`, all written into it.
+    `lead` (below the heading) and `main`. The page gets the style of `base.css`, `NAME.css` of each
+    of the `assets` and `TEMPLATE.css`, of those that there are, and scripts likewise, all written
+    into it. Templates and scripts have `say`, for texts in the language in force.
 
     `data` is any JSON data without NaN or infinity (ValueError), which the script reads as
     `DATA`. It is text to the page: scripts put it there through `make` of `base.js`, as text.
@@ -35,7 +38,7 @@ def render(template: str, data: object = None, **values: object) -> str:
     Security Policy Level 3, section 6.1) allows the one script whose SHA-256 it names, pictures
     within the page, and nothing from outside.
     """
-    names = dict.fromkeys(("base", template))
+    names = dict.fromkeys(("base", *assets, template))
     script, style = (
         "".join(_asset(f"{name}.{kind}", optional=True) for name in names) for kind in ("js", "css")
     )
@@ -44,9 +47,11 @@ def render(template: str, data: object = None, **values: object) -> str:
     text = page.render(
         **values,
         data=Markup(_as_json(data)),
+        language=TAGS[spoken()],
         policy=_policy(script),
         script=Markup(script),
         style=Markup(style),
+        words=json.dumps({text: said for text, said in table().items() if f'"{text}"' in script}),
         version=__version__,
     )
     # Names of files may hold bytes that are no text, which Python keeps as lone surrogates.
@@ -85,13 +90,25 @@ def _made_here(file: Path) -> bool:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"say": say_in_page, "code": _code, "marked": _marked}
+    return environment
+
+
+def _code(text: str) -> Markup:
+    """What is typed, within a sentence."""
+    return Markup("<code>{}</code>").format(text)
+
+
+def _marked(kind: str, text: str) -> Markup:
+    """A word of a sentence in the colour of boxes of a kind."""
+    return Markup('<b class="{}">{}</b>').format(kind, say_in_page(text))
 
 
 def _asset(name: str, *, optional: bool = False) -> str:

@@ -34,7 +34,7 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["dropped", "differences", "void", "jumped"], list),
     "weights_of": float,
     "recompute": float,
-    "headline": str,
+    **dict.fromkeys(["headline", "started", "ended", "how", "why"], str),
 }
 """What the values of keys are, float for any number: those that are something else are taken for
 missing."""
@@ -49,8 +49,9 @@ class Record:
 
     `steps`, `measured`, `starts` and `looks` are the lines of `metrics.jsonl` that speak of a step,
     of a measurement, of a process that began or went on, and of looking at all pictures before its
-    steps. `weights` are digests by file, `identity`
-    the fingerprints that the newest checkpoint keeps. `unreadable` names files that are damaged.
+    steps. `weights` are digests by file, `identity` the fingerprints that the newest checkpoint
+    keeps. `end` is what the process that wrote last said when it ended before the run did, if it
+    could. `unreadable` names files that are damaged.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Record:
     result: Line | None
     weights: dict[str, str]
     identity: Line
+    end: Line | None = None
     unreadable: list[str] = field(default_factory=list)
 
     @property
@@ -80,18 +82,19 @@ class Record:
         return [paths[name] for name in order if name in paths]
 
 
-def read_record(folder: Path) -> Record:
-    """The run in `folder`. Raises UserError when there is none."""
+def read_record(folder: Path, where: str = "finesight report") -> Record:
+    """The run in `folder`. Raises UserError when there is none, said to be of `where`."""
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder} is not the folder of a run",
-            where="finesight report",
+            where=where,
             expected=f"a folder with {MANIFEST}, as `finesight train` writes it",
             remedy="give the run's output folder",
         )
     reader = _Reader(folder)
     lines = [_sound(line) for line in reader.lines(names.METRICS)]
     lines = [line for line in lines if line.get("step") is not None]
+    borders = [line for line in lines if line.get("started") or line.get("ended")]
     moved = reader.json(names.MOVED)
     text = reader.text(names.RECIPE) or ""
     return Record(
@@ -101,13 +104,14 @@ def read_record(folder: Path) -> Record:
         manifest=_object(reader.json(MANIFEST)),
         steps=[line for line in lines if "loss" in line and line.get("seconds") is not None],
         measured=[line for line in lines if "held_out_loss" in line],
-        starts=[line for line in lines if "started" in line],
+        starts=[line for line in lines if line.get("started")],
         looks=[line for line in lines if "seen_s" in line],
         dropped=list(reader.lines(names.DROPPED)),
         moved=[_sound(_object(row)) for row in moved] if isinstance(moved, list) else None,
         result=_result(_object(reader.json(names.RESULT))) or None,
         weights=reader.weights(),
         identity=reader.identity(),
+        end=borders[-1] if borders and borders[-1].get("ended") else None,
         unreadable=reader.unreadable,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from finesight.report.curves import Drawing, Series, draw, finite, smooth
 from finesight.report.figures import interval_of, named
+from finesight.report.language import say
 from finesight.report.record import Line, Record
 
 
@@ -16,18 +17,26 @@ def charts(record: Record) -> list[Drawing]:
     steps = record.steps
     drawings = [
         draw(
-            "Loss",
-            [*_both("training", _of(steps, "loss")), _held_out(record)],
-            "nats per learned token",
+            say("Loss"),
+            [*_both(say("training"), _of(steps, "loss")), _held_out(record)],
+            say("nats per learned token"),
         ),
         *_headline(record),
-        draw("Learning rate", _rates(steps)),
-        draw("Gradient norm", _both("norm", _of(steps, "grad_norm")), "before clipping"),
-        draw("Speed", _both("samples a second", _of(steps, "samples_per_s")), "samples a second"),
+        draw(say("Learning rate"), _rates(steps)),
         draw(
-            "Utilisation",
-            _both("utilisation", [(x, 100 * y) for x, y in _of(steps, "utilisation")]),
-            "% of the device's measured peak",
+            say("Gradient norm"),
+            _both(say("norm"), _of(steps, "grad_norm")),
+            say("before clipping"),
+        ),
+        draw(
+            say("Speed"),
+            _both(say("samples a second"), _of(steps, "samples_per_s")),
+            say("samples a second"),
+        ),
+        draw(
+            say("Utilisation"),
+            _both(say("utilisation"), [(x, 100 * y) for x, y in _of(steps, "utilisation")]),
+            say("% of the device's measured peak"),
         ),
     ]
     return [drawing for drawing in drawings if drawing is not None]
@@ -42,11 +51,11 @@ def _both(name: str, points: Sequence[tuple[float, float]]) -> list[Series]:
     calm = smooth(points)
     if not calm:
         return [Series(name, points)]
-    return [Series(name, points, "faint"), Series("smoothed", calm)]
+    return [Series(name, points, "faint"), Series(say("smoothed"), calm)]
 
 
 def _held_out(record: Record) -> Series:
-    return Series("held-out", _of(record.measured, "held_out_loss"), "marks")
+    return Series(say("held-out"), _of(record.measured, "held_out_loss"), "marks")
 
 
 def _headline(record: Record) -> list[Drawing | None]:
@@ -61,7 +70,7 @@ def _headline(record: Record) -> list[Drawing | None]:
         found = interval_of(line, name)
         if found is not None:
             whiskers.append((float(line["step"]), *found))
-    note = "held-out" + (", bars: 95 % intervals" if whiskers else "")
+    note = say("held-out, bars: 95 % intervals" if whiskers else "held-out")
     said = named(name)
     return [draw(said, [Series(said, points, "marks", whiskers)], note)]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from finesight.report.figures import (
     signed_between,
 )
 from finesight.report.formulas import Formulas
-from finesight.report.gallery import Gallery
+from finesight.report.gallery import Data, Gallery
+from finesight.report.language import Language, preferred, say, speaking
 from finesight.report.page import render, write_page
 from finesight.report.record import Line, Record, read_record
 from finesight.report.run_charts import charts
+from finesight.report.standing import standing
 
 MOST_EXAMPLES = 2000
 """Examples in the report of a finished run: with thumbnails some 20 MB, which browsers open in
@@ -51,22 +54,49 @@ KIND_WORDS: dict[Kind, str] = {
 ONCE_WORDS: dict[Kind, str] = {"wrong": "wrong", "right": "right"}
 
 
-def write_report(run: Path, out: Path | None = None, most: int = MOST_EXAMPLES) -> Path:
-    """Write the report of the run in folder `run` to `out`, by default `report.html` within it.
+@dataclass
+class Live:
+    """The pages of a run that goes on: a new one comes every `again` seconds, and examples are
+    drawn anew only where there are other answers."""
 
-    At most `most` examples are shown. Raises UserError when there is no run, or no place to write.
+    again: float
+    _key: Hashable = None
+    _drawn: tuple[Examples, Data] = field(default_factory=lambda: (Examples([], {}, "", False), {}))
+
+    def drawn(self, record: Record, most: int) -> tuple[Examples, Data]:
+        """The examples of a run's answers, and what the page shows of them."""
+        about = [(str(path), path.stat().st_mtime_ns) for path in record.answers]
+        key = most, _headline(record), tuple(about)
+        if key != self._key:
+            self._drawn = _drawn(record, most)
+            self._key = key
+        return self._drawn
+
+
+def write_report(
+    run: Path,
+    out: Path | None = None,
+    most: int = MOST_EXAMPLES,
+    language: Language | None = None,
+    live: Live | None = None,
+) -> Path:
+    """Write the report of the run in folder `run` to `out`, by default `report.html` within it, in
+    `language`, by default that of the user's locale.
+
+    At most `most` examples are shown. `live` comes from the process that trains. Raises UserError
+    when there is no run, or no place to write.
     """
     target = out or run / names.REPORT
-    write_page(target, run_page(run, most))
+    with speaking(language or preferred()):
+        write_page(target, run_page(run, most, live))
     return target
 
 
-def run_page(run: Path, most: int = MOST_EXAMPLES) -> str:
-    """The report as HTML, from what is in the run's folder so far."""
+def run_page(run: Path, most: int = MOST_EXAMPLES, live: Live | None = None) -> str:
+    """The report as HTML, from what is in the run's folder so far, in the language in force."""
     record = read_record(run)
-    examples = _examples(record, most)
-    formulas = Formulas() if _metric(record) == "latex" else None
-    gallery = Gallery(_folders(record), formulas).data(examples.shown)
+    examples, gallery = live.drawn(record, most) if live else _drawn(record, most)
+    now, stands = datetime.now(UTC), standing(record, going=live is not None)
     drawings = charts(record)
     compared = _compared(record)
     measurements = _called(record, compared)
@@ -77,13 +107,20 @@ def run_page(run: Path, most: int = MOST_EXAMPLES) -> str:
             "charts": [drawing.data for drawing in drawings],
             "figure": named(examples.figure),
             "measurements": measurements,
+            "live": {"written": now.timestamp(), "again": live.again if live else 0.0}
+            if stands.kind == "going"
+            else None,
         },
+        assets=["results"],
+        standing=stands,
+        written=f"{now:%Y-%m-%d %H:%M:%S} UTC",
+        live=live,
         title=record.folder.resolve().name,
         record=record,
         measurements=measurements,
         charts=drawings,
         boxed=any(one["boxes"] for one in gallery["examples"]),
-        formulas_missing=formulas is not None and not formulas.installed,
+        formulas_missing=_metric(record) == "latex" and not Formulas().installed,
         again=facts.command("report", str(record.folder)),
         **_result(record, compared),
         **_seen(record, examples),
@@ -129,7 +166,8 @@ def _best(record: Record, name: str, shown: Line) -> str:
     best = max(values, key=values.__getitem__, default=0)
     if now is None or not best or values[best] <= up * now:
         return ""
-    return f"The {named(name)} was best after step {best:,}: {plain(up * values[best])}."
+    text = "The {} was best after step {:,}: {}."
+    return say(text, named(name), best, plain(up * values[best]))
 
 
 def _details(measured: Line) -> dict[str, Any]:
@@ -148,7 +186,7 @@ def _seen(record: Record, examples: Examples) -> dict[str, Any]:
     shown = Counter(example.kind for example in examples.shown)
     return {
         "examples": examples,
-        "kinds": list(words.items()),
+        "kinds": [(kind, say(label)) for kind, label in words.items()],
         "shown_counts": {kind: shown[kind] for kind in KINDS},
         "examples_note": _examples_note(examples, words),
     }
@@ -156,17 +194,20 @@ def _seen(record: Record, examples: Examples) -> dict[str, Any]:
 
 def _examples_note(examples: Examples, words: dict[Kind, str]) -> str:
     """How examples are told apart, and which are not shown."""
-    note = f"{examples.total:,} held-out samples"
+    text = "{:,} held-out samples."
     if examples.figure and examples.paired:
-        note += (
-            f", told apart by the {named(examples.figure)} of each: right is full marks,"
-            " wrong is anything less. The greatest changes come first"
+        text = (
+            "{:,} held-out samples, told apart by the {} of each: right is full marks, wrong is"
+            " anything less. The greatest changes come first."
         )
     elif examples.figure:
-        note += f", right where the {named(examples.figure)} is at full marks"
-    left = [f"{count:,} that {words[kind]}" for kind, count in examples.left_out().items()]
-    kept_in = "all of them are in the run's folder"
-    return note + (f". Not on this page: {facts.listed(left)}; {kept_in}." if left else ".")
+        text = "{:,} held-out samples, right where the {} is at full marks."
+    note = say(text, examples.total, named(examples.figure))
+    left = [
+        say("{:,} that {}", count, say(words[kind])) for kind, count in examples.left_out().items()
+    ]
+    text = " Not on this page: {}; all of them are in the run's folder."
+    return note + (say(text, facts.listed(left)) if left else "")
 
 
 def _told(record: Record, question: str) -> dict[str, Any]:
@@ -203,10 +244,10 @@ class _Part:
         reached, relative = int(line.get("reached") or 0), line.get("relative")
         holds = bool(changed and reached) if trained else not changed
         check = {
-            (True, True): f"yes: gradients reached {reached:,}",
-            (True, False): "no: it should have moved",
-            (False, True): "yes: every bit is as it was",
-            (False, False): "no: it should have stayed",
+            (True, True): say("yes: gradients reached {:,}", reached),
+            (True, False): say("no: it should have moved"),
+            (False, True): say("yes: every bit is as it was"),
+            (False, False): say("no: it should have stayed"),
         }
         return cls(
             name=str(line.get("part")),
@@ -231,11 +272,21 @@ def _metric(record: Record) -> str | None:
 
 def _examples(record: Record, most: int) -> Examples:
     """The first answers beside the last; of a run that was only measured once, these alone."""
-    named = [line["headline"] for line in record.measured if line.get("headline")]
     files = record.answers
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    return read_examples(first, last, named[-1] if named else None, most)
+    return read_examples(first, last, _headline(record), most)
+
+
+def _drawn(record: Record, most: int) -> tuple[Examples, Data]:
+    examples = _examples(record, most)
+    formulas = Formulas() if _metric(record) == "latex" else None
+    return examples, Gallery(_folders(record), formulas).data(examples.shown)
+
+
+def _headline(record: Record) -> str | None:
+    named = [line["headline"] for line in record.measured if line.get("headline")]
+    return str(named[-1]) if named else None
 
 
 def _compared(record: Record) -> list[Line]:
@@ -256,7 +307,8 @@ def _called(record: Record, compared: Sequence[Line]) -> list[str]:
     for line in compared:
         step = line.get("step") or 0
         at_end = record.result is not None and step == facts.done(record)
-        found.append("after" if at_end else f"after step {step:,}" if step else "before")
+        later = say("after step {:,}", step) if step else say("before")
+        found.append(say("after") if at_end else later)
     return found
 
 

@@ -18,7 +18,7 @@ from finesight.hub import ModelFolder
 from finesight.model.adapter import write_adapter
 from finesight.model.any_family import AnyModel, save_any
 from finesight.model.lora import adapters
-from finesight.report.run_page import MOST_EXAMPLES, write_report
+from finesight.report.run_page import MOST_EXAMPLES, Live, write_report
 from finesight.run_folder import MOVED, RESULT
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import Best, Checkpoints
@@ -124,13 +124,14 @@ def settled(session: Session, checkpoints: Checkpoints, step: int) -> Iterator[l
         yield rows
 
 
-def report(run: Run, screen: Screen, most: int = MOST_EXAMPLES) -> None:
-    """Write `report.html` of the run so far, with at most so many examples.
+def report(run: Run, screen: Screen, most: int = MOST_EXAMPLES, live: Live | None = None) -> None:
+    """Write `report.html` of the run so far, with at most so many examples; `live` says that it
+    goes on.
 
     Whatever goes wrong is said and not raised: no page is worth a run that has hours behind it.
     """
     try:
-        page = write_report(run.folder, most=most)
+        page = write_report(run.folder, most=most, live=live)
     except Exception as error:
         screen.say(
             f"no report was written ({type(error).__name__}: {error});"

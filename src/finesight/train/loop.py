@@ -12,13 +12,13 @@ from rich.console import Console
 from finesight.config import Recipe
 from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted, UserError
-from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.storage import require_room
 from finesight.train.budget import Budget, FullMemory, said, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.follow import follow
 from finesight.train.heap import freed_kept
+from finesight.train.live import LivePage
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
@@ -178,6 +178,7 @@ class Loop:
         self.saving = saving_of(session, self.checkpoints)
         self.tower = OffCard(session.model)
         self.ranks = session.machine.ranks
+        self.page = LivePage(session.run, screen)
 
     def go(self) -> RunResult:
         """Measure, train, save, measure again, write the results."""
@@ -185,6 +186,12 @@ class Loop:
         self.screen.say(plan_of(self.session))
         if progress.step:
             self.screen.say(f"going on after step {progress.step} of {self.total}")
+        with self.page.going(progress):
+            return self.whole()
+
+    def whole(self) -> RunResult:
+        """All that is left of the run; what interrupts it leaves a checkpoint."""
+        progress = self.session.progress
         try:
             if self.session.held_out is not None and progress.measured < 0:
                 self.measure("before")
@@ -193,12 +200,12 @@ class Loop:
             if self.session.held_out is not None and progress.measured < progress.step:
                 self.measure("after" if self.patience is None else f"step-{progress.step}")
             self.saving.wait()
+            self.page.rest()
             return finish(self.session, self.screen, self.checkpoints)
         except (Interrupted, WorkerDied, Unreadable, FullMemory, ShareFailed) as cause:
             self.reporter.catch_up()
             self.save()
             self.saving.wait()
-            report(self.session.run, self.screen, MOST_ON_THE_WAY)
             # A scheduler may send the signal to the workers as well.
             if not self.stop.asked:
                 raise
@@ -293,7 +300,7 @@ class Loop:
             progress.best = found
             self.save()
         if progress.step < self.total:
-            report(self.session.run, self.screen, MOST_ON_THE_WAY)
+            self.page.write()
 
     def save(self) -> None:
         """A checkpoint of the steps finished so far, unless it is there already."""

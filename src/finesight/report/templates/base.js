@@ -2,6 +2,7 @@
 /* What every page leans on. Data becomes text nodes and plain attributes: nothing parses HTML.
 
 DATA                                the page's data
+say(text, ...values)                the text in the page's language, its places {} filled
 make(tag, attributes, ...children)  an element; strings among the children become text; svg:rect and
                                     math:mfrac are made in their own languages; an attribute that is
                                     false, null or undefined is left out
@@ -16,6 +17,13 @@ feed(place, items, draw)            cards below each other, drawn some at a time
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const LANGUAGES = {svg: "http://www.w3.org/2000/svg", math: "http://www.w3.org/1998/Math/MathML"};
+
+const WORDS = JSON.parse(document.body.dataset.words);
+
+function say(text, ...values) {
+  let at = 0;
+  return (WORDS[text] || text).replace(/\{\}/g, () => values[at++]);
+}
 
 function make(tag, attributes = {}, ...children) {
   const [language, name] = tag.includes(":") ? tag.split(":") : [null, tag];
@@ -105,16 +113,16 @@ function onMove(move, keys = {j: 1, k: -1}) {
 }
 
 function browse(count, show) {
-  const back = make("button", {type: "button", title: "Previous: k or ←", "aria-label": "Previous"},
-    "←", make("span", {}, " Previous"));
-  const next = make("button", {type: "button", title: "Next: j or →", "aria-label": "Next"},
-    make("span", {}, "Next "), "→");
+  const back = make("button", {type: "button", title: say("Previous: k or ←"),
+    "aria-label": say("Previous")}, "←", make("span", {}, ` ${say("Previous")}`));
+  const next = make("button", {type: "button", title: say("Next: j or →"),
+    "aria-label": say("Next")}, make("span", {}, `${say("Next")} `), "→");
   const where = make("output", {class: "where", "aria-live": "polite"});
   let at = 0;
   const go = (to) => {
     if (to < 0 || to >= count) return;
     at = to;
-    where.textContent = `${at + 1} of ${count}`;
+    where.textContent = say("{} of {}", at + 1, count);
     back.disabled = at === 0;
     next.disabled = at === count - 1;
     show(at);
@@ -123,7 +131,7 @@ function browse(count, show) {
   next.addEventListener("click", () => go(at + 1));
   onMove((step) => go(at + step), {j: 1, k: -1, ArrowRight: 1, ArrowLeft: -1});
   if (count) go(0);
-  return {nav: make("nav", {class: "browse", "aria-label": "Examples"}, back, where, next), go};
+  return {nav: make("nav", {class: "browse", "aria-label": say("Examples")}, back, where, next), go};
 }
 
 function feed(place, items, draw, atOnce = 30) {
@@ -136,7 +144,7 @@ function feed(place, items, draw, atOnce = 30) {
       const card = draw(items[drawn], drawn);
       list.append(make("li", {class: "card", tabindex: "-1"}, card));
     }
-    more.textContent = `Show ${Math.min(atOnce, items.length - drawn)} more`;
+    more.textContent = say("Show {} more", Math.min(atOnce, items.length - drawn));
     more.hidden = drawn >= items.length;
   };
   more.addEventListener("click", () => {

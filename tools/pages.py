@@ -30,7 +30,19 @@ COMMANDS = (
         "data export",
         "data migrate",
     ),
-    *("train", "launch", "report", "eval", "predict", "chat", "web", "serve", "merge", "export"),
+    *(
+        "train",
+        "launch",
+        "report",
+        "compare",
+        "eval",
+        "predict",
+        "chat",
+        "web",
+        "serve",
+        "merge",
+        "export",
+    ),
 )
 
 FOLDERS = {

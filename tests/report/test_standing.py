@@ -91,7 +91,7 @@ def test_an_hour_is_told_as_one(run: MadeRun) -> None:
     found = standing(read_record(run.folder), going=True)
     assert found.words == "The run goes on: step 40 of 7,240, about 1 h 00 min to go."
     with speaking("zh"):
-        assert found.words == "训练正在进行：第 40 步，共 7,240 步，大约还需 1 小时 00 分钟。"
+        assert found.words == "训练正在进行：第 40 步（共 7,240 步），大约还需 1 小时 00 分钟。"
 
 
 def test_examples_are_drawn_anew_only_for_other_answers(run: MadeRun) -> None:

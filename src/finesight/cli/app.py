@@ -16,6 +16,7 @@ import typer
 
 from finesight import __version__
 from finesight.cli.chat import chat
+from finesight.cli.compare import compare
 from finesight.cli.data_check import check
 from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
@@ -87,6 +88,7 @@ app.command(short_help="Tune a model as a recipe says.")(train)
 app.command(short_help="Train a recipe by torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
 app.command(short_help="Make the page of a run again.")(report)
+app.command(short_help="Compare runs on one page.")(compare)
 app.command(short_help="Answer questions about pictures.")(predict)
 app.command(short_help="Talk with a model in the terminal.")(chat)
 app.command(short_help="Talk with a model in a browser.")(web)

@@ -113,3 +113,9 @@ def row_bounds(rows: str | None) -> tuple[int | None, int | None]:
         )
     start, stop = (None if number is None else int(number) for number in found.groups())
     return start, stop
+
+
+PageLanguage = Annotated[
+    Literal["en", "zh"] | None,
+    typer.Option("--language", help="Of the page: English or Chinese; by default the locale's."),
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from finesight.report.language import say
 
@@ -64,11 +64,12 @@ class Drawing:
 
 class ChartData(TypedDict):
     """What the page's script needs to read values off a chart: the ends of both axes, and the
-    points of every series."""
+    points of every series. `labels` say what stands at 0, 1, 2... across, where that is no step."""
 
     x: list[float]
     y: list[float]
     series: list[SeriesData]
+    labels: NotRequired[list[str]]
 
 
 class SeriesData(TypedDict):

@@ -81,7 +81,7 @@ def read_examples(
 ) -> Examples:
     """The samples of two files of answers, of which either may be missing, side by side."""
     both = list(pairs(before, after))
-    figure = _figure(headline, [line for pair in both for line in pair if line is not None])
+    figure = figure_of(headline, [line for pair in both for line in pair if line is not None])
     examples = [_judged(old, new, figure) for old, new in both]
     counts = Counter(example.kind for example in examples)
     return Examples(
@@ -104,7 +104,7 @@ def pairs(before: Path | None, after: Path | None) -> Iterator[tuple[Line | None
         yield from ((line, None) for line in rest)
 
 
-def _figure(headline: str | None, lines: Sequence[Line]) -> str:
+def figure_of(headline: str | None, lines: Sequence[Line]) -> str:
     """The score of each sample that says best what the headline says of all."""
     known = {name for line in lines for name in scores_of(line)}
     wanted = [BY_SAMPLE.get(headline, headline)] if headline else []

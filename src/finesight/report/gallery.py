@@ -56,18 +56,24 @@ class Gallery:
 
     def data(self, examples: Sequence[Example]) -> Data:
         """`examples`, and the `pictures` that they name by number."""
-        paths = dict.fromkeys(path for one in examples for path in pictures_of(one.any))
+        pictures, number = self.pictures([one.any for one in examples])
+        return {
+            "pictures": pictures,
+            "examples": [self._example(one, number) for one in examples],
+        }
+
+    def pictures(self, lines: Iterable[Line]) -> tuple[list[Data | None], dict[str, int]]:
+        """Thumbnails of all pictures that these ask about, and their numbers by path."""
+        paths = dict.fromkeys(path for line in lines for path in pictures_of(line))
         number = {path: i for i, path in enumerate(paths)}
         pixels = min(MOST_PIXELS, max(LEAST_PIXELS, ALL_PIXELS // max(1, len(paths))))
         with ThreadPoolExecutor(READERS) as pool:
             found = list(pool.map(partial(self._picture, pixels, LARGE), paths))
-        return {
-            "pictures": [
-                self._picture(pixels, MAX_PIXELS, path) if one is None else one
-                for path, one in zip(paths, found, strict=True)
-            ],
-            "examples": [self._example(one, number) for one in examples],
-        }
+        shown = [
+            self._picture(pixels, MAX_PIXELS, path) if one is None else one
+            for path, one in zip(paths, found, strict=True)
+        ]
+        return shown, number
 
     def _picture(self, pixels: int, largest: int, name: str) -> Data | None:
         """A thumbnail of so many pixels at most, or why there is none. None, at once, of a picture
@@ -91,25 +97,31 @@ class Gallery:
         return next((place for place in places if place.exists()), Path(name))
 
     def _example(self, example: Example, number: dict[str, int]) -> Data:
-        line = example.any
+        return {
+            **self.asked(example.any, number),
+            "kind": example.kind,
+            "change": round(example.change, 4),
+            "before": self.answer(example.before),
+            "after": self.answer(example.after),
+        }
+
+    def asked(self, line: Line, number: dict[str, int]) -> Data:
+        """What was asked, and what would have been right."""
         gold = line.get("gold")
         references = line.get("references")
         texts = [gold, *(references if isinstance(references, list) else [])]
         right = [text for text in texts if isinstance(text, str) and text]
         return {
             "id": _shortened(str(line.get("id")), LONGEST_ID),
-            "kind": example.kind,
-            "change": round(example.change, 4),
             "pictures": [number[path] for path in pictures_of(line)],
             "question": _shortened(str(line.get("prompt", ""))),
             "right": [_shortened(text) for text in right],
             "formula": self._formula(right[0]) if right else None,
             "boxes": boxes_of(line.get("gold_boxes")),
-            "before": self._answer(example.before),
-            "after": self._answer(example.after),
         }
 
-    def _answer(self, line: Line | None) -> Data | None:
+    def answer(self, line: Line | None) -> Data | None:
+        """What was answered, and its scores."""
         if line is None:
             return None
         text, stopped = str(line.get("answer", "")), line.get("stopped") is not False

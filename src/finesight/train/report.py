@@ -16,6 +16,7 @@ from finesight.model.experts import Experts
 from finesight.model.few_bits import left_in_16_bits
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
+from finesight.report.histograms import half_octaves
 from finesight.train.looking import Looked
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
@@ -81,6 +82,10 @@ class Reporter:
                     "samples": len(texts.survey.kept),
                     "tokens": texts.survey.tokens,
                     "fingerprint": texts.corpus.fingerprint,
+                    "by_tokens": half_octaves(seen.tokens for seen in texts.survey.glances),
+                    "by_patches": half_octaves(
+                        h * w for seen in texts.survey.glances for _, h, w in seen.grids
+                    ),
                 }
                 for name, texts in corpora.items()
                 if texts is not None

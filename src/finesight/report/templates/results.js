@@ -18,7 +18,7 @@ function readable(figure, chart) {
     at = Math.max(0, Math.min(index, steps.length - 1));
     const step = steps[at];
     const marks = [make("svg:path", {d: `M${across(step)} ${AREA.top}V${AREA.bottom}`})];
-    const words = [say("step {}", step.toLocaleString("en"))];
+    const words = [chart.labels ? chart.labels[step] : say("step {}", step.toLocaleString("en"))];
     for (const {name, points} of chart.series) {
       const [x, y, text] = points[nearest(points.map(([x]) => x), step)];
       marks.push(make("svg:circle", {cx: across(x), cy: up(y), r: 3.6}));

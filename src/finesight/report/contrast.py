@@ -1,0 +1,147 @@
+"""Figures of several runs with their intervals, and how sure the difference of each from the first
+is: on the same held-out samples, by the same draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finesight.evaluate.answered import Scored, means
+from finesight.evaluate.bootstrap import Array, resampled
+from finesight.evaluate.compare import Difference, difference, unsampled
+from finesight.evaluate.score import LOWER_IS_BETTER, TASKS, score
+from finesight.report.entries import Entry, Key, is_own, other_loss, shared
+from finesight.report.figures import LOSS, Ends, Verdict, figures_of, interval_of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of one run; `difference` is that from the first run, where they can be compared."""
+
+    value: float | None
+    ends: Ends | None
+    difference: Difference | None
+
+    @property
+    def change(self) -> float | None:
+        """How much more than the first one's."""
+        return None if self.difference is None else self.difference.after - self.difference.before
+
+    @property
+    def change_ends(self) -> Ends | None:
+        """The 95 % interval of that."""
+        one = self.difference
+        return None if one is None or one.low is None or one.high is None else (one.low, one.high)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it means."""
+        if self.difference is None:
+            return ""
+        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
+            return "same"
+        told = self.difference.verdict
+        return told if told in ("better", "worse") else "unsure"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of all runs."""
+
+    name: str
+    headline: bool
+    cells: list[Cell]
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower is better."""
+        return self.name in LOWER_IS_BETTER
+
+
+class Scoring:
+    """Scores sets of answers, each set of each run once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, tuple[Key, ...]], Scored] = {}
+
+    def of(self, entry: Entry, keys: Sequence[Key]) -> Scored | None:
+        """Answers scored anew or, by a metric of the user's own, by the scores they have: None
+        where these do not say the same of all."""
+        name = entry.letter, tuple(keys)
+        chosen = [entry.answers[key] for key in keys]
+        if name not in self._known and chosen:
+            task = next((task for task in TASKS if task == entry.metric), None)
+            if task is not None and not is_own(entry.metric):
+                self._known[name] = score(task, [one.case for one in chosen])
+            elif len({frozenset(one.scores) for one in chosen}) == 1:
+                each = [one.scores for one in chosen]
+                self._known[name] = Scored(each, means(each))
+        return self._known.get(name)
+
+
+def contrast(entries: Sequence[Entry]) -> list[Row]:
+    """All figures of all entries, the headline first and the loss last."""
+    scoring = Scoring()
+    figures = [_figures(entry, scoring) for entry in entries]
+    changes = [{}, *(_differences(entries[0], other, scoring) for other in entries[1:])]
+    headlines = [str(entry.measured.get("headline") or "") for entry in entries]
+    headline = next(filter(None, headlines), "")
+    names = dict.fromkeys([headline, *(name for one in figures for name in one)])
+    order = [name for name in names if name and name != LOSS]
+    return [
+        Row(
+            name,
+            name == headline,
+            [
+                _cell(one.get(name), change.get(name))
+                for one, change in zip(figures, changes, strict=True)
+            ],
+        )
+        for name in (*order, LOSS)
+        if any(name in one for one in figures)
+    ]
+
+
+def _cell(figure: tuple[float, Ends | None] | None, change: Difference | None) -> Cell:
+    value, ends = figure or (None, None)
+    return Cell(value, ends, change)
+
+
+def _figures(entry: Entry, scoring: Scoring) -> dict[str, tuple[float, Ends | None]]:
+    """As the run has measured them; of a file of answers, as they are scored now."""
+    if entry.record is not None:
+        found = figures_of(entry.measured)
+        return {name: (value, interval_of(entry.measured, name)) for name, value in found.items()}
+    scored = scoring.of(entry, list(entry.answers))
+    if scored is None:
+        return {}
+    ends = scored.intervals()
+    return {name: (value, (*ends[name],)) for name, value in scored.scores.items()}
+
+
+def _differences(first: Entry, other: Entry, scoring: Scoring) -> dict[str, Difference]:
+    found: dict[str, Difference] = {}
+    keys, _ = shared(first, other)
+    if first.metric == other.metric and keys:
+        was, now = (scoring.of(entry, keys) for entry in (first, other))
+        if was is not None and now is not None:
+            found = paired(was, now, len(keys))
+    losses = [figures_of(entry.measured).get(LOSS) for entry in (first, other)]
+    if losses[0] is not None and losses[1] is not None and not other_loss(first, other):
+        found[LOSS] = unsampled(LOSS, losses[0], losses[1])
+    return found
+
+
+def paired(was: Scored, now: Scored, samples: int) -> dict[str, Difference]:
+    """The differences of the figures of answers to the same samples, in the same order: every
+    resample draws the same ones from both (Efron and Tibshirani 1993)."""
+
+    def both(weights: Array) -> dict[str, Array]:
+        then, since = was.figures(weights), now.figures(weights)
+        return {name: since[name] - then[name] for name in then if name in since}
+
+    then, since = was.scores, now.scores
+    return {
+        name: difference(name, then[name], since[name], values, samples)
+        for name, values in resampled(samples, both).items()
+    }

@@ -71,7 +71,7 @@ def _facts(record: Record) -> dict[str, str]:
     found[say("base model, SHA-256")] = str(record.manifest.get("base_fingerprint"))[:DIGITS]
     for key, title in (
         ("device", "device"),
-        ("precision", "precision"),
+        ("precision", "number format"),
         ("processes", "processes"),
     ):
         if start.get(key) is not None:

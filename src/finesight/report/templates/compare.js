@@ -30,12 +30,17 @@ function drawnWithBoxes(picture, number, sample) {
     return make("div", {class: "missing"}, ...clamped(told));
   }
   const several = sample.pictures.length > 1;
-  const found = [["truth", sample.boxes, ""]];
-  sample.answers.forEach((answer, run) =>
-    found.push([`r${run}`, answer?.boxes || [], RUNS[run].letter]));
-  const boxes = found.flatMap(([kind, some, label]) =>
-    some.filter(({image}) => !several || image === number)
-      .map(({xyxy}) => ({xyxy, kind, label})));
+  const here = ({image}) => !several || image === number;
+  const boxes = sample.boxes.filter(here).map(({xyxy}) => ({xyxy, kind: "truth", label: ""}));
+  /* Runs that agree on a box share one, with all their letters. */
+  const drawn = new Map();
+  sample.answers.forEach((answer, run) => (answer?.boxes || []).filter(here).forEach(({xyxy}) => {
+    const at = xyxy.map(Math.round).join(" ");
+    if (!drawn.has(at)) drawn.set(at, {xyxy, kind: `r${run}`, label: ""});
+    const box = drawn.get(at);
+    if (!box.label.includes(RUNS[run].letter)) box.label += RUNS[run].letter;
+  }));
+  boxes.push(...drawn.values());
   const figure = drawPicture(picture, boxes, picture.path.split("/").pop());
   figure.title = picture.path;
   figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));

@@ -22,6 +22,20 @@ NOT_A_SETTING = {"output"}
 DIGITS = 12
 """Of a digest that are shown."""
 
+DATA = {
+    "train": {
+        "samples": "training samples",
+        "tokens": "training tokens",
+        "fingerprint": "training data, SHA-256",
+    },
+    "eval": {
+        "samples": "held-out samples",
+        "tokens": "held-out tokens",
+        "fingerprint": "held-out data, SHA-256",
+    },
+}
+"""What a run notes of its data, and what that is called."""
+
 
 def unlike(entries: Sequence[Entry]) -> list[Row]:
     """What is not the same in all runs: settings by their names in a recipe, then facts."""
@@ -61,13 +75,13 @@ def _flat(content: object, above: str = "") -> dict[str, str]:
 def _facts(record: Record) -> dict[str, str]:
     start = facts.last_start(record)
     found: dict[str, str] = {}
-    for name, title in (("train", "training"), ("eval", "held-out")):
+    for name, titles in DATA.items():
         data = _data(record, name)
-        for key, unit in (("samples", "samples"), ("tokens", "tokens")):
+        for key, title in titles.items():
             if isinstance(data.get(key), int):
-                found[say(f"{title} {unit}")] = f"{data[key]:,}"
-        if data.get("fingerprint"):
-            found[say(f"{title} data, SHA-256")] = str(data["fingerprint"])[:DIGITS]
+                found[say(title)] = f"{data[key]:,}"
+            elif data.get(key):
+                found[say(title)] = str(data[key])[:DIGITS]
     found[say("base model, SHA-256")] = str(record.manifest.get("base_fingerprint"))[:DIGITS]
     for key, title in (
         ("device", "device"),

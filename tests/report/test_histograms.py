@@ -1,0 +1,42 @@
+"""Counts in half octaves: made by a run, read back, and drawn one over the other."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+from finesight.report.histograms import half_octaves, histogram, read_counts
+
+
+def test_every_value_lies_in_its_half_octave() -> None:
+    chance = random.Random(0)
+    values = [chance.randint(1, 100_000) for _ in range(2000)] + [1, 2, 4, 1024, 65536]
+    for value in values:
+        (name,) = half_octaves([value])
+        number = int(name)
+        # Exactly: the square of 2^(k/2) is 2^k.
+        assert 2**number <= value**2 < 2 ** (number + 1), value
+    assert sum(half_octaves(values).values()) == len(values)
+    assert half_octaves([0, -1]) == {}
+
+
+def test_counts_come_back_and_nothing_else_does() -> None:
+    counts = half_octaves([3, 3, 500])
+    assert read_counts(json.loads(json.dumps(counts))) == counts
+    odd = {"3": 1, "x": 1, "-1": 1, "999": 1, "4": -1, "5": "many", "6": None}
+    assert read_counts(odd) == {"3": 1}
+    assert read_counts([1]) == {}
+
+
+def test_shares_of_each_run_are_drawn_over_the_same_bins() -> None:
+    drawing = histogram("Tokens", "", [("A", {"10": 1, "12": 3}), ("B", {}), ("C", {"11": 5})])
+    assert drawing is not None
+    data = drawing.data
+    assert [one["name"] for one in data["series"]] == ["A", "C"]
+    assert [value for _, value, _ in data["series"][0]["points"]] == [25.0, 0.0, 75.0]
+    assert [value for _, value, _ in data["series"][1]["points"]] == [0.0, 100.0, 0.0]
+    assert data["labels"] == ["32 to 45", "46 to 63", "64 to 90"]
+    assert math.ceil(2 ** (11 / 2)) == 46
+    assert "A mostly 64 to 90" in drawing.summary
+    assert histogram("Tokens", "", [("A", {})]) is None

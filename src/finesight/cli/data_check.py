@@ -17,6 +17,7 @@ from finesight.cli.options import (
     BoxUnits,
     Columns,
     Limit,
+    PageLanguage,
     Prompt,
     SourceFormat,
     column_map,
@@ -80,6 +81,7 @@ def check(
     max_length: MaxLength = None,
     fix: Fix = None,
     html: Page = None,
+    language: PageLanguage = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a finding, then one summary.")
     ] = False,
@@ -118,17 +120,23 @@ def check(
         subjects, judge = of_recipe(recipe)
     else:
         subjects, judge = of_files(sources, against or [], request), model_of(model, max_length)
-    raise typer.Exit(_carried_out(subjects, judge, fix, html, as_json))
+    raise typer.Exit(_carried_out(subjects, judge, fix, html, language, as_json))
 
 
 def _carried_out(
-    subjects: Sequence[Subject], judge: Model, fix: Path | None, html: Path | None, as_json: bool
+    subjects: Sequence[Subject],
+    judge: Model,
+    fix: Path | None,
+    html: Path | None,
+    language: PageLanguage,
+    as_json: bool,
 ) -> int:
     """Check, print, draw and mend; gives the exit code."""
     from finesight.check.findings import exit_code
     from finesight.check.run import Check
     from finesight.check.summary import as_lines, as_record
     from finesight.report.check_page import check_page
+    from finesight.report.language import preferred, speaking
     from finesight.report.page import refuse_other_files, write_page
     from finesight.storage import write_folder
 
@@ -146,7 +154,8 @@ def _carried_out(
         if not as_json:
             typer.echo("\n".join(as_lines(checked, SHOWN)))
         if html:
-            write_page(html, check_page(checked))
+            with speaking(language or preferred()):
+                write_page(html, check_page(checked))
         mended = check.mending.write(Path(folder), fix, album, check.drafts) if fix else None
     if as_json:
         typer.echo(json.dumps(as_record(checked, mended), ensure_ascii=False))

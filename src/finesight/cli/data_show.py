@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finesight.cli.options import PageLanguage
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def show(
             metavar="FILE", help="Write a page with pictures, boxes and tokens, in place of lines."
         ),
     ] = None,
+    language: PageLanguage = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
 ) -> None:
     """Print every token of a recipe's samples: its id, whether it is learned (*), its positions.
@@ -46,6 +48,7 @@ def show(
     from finesight.encode.rendering import renderer_of
     from finesight.hub import locate
     from finesight.recipe import load_recipe
+    from finesight.report.language import preferred, say, speaking
     from finesight.report.page import refuse_other_files
 
     if html is not None:
@@ -62,8 +65,9 @@ def show(
     renderer = renderer_of(locate(settings.model), settings.picture, settings.data.system)
     chosen = load_sources(files).read(samples)
     if html is not None:
-        source = f"The first {len(chosen)} of {', '.join(str(file.path) for file in files)}"
-        _draw(html, renderer, chosen, source)
+        names = ", ".join(str(file.path) for file in files)
+        with speaking(language or preferred()):
+            _draw(html, renderer, chosen, say("The first {} of {}", len(chosen), names))
     if html is None or as_json:
         _print(renderer, chosen, as_json)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from finesight.check.findings import EXIT_CODES, FAULTS, Checked, Finding, Shown
 from finesight.data.headers import DamagedPicture
+from finesight.report.language import say
 from finesight.report.page import render
 from finesight.report.picture import Picture, picture
 from finesight.vision.picture import open_picture
@@ -44,7 +45,7 @@ def check_page(
     return render(
         "check",
         {"findings": records, "pictures": album.pictures},
-        title="Data check",
+        title=say("Data check"),
         checked=checked,
         faults=_faults(checked),
         severities={severity: _total(checked, severity) for severity in EXIT_CODES},
@@ -96,7 +97,7 @@ def _record(finding: Finding, pictures: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "code": finding.code,
         "severity": finding.severity,
-        "says": FAULTS[finding.code][1],
+        "says": say(FAULTS[finding.code][1]),
         "where": finding.where,
         "sample": finding.sample,
         "what": finding.what,

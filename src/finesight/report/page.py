@@ -51,7 +51,7 @@ def render(template: str, data: object = None, assets: Sequence[str] = (), **val
         policy=_policy(script),
         script=Markup(script),
         style=Markup(style),
-        words=json.dumps({text: said for text, said in table().items() if f'"{text}"' in script}),
+        words=json.dumps(dict(table()), ensure_ascii=False),
         version=__version__,
     )
     # Names of files may hold bytes that are no text, which Python keeps as lone surrogates.
@@ -97,13 +97,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"say": say_in_page, "code": _code, "marked": _marked}
+    environment.globals |= {"say": say_in_page, "code": _code, "key": _key, "marked": _marked}
     return environment
 
 
 def _code(text: str) -> Markup:
     """What is typed, within a sentence."""
     return Markup("<code>{}</code>").format(text)
+
+
+def _key(name: str) -> Markup:
+    """A key to press, within a sentence."""
+    return Markup("<kbd>{}</kbd>").format(name)
 
 
 def _marked(kind: str, text: str) -> Markup:

@@ -11,6 +11,7 @@ from finesight.encode.dialect import Box, scaled
 from finesight.encode.encoded import Encoded, Outline, Span
 from finesight.encode.render import TURN_START, Renderer
 from finesight.encode.show import Row, rows
+from finesight.report.language import say
 from finesight.report.page import render
 from finesight.report.picture import picture
 from finesight.vision.patches import from_patches
@@ -38,7 +39,7 @@ def sample_page(
     return render(
         "sample",
         records,
-        title="What the model sees",
+        title=say("What the model sees"),
         source=source,
         family=renderer.family.name,
         rule=", ".join(f"{key} {value}" for key, value in renderer.rule.model_dump().items()),

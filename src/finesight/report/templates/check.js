@@ -3,7 +3,7 @@
 
 function drawFinding(finding) {
   const words = make("div", {},
-    make("h3", {}, make("span", {class: `badge ${finding.severity}`}, finding.severity),
+    make("h3", {}, make("span", {class: `badge ${finding.severity}`}, say(finding.severity)),
       make("span", {}, finding.says)),
     make("p", {class: "mono"}, finding.where),
     make("p", {}, finding.what));
@@ -11,13 +11,13 @@ function drawFinding(finding) {
     words.append(make("ul", {class: "evidence small"},
       ...finding.evidence.map((line) => make("li", {}, line))));
   }
-  words.append(make("p", {}, make("strong", {}, "Remedy: "), finding.remedy));
-  const sample = finding.sample ? `sample ${finding.sample} · ` : "";
-  const mended = finding.fix ? ` · mended by --fix: ${finding.fix}` : "";
+  words.append(make("p", {}, make("strong", {}, say("Remedy: ")), finding.remedy));
+  const sample = finding.sample ? `${say("sample {}", finding.sample)} · ` : "";
+  const mended = finding.fix ? ` · ${say("mended by --fix: {}", finding.fix)}` : "";
   words.append(make("p", {class: "soft small"}, `${sample}${finding.code}${mended}`));
   const pictures = finding.shown.map((shown) => drawShown(shown, finding));
   if (!pictures.length) return make("article", {class: "finding"}, words);
-  if (finding.more) pictures.push(make("p", {class: "soft small"}, `and ${finding.more} more`));
+  if (finding.more) pictures.push(make("p", {class: "soft small"}, say("and {} more", finding.more)));
   return make("article", {class: "finding pictured"}, make("div", {}, ...pictures), words);
 }
 
@@ -25,7 +25,7 @@ function drawShown({name, picture, boxes}, finding) {
   const found = DATA.pictures[picture];
   const drawn = typeof found === "string"
     ? make("p", {class: "nothing"}, found)
-    : drawPicture(found, boxes, `${name}, ${boxes.length} boxes drawn: ${finding.says}`);
+    : drawPicture(found, boxes, say("{}, {} boxes drawn: {}", name, boxes.length, finding.says));
   return make("div", {}, drawn, make("p", {class: "name"}, name));
 }
 
@@ -34,7 +34,7 @@ function startFindings() {
   const chosen = {severity: "", code: ""};
   const severities = ["", ...new Set(all.map((finding) => finding.severity))];
   const buttons = severities.map((severity) =>
-    make("button", {type: "button", "data-severity": severity}, severity ? `${severity}s` : "all"));
+    make("button", {type: "button", "data-severity": severity}, say(severity ? `${severity}s` : "all")));
   const select = byId("fault");
   let move = () => {};
 
@@ -46,11 +46,11 @@ function startFindings() {
     const codes = new Map();
     for (const {code} of graded) codes.set(code, (codes.get(code) || 0) + 1);
     if (!codes.has(chosen.code)) chosen.code = "";
-    select.replaceChildren(make("option", {value: ""}, "every fault"),
+    select.replaceChildren(make("option", {value: ""}, say("every fault")),
       ...[...codes].map(([code, count]) => make("option", {value: code}, `${code} (${count})`)));
     select.value = chosen.code;
     const fitting = graded.filter(({code}) => !chosen.code || code === chosen.code);
-    byId("shown").textContent = `${fitting.length} of ${all.length} findings`;
+    byId("shown").textContent = say("{} of {} findings", fitting.length, all.length);
     move = feed(byId("list"), fitting, drawFinding);
   };
 

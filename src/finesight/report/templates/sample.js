@@ -14,8 +14,9 @@ function visible(text) {
   });
 }
 
-function count(number, one, many = `${one}s`) {
-  return `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+/* A number of things; their words have a place for it. */
+function count(number, one, many) {
+  return say(number === 1 ? one : many, number.toLocaleString("en"));
 }
 
 function bySides([height, width]) {
@@ -33,22 +34,25 @@ function drawPictures(sample) {
     const numbered = sample.boxes.map((box, at) => ({...box, at}));
     const boxes = numbered.filter((box) => box.picture === number).map(({xyxy, label, at}) =>
       ({xyxy, label: label === null ? `${at + 1}` : `${at + 1} ${label}`}));
-    const alt = `${picture.name} as the model sees it, ${count(boxes.length, "box", "boxes")}`;
+    const alt = say("{} as the model sees it, {}", picture.name,
+      count(boxes.length, "{} box", "{} boxes"));
     const frames = picture.frames.map((frame, at) =>
-      drawPicture(frame, at ? [] : boxes, at ? `frame ${at + 1} of ${picture.name}` : alt));
-    const told = `${bySides(picture.original)} resized to ${bySides(picture.resized)} pixels, `
-      + `${picture.grid.join(" × ")} patches, ${count(picture.tokens, "token")}`;
-    const kind = picture.kind === "video" ? `, video of ${count(frames.length, "frame")}` : "";
+      drawPicture(frame, at ? [] : boxes, at ? say("frame {} of {}", at + 1, picture.name) : alt));
+    const told = say("{} resized to {} pixels, {} patches, {}", bySides(picture.original),
+      bySides(picture.resized), picture.grid.join(" × "),
+      count(picture.tokens, "{} token", "{} tokens"));
+    const kind = picture.kind === "video"
+      ? say(", video of {}", count(frames.length, "{} frame", "{} frames")) : "";
     return make("div", {},
       frames.length > 1 ? make("div", {class: "frames", tabindex: 0}, ...frames) : frames[0],
-      make("p", {class: "described"}, make("strong", {}, `Picture ${number + 1}`),
-        ` ${picture.name}${kind}: ${told}`));
+      make("p", {class: "described"}, make("strong", {}, say("Picture {}", number + 1)),
+        say(" {}{}: {}", picture.name, kind, told)));
   });
 }
 
 function drawBoxes(sample) {
   if (!sample.boxes.length && !sample.written) return [];
-  const head = ["", "label", "picture as seen", "in the original"].map((name) =>
+  const head = [say("no."), say("label"), say("picture as seen"), say("in the original")].map((name) =>
     make("th", {scope: "col"}, name));
   const corners = (xyxy) => xyxy.map(Math.round).join(", ");
   const lines = sample.boxes.map((box, at) => make("tr", {},
@@ -56,11 +60,11 @@ function drawBoxes(sample) {
     make("td", {class: "mono"}, corners(box.xyxy)),
     make("td", {class: "mono"}, corners(box.original))));
   const same = sample.boxes.length === sample.written;
-  const told = `${count(sample.boxes.length, "box", "boxes")} read back from the tokens, `
-    + `${sample.written} in the sample`;
+  const told = say("{} read back from the tokens, {} in the sample",
+    count(sample.boxes.length, "{} box", "{} boxes"), sample.written);
   return [
     make("p", {class: same ? "small soft" : "small warn"}, told),
-    make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Boxes"},
+    make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": say("Boxes")},
       make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines))),
   ];
 }
@@ -73,23 +77,24 @@ function drawToken(row, sample) {
     return make("span", {class: names, tabindex: -1}, ...visible(row.text));
   }
   const {grid, name} = sample.pictures[row.picture];
-  const told = `Picture ${row.picture + 1}: ${count(row.to - row.at + 1, "token")} `
-    + `${row.text}, grid ${grid.join(" × ")}, ${name}`;
+  const told = say("Picture {}: {} {}, grid {}, {}", row.picture + 1,
+    count(row.to - row.at + 1, "{} token", "{} tokens"), row.text, grid.join(" × "), name);
   return make("span", {class: `${names} picture-block`, tabindex: -1}, told);
 }
 
 function describe(row, sample) {
   const strong = (text) => make("b", {}, text);
-  const learned = row.learned ? "learned" : "not learned";
-  const place = (values) => `time ${values[0]}, height ${values[1]}, width ${values[2]}`;
+  const learned = say(row.learned ? "learned" : "not learned");
+  const place = (values) => say("time {}, height {}, width {}", ...values);
   if (row.kind === "picture") {
     const {original, resized} = sample.pictures[row.picture];
-    return [strong(`Tokens ${row.at} to ${row.to}`), ` · id ${row.id} ${row.text} · ${learned}`,
-      make("br"), `${place(row.place)} up to ${place(row.last)} · `
-      + `${bySides(original)} as ${bySides(resized)} pixels`];
+    return [strong(say("Tokens {} to {}", row.at, row.to)), ` · id ${row.id} ${row.text} · ${learned}`,
+      make("br"), say("{} up to {} · {} as {} pixels", place(row.place), place(row.last),
+        bySides(original), bySides(resized))];
   }
-  const kind = {special: " · special token", bytes: " · part of a character"}[row.kind] || "";
-  return [strong(`Token ${row.at}`), ` · id ${row.id} · `, strong(JSON.stringify(row.text)),
+  const kind = {special: ` · ${say("special token")}`,
+    bytes: ` · ${say("part of a character")}`}[row.kind] || "";
+  return [strong(say("Token {}", row.at)), ` · id ${row.id} · `, strong(JSON.stringify(row.text)),
     `${kind} · ${learned}`, make("br"), place(row.place)];
 }
 
@@ -108,9 +113,9 @@ function drawTokens(sample) {
     }
     const learned = turn.rows.filter((row) => row.learned).length;
     return make("section", {class: `turn ${turn.role === "assistant" ? "assistant" : ""}`},
-      make("h4", {}, learned ? `${turn.role} · ${learned} learned` : turn.role), text);
+      make("h4", {}, learned ? say("{} · {} learned", turn.role, learned) : turn.role), text);
   });
-  const box = make("div", {role: "group", "aria-label": "Tokens"}, ...turns);
+  const box = make("div", {role: "group", "aria-label": say("Tokens")}, ...turns);
   const show = (token) => detail.replaceChildren(...describe(of.get(token), sample));
   let current = all[0];
   const enter = (token) => {
@@ -134,7 +139,7 @@ function drawTokens(sample) {
     if (all[to]) all[to].focus();
   });
   show(current);
-  return make("div", {class: "card"}, make("h3", {}, "Tokens"), box, detail);
+  return make("div", {class: "card"}, make("h3", {}, say("Tokens")), box, detail);
 }
 
 /* ---- the page ---- */
@@ -144,21 +149,21 @@ function drawSample(sample) {
   const sides = make("div", {class: "sides"});
   const pictures = [...drawPictures(sample), ...drawBoxes(sample)];
   if (pictures.length) {
-    sides.append(make("div", {class: "card"}, make("h3", {}, "Pictures"), ...pictures));
+    sides.append(make("div", {class: "card"}, make("h3", {}, say("Pictures")), ...pictures));
   }
   sides.append(drawTokens(sample));
   return [
-    make("h2", {}, `Sample ${sample.id}`),
-    make("dl", {class: "figures"}, figure("tokens", sample.tokens.toLocaleString("en")),
-      figure("learned", sample.learned.toLocaleString("en")),
-      figure("only read", read.toLocaleString("en")),
-      figure("patches", sample.patches.toLocaleString("en"))),
+    make("h2", {}, say("Sample {}", sample.id)),
+    make("dl", {class: "figures"}, figure(say("tokens"), sample.tokens.toLocaleString("en")),
+      figure(say("learned"), sample.learned.toLocaleString("en")),
+      figure(say("only read"), read.toLocaleString("en")),
+      figure(say("patches"), sample.patches.toLocaleString("en"))),
     sides,
   ];
 }
 
 function startSamples() {
-  const choice = make("select", {"aria-label": "Sample"},
+  const choice = make("select", {"aria-label": say("Sample")},
     ...DATA.map(({id}, at) => make("option", {value: at}, id)));
   const {nav, go} = browse(DATA.length, (at) => {
     choice.value = at;

@@ -22,6 +22,7 @@ COMMANDS = (
     ["merge"],
     ["export"],
     ["report"],
+    ["compare"],
     ["data", "check"],
     ["data", "import"],
     ["data", "export"],

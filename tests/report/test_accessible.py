@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from browser import DESK, PHONE, Browser
 from compared_runs import RECIPE, begun, run_with, signs
+from small_run import make_task, write_recipe
 
+from finesight.cli.app import run
 from finesight.report.compare_page import write_comparison
 from finesight.report.language import Language
 from finesight.report.run_page import write_report
@@ -65,8 +67,15 @@ def test_nothing_serious(
     dark: bool,
     language: Language,
 ) -> None:
-    page = tmp_path / "page.html"
+    page, check, show = (tmp_path / f"{name}.html" for name in ("page", "check", "show"))
     write_comparison(runs, page, language)
-    for file in (page, *(write_report(run, language=language) for run in runs)):
+    recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path) | {"output": "run"})
+    chosen = ["--language", language]
+    assert run(["data", "check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen]) == 0
+    assert run(["data", "show", str(recipe), "--html", str(show), *chosen]) == 0
+    reports = [write_report(folder, language=language) for folder in runs]
+    for file in (page, check, show, *reports):
         browser.open(file, width, dark=dark)
+        assert browser.messages() == [], file.name
+        assert browser.overflow() == 0, file.name
         assert grave(browser, axe) == [], file.name

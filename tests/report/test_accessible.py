@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
-from typing import Any
 
 import pytest
+from axe import Axe
 from browser import DESK, PHONE, Browser
 from compared_runs import RECIPE, begun, run_with, signs
 from small_run import make_task, write_recipe
@@ -16,14 +15,10 @@ from finesight.report.compare_page import write_comparison
 from finesight.report.language import Language
 from finesight.report.run_page import write_report
 
-GRAVE = ("serious", "critical")
-
 
 @pytest.fixture(scope="module")
-def axe() -> str:
-    """The checker's script; the test is skipped where it is not installed."""
-    pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
-    return (importlib.resources.files("axe_core_python") / "axe.min.js").read_text("utf-8")
+def axe() -> Axe:
+    return Axe()
 
 
 @pytest.fixture
@@ -35,32 +30,19 @@ def runs(tmp_path: Path) -> list[Path]:
     return [a.folder, b.folder]
 
 
-def grave(browser: Browser, axe: str) -> list[str]:
-    """The serious findings in the page that is open."""
-    browser.run(axe)
-    told: Any = browser.driver.execute_async_script(
-        "const done = arguments[arguments.length - 1]; axe.run().then(done);"
-    )
-    return [
-        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-        for one in told["violations"]
-        if one["impact"] in GRAVE
-    ]
-
-
-def test_the_checker_finds_what_is_wrong(browser: Browser, axe: str, tmp_path: Path) -> None:
+def test_the_checker_finds_what_is_wrong(browser: Browser, axe: Axe, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     style = "<p style='color: #999; background: #fff'>pale words</p>"
     file.write_text(f"<!doctype html><title>x</title><img src='data:,'><button></button>{style}")
     browser.open(file)
-    found = {one.partition(":")[0] for one in grave(browser, axe)}
+    found = {one.partition(":")[0] for one in axe.grave(browser)}
     assert {"image-alt", "button-name", "color-contrast", "html-has-lang"} <= found
 
 
 @pytest.mark.parametrize(("width", "dark", "language"), [(PHONE, True, "en"), (DESK, False, "zh")])
 def test_nothing_serious(
     browser: Browser,
-    axe: str,
+    axe: Axe,
     runs: list[Path],
     tmp_path: Path,
     width: int,
@@ -78,4 +60,4 @@ def test_nothing_serious(
         browser.open(file, width, dark=dark)
         assert browser.messages() == [], file.name
         assert browser.overflow() == 0, file.name
-        assert grave(browser, axe) == [], file.name
+        assert axe.grave(browser) == [], file.name

@@ -76,8 +76,10 @@ def begun(tokens: int = 400, fingerprint: str = "e7a1" * 16) -> Line:
         "samples": 95,
         "tokens": 95 * tokens,
         "fingerprint": "7ra1" * 16,
-        "by_tokens": half_octaves([tokens, tokens, 2 * tokens]),
-        "by_patches": half_octaves([64, 128]),
     }
     held_out = {"samples": 12, "tokens": 9, "fingerprint": fingerprint}
-    return START | {"steps": 10, "data": {"train": train, "eval": held_out}}
+    spread = {
+        "tokens": half_octaves([tokens, tokens, 2 * tokens]),
+        "patches": half_octaves([64, 128]),
+    }
+    return START | {"steps": 10, "data": {"train": train, "eval": held_out}, "spread": spread}

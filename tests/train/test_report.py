@@ -124,6 +124,8 @@ def test_the_start_says_what_computes_on_what(history: list[dict[str, Any]]) -> 
     assert start["data"]["train"]["samples"] == 11
     assert start["data"]["eval"]["samples"] == 3
     assert len(start["data"]["train"]["fingerprint"]) == 64
+    assert sum(start["spread"]["tokens"].values()) == 11
+    assert sum(start["spread"]["patches"].values()) == 11
     assert Path(start["folder"]) == Path.cwd()
     assert start["prepared_s"] > 0
     json.dumps(start, allow_nan=False)

@@ -190,11 +190,11 @@ def _histograms(entries: Sequence[Entry]) -> list[Drawing | None]:
 
     said = [(entry.label, half_octaves(_tokens(entry))) for entry in entries]
     return [
-        histogram(say("Tokens of a sample"), say("share of training samples"), noted("by_tokens")),
+        histogram(say("Tokens of a sample"), say("share of training samples"), noted("tokens")),
         histogram(
             say("Size of a picture"),
             say("in patches, as the model sees it; share of training pictures"),
-            noted("by_patches"),
+            noted("patches"),
         ),
         histogram(say("Tokens of an answer"), say("share of held-out samples"), said),
     ]

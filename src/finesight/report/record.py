@@ -29,7 +29,7 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["seconds", "prepared_s", "seen_s", "samples_per_s", "utilisation"], float),
     **dict.fromkeys(["waited_s", "pack_tokens"], float),
     **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
-    **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
+    **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data", "spread"], dict),
     **dict.fromkeys(["before", "after"], dict),
     **dict.fromkeys(["dropped", "differences", "void", "jumped"], list),
     "weights_of": float,

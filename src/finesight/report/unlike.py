@@ -104,7 +104,8 @@ def _data(record: Record, name: str) -> dict[str, Any]:
 
 def counts_of(record: Record, name: str) -> object:
     """How the training samples are spread, as a run has noted it under this name."""
-    return _data(record, "train").get(name)
+    spread: Any = facts.last_start(record).get("spread")
+    return spread.get(name) if isinstance(spread, dict) else None
 
 
 def costs(entries: Sequence[Entry]) -> list[Row]:

@@ -16,12 +16,13 @@ from finesight.model.experts import Experts
 from finesight.model.few_bits import left_in_16_bits
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
-from finesight.report.histograms import half_octaves
+from finesight.report.histograms import Counts, half_octaves
 from finesight.train.looking import Looked
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
 from finesight.train.step import Taken, recorded
+from finesight.train.survey import Glance
 from finesight.train.tolerance import Tolerance
 from finesight.train.track import Tracker
 from finesight.train.waiting import Wait
@@ -71,6 +72,7 @@ class Reporter:
             "prepared_s": seconds,
             "steps": len(session.course),
             "folder": str(Path.cwd()),
+            "spread": spread_of(session.train.survey.glances),
             "device": device_name(machine.device),
             "precision": machine.precision,
             "workers": machine.workers,
@@ -82,10 +84,6 @@ class Reporter:
                     "samples": len(texts.survey.kept),
                     "tokens": texts.survey.tokens,
                     "fingerprint": texts.corpus.fingerprint,
-                    "by_tokens": half_octaves(seen.tokens for seen in texts.survey.glances),
-                    "by_patches": half_octaves(
-                        h * w for seen in texts.survey.glances for _, h, w in seen.grids
-                    ),
                 }
                 for name, texts in corpora.items()
                 if texts is not None
@@ -189,6 +187,14 @@ class Reporter:
     def _track(self, step: int, figures: dict[str, float]) -> None:
         for tracker in self._tracks:
             tracker.log(step, figures)
+
+
+def spread_of(glances: Sequence[Glance]) -> dict[str, Counts]:
+    """How many tokens the training samples that were looked at have, and their pictures patches."""
+    return {
+        "tokens": half_octaves(seen.tokens for seen in glances),
+        "patches": half_octaves(h * w for seen in glances for _, h, w in seen.grids),
+    }
 
 
 def device_name(device: torch.device) -> str:

@@ -66,7 +66,7 @@ def test_pages_come_by_themselves_and_show_the_newest(run: Run) -> None:
 def test_a_page_that_took_long_is_followed_by_a_long_rest(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most a two-hundredth of the time goes into pages."""
+    """At most a three-hundredth of the time goes into pages."""
 
     def slow(*rest: object) -> None:
         start = time.thread_time()

@@ -19,9 +19,9 @@ from finesight.train.run import Run
 EVERY = 60.0
 """Seconds from one page to the next."""
 
-LEAST_REST = 200
+LEAST_REST = 300
 """Times as long as a page computed nothing is written after it: what shares the interpreter with
-the steps must not take more than a two-hundredth of their time."""
+the steps must not take more than a three-hundredth of their time."""
 
 
 class LivePage:

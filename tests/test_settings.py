@@ -56,6 +56,7 @@ SETTINGS = [
     "train.workers",
     "train.cache",
     "train.parallel",
+    "train.split_tokens",
     "train.save_every",
     "train.keep",
     "eval.metric",

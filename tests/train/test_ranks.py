@@ -176,11 +176,14 @@ def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
     assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
 
 
-def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split_tokens", [None, 1])
+def test_a_broken_picture_is_missed_by_all(tmp_path: Path, split_tokens: int | None) -> None:
+    """Also where all processes learn each sample together, from features that each has."""
     task = Task(tmp_path / "task")
     broken = task.folder / "train3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    folders = [run(task, count, f"run{count}", "data.unusable=drop") for count in (1, 2)]
+    settings = {"split_tokens": split_tokens}
+    folders = [run(task, n, f"run{n}", "data.unusable=drop", **settings) for n in (1, 2)]
     dropped = []
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -233,11 +236,15 @@ def test_a_share_of_every_sample() -> None:
     def cost(index: int) -> float:
         return float(1 + index % 97)
 
+    def long(index: int) -> bool:
+        return index % 7 == 0
+
     for count in (1, 2, 3, 4, 20):
-        shares = [Share(Whole(), Ranks(number, count), cost) for number in range(count)]
+        shares = [Share(Whole(), Ranks(number, count), cost, long) for number in range(count)]
         assert {len(share) for share in shares} == {50}
         for step in range(50):
-            members, own = Whole().of(step), [list(share.of(step)) for share in shares]
+            own = [list(share.of(step)) for share in shares]
+            members = [index for index in Whole().of(step) if not long(index)]
             assert sorted(chain.from_iterable(own)) == sorted(members)
             assert all(sorted(one, key=members.index) == one for one in own)
             loads = [sum(map(cost, one)) for one in own]

@@ -80,7 +80,8 @@ def too_much(
         + (" whose activations are computed twice" if learning else ""),
         remedy="end other programs on this GPU and start again with --resume; or begin another run"
         " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
-        " weights in four bits (tune.nf4=[language])",
+        " weights in four bits (tune.nf4=[language]); several GPUs can share out such a sample"
+        " (train.split_tokens)",
         below=budget.below(pack, learning),
     )
 

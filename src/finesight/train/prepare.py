@@ -51,7 +51,10 @@ from finesight.train.shares import shared
 from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
-ANYTHING = {"workers", "cache", "parallel", "keep", "save_every", "device", "precision"}
+ANYTHING = {
+    *("workers", "cache", "parallel", "split_tokens"),
+    *("keep", "save_every", "device", "precision"),
+}
 """Settings of `train` that a resumed run may change: they do not touch what is computed."""
 
 
@@ -133,7 +136,7 @@ class Session:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where
         that is faster."""
         packed = self.parallel.passable(packed)
-        if self.even and not isinstance(self.model, FallbackModel):
+        if self.even and packed.share is None and not isinstance(self.model, FallbackModel):
             return filled(packed, merge_filled(self.model))
         return packed.to(self.machine.device)
 
@@ -227,7 +230,7 @@ def prepare(
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
-    members = shared(course, machine.ranks, glances, arithmetic)
+    members, split = shared(course, machine.ranks, glances, arithmetic, recipe.train.split_tokens)
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -243,7 +246,7 @@ def prepare(
         train=train,
         held_out=held_out,
         course=course,
-        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
+        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data, split),
         model=model.train(),
         parallel=parallel,
         masters=masters,

@@ -189,7 +189,7 @@ class Ranks:
         own = Together.of(step, signal)
         if self.alone:
             return own
-        figures = step.number, *own[:4], len(step.dropped)
+        figures = step.number, step.shares, *own[:4], len(step.dropped)
         everybodys = self._errands((*figures, signal, Errand.STEP))
         return self._summed(everybodys, step.dropped)
 
@@ -200,7 +200,7 @@ class Ranks:
         if self.alone:
             return Together(errand=errand, argument=argument)
         try:
-            return self._summed(self._errands((argument, 0, 0, 0, 0, 0, signal, errand)))
+            return self._summed(self._errands((argument, 0, 0, 0, 0, 0, 0, signal, errand)))
         except Deserted:
             raise
         except ShareFailed:
@@ -246,7 +246,7 @@ class Ranks:
 
     def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
         *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
-        steps, supervised, samples, tokens = figures
+        steps, shares, supervised, samples, tokens = figures
         own_errand, first = said[self.number], Errand(said[0])
         stays = (Errand.FAILED, Errand.WAIT) if first is Errand.STEP else (Errand.FAILED,)
         failed = [number for number, one in enumerate(said) if one in stays]
@@ -263,6 +263,14 @@ class Ranks:
                 where="training",
                 expected="one output that all processes see",
                 remedy="put the run on a disk that all machines share",
+            )
+        if len({*shares}) > 1:
+            raise ShareFailed(
+                "a sample that all processes share is not the same for all of them",
+                where="train.split_tokens",
+                expected="the same files for every process, as long as a run goes on",
+                remedy="see that the sample's pictures can be read everywhere, and start again with"
+                " --resume",
             )
         left_out = self._all_of(own) if any(dropped) else ()
         if self.roll is not None:

@@ -84,7 +84,8 @@ def take_step(
     ranks = session.machine.ranks
     together = together or Together.of(step)
     # Before anybody waits for what a process that failed will never give.
-    with _untorn(ranks) if session.parallel.sharded else ranks.confirmed():
+    waited_for = session.parallel.sharded or step.shares
+    with _untorn(ranks) if waited_for else ranks.confirmed():
         total = _accumulate(session, step, together, stop, seen)
     ranks.add(total)
     norm = session.parallel.joined(masters)
@@ -93,7 +94,7 @@ def take_step(
         together=together,
         budget=session.progress.budget,
         factor=session.schedule.factor(step.number),
-        operations=sum(session.arithmetic.of(batch) for batch in step.packs),
+        operations=sum(_operations(session, batch) for batch in step.packs),
         moved=together.supervised > 0,
         coming_2=(torch.stack([total, norm]) / by).to("cpu", non_blocking=True),
         event=recorded(total.device),
@@ -109,6 +110,14 @@ def take_step(
     masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
     session.parallel.moved()
     return taken
+
+
+def _operations(session: Session, batch: PackedBatch) -> float:
+    """Those of this process, about as many as of any that shares the sample."""
+    share = batch.share
+    if share is None:
+        return session.arithmetic.of(batch)
+    return session.arithmetic.of(share.whole) / share.count
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class SharedAttention(PackedAttention):
     def _whole(self, kv_T2KD: Tensor) -> Tensor:
         """Keys and values of all tokens, in the order of the sequence: [W, 2, K, D]."""
         share = self.share
-        pieces = [_rows(piece, share.longest) for piece in torch.split(kv_T2KD, share.lengths)]
+        pieces = [filled_up(piece, share.longest) for piece in torch.split(kv_T2KD, share.lengths)]
         all_PR2KD = gathered(torch.cat(pieces), share.count)
         # The processes' first stretches in order, then their second ones, from the last process on.
         front, back = torch.split(all_PR2KD, share.longest, dim=1)
@@ -101,7 +101,7 @@ def exchanged(features_MFD: Tensor, share: Slice) -> Tensor:
     # One row more where nobody has any: what is made of blank pictures hangs on it, too.
     most = max(1, *share.features)
     own = features_MFD[: share.features[share.number]]
-    all_PMFD = gathered(_rows(own, most), share.count)
+    all_PMFD = gathered(filled_up(own, most), share.count)
     counted = zip(all_PMFD.unbind(0), share.features, strict=True)
     return wanted(torch.cat([made[:count] for made, count in counted]), share)
 
@@ -111,6 +111,6 @@ def wanted(features_MFD: Tensor, share: Slice) -> Tensor:
     return torch.cat([features_MFD[start:stop] for start, stop in share.wanted])
 
 
-def _rows(x: Tensor, rows: int) -> Tensor:
+def filled_up(x: Tensor, rows: int) -> Tensor:
     """With rows of nothing up to so many."""
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x))) if len(x) < rows else x

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -117,6 +118,33 @@ def within_memory(
         say(f"{short}; going on with {budget.unlike(before)}")
         # Here, where the error is gone and with it whatever its frames held.
         release(device)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Within the block, a memory that is full becomes a UserError that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full: {said(error)}",
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the GPU's memory",
+            remedy="end other programs on this GPU, keep frozen weights in four bits"
+            " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
+            " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the memory",
+            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
+            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
+            " (eval.max_new_tokens)",
+        ) from error
 
 
 def release(device: torch.device) -> None:

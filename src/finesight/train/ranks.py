@@ -55,6 +55,8 @@ class Errand(IntEnum):
     OVER = 4
     WAIT = 5
     FAILED = 6
+    LOOK = 7
+    """At pictures, and then to learn."""
 
 
 class Deserted(ShareFailed):

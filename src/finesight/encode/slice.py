@@ -76,6 +76,7 @@ class Slice:
         own = frames[first:end]
         stretches = _stretches(outline.tokens, number, count)
         at = [place for span in outline.spans for place in range(span.start, span.stop)]
+        front, back = ((bisect_left(at, a), bisect_left(at, b)) for a, b in stretches)
         return cls(
             number=number,
             count=count,
@@ -84,7 +85,7 @@ class Slice:
             patches=(starts[first], starts[end]),
             grids=tuple(_joined(own)),
             features=tuple(sum(frame.features for frame in frames[a:b]) for a, b in shares),
-            wanted=tuple((bisect_left(at, a), bisect_left(at, b)) for a, b in stretches),  # type: ignore[arg-type]
+            wanted=(front, back),
         )
 
     @property

@@ -56,7 +56,6 @@ SETTINGS = [
     "train.workers",
     "train.cache",
     "train.parallel",
-    "train.split_tokens",
     "train.save_every",
     "train.keep",
     "eval.metric",

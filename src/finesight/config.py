@@ -249,11 +249,11 @@ class Train(Section):
     `adamw8bit` keeps AdamW's moments of matrices in eight bits (Dettmers et al. 2022).
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
-    of one packed micro-batch (a longer sample stands alone). `cache` says where features of
+    of one packed micro-batch (a longer sample stands alone, a much longer one is shared out over
+    all processes). `cache` says where features of
     pictures are kept that a frozen tower has looked at. `parallel` says what several processes
     share out: nothing (DDP), gradients and moments (ZeRO-2), or weights, too (FSDP2), which, like
-    moments, may lie in the CPU's memory. Of a sample of more than `split_tokens` tokens each
-    process reads a share (sequence parallelism).
+    moments, may lie in the CPU's memory.
     """
 
     epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
@@ -275,7 +275,6 @@ class Train(Section):
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     cache: Cache = "auto"
     parallel: Sharing = "ddp"
-    split_tokens: Positive | None = None
     save_every: StepsOrShare | None = None
     keep: Positive = 2
 

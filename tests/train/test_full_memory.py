@@ -25,7 +25,7 @@ from finesight.infer.rows import Rows
 from finesight.model.layers import GatedMlp
 from finesight.model.network import VisionLanguageModel
 from finesight.train import loop
-from finesight.train.budget import Budget, FullMemory
+from finesight.train.budget import PACKS, Budget, FullMemory
 from finesight.train.loader import Step
 from finesight.train.prepare import Session
 from finesight.train.step import Taken
@@ -397,3 +397,6 @@ def test_a_budget_goes_down_until_nothing_is_left() -> None:
     twice = half.below(one, learning=True)
     assert twice == Budget(pack_tokens=500, recompute=True)
     assert twice.below(one, learning=True) is None
+    split = twice.below(one, learning=True, splits=True)
+    assert split == Budget(pack_tokens=224, recompute=True)
+    assert PACKS * split.pack_tokens < 900, "that sample is split from then on"

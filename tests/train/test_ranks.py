@@ -176,13 +176,13 @@ def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
     assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
 
 
-@pytest.mark.parametrize("split_tokens", [None, 1])
-def test_a_broken_picture_is_missed_by_all(tmp_path: Path, split_tokens: int | None) -> None:
+@pytest.mark.parametrize("pack_tokens", [100, 10])
+def test_a_broken_picture_is_missed_by_all(tmp_path: Path, pack_tokens: int) -> None:
     """Also where all processes learn each sample together, from features that each has."""
     task = Task(tmp_path / "task")
     broken = task.folder / "train3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    settings = {"split_tokens": split_tokens}
+    settings = {"pack_tokens": pack_tokens}
     folders = [run(task, n, f"run{n}", "data.unusable=drop", **settings) for n in (1, 2)]
     dropped = []
     for folder in folders:
@@ -236,15 +236,18 @@ def test_a_share_of_every_sample() -> None:
     def cost(index: int) -> float:
         return float(1 + index % 97)
 
-    def long(index: int) -> bool:
-        return index % 7 == 0
+    def tokens(index: int) -> int:
+        return 41 if index % 7 == 0 else 40
 
     for count in (1, 2, 3, 4, 20):
-        shares = [Share(Whole(), Ranks(number, count), cost, long) for number in range(count)]
+        ranks = [Ranks(number, count) for number in range(count)]
+        shares = [Share(Whole(), one, cost, tokens, 50).within(10) for one in ranks]
         assert {len(share) for share in shares} == {50}
         for step in range(50):
             own = [list(share.of(step)) for share in shares]
-            members = [index for index in Whole().of(step) if not long(index)]
+            members = [index for index in Whole().of(step) if tokens(index) <= 40]
+            split = [index for index in Whole().of(step) if tokens(index) > 40]
+            assert all(share.split(step) == split for share in shares)
             assert sorted(chain.from_iterable(own)) == sorted(members)
             assert all(sorted(one, key=members.index) == one for one in own)
             loads = [sum(map(cost, one)) for one in own]

@@ -15,6 +15,10 @@ from finesight.errors import UserError
 
 T = TypeVar("T")
 
+PACKS = 4
+"""A sample of more tokens than so many packs is split over several processes: what each then waits
+for others in every layer is little beside its own work, and one would need as much more memory."""
+
 
 class Budget(BaseModel):
     """Packs of at most `pack_tokens` tokens, and the share of layers whose activations are
@@ -25,17 +29,28 @@ class Budget(BaseModel):
     pack_tokens: int
     recompute: float
 
-    def below(self, pack: PackedBatch, learning: bool) -> Budget | None:
+    def within(self, other: Budget) -> Budget:
+        """Whichever is less of each."""
+        return Budget(
+            pack_tokens=min(self.pack_tokens, other.pack_tokens),
+            recompute=max(self.recompute, other.recompute),
+        )
+
+    def below(self, pack: PackedBatch, learning: bool, splits: bool = False) -> Budget | None:
         """The next one to try where this pack was too much; None where nothing is left.
 
         Half of what the pack held, so that none like it comes again. What one sample needs is less
-        only when activations are computed twice, which are kept for learning alone.
+        only when activations are computed twice, which are kept for learning alone, or where the
+        run `splits` it.
         """
         if len(pack.lengths) > 1:
             held = min(self.pack_tokens, sum(pack.lengths))
             return self.model_copy(update={"pack_tokens": max(1, held // 2)})
         if learning and self.recompute < 1.0:
             return self.model_copy(update={"recompute": 1.0})
+        if learning and splits and pack.share is None:
+            split = (sum(pack.lengths) - 1) // PACKS
+            return self.model_copy(update={"pack_tokens": split}) if split else None
         return None
 
     def unlike(self, old: Budget) -> str:
@@ -69,9 +84,13 @@ class FullMemory(UserError):
 
 
 def too_much(
-    error: torch.OutOfMemoryError, pack: PackedBatch, budget: Budget, learning: bool
+    error: torch.OutOfMemoryError,
+    pack: PackedBatch,
+    budget: Budget,
+    learning: bool,
+    splits: bool = False,
 ) -> FullMemory:
-    """What a refusal of memory for a pack means."""
+    """What a refusal of memory for a pack means, to a run that may split samples or not."""
     samples, first = len(pack.lengths), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
@@ -81,9 +100,8 @@ def too_much(
         + (" whose activations are computed twice" if learning else ""),
         remedy="end other programs on this GPU and start again with --resume; or begin another run"
         " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
-        " weights in four bits (tune.nf4=[language]); several GPUs can share out such a sample"
-        " (train.split_tokens)",
-        below=budget.below(pack, learning),
+        " weights in four bits (tune.nf4=[language])",
+        below=budget.below(pack, learning, splits),
     )
 
 

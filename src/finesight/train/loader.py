@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,11 +32,18 @@ Form = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
 
 
-class Split(Protocol):
-    """Samples that all processes learn together, each a share of their tokens."""
+@runtime_checkable
+class Split(Members, Protocol):
+    """Samples of which each process learns some, and some are learned by all together, each process
+    a share of their tokens."""
 
-    def of(self, step: int) -> Sequence[int]:
-        """Indices into the corpus of those of a step, in the order in which all come to them."""
+    def within(self, pack_tokens: int) -> Split:
+        """The same where packs have at most so many tokens."""
+        ...
+
+    def split(self, step: int) -> Sequence[int]:
+        """Indices into the corpus of those that all learn, in the order in which all come to
+        them."""
         ...
 
     def share(self, outline: Outline) -> Slice:
@@ -214,8 +221,8 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, others: Iterator[Tenso
 
 @dataclass(frozen=True)
 class StepData(Dataset[Parcel | UserError]):
-    """Item k is step k: this process's shares of the samples that are `split`, and then `members`,
-    encoded and packed within the token budget.
+    """Item k is step k: this process's shares of the samples that are split, and then those that it
+    learns whole, encoded and packed within the token budget.
 
     A sample that turns out unusable when it is read, its picture damaged or, where not all samples
     were looked at beforehand, whatever is wrong with it, is dropped from the step, or is an error,
@@ -225,12 +232,11 @@ class StepData(Dataset[Parcel | UserError]):
 
     corpus: Corpus
     renderer: Rendering
-    members: Members
+    members: Members | Split
     pack_tokens: int
     unusable: Literal["drop", "refuse"]
     known: Known | None = None
     max_length: int | None = None
-    split: Split | None = None
 
     def without_pictures(self, known: Known) -> StepData:
         """The same steps, with what is known of all pictures in their place."""
@@ -238,7 +244,10 @@ class StepData(Dataset[Parcel | UserError]):
 
     def within(self, pack_tokens: int) -> StepData:
         """The same steps in packs of at most so many tokens."""
-        return replace(self, pack_tokens=pack_tokens)
+        members = self.members
+        if isinstance(members, Split):
+            members = members.within(pack_tokens)
+        return replace(self, members=members, pack_tokens=pack_tokens)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -283,15 +292,16 @@ class StepData(Dataset[Parcel | UserError]):
     def _split(self, number: int) -> tuple[list[Numbered], list[Slice], list[Dropped]]:
         """A step's long samples, each with the patches of this process's share alone, these shares,
         and those of them that are dropped, which one process tells of."""
-        if self.split is None:
+        members = self.members
+        if not isinstance(members, Split):
             return [], [], []
-        found, dropped = self._read(self.split.of(number))
-        shares = [self.split.share(one.outline) for _, one in found]
+        found, dropped = self._read(members.split(number))
+        shares = [members.share(one.outline) for _, one in found]
         own = [
             (index, replace(one, patches_ND=one.patches_ND[slice(*share.patches)]))
             for (index, one), share in zip(found, shares, strict=True)
         ]
-        return own, shares, dropped if self.split.counts else []
+        return own, shares, dropped if members.counts else []
 
     def _read(self, indices: Iterable[int]) -> tuple[list[Numbered], list[Dropped]]:
         """The samples with these indices, and those of them that are dropped."""

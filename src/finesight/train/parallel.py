@@ -285,13 +285,6 @@ def share_model(recipe: Recipe, model: AnyModel, dtype: torch.dtype, ranks: Rank
     """The model, from here on shared as the recipe says. Raises UserError for what cannot lie in
     parts."""
     how = recipe.train.parallel
-    if recipe.train.split_tokens is not None and isinstance(model, FallbackModel):
-        raise UserError(
-            "train.split_tokens is set, and this family is computed by transformers",
-            where="train.split_tokens",
-            expected="a family with code of its own",
-            remedy="leave train.split_tokens out, or set a lower data.max_length",
-        )
     if how == "ddp" or ranks.alone:
         return Replicated(model, ranks)
     if isinstance(model, FallbackModel):

@@ -52,7 +52,7 @@ from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
 ANYTHING = {
-    *("workers", "cache", "parallel", "split_tokens"),
+    *("workers", "cache", "parallel", "pack_tokens", "recompute"),
     *("keep", "save_every", "device", "precision"),
 }
 """Settings of `train` that a resumed run may change: they do not touch what is computed."""
@@ -230,7 +230,7 @@ def prepare(
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
-    members, split = shared(course, machine.ranks, glances, arithmetic, recipe.train.split_tokens)
+    members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -246,7 +246,7 @@ def prepare(
         train=train,
         held_out=held_out,
         course=course,
-        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data, split),
+        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
         model=model.train(),
         parallel=parallel,
         masters=masters,
@@ -298,7 +298,7 @@ def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) ->
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
     progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
-        session.keep_within(state.budget)
+        session.keep_within(state.budget.within(progress.budget))
 
 
 def _machine(recipe: Recipe, ranks: Ranks) -> Machine:

@@ -269,7 +269,7 @@ class Ranks:
         if len({*shares}) > 1:
             raise ShareFailed(
                 "a sample that all processes share is not the same for all of them",
-                where="train.split_tokens",
+                where="training",
                 expected="the same files for every process, as long as a run goes on",
                 remedy="see that the sample's pictures can be read everywhere, and start again with"
                 " --resume",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 
 from finesight.encode.encoded import Outline
 from finesight.encode.slice import Alone, Slice
+from finesight.train.budget import PACKS
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Split
@@ -16,21 +17,26 @@ from finesight.train.survey import Glances
 
 
 @dataclass(frozen=True)
-class Share:
-    """Of every step of `whole`, the samples of one process, but for those that all learn together:
-    the costliest first, each to the process that has least to do so far; `cost` is that of a sample
-    by its index."""
+class Share(Split):
+    """Of every step of `whole`, the samples of one process, but for those that are split: the
+    costliest first, each to the process that has least to do so far. `cost` and `tokens` are those
+    of a sample by its index."""
 
     whole: Members
     ranks: Ranks
     cost: Callable[[int], float]
-    together: Callable[[int], bool]
+    tokens: Callable[[int], int]
+    pack_tokens: int
 
     def __len__(self) -> int:
         return len(self.whole)
 
+    def within(self, pack_tokens: int) -> Share:
+        """Where less has room, more is split."""
+        return replace(self, pack_tokens=pack_tokens)
+
     def of(self, step: int) -> Sequence[int]:
-        members = [index for index in self.whole.of(step) if not self.together(index)]
+        members = [index for index in self.whole.of(step) if not self._is_split(index)]
         costs = [self.cost(index) for index in members]
         loads = [(0.0, 0, rank) for rank in range(self.ranks.count)]
         heapify(loads)
@@ -42,18 +48,9 @@ class Share:
                 own.append(place)
         return [members[place] for place in sorted(own)]
 
-
-@dataclass(frozen=True)
-class Long(Split):
-    """Of every step of `whole`, the samples that are too `long` for one process."""
-
-    whole: Members
-    ranks: Ranks
-    long: Callable[[int], bool]
-
-    def of(self, step: int) -> Sequence[int]:
+    def split(self, step: int) -> Sequence[int]:
         """In the order of the step."""
-        return [index for index in self.whole.of(step) if self.long(index)]
+        return [index for index in self.whole.of(step) if self._is_split(index)]
 
     def share(self, outline: Outline) -> Slice:
         """This process's."""
@@ -61,8 +58,11 @@ class Long(Split):
 
     @property
     def counts(self) -> bool:
-        """The first one does."""
+        """The first process does."""
         return self.ranks.first
+
+    def _is_split(self, index: int) -> bool:
+        return self.tokens(index) > PACKS * self.pack_tokens
 
 
 def shared(
@@ -70,22 +70,23 @@ def shared(
     ranks: Ranks,
     glances: Glances | None,
     arithmetic: Arithmetic | Uncounted,
-    split_tokens: int | None,
-) -> tuple[Members, Split | None]:
-    """This process's samples of each step, about as costly as those of any other; as many, where
-    not all samples have been looked at: what others see of one by then may differ. And those of
-    more than `split_tokens` tokens, which all learn together."""
+    pack_tokens: int,
+) -> Members:
+    """This process's samples of each step, about as costly as those of any other, and its share of
+    very long ones. As many, where not all samples have been looked at: what others see of one by
+    then may differ."""
     if ranks.alone:
-        return course, None
+        return course
     if glances is None:
-        return Share(course, ranks, lambda index: 1.0, lambda index: False), None
+        return Share(course, ranks, lambda index: 1.0, lambda index: 0, pack_tokens)
     seen = glances
 
     def cost(index: int) -> float:
         one = seen[index]
         return arithmetic.of(Alone((one.tokens,), one.grids, one.supervised)) or one.tokens
 
-    def long(index: int) -> bool:
-        return split_tokens is not None and seen[index].tokens > split_tokens
+    def tokens(index: int) -> int:
+        # What transformers computes is not shared out.
+        return 0 if isinstance(arithmetic, Uncounted) else seen[index].tokens
 
-    return Share(course, ranks, cost, long), Long(course, ranks, long)
+    return Share(course, ranks, cost, tokens, pack_tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
 from finesight.train.budget import Budget, FullMemory, too_much
-from finesight.train.loader import Step, read_steps
+from finesight.train.loader import Split, Step, read_steps
 from finesight.train.prepare import Session
 from finesight.train.ranks import Ranks, StepTorn, Together
 from finesight.train.seen import Seen
@@ -163,7 +163,9 @@ def _accumulate(
             # Another try has as much room as this one, and that of recordings, too.
             session.passes.forget()
             session.forget_gradients()
-            raise too_much(error, packed, session.progress.budget, learning=True) from None
+            splits = isinstance(session.data.members, Split)
+            budget = session.progress.budget
+            raise too_much(error, packed, budget, learning=True, splits=splits) from None
     return total
 
 

@@ -13,7 +13,7 @@ from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.evaluate.score import task_of
 from finesight.train.course import Members
-from finesight.train.loader import Split, StepData
+from finesight.train.loader import StepData
 from finesight.train.progress import Screen
 from finesight.train.survey import MOST, Glances, Survey, pictures_of, spread, survey
 
@@ -37,18 +37,11 @@ class Texts:
         return Glances(self.corpus, self.survey, renderer, data.max_length)
 
     def in_steps(
-        self,
-        renderer: Rendering,
-        members: Members,
-        pack_tokens: int,
-        data: Data,
-        split: Split | None = None,
+        self, renderer: Rendering, members: Members, pack_tokens: int, data: Data
     ) -> StepData:
-        """The samples in these steps, in packs of at most so many tokens; `split` are those that
-        all processes learn together."""
+        """The samples in these steps, in packs of at most so many tokens."""
         source = self.corpus, renderer, members, pack_tokens, data.unusable
-        limit = None if self.survey.whole else data.max_length
-        return StepData(*source, max_length=limit, split=split)
+        return StepData(*source, max_length=None if self.survey.whole else data.max_length)
 
 
 def texts_of(

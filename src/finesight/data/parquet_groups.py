@@ -63,6 +63,14 @@ def texts(path: Path, group: int) -> Any:
     return _texts(path, _version(path), group)
 
 
+def first_text(path: Path) -> dict[str, Any]:
+    """All columns of the first row but the pictures, of a file that has rows."""
+    with parquet_module(path).ParquetFile(path) as file:
+        names = _but_pictures(file)
+        record: dict[str, Any] = next(file.iter_batches(1, columns=names)).to_pylist()[0]
+        return record
+
+
 def has_pictures(path: Path) -> bool:
     """Whether the rows bring their pictures along."""
     return PICTURES in parquet_module(path).read_schema(path).names
@@ -95,8 +103,11 @@ def _version(path: Path) -> int:
 @lru_cache(2)
 def _texts(path: Path, version: int, group: int) -> Any:
     with _opened(path, version) as file:
-        names = [name for name in file.schema_arrow.names if name != PICTURES]
-        return file.read_row_group(group, columns=names)
+        return file.read_row_group(group, columns=_but_pictures(file))
+
+
+def _but_pictures(file: Any) -> list[str]:
+    return [name for name in file.schema_arrow.names if name != PICTURES]
 
 
 @lru_cache(2)

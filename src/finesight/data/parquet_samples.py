@@ -28,6 +28,7 @@ from finesight.data.parquet_groups import (
     has_pictures,
     metadata,
     texts,
+    undamaged,
 )
 from finesight.digests import digest
 from finesight.errors import UserError
@@ -60,7 +61,7 @@ class ParquetSamples:
         ends_G = self.index.beside_B
         group = int(np.searchsorted(ends_G, index, side="right"))
         before = int(ends_G[group - 1]) if group else 0
-        with unchanged(self.path, self.state):
+        with unchanged(self.path, self.state), undamaged(self.path):
             (record,) = texts(self.path, group).slice(index - before, 1).to_pylist()
         sample = sample_from(_record(record, self.where(index)), self.where(index))
         if not self.pictured:
@@ -95,7 +96,9 @@ def first_record(path: Path) -> dict[str, Any] | None:
     if not metadata(path).num_rows:
         return None
     try:
-        return _record(first_text(path), str(path)) | ({PICTURES: []} if has_pictures(path) else {})
+        with undamaged(path):
+            found = first_text(path)
+        return _record(found, str(path)) | ({PICTURES: []} if has_pictures(path) else {})
     except UserError:
         return None
 

@@ -79,6 +79,8 @@ def test_bad_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for read in (open_tar, is_webdataset):
         with pytest.raises(UserError, match="cannot be read: ReadError"):
             read(tmp_path / "none.tar")
+    with pytest.raises(UserError, match="no such file"):
+        open_tar(tmp_path / "missing.tar")
     with pytest.raises(UserError, match="holds no samples"):
         open_tar(tar_of(tmp_path / "empty.tar", {}))
     monkeypatch.setattr(tar_rows, "LARGEST", 10)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from finesight.data.formats.inventory import PICTURE_SUFFIXES
+from finesight.data.lines import opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
 from finesight.remote.members import Tar, open_tar_file
@@ -48,7 +49,7 @@ def is_webdataset(path: Path) -> bool:
 
 def open_tar(source: Path) -> Rows:
     """A row for each sample of a WebDataset. Raises UserError for a file that is none."""
-    with open_tar_file(source) as tar:
+    with opened(source), open_tar_file(source) as tar:
         total = sum(1 for _ in samples_in(tar))
     if total == 0:
         raise UserError(

@@ -41,12 +41,7 @@ def fetched(address: str) -> list[Path]:
         raise
     # Each storage's package has errors of its own, for refusals and for lines that break.
     except Exception as error:
-        raise UserError(
-            f"cannot be fetched ({type(error).__name__}: {str(error)[:200]})",
-            where=address,
-            expected="an address that this machine may read",
-            remedy="check the address and the credentials that its package asks for",
-        ) from error
+        raise _unfetched(address, error) from error
     if not files:
         raise UserError(
             "no file fits",
@@ -55,6 +50,18 @@ def fetched(address: str) -> list[Path]:
             remedy="check the address",
         )
     return files
+
+
+def _unfetched(address: str, error: Exception) -> UserError:
+    said = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
+    if isinstance(error, FileNotFoundError):
+        expected, remedy = "a file that is there", "check the address"
+    elif isinstance(error, PermissionError):
+        expected, remedy = "a file that this machine may read", "check the credentials"
+    else:
+        expected = "a storage that answers, and lets this machine read"
+        remedy = "check address, credentials and connection, and start again: what came is kept"
+    return UserError(f"cannot be fetched ({said})", where=address, expected=expected, remedy=remedy)
 
 
 def _opened(address: str) -> tuple[Any, str]:

@@ -42,7 +42,7 @@ def main(kind: TrackerKind, link: socket.socket) -> None:
             traceback.print_exc()
             reply = Reply(failed=cleaned(f"{type(error).__name__}: {error}"))
         link.sendall(reply.model_dump_json().encode() + b"\n")
-        if isinstance(record, End):
+        if reply.failed is not None or isinstance(record, End):
             return
     if writer is not None:
         writer.end(End(state="failed", reason="the process that trained has died"))

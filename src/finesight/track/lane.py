@@ -34,9 +34,9 @@ class _Lost(Exception):
 
 
 class Gone(NamedTuple):
-    """It takes no more records, and why."""
+    """It takes no more records: what to tell people."""
 
-    why: str
+    told: str
 
 
 class Lane:
@@ -69,10 +69,11 @@ class Lane:
         return self._over.wait(seconds)
 
     def kill(self) -> None:
-        """End it now, whatever it does. Its reason is that of a tracker that is not done yet."""
-        if not self._over.is_set():
-            self._heard.put(Gone("it was not done when the run had ended"))
-            self._over.set()
+        """End it now, whatever it does, unless it has come to its end."""
+        if self._over.is_set():
+            return
+        self._heard.put(Gone("was not done yet, and was ended"))
+        self._over.set()
         if self._process is not None:
             self._process.kill()
 
@@ -89,7 +90,7 @@ class Lane:
             if not self._over.is_set():
                 silent = isinstance(error, TimeoutError)
                 why = f"no answer for {CALL:g} s" if silent else str(error)
-                self._heard.put(Gone(why))
+                self._heard.put(Gone(f"{why}; the run goes on without it"))
         finally:
             self._over.set()
             if self._process is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LEFT_OUT = "[left out]"
+LEFT_OUT = "[removed]"
 
 _NAMED = re.compile(
     r"(?:^|[_-])(?:api_?key|key|token|secret|password|passwd|pass|pwd|credentials?)(?:$|[_-])",
@@ -44,7 +44,7 @@ _HOMES = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s\"']+")
 
 
 def cleaned(text: str) -> str:
-    """The text with `[left out]` in place of secrets, and `~` in place of home folders."""
+    """The text with `[removed]` in place of secrets, and `~` in place of home folders."""
     for secret in _values():
         text = text.replace(secret, LEFT_OUT)
     text = _USER_IN_ADDRESS.sub(r"\1", text)

@@ -70,7 +70,6 @@ class Tracking:
     def begin(self, facts: Mapping[str, Any]) -> None:
         """The run begins or goes on: with the recipe in force, and these facts of this run."""
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {"run": dict(facts)}
-        known = {kept.tracker: kept.id for kept in self._kept}
         for tracker, lane in self._lanes:
             lane.put(
                 Begin(
@@ -79,10 +78,14 @@ class Tracking:
                     folder=self._folder.resolve() / tracker.kind,
                     settings=settings,
                     step=self._step,
-                    id=known.get(tracker),
+                    id=self.known(tracker),
                 )
             )
         self._hear()
+
+    def known(self, tracker: Tracker) -> str | None:
+        """What this tracker called the run, if it began there."""
+        return next((kept.id for kept in self._kept if kept.tracker == tracker), None)
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """Figures as of `step` finished steps."""
@@ -136,7 +139,7 @@ class Tracking:
                         self._say(told.told)
                         self._keep(tracker, told.id)
                     case Gone():
-                        self._say(f"{tracker.kind}: {told.why}; the run goes on without it")
+                        self._say(f"{tracker.kind}: {told.told}")
 
     def _keep(self, tracker: Tracker, name: str | None) -> None:
         if name is None:

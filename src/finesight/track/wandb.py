@@ -58,6 +58,8 @@ class WeightsAndBiases(Writer):
                 self._run = wandb.init(mode="online", **run)
             except Error as error:
                 offline, why = True, f" ({type(error).__name__}: {error})"
+                # It holds the run's id, to which it would still try to connect.
+                wandb.teardown()
         if offline:
             self._run = wandb.init(mode="offline", **run)
         # Not its own step, which refuses those that a resumed run does again.

@@ -16,7 +16,7 @@ from broken_trackers import plant
 from finesight.config import Tracker
 from finesight.track import child, lane
 from finesight.track.lane import Gone, Lane
-from finesight.track.records import Begin, Begun, End, Figures
+from finesight.track.records import Alert, Begin, Begun, End, Figures, Row
 
 LONG = 60.0
 
@@ -24,6 +24,10 @@ LONG = 60.0
 def begin(folder: Path) -> Begin:
     tracker = Tracker(kind="swanlab", address="offline")
     return Begin(tracker=tracker, name="x", folder=folder / "swanlab", settings={})
+
+
+def figures(step: int, loss: float = 1.0) -> Figures:
+    return Figures(rows=(Row(step=step, values={"loss": loss}),))
 
 
 def test_one_that_does_not_answer_is_given_up(
@@ -34,7 +38,7 @@ def test_one_that_does_not_answer_is_given_up(
     one = Lane("swanlab", tmp_path / "log")
     one.put(begin(tmp_path))
     for step in range(5):
-        one.put(Figures(step=step, values={"loss": 1.0}))
+        one.put(figures(step))
     assert one.wait(LONG)
     assert one.delivered < one.taken == 6
     assert list(one.heard())[-1] == Gone("no answer for 0.3 s; the run goes on without it")
@@ -50,12 +54,32 @@ def test_records_beyond_the_bound_are_left_out_and_counted(
     one = Lane("swanlab", tmp_path / "log")
     one.put(begin(tmp_path))
     for step in range(50):
-        one.put(Figures(step=step, values={"loss": 1.0}))
+        one.put(figures(step))
     one.kill()
     assert one.wait(0)
     assert one.taken == 51
     assert one.delivered <= 1
     assert list(one.heard())[-1] == Gone("was not done yet, and was ended")
+
+
+def test_figures_that_wait_go_together_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Still(Lane):
+        """One that delivers nothing by itself."""
+
+        def _serve(self) -> None:
+            pass
+
+    monkeypatch.setattr(lane, "TOGETHER", 3)
+    one = Still("swanlab", tmp_path / "log")
+    alert = Alert(step=5, level="info", title="t", text="t")
+    given = [begin(tmp_path), *map(figures, range(5)), alert, figures(6), End(state="finished")]
+    for record in given:
+        one.put(record)
+    sent = list(one._together())
+    steps = [[row.step for row in r.rows] if isinstance(r, Figures) else r.type for r in sent]
+    assert steps == ["begin", [0, 1, 2], [3, 4], "alert", [6], "end"]
 
 
 def test_one_that_works_takes_all_and_says_where(
@@ -64,7 +88,7 @@ def test_one_that_works_takes_all_and_says_where(
     plant(monkeypatch, tmp_path, "raises")
     one = Lane("swanlab", tmp_path / "log")
     one.put(begin(tmp_path))
-    one.put(Figures(step=1, values={"loss": float("nan")}))
+    one.put(figures(1, float("nan")))
     one.put(End(state="finished"))
     assert one.wait(LONG)
     assert one.delivered == one.taken == 3

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from finesight.config import TrackerKind
-from finesight.track.records import Begin, Begun, End, Record, Reply
+from finesight.track.records import Begin, Begun, End, Figures, Record, Reply, Row
 
 CALL = 120.0
 """Seconds that a tracker may take over one record: beyond a network that was gone for a minute."""
@@ -24,6 +24,9 @@ CALL = 120.0
 MOST = 10_000
 """Records that wait for a slow tracker; those beyond are left out. They are a kilobyte each, but
 for the pictures of an evaluation, which are few."""
+
+TOGETHER = 50
+"""Steps whose figures go in one record, at most."""
 
 LEAVING = 5.0
 """Seconds for the process to end in, after the run has been closed."""
@@ -98,8 +101,7 @@ class Lane:
 
     def _empty(self, link: socket.socket, answers: BinaryIO) -> None:
         link.settimeout(CALL)
-        while True:
-            record = self._waiting.get()
+        for record in self._together():
             link.sendall(record.model_dump_json().encode() + b"\n")
             line = answers.readline()
             if not line.endswith(b"\n"):
@@ -107,11 +109,27 @@ class Lane:
             reply = Reply.model_validate_json(line)
             if reply.failed is not None:
                 raise _Lost(reply.failed)
-            self.delivered += 1
+            self.delivered += len(record.rows) if isinstance(record, Figures) else 1
             if reply.begun is not None:
                 self._heard.put(reply.begun)
-            if isinstance(record, End):
-                return
+
+    def _together(self) -> Iterator[Record]:
+        """What waits, up to the end of the run. Figures that wait one after the other go in one: a
+        tracker that asks a server far away each time keeps up with quick steps only so."""
+        record: Record | None = None
+        while True:
+            record = self._waiting.get() if record is None else record
+            rows: list[Row] = []
+            while isinstance(record, Figures) and len(rows) < TOGETHER:
+                rows += record.rows
+                record = None if self._waiting.empty() else self._waiting.get()
+            if rows:
+                yield Figures(rows=tuple(rows))
+            elif record is not None:
+                yield record
+                if isinstance(record, End):
+                    return
+                record = None
 
 
 def _started(kind: TrackerKind, link: socket.socket, log: Path) -> subprocess.Popen[bytes]:

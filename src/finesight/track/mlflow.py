@@ -6,6 +6,7 @@ import time
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures, State
@@ -14,8 +15,8 @@ from finesight.track.writer import EXAMPLES, Writer, flat
 LONGEST = 6000
 """Characters of a parameter that servers take."""
 
-TOGETHER = 100
-"""Parameters that servers take in one request."""
+PARAMETERS, METRICS = 100, 1000
+"""How many of them servers take in one request."""
 
 STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
@@ -26,7 +27,7 @@ class MLflow(Writer):
     def begin(self, begin: Begin) -> Begun:
         address, project = begin.tracker.address, begin.tracker.project
         self._client = client = MlflowClient(tracking_uri=address or mlflow.get_tracking_uri())
-        if begin.id is not None:
+        if begin.id is not None and _exists(client, begin.id):
             self._id = begin.id
             client.update_run(self._id, status="RUNNING")
         else:
@@ -36,15 +37,20 @@ class MLflow(Writer):
             tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight train"}
             self._id = client.create_run(experiment, run_name=begin.name, tags=tags).info.run_id
             parameters = [Param(name, value[:LONGEST]) for name, value in flat(begin.settings)]
-            for first in range(0, len(parameters), TOGETHER):
-                client.log_batch(self._id, params=parameters[first : first + TOGETHER])
+            for first in range(0, len(parameters), PARAMETERS):
+                client.log_batch(self._id, params=parameters[first : first + PARAMETERS])
         where = f"run {self._id} of experiment {project}"
         return Begun(id=self._id, told=f"MLflow: {where}")
 
     def figures(self, figures: Figures) -> None:
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, figures.step) for name, value in figures.values.items()]
-        self._client.log_batch(self._id, metrics=metrics)
+        metrics = [
+            Metric(name, value, now, row.step)
+            for row in figures.rows
+            for name, value in row.values.items()
+        ]
+        for first in range(0, len(metrics), METRICS):
+            self._client.log_batch(self._id, metrics=metrics[first : first + METRICS])
 
     def pictures(self, pictures: Pictures) -> None:
         captions = []
@@ -62,3 +68,13 @@ class MLflow(Writer):
 
     def end(self, end: End) -> None:
         self._client.set_terminated(self._id, STATES[end.state])
+
+
+def _exists(client: MlflowClient, name: str) -> bool:
+    """Whether the run is still there: somebody may have tidied up."""
+    try:
+        return bool(client.get_run(name).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise

@@ -43,12 +43,18 @@ class Begin(_Message):
     id: str | None = None
 
 
-class Figures(_Message):
+class Row(_Message):
     """Figures by name as of `step` finished steps."""
 
-    type: Literal["figures"] = "figures"
     step: int
     values: dict[str, float]
+
+
+class Figures(_Message):
+    """Those of one step, or of several that waited for a slow tracker and go on together."""
+
+    type: Literal["figures"] = "figures"
+    rows: tuple[Row, ...]
 
 
 class Picture(_Message):

@@ -65,7 +65,8 @@ class SwanLab(Writer):
         return Begun(id=self._run.id, told=f"SwanLab: {told}")
 
     def figures(self, figures: Figures) -> None:
-        self._run.log(dict(figures.values), step=figures.step)
+        for row in figures.rows:
+            self._run.log(dict(row.values), step=row.step)
 
     def pictures(self, pictures: Pictures) -> None:
         drawn = {

@@ -33,8 +33,9 @@ class TensorBoard(Writer):
         return Begun(id=None, told=f"TensorBoard: tensorboard --logdir {begin.folder}")
 
     def figures(self, figures: Figures) -> None:
-        values = [Summary.Value(tag=n, simple_value=v) for n, v in figures.values.items()]
-        self._write(figures.step, summary=Summary(value=values))
+        for row in figures.rows:
+            values = [Summary.Value(tag=n, simple_value=v) for n, v in row.values.items()]
+            self._write(row.step, summary=Summary(value=values))
 
     def pictures(self, pictures: Pictures) -> None:
         for number, picture in enumerate(pictures.pictures, 1):

@@ -25,6 +25,7 @@ from finesight.track.records import (
     Picture,
     Pictures,
     Record,
+    Row,
     State,
 )
 
@@ -90,7 +91,7 @@ class Tracking:
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """Figures as of `step` finished steps."""
         self._step = step
-        self._put(Figures(step=step, values=dict(values)))
+        self._put(Figures(rows=(Row(step=step, values=dict(values)),)))
 
     def pictures(self, step: int, pictures: Sequence[Picture]) -> None:
         """What was answered after `step` steps."""

@@ -40,7 +40,8 @@ class Trackio(Writer):
         return Begun(id=self._run.name, told=f"Trackio: {where}")
 
     def figures(self, figures: Figures) -> None:
-        self._run.log(dict(figures.values), step=figures.step)
+        for row in figures.rows:
+            self._run.log(dict(row.values), step=row.step)
 
     def pictures(self, pictures: Pictures) -> None:
         drawn = {

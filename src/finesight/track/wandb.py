@@ -70,7 +70,8 @@ class WeightsAndBiases(Writer):
         return Begun(id=self._run.id, told=f"W&B: {told}")
 
     def figures(self, figures: Figures) -> None:
-        self._run.log({"step": figures.step, **figures.values})
+        for row in figures.rows:
+            self._run.log({"step": row.step, **row.values})
 
     def pictures(self, pictures: Pictures) -> None:
         # Not as one list: those of other sizes would be squeezed.

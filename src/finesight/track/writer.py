@@ -23,7 +23,7 @@ class Writer(ABC):
 
     @abstractmethod
     def figures(self, figures: Figures) -> None:
-        """Record figures."""
+        """Record the figures of some steps."""
 
     @abstractmethod
     def pictures(self, pictures: Pictures) -> None:

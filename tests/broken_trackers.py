@@ -25,7 +25,7 @@ class Run:
 
 class Settings:
     Probe = Terminal = staticmethod(lambda **given: given)
-    api_key = None
+    api_key, mode = None, "online"
     integration = types.SimpleNamespace(webhook=types.SimpleNamespace(url=""))
     def __init__(self, **given):
         pass

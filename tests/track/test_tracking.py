@@ -114,6 +114,22 @@ def test_a_run_that_is_stopped_alerts(
         assert alerted in file.read_bytes()
 
 
+def test_a_run_that_does_not_begin_is_nobodys_business(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, tmp_path, "raises")
+    said: list[str] = []
+
+    def stopped() -> None:
+        with tracked(recipe(track=["swanlab"]), tmp_path, 0, said.append):
+            raise UserError("the memory is full")
+
+    with pytest.raises(UserError):
+        stopped()
+    assert said == []
+    assert not (tmp_path / "track" / "swanlab").exists()
+
+
 def test_a_run_goes_on_under_its_id_only_at_the_same_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

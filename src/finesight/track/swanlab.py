@@ -8,6 +8,7 @@ from typing import Any
 import requests
 import swanlab
 
+from finesight.config import WORDS
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures, State
 from finesight.track.writer import EXAMPLES, Writer
 
@@ -21,7 +22,7 @@ class SwanLab(Writer):
     def begin(self, begin: Begin) -> Begun:
         tracker = begin.tracker
         begin.folder.mkdir(parents=True, exist_ok=True)
-        hosted = tracker.address not in (None, "cloud", "local", "offline")
+        hosted = tracker.address not in (None, *WORDS["swanlab"])
         given = {"api_host": tracker.address} if hosted else {}
         self._settings = settings = swanlab.Settings(
             interactive=False,
@@ -48,21 +49,22 @@ class SwanLab(Writer):
             "public": False,
         }
         os.chdir(begin.folder)
-        mode = tracker.address if tracker.address in ("local", "offline") else "online"
-        why = "no key"
-        if mode == "online" and settings.api_key is not None:
+        # Without an address SWANLAB_MODE counts.
+        word = settings.mode if tracker.address is None else tracker.address
+        mode = word if word in ("local", "offline", "disabled") else "online"
+        why = ""
+        if mode == "online" and settings.api_key is None:
+            mode, why = "offline", " (no key)"
+        if mode == "online":
             try:
                 self._run: Any = swanlab.init(mode="online", **run)
                 return Begun(id=self._run.id, told=f"SwanLab: {self._run.url}")
             except Exception as error:  # its own, its HTTP client's and the system's have no base
-                why = f"{type(error).__name__}: {error}"
-        self._run = swanlab.init(mode="local" if mode == "local" else "offline", **run)
-        if mode == "local":
-            told = f"swanlab watch {begin.folder}"
-        else:
-            said = f" ({why})" if mode == "online" else ""
-            told = f"offline{said}: swanlab sync {begin.folder / self._run.dir.name}"
-        return Begun(id=self._run.id, told=f"SwanLab: {told}")
+                mode, why = "offline", f" ({type(error).__name__}: {error})"
+        self._run = swanlab.init(mode=mode, **run)
+        files = begin.folder / self._run.dir.name
+        ways = {"offline": f"swanlab sync {files}", "local": f"swanlab watch {begin.folder}"}
+        return Begun(id=self._run.id, told=f"SwanLab: {mode}{why}: {ways.get(mode, 'nowhere')}")
 
     def figures(self, figures: Figures) -> None:
         for row in figures.rows:

@@ -57,6 +57,7 @@ class Tracking:
     def __init__(self, recipe: Recipe, run: Path, step: int, say: Say) -> None:
         self._recipe, self._run, self._step, self._say = recipe, run, step, say
         self._folder = run / TRACK
+        self._begun = False
         self._kept = _read(self._folder / IDS, say) if recipe.track else []
         self._lanes = [
             (tracker, Lane(tracker.kind, self._folder / f"{tracker.kind}.log"))
@@ -70,6 +71,7 @@ class Tracking:
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """The run begins or goes on: with the recipe in force, and these facts of this run."""
+        self._begun = True
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {"run": dict(facts)}
         for tracker, lane in self._lanes:
             lane.put(
@@ -105,6 +107,10 @@ class Tracking:
 
     def end(self, end: End) -> None:
         """Let all trackers deliver what is left, for a bounded time, and say what was not."""
+        if not self._begun:
+            for _, lane in self._lanes:
+                lane.kill()
+            return
         for _, lane in self._lanes:
             lane.put(end)
         start, seconds = time.monotonic(), WAIT[end.state]
@@ -127,9 +133,10 @@ class Tracking:
             lane.wait(max(0.0, until - time.monotonic()))
 
     def _put(self, record: Record) -> None:
-        for _, lane in self._lanes:
-            lane.put(record)
-        self._hear()
+        if self._begun:
+            for _, lane in self._lanes:
+                lane.put(record)
+            self._hear()
 
     def _hear(self) -> None:
         """Tell people, from their own thread, what trackers have told."""

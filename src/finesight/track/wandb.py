@@ -51,22 +51,27 @@ class WeightsAndBiases(Writer):
             "dir": str(folder),
             "settings": settings,
         }
-        offline = address == "offline" or settings.mode != "online"
+        # Without an address WANDB_MODE counts.
+        mode = address if address in (None, "offline") else "online"
         why = ""
-        if not offline:
-            try:
-                self._run = wandb.init(mode="online", **run)
-            except Error as error:
-                offline, why = True, f" ({type(error).__name__}: {error})"
-                # It holds the run's id, to which it would still try to connect.
-                wandb.teardown()
-        if offline:
+        try:
+            self._run: Any = wandb.init(mode=mode, **run)
+        except Error as error:
+            if mode == "offline":
+                raise
+            why = f" ({type(error).__name__}: {error})"
+            # It holds the run's id, under which it would still try to connect.
+            wandb.teardown()
             self._run = wandb.init(mode="offline", **run)
         # Not its own step, which refuses those that a resumed run does again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         files = Path(self._run.dir).parent
-        told = f"offline{why}: wandb sync {files}" if offline else self._run.url
+        told = (
+            f"offline{why}: wandb sync {files}"
+            if self._run.offline
+            else self._run.url or "disabled"
+        )
         return Begun(id=self._run.id, told=f"W&B: {told}")
 
     def figures(self, figures: Figures) -> None:

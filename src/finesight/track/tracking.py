@@ -66,8 +66,8 @@ class Tracking:
 
     @property
     def on(self) -> bool:
-        """Whether there is anybody to tell."""
-        return bool(self._lanes)
+        """Whether there is anybody left to tell."""
+        return any(not lane.wait(0) for _, lane in self._lanes)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """The run begins or goes on: with the recipe in force, and these facts of this run."""
@@ -102,8 +102,7 @@ class Tracking:
 
     def alert(self, level: Level, title: str, text: str) -> None:
         """Something to hear of now, as of the step of the last figures."""
-        if self.on:
-            self._put(Alert(step=self._step, level=level, title=title, text=text))
+        self._put(Alert(step=self._step, level=level, title=title, text=text))
 
     def end(self, end: End) -> None:
         """Let all trackers deliver what is left, for a bounded time, and say what was not."""

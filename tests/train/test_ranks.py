@@ -130,12 +130,14 @@ def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
 
 def test_answers_are_shared_out(tmp_path: Path) -> None:
     """Three held-out samples, one of them damaged: of four processes some have none to answer, and
-    what is measured and written is what one process does."""
+    what is measured and written is what one process does. The first process alone tracks."""
     task = Task(tmp_path / "task")
+    task.recipe["track"] = ["tensorboard"]
     broken = task.folder / "eval1.png"
     broken.write_bytes(broken.read_bytes()[:-30])
     task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 8}
     folders = [run(task, count, f"run{count}", epochs=1) for count in (1, 2, 4)]
+    assert [len(list((one / "track" / "tensorboard").iterdir())) for one in folders] == [1, 1, 1]
     for name in ("before", "after"):
         alone, *others = [(run_ / "predictions" / f"{name}.jsonl").read_text() for run_ in folders]
         assert alone.count("\n") == 2

@@ -25,7 +25,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.check.findings import Finding
-    from finesight.check.subjects import Model, Subject
+    from finesight.check.subjects import Model, Packed, Subject
 
 SHOWN = 3
 """Findings of each fault that are printed; the others are counted."""
@@ -122,7 +122,11 @@ def check(
 
 
 def _carried_out(
-    subjects: Sequence[Subject], judge: Model, fix: Path | None, html: Path | None, as_json: bool
+    subjects: Sequence[Subject | Packed],
+    judge: Model,
+    fix: Path | None,
+    html: Path | None,
+    as_json: bool,
 ) -> int:
     """Check, print, draw and mend; gives the exit code."""
     from finesight.check.findings import exit_code

@@ -13,6 +13,8 @@ from finesight.data.lines import Unreadable
 from finesight.errors import Interrupted
 from finesight.report.run_page import MOST_ON_THE_WAY
 from finesight.storage import require_room
+from finesight.track.kinds import require_packages
+from finesight.track.tracking import tracked
 from finesight.train.budget import Budget, FullMemory, enough_memory, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
@@ -33,7 +35,6 @@ from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
-from finesight.train.track import trackers
 from finesight.train.waiting import awaited
 from finesight.train.workers import WorkerDied
 
@@ -70,6 +71,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             if not run.report.exists():
                 report(run, screen)
             return result
+        require_packages(recipe.track)
         session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
         checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
         require_room_for_run(session, len(checkpoints.steps()))
@@ -86,16 +88,15 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
-        tracks = trackers(recipe, run.folder, screen.say, session.progress.step)
-        for tracker in tracks:
-            stack.enter_context(closing(tracker))
-        reporter = Reporter(session, screen, tracks)
+        trackers = tracked(recipe, run.folder, session.progress.step, screen.say)
+        reporter = Reporter(session, screen, stack.enter_context(trackers))
         rehearse(session)
         reporter.started(time.perf_counter() - start)
         device = session.machine.device
-        # After the trackers, which may take hold of signals themselves.
         with stop.listening(), set_to_learn(device):
-            return Loop(session, screen, reporter, stop).go()
+            result = Loop(session, screen, reporter, stop).go()
+        reporter.finished(result)
+        return result
 
 
 @contextmanager
@@ -244,7 +245,7 @@ class Loop:
         self.ranks.called(Errand.MEASURE)
         with self.tower.back():
             measured = measure(self.session, name, self.screen, self.stop)
-        self.reporter.measured(measured, time.perf_counter() - start)
+        self.reporter.measured(measured, name, time.perf_counter() - start)
         progress.measured = progress.step
         found = best_of(measured)
         if found.better_than(progress.best) and 0 < progress.step < self.total:

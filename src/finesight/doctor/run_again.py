@@ -1,0 +1,86 @@
+"""Commands about a run: going on with it, and the same recipe again with another setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from finesight.doctor.findings import typed
+from finesight.report.facts import last_start
+from finesight.report.record import Line, Record
+from finesight.run_folder import RECIPE
+
+DEFAULT_RATE = 1e-4
+"""What a recipe that names no learning rate learns with."""
+
+
+def resume(record: Record, *changes: str) -> str:
+    """Go on from the newest checkpoint."""
+    return typed("finesight", "train", str(record.folder / RECIPE), *changes, "--resume")
+
+
+def again(record: Record, *changes: str) -> str:
+    """The same recipe with other settings, in a new folder beside this one."""
+    recipe = str(record.folder / RECIPE)
+    return typed("finesight", "train", recipe, *changes, f"output={beside(record.folder)}")
+
+
+def beside(folder: Path) -> Path:
+    """A name that nothing has yet."""
+    number = 2
+    while (found := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return found
+
+
+def section(record: Record, name: str) -> Line:
+    """A group of the recipe's settings, empty where the recipe could not be read."""
+    found = record.recipe.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def setting(record: Record, name: str, key: str, default: float) -> float:
+    """A number of the recipe, `default` where it names none."""
+    found = section(record, name).get(key)
+    return float(found) if isinstance(found, int | float) else default
+
+
+def rates(record: Record) -> dict[str, float]:
+    """The learning rates that the recipe names, `default` first."""
+    found = section(record, "train").get("learning_rate")
+    named: Mapping[str, object] = found if isinstance(found, dict) else {"default": found}
+    known = {key: float(v) for key, v in named.items() if isinstance(v, int | float)}
+    return known or {"default": DEFAULT_RATE}
+
+
+def rates_times(record: Record, factor: float) -> list[str]:
+    """Overrides that multiply every learning rate of the recipe."""
+    changed = {part: f"{rounded(rate * factor):g}" for part, rate in rates(record).items()}
+    return [f"train.learning_rate.{part}={rate}" for part, rate in changed.items()]
+
+
+def rounded(rate: float) -> float:
+    """To one digit that counts, as people write rates."""
+    power = math.floor(math.log10(rate))
+    return float(round(rate / 10.0**power) * 10.0**power)
+
+
+def length(record: Record, share: float) -> list[str]:
+    """Overrides that make a run so many times as long."""
+    train = section(record, "train")
+    if isinstance(train.get("steps"), int):
+        return [f"train.steps={max(1, math.ceil(train['steps'] * share))}"]
+    epochs = train.get("epochs")
+    return [f"train.epochs={rounded_up((epochs if epochs else 1) * share):g}"]
+
+
+def rounded_up(value: float) -> float:
+    """To a hundredth."""
+    return math.ceil(100 * value - 1e-9) / 100
+
+
+def workers(record: Record) -> int | None:
+    """Reading processes of the process that wrote last."""
+    found = last_start(record).get("workers")
+    return found if isinstance(found, int) else None

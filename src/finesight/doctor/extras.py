@@ -66,7 +66,7 @@ def judge(packages: Packages) -> list[Finding]:
             hint(
                 "metadata-old",
                 f"finesight's installed metadata do not know {', '.join(unknown)}",
-                why="they are older than its code: versions are compared with what was required then",
+                why="older than its code: versions are compared with what it required then",
                 remedy=packages.install("--no-deps", "-e", "."),
             )
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from packaging.version import InvalidVersion, Version
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
 
 SELF = "finesight"
+
+NOT_FOR_USERS = ("dev",)
+"""Extras that whoever works on finesight installs."""
 
 PIP = (sys.executable, "-m", "pip")
 """Of the Python that runs this, whatever `pip` alone would mean."""
@@ -77,7 +79,7 @@ def judge(packages: Packages) -> list[Finding]:
     """What is wrong with them, and what it takes to mend it."""
     found = [*_own(packages), *_unmet(packages), *_twice(packages), *_left(packages)]
     if not any(one.severity == "fault" for one in found):
-        count = len({canonicalize_name(one.requirement.name) for one in _closure(packages)})
+        count = len({one.name for one in _closure(packages)})
         found.insert(0, fine("versions", f"{count} packages that finesight needs, none clashes"))
     return found
 
@@ -101,38 +103,44 @@ def _own(packages: Packages) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A requirement, and who has it."""
+    """A requirement, who has it, and whether it is of an extra alone."""
 
     by: str
     requirement: Requirement
+    optional: bool
+
+    @property
+    def name(self) -> str:
+        """The canonical name of what is required."""
+        return canonicalize_name(self.requirement.name)
 
 
-def _closure(packages: Packages) -> Iterator[_Wanted]:
-    """What finesight requires, what that requires, and so on, each pair once. Of its extras, what
-    is installed is followed, too: it is used wherever it is there."""
+def _closure(packages: Packages) -> list[_Wanted]:
+    """What finesight requires, what that requires, and so on, each once. Of its extras, what is
+    installed is followed, too: it is used wherever it is there."""
     own = packages.found.get(SELF, ())[:1]
-    pending: list[tuple[str, str, bool]] = [
-        (SELF, text, True) for one in own for text in one.requires
-    ]
-    done: set[tuple[str, str]] = set()
+    # Who requires it, what, the extras that were asked of them, and whether for an extra alone.
+    pending: list[tuple[str, str, tuple[str, ...], bool]] = []
+    for one in own:
+        pending += [(SELF, text, (), False) for text in one.requires]
+        extras = tuple(name for name in one.extras if name not in NOT_FOR_USERS)
+        pending += [(SELF, text, extras, True) for text in one.requires]
+    done: dict[tuple[str, str], _Wanted] = {}
     while pending:
-        by, text, optional = pending.pop()
-        if (by, text) in done:
-            continue
-        done.add((by, text))
+        by, text, extras, optional = pending.pop(0)
         requirement = _read(text)
-        if requirement is None or not _applies(requirement, optional):
+        if (by, text) in done or requirement is None or not _applies(requirement, extras):
             continue
-        name = canonicalize_name(requirement.name)
-        there = packages.found.get(name, ())
-        if _is_optional(requirement) and not there:
+        wanted = _Wanted(by, requirement, optional)
+        there = packages.found.get(wanted.name, ())
+        if wanted.name == SELF or (optional and by == SELF and not there):
             continue
-        yield _Wanted(by, requirement)
-        extras = requirement.extras
-        for more in there[0].requires if there and name != SELF else ():
-            inner = _read(more)
-            if inner is not None and _applies(inner, False, extras):
-                pending.append((name, more, bool(extras)))
+        done[by, text] = wanted
+        asked = tuple(requirement.extras)
+        pending += [
+            (wanted.name, more, asked, optional) for one in there[:1] for more in one.requires
+        ]
+    return list(done.values())
 
 
 def _read(text: str) -> Requirement | None:
@@ -142,83 +150,77 @@ def _read(text: str) -> Requirement | None:
         return None
 
 
-def _is_optional(requirement: Requirement) -> bool:
-    return requirement.marker is not None and "extra" in str(requirement.marker)
-
-
-def _applies(requirement: Requirement, optional: bool, extras: Iterable[str] = ()) -> bool:
-    """Whether it holds on this machine; of `optional` ones, whatever their extra is called."""
+def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
+    """Whether it holds on this machine, with any of these extras or without."""
     if requirement.marker is None:
         return True
-    names = [*extras, ""]
-    if optional:
-        names += re.findall(r"extra == ['\"]([^'\"]+)", str(requirement.marker))
     environment = {key: str(value) for key, value in default_environment().items()}
-    return any(requirement.marker.evaluate(environment | {"extra": name}) for name in names)
+    return any(requirement.marker.evaluate(environment | {"extra": n}) for n in ("", *extras))
+
+
+def _by_name(packages: Packages) -> dict[str, list[_Wanted]]:
+    by_name: dict[str, list[_Wanted]] = {}
+    for wanted in _closure(packages):
+        by_name.setdefault(wanted.name, []).append(wanted)
+    return by_name
+
+
+def _within(name: str, every: Sequence[_Wanted]) -> str:
+    """The package within all bounds at once: mending one clash must not make another one."""
+    bounds = sorted({str(spec) for one in every for spec in one.requirement.specifier})
+    return f"{name}{','.join(bounds)}"
 
 
 def _unmet(packages: Packages) -> Iterator[Finding]:
-    """Requirements that nothing installed fulfils, a finding for each that is not."""
-    unmet: dict[str, list[_Wanted]] = {}
-    for wanted in _closure(packages):
-        name = canonicalize_name(wanted.requirement.name)
+    """Requirements that nothing installed fulfils, a finding for each package; of one that is there
+    twice, nobody knows which it is."""
+    for name, every in sorted(_by_name(packages).items()):
         version = packages.version(name)
-        if version is None or not _fits(version, wanted.requirement):
-            unmet.setdefault(name, []).append(wanted)
-    for name, every in sorted(unmet.items()):
-        yield _unmet_finding(packages, name, every)
+        unmet = [one for one in every if version is None or not _fits(version, one.requirement)]
+        if unmet and len(_beside(packages, name)) < 2:
+            remedy = packages.install(_within(name, every))
+            yield _unmet_finding(name, version, unmet, remedy)
 
 
 def _fits(version: str, requirement: Requirement) -> bool:
     try:
         return requirement.specifier.contains(Version(version), prereleases=True)
-    except InvalidVersion:
-        return False
+    except InvalidVersion:  # nobody's business but its maker's
+        return True
 
 
-def _unmet_finding(packages: Packages, name: str, every: Sequence[_Wanted]) -> Finding:
-    version = packages.version(name)
-    asked = [f"{one.by} requires {name}{one.requirement.specifier}" for one in every]
-    # All that is required of it at once: mending one clash must not make another one.
-    others = [w for w in _closure(packages) if canonicalize_name(w.requirement.name) == name]
-    bounds = sorted({str(spec) for one in others for spec in one.requirement.specifier})
-    remedy = packages.install(f"{name}{','.join(bounds)}")
+def _unmet_finding(
+    name: str, version: str | None, unmet: Sequence[_Wanted], remedy: str
+) -> Finding:
+    why = "; ".join(f"{one.by} requires {name}{one.requirement.specifier}" for one in unmet)
+    make = hint if all(one.optional for one in unmet) else fault
     if version is None:
-        return fault(
-            "package-missing",
-            f"{name} is not installed",
-            why="; ".join(asked),
-            remedy=remedy,
-        )
-    return fault(
-        "version-clash",
-        f"{name} {version} is installed",
-        why="; ".join(asked),
-        remedy=remedy,
-    )
+        return make("package-missing", f"{name} is not installed", why=why, remedy=remedy)
+    return make("version-clash", f"{name} {version} is installed", why=why, remedy=remedy)
+
+
+def _beside(packages: Packages, name: str) -> list[Installed]:
+    """Those of its distributions that lie in the folder of the first."""
+    every = packages.found.get(name, ())
+    return [one for one in every if one.folder == every[0].folder]
 
 
 def _twice(packages: Packages) -> Iterator[Finding]:
-    for name, every in sorted(packages.found.items()):
-        first = every[0]
-        beside = [one for one in every if one.folder == first.folder]
-        if len(beside) > 1:
-            versions = " and ".join(one.version for one in beside)
-            away = typed(*PIP, "uninstall", "--yes", name)
-            again = f"{name}=={max(beside, key=_newest).version}"
-            yield fault(
-                "installed-twice",
-                f"{name} is installed twice in {first.folder}: {versions}",
-                why="an installation was interrupted: files of both may lie mixed",
-                remedy=" && ".join([*[away] * len(beside), packages.install(again)]),
-            )
-
-
-def _newest(one: Installed) -> Version:
-    try:
-        return Version(one.version)
-    except InvalidVersion:
-        return Version("0")
+    wanted = _by_name(packages)
+    for name in sorted(packages.found):
+        beside = _beside(packages, name)
+        if len(beside) < 2:
+            continue
+        versions = " and ".join(sorted(one.version for one in beside))
+        away = typed(*PIP, "uninstall", "--yes", name)
+        again = packages.install(_within(name, wanted.get(name, ())))
+        make = fault if name in wanted else hint
+        yield make(
+            "installed-twice",
+            f"{name} is installed twice in {beside[0].folder}: {versions}",
+            why="an installation was interrupted: files of both may lie mixed",
+            remedy=" && ".join([*[away] * len(beside), again]),
+        )
 
 
 def _left(packages: Packages) -> Iterator[Finding]:

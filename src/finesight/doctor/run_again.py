@@ -14,6 +14,9 @@ from finesight.run_folder import RECIPE
 DEFAULT_RATE = 1e-4
 """What a recipe that names no learning rate learns with."""
 
+FASTEST = 1e-3
+"""A learning rate that even small adapters stand."""
+
 
 def resume(record: Record, *changes: str) -> str:
     """Go on from the newest checkpoint."""
@@ -58,6 +61,11 @@ def rates_times(record: Record, factor: float) -> list[str]:
     """Overrides that multiply every learning rate of the recipe."""
     changed = {part: f"{rounded(rate * factor):g}" for part, rate in rates(record).items()}
     return [f"train.learning_rate.{part}={rate}" for part, rate in changed.items()]
+
+
+def lower_rates(record: Record) -> list[str]:
+    """Overrides for a run that learned too fast: a tenth, and at most `FASTEST`."""
+    return rates_times(record, min(0.1, FASTEST / max(rates(record).values())))
 
 
 def rounded(rate: float) -> float:

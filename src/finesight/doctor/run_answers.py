@@ -58,6 +58,8 @@ def judge(record: Record) -> list[Finding]:
     found = list(_scores(record))
     answers = list(read_lines(record.answers[-1])) if record.answers else []
     found += [*_endless(record, answers), *_frames(record, answers)]
+    if not answers:
+        return [*found, fine("answers", "the held-out loss alone was measured: no eval.metric")]
     return found or [fine("answers", f"{len(answers)} held-out answers, nothing odd about them")]
 
 

@@ -10,7 +10,15 @@ from itertools import pairwise
 from statistics import median
 
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
-from finesight.doctor.run_again import again, length, rates, rates_times, resume, workers
+from finesight.doctor.run_again import (
+    again,
+    length,
+    lower_rates,
+    rates,
+    rates_times,
+    resume,
+    workers,
+)
 from finesight.report.facts import WAITING
 from finesight.report.record import Line, Record
 
@@ -38,6 +46,9 @@ KNOWN = 0.05
 
 SLOW = 5e-5
 """Learning rates below it are little, for adapters and for whole parts alike."""
+
+MOST = 12
+"""Reading processes beyond which none has been seen to help."""
 
 JUMPS = 3
 """Of the loss, from where they are no accident."""
@@ -139,7 +150,7 @@ def _loss(record: Record, course: Course | None) -> Iterator[Finding]:
             "rate-too-high",
             f"the loss rose from {course.lowest:.3g} to {course.last:.3g} (learning rate {used})",
             why="steps overshoot, and what was known is destroyed",
-            remedy=again(record, *rates_times(record, 0.1)),
+            remedy=again(record, *lower_rates(record)),
         )
     elif course.has_died:
         yield fault(
@@ -147,7 +158,7 @@ def _loss(record: Record, course: Course | None) -> Iterator[Finding]:
             f"the loss stays at {course.last:.3g}, and gradients have died away: their norm went"
             f" from {course.norm_first:.2g} to {course.norm_last:.2g} (learning rate {used})",
             why="the first steps were so large that the model answers everything alike",
-            remedy=again(record, *rates_times(record, 0.1)),
+            remedy=again(record, *lower_rates(record)),
         )
     elif course.stays:
         yield _flat(record, course, used)
@@ -228,7 +239,7 @@ def _waiting(record: Record) -> Iterator[Finding]:
     if share <= WAITING:
         return
     now = workers(record)
-    more = max(2 * (now or 1), (os.cpu_count() or 4) - 2)
+    more = max((now or 0) + 1, min(MOST, (os.cpu_count() or 4) - 2))
     go_on = [f"train.workers={more}"]
     yield hint(
         "waits-for-data",

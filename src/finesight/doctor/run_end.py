@@ -10,7 +10,7 @@ from pathlib import Path
 from finesight.digests import verify_folder
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
 from finesight.doctor.machine import largest
-from finesight.doctor.run_again import again, rates_times, resume
+from finesight.doctor.run_again import again, lower_rates, resume
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, named
 from finesight.report.facts import done, left_out, remarks, state, training_samples
@@ -61,7 +61,7 @@ def _void(record: Record) -> Iterator[Finding]:
             break
         last += 1
     places = next(line["void"] for line in reversed(record.steps) if line.get("void"))
-    lower = again(record, *rates_times(record, 0.1), "train.precision=bf16")
+    lower = again(record, *lower_rates(record), "train.precision=bf16")
     if last >= IN_A_ROW:
         yield fault(
             "not-finite",

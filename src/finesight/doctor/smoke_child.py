@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-STEPS, BATCH, TICKETS = 6, 4, 12
+STEPS, BATCH, TICKETS = 6, 2, 12
 LONGEST = 24
 """Tokens of the answer."""
 

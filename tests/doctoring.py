@@ -71,7 +71,11 @@ class Environment:
 
     def shell(self, command: str, **more: str) -> subprocess.CompletedProcess[str]:
         """A line typed into a shell, in which `pip` reaches nothing but `wheels`."""
-        local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri(), "PIP_NO_CACHE_DIR": "1"}
+        local = {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
+            "PIP_NO_CACHE_DIR": "1",
+        }
         return shell(command, local | {"PYTHONPATH": str(ROOT / "src")} | more)
 
 

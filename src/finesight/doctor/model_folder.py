@@ -61,22 +61,25 @@ def judge_adapter(path: Path) -> list[Finding]:
     return [fine("adapter", f"{path}: a whole adapter")]
 
 
-def source_of(path: Path) -> str:
-    """The hub's name of the model, as far as its folder tells it; OWNER/NAME where it does not."""
+def source_of(path: Path) -> str | None:
+    """The hub's name of the model, where its folder lies in a cache."""
     cached = re.search(r"models--([^/]+?)--([^/]+)", str(path))
     if cached:
         return f"{cached[1]}/{cached[2]}"
     kept = re.search(r"finesight/(hf|modelscope)/(?:[^/]+/)?models/([^/]+/[^/]+)", str(path))
     if kept:
         return f"{kept[1]}:{kept[2]}"
-    return "OWNER/NAME"
+    return None
 
 
 def _again(path: Path) -> str:
-    """The command that gets a sound copy beside the damaged one."""
+    """The command that gets a sound copy: in a cache in its place, else beside the damaged one."""
+    source = source_of(path)
     if path.resolve() == TINY_FOLDER.resolve():
         return typed(*PIP, "install", "--force-reinstall", "--no-deps", SELF)
-    return typed("finesight", "download", source_of(path), "--to", f"{path}-again")
+    if source is not None:
+        return f"{typed('rm', '-r', str(path))} && {typed('finesight', 'download', source)}"
+    return typed("finesight", "download", "OWNER/NAME", "--to", f"{path}-again")
 
 
 def _pointers(path: Path, again: str) -> Iterator[Finding]:

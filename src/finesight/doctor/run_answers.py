@@ -230,7 +230,7 @@ def _meant(way: Reading) -> str:
         return {"xywh": "x, y, width, height", "cxcywh": "centre, width, height"}[way.format]
     frame = way.frame
     if frame.base == "factor":
-        return f"in pixels of a copy {frame.across:.3g} times as large"
+        return f"in pixels of a copy {frame.across:.2g} times as large"
     if frame.base == "longest":
         return f"in pixels of a copy whose longer side is {frame.across:g}"
     units = {1000.0: "in thousandths of the picture", 1.0: "in shares of the picture"}

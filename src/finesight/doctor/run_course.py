@@ -47,6 +47,9 @@ KNOWN = 0.05
 SLOW = 5e-5
 """Learning rates below it are little, for adapters and for whole parts alike."""
 
+LITTLE = 0.05
+"""Relative change of weights below which a flat loss means that they have hardly moved."""
+
 MOST = 12
 """Reading processes beyond which none has been seen to help."""
 
@@ -173,12 +176,14 @@ def _flat(record: Record, course: Course, used: str) -> Finding:
             why="the model knew all of this before the first step",
             remedy=typed("finesight", "data", "show", str(record.folder / "recipe.yaml")),
         )
-    if max(rates(record).values()) < SLOW:
+    rate, moved = max(rates(record).values()), _moved(record)
+    if rate < SLOW or moved < LITTLE:
+        changed = f"; the weights that learned changed by {moved:.1%}" if moved < LITTLE else ""
         return fault(
             "loss-flat",
             f"{said} (learning rate {used})",
-            why="the learning rate is too low; for adapters 1e-4 is usual",
-            remedy=again(record, *rates_times(record, 1e-4 / max(rates(record).values()))),
+            why=f"the learning rate is too low{changed}",
+            remedy=again(record, *rates_times(record, 1e-4 / rate if rate < SLOW else 10.0)),
         )
     return fault(
         "loss-flat",
@@ -187,6 +192,13 @@ def _flat(record: Record, course: Course, used: str) -> Finding:
         " every token of them may be left out of learning",
         remedy=typed("finesight", "data", "show", str(record.folder / "recipe.yaml")),
     )
+
+
+def _moved(record: Record) -> float:
+    """The largest relative change of a part that learned; infinite where none was written down."""
+    rows = [row for row in record.moved or () if row.get("trained")]
+    changes = [row["relative"] for row in rows if _finite(row.get("relative"))]
+    return max(changes, default=math.inf)
 
 
 def _jumps(record: Record) -> Iterator[Finding]:

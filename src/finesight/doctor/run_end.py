@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 from finesight.digests import verify_folder
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
 from finesight.doctor.machine import largest
-from finesight.doctor.run_again import again, lower_rates, resume
+from finesight.doctor.run_again import again, lower_rates, resume, section
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, named
 from finesight.report.facts import done, left_out, remarks, state, training_samples
 from finesight.report.record import Record
-from finesight.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from finesight.run_folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
 
 IN_A_ROW = 5
 """Void steps, one after the other, with which a run ends."""
@@ -75,7 +76,7 @@ def _void(record: Record) -> Iterator[Finding]:
         "not-finite",
         f"{sum(void)} of {len(void)} steps had no finite loss, and moved nothing",
         why=f"look at their samples; the last: {', '.join(map(str, places[:4]))}",
-        remedy=typed("finesight", "data", "check", str(record.folder / "recipe.yaml")),
+        remedy=typed("finesight", "data", "check", str(record.folder / RECIPE)),
     )
 
 
@@ -172,7 +173,7 @@ def _weights(record: Record) -> Iterator[Finding]:
             verify_folder(record.folder / part)
         except UserError as error:
             # A run without its result writes its end anew from the last checkpoint.
-            away = typed("rm", "-r", str(record.folder / part), str(record.folder / "result.json"))
+            away = typed("rm", "-r", str(record.folder / part), str(record.folder / RESULT))
             yield fault(
                 "weights-damaged",
                 f"{error.where}: {error.what}",
@@ -203,8 +204,23 @@ def _left(record: Record) -> Iterator[Finding]:
         "left-out",
         f"{count} of {count + kept} samples were left out, {first.count} of them: {first.reason}",
         why=f"the model has not learned from them: {first.ids}",
-        remedy=typed("finesight", "data", "check", str(record.folder / "recipe.yaml")),
+        remedy=_mended(record, first.reason),
     )
+
+
+def _mended(record: Record, reason: str) -> str:
+    """The command for samples that were left out for that reason."""
+    longest = re.fullmatch(r"over (\d+) tokens", reason)
+    if longest:
+        return again(record, f"data.max_length={2 * int(longest[1])}")
+    files = section(record, "data").get("train") or [{}]
+    file = Path(str(files[0].get("path")))
+    if len(files) > 1 or file.suffix != ".jsonl":
+        return typed("finesight", "data", "check", str(record.folder / RECIPE))
+    mended = file.parent.with_name(f"{file.parent.name}-mended")
+    check = typed("finesight", "data", "check", str(file), "--fix", str(mended))
+    # The check ends with 2 for what it has mended.
+    return f"{check}\n{again(record, f'data.train={mended / file.name}')}"
 
 
 def _memory(record: Record) -> Iterator[Finding]:

@@ -142,6 +142,51 @@ def test_a_torch_that_cannot_be_imported_is_found_and_the_remedy_mends_it(tmp_pa
     assert "PYTHONPATH" not in after
 
 
+FAKE_TORCH = """\
+import types, warnings
+__version__, version = "2.13.0+cu126", types.SimpleNamespace(cuda="12.6")
+
+
+class Product:
+    def __matmul__(self, other): return self
+    def __getitem__(self, place): return self
+    def item(self): return 16
+
+
+def ones(*shape, device):
+    if device == "cuda:1":
+        raise RuntimeError("CUDA error: no kernel image is available for execution\\nmore")
+    return Product()
+
+
+class cuda:
+    is_available = staticmethod(lambda: AVAILABLE or warnings.warn("driver too old") or False)
+    get_arch_list = staticmethod(lambda: ["sm_80", "sm_90"])
+    device_count = staticmethod(lambda: 2)
+    mem_get_info = staticmethod(lambda index: (7, 8))
+    get_device_properties = staticmethod(
+        lambda index: types.SimpleNamespace(name="X", major=9 + index, minor=0, total_memory=8)
+    )
+"""
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_torch_is_asked_about_every_card(tmp_path: Path, available: bool) -> None:
+    """By a torch that only looks like one: what a machine with cards answers."""
+    (tmp_path / "torch.py").write_text(f"AVAILABLE = {available}\n{FAKE_TORCH}")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    torch = graphics.ask_torch({"PYTHONPATH": path})
+    assert (torch.problem, torch.cuda) == ("", "12.6")
+    if not available:
+        assert (torch.cards, torch.unseen) == ((), ("driver too old",))
+        return
+    first, second = torch.cards
+    assert first == Card("X", (9, 0), 8, 7, "")
+    assert second.problem == "CUDA error: no kernel image is available for execution"
+    found = judged(DRIVEN, replace(torch, broken={}))
+    assert codes(found) == ["torch-wrong-build"]
+
+
 def test_a_process_that_ends_without_a_word_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,19 @@ def test_extras_say_what_they_give_and_what_they_lack(tmp_path: Path) -> None:
 def test_every_extra_for_users_has_its_words() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*extras.GIVES, *packages.NOT_FOR_USERS} == {*project["optional-dependencies"]}
+
+
+def test_a_python_of_the_system_is_told(tmp_path: Path) -> None:
+    found = packages.judge(replace(packages.gather([str(tmp_path)]), managed=True, pip=False))
+    assert "venv" in only(found, "python-managed").remedy
+    assert only(found, "no-pip").remedy.endswith("-m ensurepip")
+
+
+def test_files_of_the_user_are_no_leftovers(tmp_path: Path) -> None:
+    for folder in ("work", "site-packages"):
+        (tmp_path / folder / "~mine").mkdir(parents=True)
+    found = packages.gather([str(tmp_path / "work"), str(tmp_path / "site-packages")])
+    assert found.leftovers == (tmp_path / "site-packages" / "~mine",)
 
 
 def test_sources_that_are_not_installed_are_told(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from finesight.doctor.findings import Finding
 from finesight.report.record import read_record
 
 EVAL = {"metric": "latex", "limit": 50, "max_new_tokens": 64}
+RECIPE = {"model": "m", "data": {"train": "t.jsonl"}, "eval": EVAL, "output": "runs/x"}
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> MadeRun:
     made = MadeRun(tmp_path / "run")
     made.trained()
-    recipe = {"model": "m", "eval": EVAL, "train": {"epochs": 1}, "output": "runs/x"}
+    recipe = RECIPE | {"train": {"epochs": 1}}
     made.write("recipe.yaml", yaml.safe_dump(recipe))
     return made
 
@@ -148,7 +149,7 @@ def in_frame(
 def test_boxes_in_another_frame_are_found(
     made: MadeRun, tmp_path: Path, said: str, right: str, picture: Line | None, words: str
 ) -> None:
-    made.write("recipe.yaml", yaml.safe_dump({"model": "m", "eval": EVAL, "picture": picture}))
+    made.write("recipe.yaml", yaml.safe_dump(RECIPE | {"picture": picture}))
     boxes(made, tmp_path, said, right, off=0.02)
     found = only(judged(made), "boxes-in-another-frame")
     assert words in found.what

@@ -173,7 +173,9 @@ def _torch_broken(torch: Torch, environment: Mapping[str, str]) -> Finding:
 def _shadowed(torch: Torch, packages: Packages) -> Iterator[Finding]:
     """Another torch than the installed one, from a folder that comes before it."""
     installed = packages.found.get("torch")
-    if installed and torch.file and not Path(torch.file).is_relative_to(installed[0].folder):
+    if not installed or not torch.file:
+        return
+    if not Path(torch.file).resolve().is_relative_to(installed[0].folder.resolve()):
         yield fault(
             "shadowed",
             f"torch comes from {torch.file}, not from {installed[0].folder}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -17,6 +18,9 @@ from packaging.version import InvalidVersion, Version
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
 
 SELF = "finesight"
+
+SITES = ("site-packages", "dist-packages")
+"""Folders that are an installer's own: elsewhere, what begins with ~ may be somebody's."""
 
 NOT_FOR_USERS = ("dev",)
 """Extras that whoever works on finesight installs."""
@@ -39,11 +43,13 @@ class Installed:
 @dataclass(frozen=True, slots=True)
 class Packages:
     """What Python finds: `found` by canonical name, the one that is imported first. `leftovers`
-    are what interrupted installations left behind; `pip` says whether there is what installs."""
+    are what interrupted installations left behind; `pip` says whether there is what installs,
+    `managed` that the system keeps this Python to itself (PEP 668)."""
 
     found: Mapping[str, tuple[Installed, ...]]
     leftovers: tuple[Path, ...]
     pip: bool
+    managed: bool = False
 
     def version(self, name: str) -> str | None:
         """That of the distribution that is imported, if there is one."""
@@ -69,10 +75,16 @@ def gather(path: Sequence[str] | None = None) -> Packages:
         extras = tuple(one.metadata.get_all("Provides-Extra") or ())
         installed = Installed(name, one.version, folder, tuple(one.requires or ()), extras)
         found.setdefault(canonicalize_name(name), []).append(installed)
-    folders = dict.fromkeys(Path(folder) for folder in searched if folder)
-    leftovers = [left for folder in folders for left in folder.glob("~*") if folder.is_dir()]
+    folders = [folder for folder in dict.fromkeys(map(Path, searched)) if folder.name in SITES]
+    leftovers = [left for folder in folders for left in sorted(folder.glob("~*"))]
     pip = importlib.util.find_spec("pip") is not None
-    return Packages({n: tuple(all_) for n, all_ in found.items()}, tuple(leftovers), pip)
+    named = {name: tuple(every) for name, every in found.items()}
+    return Packages(named, tuple(leftovers), pip, _managed())
+
+
+def _managed() -> bool:
+    marked = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    return sys.prefix == sys.base_prefix and marked.is_file()
 
 
 def judge(packages: Packages) -> list[Finding]:
@@ -91,6 +103,13 @@ def _own(packages: Packages) -> Iterator[Finding]:
             "finesight runs from its sources and is not installed",
             why="what it requires is not known, so that no version can be compared",
             remedy=packages.install("-e", "."),
+        )
+    if packages.managed:
+        yield hint(
+            "python-managed",
+            f"{sys.executable} is the system's own Python",
+            why="pip refuses to install into it: an environment of your own takes what is needed",
+            remedy="python3 -m venv ~/finesight && . ~/finesight/bin/activate",
         )
     if not packages.pip:
         yield hint(

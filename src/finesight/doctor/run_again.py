@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from finesight.config import Data, Recipe
 from finesight.doctor.findings import typed
 from finesight.report.facts import last_start
-from finesight.report.record import Line, Record
+from finesight.report.record import Record
 from finesight.run_folder import RECIPE
-
-DEFAULT_RATE = 1e-4
-"""What a recipe that names no learning rate learns with."""
 
 FASTEST = 1e-3
 """A learning rate that even small adapters stand."""
@@ -37,24 +36,18 @@ def beside(folder: Path) -> Path:
     return found
 
 
-def section(record: Record, name: str) -> Line:
-    """A group of the recipe's settings, empty where the recipe could not be read."""
-    found = record.recipe.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def setting(record: Record, name: str, key: str, default: float) -> float:
-    """A number of the recipe, `default` where it names none."""
-    found = section(record, name).get(key)
-    return float(found) if isinstance(found, int | float) else default
+def recipe_of(record: Record) -> Recipe:
+    """The run's settings; the usual ones where its recipe cannot be read."""
+    try:
+        return Recipe.model_validate(record.recipe)
+    except ValidationError:
+        return Recipe(model="unknown", data=Data(train=()), output=record.folder)
 
 
 def rates(record: Record) -> dict[str, float]:
     """The learning rates that the recipe names, `default` first."""
-    found = section(record, "train").get("learning_rate")
-    named: Mapping[str, object] = found if isinstance(found, dict) else {"default": found}
-    known = {key: float(v) for key, v in named.items() if isinstance(v, int | float)}
-    return known or {"default": DEFAULT_RATE}
+    named = recipe_of(record).train.learning_rate.model_dump()
+    return {part: rate for part, rate in named.items() if rate is not None}
 
 
 def rates_times(record: Record, factor: float) -> list[str]:
@@ -76,11 +69,10 @@ def rounded(rate: float) -> float:
 
 def length(record: Record, share: float) -> list[str]:
     """Overrides that make a run so many times as long."""
-    train = section(record, "train")
-    if isinstance(train.get("steps"), int):
-        return [f"train.steps={max(1, math.ceil(train['steps'] * share))}"]
-    epochs = train.get("epochs")
-    return [f"train.epochs={rounded_up((epochs if epochs else 1) * share):g}"]
+    train = recipe_of(record).train
+    if train.steps is not None:
+        return [f"train.steps={max(1, math.ceil(train.steps * share))}"]
+    return [f"train.epochs={rounded_up((train.epochs or 1) * share):g}"]
 
 
 def rounded_up(value: float) -> float:

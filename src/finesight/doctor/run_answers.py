@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from finesight.check.conventions.readings import (
     PIXEL_CORNERS,
@@ -19,12 +21,14 @@ from finesight.check.conventions.readings import (
     overlap,
     reading_of,
 )
+from finesight.config import ExactSize, LongestSide
 from finesight.data.headers import picture_size
+from finesight.data.sample import BoxPart
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
-from finesight.doctor.run_again import again, length, section, setting
+from finesight.doctor.run_again import again, length, recipe_of
 from finesight.errors import UserError
 from finesight.report.facts import last_start
-from finesight.report.record import Line, Record, read_lines
+from finesight.report.record import Record, read_lines
 
 ENDLESS = 0.05
 """Share of the answers that may have no end."""
@@ -43,6 +47,40 @@ USUAL_LENGTH = 512
 """Tokens of an answer at most, where a recipe does not say."""
 
 
+class Said(BaseModel):
+    """An answer beside what would have been right, as far as it is needed here."""
+
+    id: str = ""
+    image: str | None = None
+    answer: str = ""
+    gold: str = ""
+    boxes: tuple[BoxPart, ...] = ()
+    gold_boxes: tuple[BoxPart, ...] = ()
+    stopped: bool = True
+
+
+class Change(BaseModel):
+    """A figure before and after."""
+
+    name: str
+    before: FiniteFloat
+    after: FiniteFloat
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    verdict: str = ""
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def _read(kind: type[Kind], line: object) -> Kind | None:
+    """The line, None for one that is damaged."""
+    try:
+        return kind.model_validate(line)
+    except ValidationError:
+        return None
+
+
 def judge(record: Record) -> list[Finding]:
     """What the held-out answers, and their scores before and after, say."""
     if not record.measured:
@@ -56,7 +94,8 @@ def judge(record: Record) -> list[Finding]:
             )
         ]
     found = list(_scores(record))
-    answers = list(read_lines(record.answers[-1])) if record.answers else []
+    lines = read_lines(record.answers[-1]) if record.answers else ()
+    answers = [answer for line in lines if (answer := _read(Said, line)) is not None]
     found += [*_endless(record, answers), *_frames(record, answers)]
     if not answers:
         return [*found, fine("answers", "the held-out loss alone was measured: no eval.metric")]
@@ -66,29 +105,29 @@ def judge(record: Record) -> list[Finding]:
 def _scores(record: Record) -> Iterator[Finding]:
     """Whether the headline rose, fell, or did neither for certain."""
     headline = next((line.get("headline") for line in reversed(record.measured)), None)
-    differences = (record.result or {}).get("differences") or []
-    rows = [row for row in differences if isinstance(row, dict) and row.get("name") == headline]
-    if headline is None or not rows:
+    found = (record.result or {}).get("differences")
+    rows = [_read(Change, row) for row in (found if isinstance(found, list) else ())]
+    row = next((row for row in rows if row is not None and row.name == headline), None)
+    if row is None:
         return
-    row = rows[0]
-    before, after = float(row["before"]), float(row["after"])
-    said = f"{headline} {before:.4f} before, {after:.4f} after"
-    if row.get("verdict") == "worse":
-        yield _worse(record, str(headline), said, after)
-    elif row.get("verdict") == "better":
+    said = f"{row.name} {row.before:.4f} before, {row.after:.4f} after"
+    if row.verdict == "worse":
+        yield _worse(record, row, said)
+    elif row.verdict == "better":
         yield fine("metric", said)
     else:
         yield _unclear(record, said, row)
 
 
-def _worse(record: Record, headline: str, said: str, after: float) -> Finding:
-    on_the_way = [line for line in record.measured if line["step"]]
-    values = [float((line.get("scores") or {}).get(headline, -math.inf)) for line in on_the_way]
-    if values and max(values) > after:
-        step = on_the_way[values.index(max(values))]["step"]
+def _worse(record: Record, row: Change, said: str) -> Finding:
+    scores = [(line.get("scores") or {}, line["step"]) for line in record.measured if line["step"]]
+    values = [(known.get(row.name), step) for known, step in scores]
+    found = [(value, step) for value, step in values if isinstance(value, int | float)]
+    best, step = max(found, default=(-math.inf, 0))
+    if best > row.after:
         return fault(
             "metric-worse",
-            f"{said}: worse; after step {step} it was {max(values):.4f}",
+            f"{said}: worse; after step {step} it was {best:.4f}",
             why="the run went past its best: with patience the weights are those of the best",
             remedy=again(record, "eval.every=0.1", "eval.patience=2"),
         )
@@ -101,12 +140,14 @@ def _worse(record: Record, headline: str, said: str, after: float) -> Finding:
     )
 
 
-def _unclear(record: Record, said: str, row: Line) -> Finding:
-    limit, low, high = section(record, "eval").get("limit"), row.get("low"), row.get("high")
-    noise = f" ({low:+.4f} to {high:+.4f})" if low is not None and high is not None else ""
-    if limit:
+def _unclear(record: Record, said: str, row: Change) -> Finding:
+    noise = ""
+    if row.low is not None and row.high is not None:
+        noise = f" ({row.low:+.4f} to {row.high:+.4f})"
+    settings = recipe_of(record).eval
+    if settings is not None and settings.limit:
         # The interval narrows with the root of the number of samples.
-        remedy = typed("finesight", "eval", str(record.folder), "--limit", str(4 * int(limit)))
+        remedy = typed("finesight", "eval", str(record.folder), "--limit", str(4 * settings.limit))
     else:
         remedy = again(record, *length(record, 2.0))
     return hint(
@@ -117,16 +158,17 @@ def _unclear(record: Record, said: str, row: Line) -> Finding:
     )
 
 
-def _endless(record: Record, answers: Sequence[Line]) -> Iterator[Finding]:
+def _endless(record: Record, answers: Sequence[Said]) -> Iterator[Finding]:
     """Answers that came to the limit of tokens instead of an end."""
-    endless = [line for line in answers if line.get("stopped") is False]
+    endless = [one for one in answers if not one.stopped]
     if not answers or len(endless) <= ENDLESS * len(answers):
         return
     said = f"{len(endless)} of {len(answers)} answers have no end"
-    limit = int(setting(record, "eval", "max_new_tokens", USUAL_LENGTH))
-    looping = [line for line in endless if REPEATED.search(str(line.get("answer", ""))[-2000:])]
-    longest = max(len(str(line.get("gold") or "")) for line in endless)
-    shortest = min(len(str(line.get("answer") or "")) for line in endless)
+    settings = recipe_of(record).eval
+    limit = settings.max_new_tokens if settings else USUAL_LENGTH
+    looping = [one for one in endless if REPEATED.search(one.answer[-2000:])]
+    longest = max(len(one.gold) for one in endless)
+    shortest = min(len(one.answer) for one in endless)
     if len(looping) * 2 < len(endless) and longest > 0.9 * shortest:
         out = str(record.folder / "longer.jsonl")
         more = ["--max-new-tokens", str(4 * limit), "--out", out]
@@ -148,7 +190,7 @@ def _endless(record: Record, answers: Sequence[Line]) -> Iterator[Finding]:
     )
 
 
-def _frames(record: Record, answers: Sequence[Line]) -> Iterator[Finding]:
+def _frames(record: Record, answers: Sequence[Said]) -> Iterator[Finding]:
     """Boxes that would be right if their numbers, or those of the labels, meant something else."""
     said, right = _claims(record, answers)
     if len(said) < FEWEST_BOXES:
@@ -179,33 +221,32 @@ def _frames(record: Record, answers: Sequence[Line]) -> Iterator[Finding]:
     )
 
 
-def _claims(record: Record, answers: Sequence[Line]) -> tuple[list[Claim], list[Claim]]:
+def _claims(record: Record, answers: Sequence[Said]) -> tuple[list[Claim], list[Claim]]:
     """Boxes of answers and of labels, pairwise, of answers that have as many as there should be,
     about pictures whose size is known."""
     said, right = [], []
     folder = Path(str(last_start(record).get("folder") or "."))
-    for line in answers:
-        boxes, gold = line.get("boxes") or [], line.get("gold_boxes") or []
-        if not boxes or len(boxes) != len(gold) or not line.get("image"):
+    for one in answers:
+        if not one.boxes or len(one.boxes) != len(one.gold_boxes) or not one.image:
             continue
-        path = folder / str(line["image"])
+        path = folder / one.image
         try:
             size = picture_size(path)
         except UserError:
             continue
-        for one, other in zip(boxes, gold, strict=True):
-            said.append(_claim(line, path, size, one))
-            right.append(_claim(line, path, size, other))
+        said += [_claim(one, path, size, box) for box in one.boxes]
+        right += [_claim(one, path, size, box) for box in one.gold_boxes]
     return said, right
 
 
-def _claim(line: Line, path: Path, size: tuple[int, int], box: Line) -> Claim:
-    x1, y1, x2, y2 = (float(number) for number in box["xyxy"])
-    return Claim("answers", str(line.get("id")), path, size, 1, (x1, y1, x2, y2))
+def _claim(said: Said, path: Path, size: tuple[int, int], box: BoxPart) -> Claim:
+    return Claim("answers", said.id, path, size, 1, box.xyxy)
 
 
 def _overlaps(one: Reading, said: Table, other: Reading, right: Table) -> Floats:
-    return overlap(one.shares(said), other.shares(right))
+    # Readings that make no sense of some numbers, such as infinite ones, overlap with nothing.
+    with np.errstate(all="ignore"):
+        return np.nan_to_num(overlap(one.shares(said), other.shares(right)))
 
 
 def _readings(record: Record, table: Table, beside: Table) -> list[Reading]:
@@ -213,11 +254,11 @@ def _readings(record: Record, table: Table, beside: Table) -> list[Reading]:
     the recipe makes it, or of one that is a constant factor larger."""
     ways = [Reading("xywh"), Reading("cxcywh")]
     ways += [Reading("xyxy", Frame("fixed", side, side)) for side in (1000.0, 1.0)]
-    rule = section(record, "picture")
-    if "height" in rule and "width" in rule:
-        ways.append(Reading("xyxy", Frame("fixed", float(rule["width"]), float(rule["height"]))))
-    if "longest_side" in rule:
-        ways.append(Reading("xyxy", Frame("longest", float(rule["longest_side"]))))
+    rule = recipe_of(record).picture
+    if isinstance(rule, ExactSize):
+        ways.append(Reading("xyxy", Frame("fixed", float(rule.width), float(rule.height))))
+    if isinstance(rule, LongestSide):
+        ways.append(Reading("xyxy", Frame("longest", float(rule.longest_side))))
     with np.errstate(divide="ignore", invalid="ignore"):
         quotients = table.numbers / beside.numbers
     known = quotients[np.isfinite(quotients) & (quotients > 0)]

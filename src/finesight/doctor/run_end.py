@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finesight.digests import verify_folder
-from finesight.doctor.findings import Finding, fault, fine, hint, typed
+from finesight.doctor.findings import Finding, fault, fine, hint, told, typed
 from finesight.doctor.machine import largest
-from finesight.doctor.run_again import again, lower_rates, resume, section
+from finesight.doctor.run_again import again, lower_rates, recipe_of, resume
 from finesight.errors import UserError
 from finesight.hub import ModelFolder, named
+from finesight.recipe import load_recipe
 from finesight.report.facts import done, left_out, remarks, state, training_samples
 from finesight.report.record import Record
 from finesight.run_folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
@@ -29,6 +30,7 @@ def judge(record: Record) -> list[Finding]:
     """Whether the run came to its end, and whether what it wrote is whole."""
     running = _running(record.folder)
     found = [*_void(record), *_base(record), *_weights(record), *_unreadable(record)]
+    found += _recipe(record)
     if record.result is not None or running:
         where = f"is running now (process {running})" if running else f"is {state(record)}"
         found.insert(0, fine("end", f"the run {where}"))
@@ -96,7 +98,8 @@ def _unfinished(record: Record, found: list[Finding]) -> Iterator[Finding]:
         return
     missing = done(record) - steps[-1]
     how = (
-        "it was asked to stop, and wrote a checkpoint of its last step"
+        "it was asked to stop, or had to (a full memory, a reading process that died), and wrote a"
+        " checkpoint of its last step"
         if missing <= 0
         else f"it was killed or crashed: {missing} steps after the checkpoint are done again"
     )
@@ -192,6 +195,14 @@ def _unreadable(record: Record) -> Iterator[Finding]:
         )
 
 
+def _recipe(record: Record) -> Iterator[Finding]:
+    path = record.folder / RECIPE
+    try:
+        load_recipe(path)
+    except UserError as error:
+        yield told("recipe", error, typed("finesight", "data", "show", str(path)))
+
+
 def _left(record: Record) -> Iterator[Finding]:
     groups = left_out(record)
     count = sum(group.count for group in groups)
@@ -213,11 +224,11 @@ def _mended(record: Record, reason: str) -> str:
     longest = re.fullmatch(r"over (\d+) tokens", reason)
     if longest:
         return again(record, f"data.max_length={2 * int(longest[1])}")
-    files = section(record, "data").get("train") or [{}]
-    file = Path(str(files[0].get("path")))
-    if len(files) > 1 or file.suffix != ".jsonl":
+    files = [Path(file.path) for file in recipe_of(record).data.train]
+    file = files[0] if len(files) == 1 else Path()
+    if file.suffix != ".jsonl":
         return typed("finesight", "data", "check", str(record.folder / RECIPE))
-    mended = file.parent.with_name(f"{file.parent.name}-mended")
+    mended = file.parent.parent / f"{file.parent.name or 'data'}-mended"
     check = typed("finesight", "data", "check", str(file), "--fix", str(mended))
     # The check ends with 2 for what it has mended.
     return f"{check}\n{again(record, f'data.train={mended / file.name}')}"
@@ -226,9 +237,9 @@ def _mended(record: Record, reason: str) -> str:
 def _memory(record: Record) -> Iterator[Finding]:
     for text in remarks(record):
         if text.startswith("The GPU's memory"):
-            last = record.steps[-1]
-            changes = [f"train.pack_tokens={int(last['pack_tokens'])}"]
-            changes += ["train.recompute=true"] if last.get("recompute") else []
+            packs = [line["pack_tokens"] for line in record.steps if line.get("pack_tokens")]
+            changes = [f"train.pack_tokens={int(number)}" for number in packs[-1:]]
+            changes += ["train.recompute=true"] if record.steps[-1].get("recompute") else []
             yield hint(
                 "memory-was-full",
                 text,

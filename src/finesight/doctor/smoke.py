@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +41,10 @@ class Smoke:
 
 def gather(torch: Torch) -> list[Smoke]:
     """The CPU, then every card that torch sees. What is written is gone afterwards."""
-    devices: list[tuple[str, str | None]] = [("CPU", None)]
-    names = visible_cards(len(torch.cards))
-    devices += [(f"GPU {index}", name) for index, name in enumerate(names)]
-    return [_tried(device, visible) for device, visible in devices]
+    cards = [(f"GPU {index}", name) for index, name in enumerate(visible_cards(len(torch.cards)))]
+    # All cards at once: each has a process of its own, which mostly loads.
+    with ThreadPoolExecutor(max(1, len(cards))) as pool:
+        return [_tried("CPU", None), *pool.map(lambda card: _tried(*card), cards)]
 
 
 def _tried(device: str, visible: str | None) -> Smoke:

@@ -126,8 +126,11 @@ def test_no_hub_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     found = only(judged(), "hub-unreachable")
     assert found.remedy == "unset HF_ENDPOINT"
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert "--hub modelscope" in only(judged(), "hub-unreachable").remedy
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
-    assert codes(judged("modelscope")) == ["hub-unreachable"]
+    found = only(judged("modelscope"), "hub-unreachable")
+    assert found.remedy == "unset MODELSCOPE_ENDPOINT"
 
 
 def test_a_bad_moment_is_a_hint() -> None:

@@ -41,7 +41,7 @@ class Answered:
 class Reached:
     """How a hub answers: as finesight asks it, without the proxies of the environment (None where
     there are none), and with the token (None without one). `proxies` are the variables that are
-    set."""
+    set, `given_by` the one that names the hub's address, empty for the usual one."""
 
     url: str
     plain: Answered
@@ -49,6 +49,8 @@ class Reached:
     tokened: Answered | None
     token_from: str
     proxies: tuple[str, ...]
+    hub: Hub = "huggingface"
+    given_by: str = ""
 
 
 def ask(hub: Hub, environment: Mapping[str, str]) -> Reached | None:
@@ -63,7 +65,9 @@ def ask(hub: Hub, environment: Mapping[str, str]) -> Reached | None:
     if token and hub == "huggingface" and (plain.well or plain.status in (401, 403)):
         # Not ModelScope: it has no address that tells whose a token is.
         known = _answer(f"{url}/api/whoami-v2", {"Authorization": f"Bearer {token}"}, trust=True)
-    return Reached(url, plain, direct, known, source, proxies)
+    name = "HF_ENDPOINT" if hub == "huggingface" else "MODELSCOPE_ENDPOINT"
+    given = name if environment.get(name) else ""
+    return Reached(url, plain, direct, known, source, proxies, hub, given)
 
 
 def _huggingface() -> tuple[str, str, str | None, str]:
@@ -141,15 +145,22 @@ def _unreached(reached: Reached) -> Finding:
             "hub-down",
             f"{reached.url} answers with {said}",
             why="the hub, or a mirror of it, has a bad moment",
-            remedy="finesight doctor --hub huggingface   # again, later",
+            remedy=f"finesight doctor --hub {reached.hub}   # again, later",
         )
-    mirror = " (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else ""
-    change = "unset HF_ENDPOINT" if mirror else f"curl -vI {reached.url}"
+    if reached.given_by:
+        remedy = f"unset {reached.given_by}"
+    else:
+        other = "modelscope" if reached.hub == "huggingface" else "huggingface"
+        remedy = (
+            "export https_proxy=http://HOST:PORT   # where the network has a proxy\n"
+            f"finesight doctor --hub {other}   # the other hub may answer"
+        )
+    given = f" ({reached.given_by})" if reached.given_by else ""
     return fault(
         "hub-unreachable",
-        f"{reached.url}{mirror} does not answer: {said}",
+        f"{reached.url}{given} does not answer: {said}",
         why=f"nothing can be fetched from {host}; download elsewhere and give the folder",
-        remedy=change,
+        remedy=remedy,
     )
 
 

@@ -6,9 +6,10 @@ import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
-from doctoring import codes, exported, only
+from doctoring import codes, exported, only, shell
 from hub_servers import TOKEN, HuggingFace, Serving, serving
 from huggingface_hub import constants
 
@@ -20,7 +21,7 @@ VARIABLES = (*PROXIES, "no_proxy", "NO_PROXY", "HF_TOKEN", "HF_ENDPOINT", "HF_HU
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No proxy and no token of this machine."""
     for name in (*VARIABLES, "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
@@ -112,6 +113,18 @@ def test_a_bad_token_is_found_and_unset(hub: Serving, monkeypatch: pytest.Monkey
     assert "HF_TOKEN" in found.what
     assert "hf_revoked" not in str(found)
     type_in(found.remedy, monkeypatch)
+    assert codes(judged()) == []
+
+
+def test_a_bad_token_that_was_stored_is_logged_out(
+    hub: Serving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stored = tmp_path / "token"
+    stored.write_text("hf_revoked")
+    found = only(judged(), "token-refused")
+    assert str(stored) in found.what
+    done = shell(found.remedy, {"HF_TOKEN_PATH": str(stored), "HF_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
     assert codes(judged()) == []
 
 

@@ -22,7 +22,7 @@ from finesight.doctor.findings import Finding
 from finesight.errors import UserError
 from finesight.report.record import read_record
 
-SHORT = ("train.epochs=null", "train.steps=24", "train.save_every=24", "train.pack_tokens=1000")
+SHORT = ("train.epochs=null", "train.steps=16", "train.save_every=16", "train.pack_tokens=1000")
 
 
 @pytest.fixture

@@ -66,6 +66,24 @@ def test_a_loss_that_rises_lowers_all_rates(tmp_path: Path) -> None:
     assert found.remedy.endswith("my run-2'")
 
 
+DESTROYED = """4.28 7.47 8.18 11.67 11.98 9.91 11.66 11.48 8.68 7.14 7.62 6.44 5.82 5.17 4.60 4.04
+    4.09 4.07 3.95 3.83 3.75 3.69 3.68 3.65"""
+"""Losses of finesight-tiny on train tickets at a rate of 0.05; and at 0.01, which it stands."""
+STOOD = """4.28 2.85 2.13 4.85 2.61 3.62 1.98 1.17 0.94 0.77 0.60 0.59 0.33 0.28 0.14 0.39 0.25 0.23
+    0.03 0.09 0.11 0.11 0.06 0.10"""
+
+
+@pytest.mark.parametrize(("losses", "expected"), [(DESTROYED, ["rate-too-high"]), (STOOD, [])])
+def test_a_loss_that_bursts_and_falls_again_is_no_learning(
+    tmp_path: Path, losses: str, expected: list[str]
+) -> None:
+    lines = [step_line(n, loss=float(loss)) for n, loss in enumerate(losses.split(), start=1)]
+    found = judged(tmp_path, lines)
+    assert codes(found) == expected
+    if expected:
+        assert "rose from 4.28 to 11.7 before it fell to 3.68" in found[0].what
+
+
 def test_a_loss_that_scatters_widely_has_not_risen(tmp_path: Path) -> None:
     lines = [step_line(n, loss=1.0 + 0.6 * math.sin(37 * n)) for n in range(1, 61)]
     assert "rate-too-high" not in codes(judged(tmp_path, lines))

@@ -14,7 +14,7 @@ def doctor(
     subject: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|RECIPE|MODEL]",
+            metavar="RUN|RECIPE|MODEL",
             help="A run, a recipe, or the folder of a model or adapter; else this machine.",
         ),
     ] = None,
@@ -49,6 +49,8 @@ def doctor(
 
     if subject is None:
         around = examine.environment_now()
+        if trial:
+            typer.echo("looking at this machine, and training on it for a moment ...", err=True)
         found = examine.examine_machine(around, hub=hub, try_out=trial)
     elif hub is not None:
         raise UserError(

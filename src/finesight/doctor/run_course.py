@@ -31,6 +31,9 @@ WINDOWS = 10
 RISEN = 1.25
 """Times its lowest, from where a loss has risen."""
 
+BURST = 1.5
+"""Times its beginning, from where a loss has burst: batches differ by less."""
+
 STAYED = 0.02
 """Share of its beginning by which a loss has to fall to count as learned."""
 
@@ -62,9 +65,11 @@ TURNED = 1.05
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """A run's losses as medians of `WINDOWS` stretches, how much single losses scatter about them,
-    and the norms of the gradients at the beginning and at the end."""
+    """The loss of the first step, before anything was learned, a run's losses as medians of
+    `WINDOWS` stretches, how much single losses scatter about them, and the norms of the gradients
+    at the beginning and at the end."""
 
+    begun: float
     windows: tuple[float, ...]
     scatter: float
     norm_first: float
@@ -83,7 +88,9 @@ class Course:
             abs(one - middle) for part, middle in zip(parts, middles, strict=True) for one in part
         ]
         few = max(2, len(norms) // WINDOWS)
-        return cls(middles, 1.4826 * median(off), median(norms[:few]), median(norms[-few:]))
+        return cls(
+            losses[0], middles, 1.4826 * median(off), median(norms[:few]), median(norms[-few:])
+        )
 
     @property
     def first(self) -> float:
@@ -101,6 +108,15 @@ class Course:
     def has_risen(self) -> bool:
         """Whether it ends clearly above where it was."""
         return self.last > RISEN * self.lowest and self.last - self.lowest > 4 * self.scatter
+
+    @property
+    def peak(self) -> float:
+        return max(self.windows)
+
+    @property
+    def has_burst(self) -> bool:
+        """Whether it was far above its beginning on the way."""
+        return self.peak > BURST * self.begun and self.peak - self.begun > 6 * self.scatter
 
     @property
     def has_died(self) -> bool:
@@ -130,7 +146,7 @@ def judge(record: Record) -> list[Finding]:
     course = Course.of(record.steps)
     found = [*_loss(record, course), *_jumps(record), *_held_out(record), *_waiting(record)]
     if course is not None and not any(one.severity == "fault" for one in found):
-        said = f"the loss fell from {course.first:.3g} to {course.last:.3g}"
+        said = f"the loss fell from {course.begun:.3g} to {course.last:.3g}"
         found.insert(
             0, fine("loss", said) if not course.stays else fine("loss", "no loss to lower")
         )
@@ -153,6 +169,15 @@ def _loss(record: Record, course: Course | None) -> Iterator[Finding]:
             "rate-too-high",
             f"the loss rose from {course.lowest:.3g} to {course.last:.3g} (learning rate {used})",
             why="steps overshoot, and what was known is destroyed",
+            remedy=again(record, *lower_rates(record)),
+        )
+    elif course.has_burst:
+        make = hint if course.last < LEARNED * course.begun else fault
+        yield make(
+            "rate-too-high",
+            f"the loss rose from {course.begun:.3g} to {course.peak:.3g} before it fell to"
+            f" {course.last:.3g} (learning rate {used})",
+            why="the first steps overshot and destroyed what the model knew; it learned anew",
             remedy=again(record, *lower_rates(record)),
         )
     elif course.has_died:

@@ -110,6 +110,24 @@ def test_an_old_card_takes_fp16_and_a_crowded_one_is_told() -> None:
     assert codes(found, "hint") == ["card-crowded", "no-smi"]
 
 
+def test_a_card_that_others_use_is_left_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '4242, python, 90000 MiB'\n")
+    smi.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = graphics.gather({"PATH": str(tmp_path)})
+    assert seen.users == ("4242, python, 90000 MiB",)
+    taken = replace(H200, free=50 * 10**9)
+    around = {"PATH": "/usr/bin:/bin"}
+    found = only(judged(seen, replace(CUDA, cards=(taken, H200))), "card-crowded")
+    assert "4242, python" in found.what
+    assert exported(found.remedy, around)["CUDA_VISIBLE_DEVICES"] == "1"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert graphics.gather({"PATH": str(tmp_path)}).users == ()
+
+
 @pytest.mark.parametrize(
     ("kernel", "capability", "runs"),
     [
@@ -185,6 +203,16 @@ def test_torch_is_asked_about_every_card(tmp_path: Path, available: bool) -> Non
     assert second.problem == "CUDA error: no kernel image is available for execution"
     found = judged(DRIVEN, replace(torch, broken={}))
     assert codes(found) == ["torch-wrong-build"]
+
+
+def test_a_torch_that_hides_the_installed_one_is_found_and_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(f"AVAILABLE = False\n{FAKE_TORCH}")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    torch = replace(graphics.ask_torch({"PYTHONPATH": path}), broken={})
+    found = only(graphics.judge(BARE, torch, packages.gather(), {}), "shadowed")
+    assert str(tmp_path) in found.what
+    after = exported(found.remedy, {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "HOME": "/"})
+    assert "PYTHONPATH" not in after
 
 
 def test_a_process_that_ends_without_a_word_is_a_finding(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_a_run_without_finite_losses_is_explained_and_set_right(task: Task) -> N
     assert "train.jsonl:" in faults[0].why
     typed_in(faults[0].remedy)
     assert codes(judged(output_of(faults[0].remedy))) == []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_recipe_that_cannot_be_read_is_told(stopped: Path, tmp_path: Path, ended: bool) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed:", "sead:"))
+    if ended:
+        (folder / "result.json").write_text('{"steps": 4}')
+    found = only(judged(folder), "recipe")
+    assert found.severity == ("hint" if ended else "fault")
+    assert "sead" in found.what
+    assert run(shlex.split(found.remedy)[1:]) == 2
 
 
 def test_a_run_that_was_killed_goes_on(task: Task) -> None:

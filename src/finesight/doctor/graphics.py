@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,8 @@ class Graphics:
     """What the system says of cards. `on_bus` counts NVIDIA's, `driver` is the version of the
     loaded kernel module, `driver_cuda` the newest CUDA (major, minor) that its library takes,
     `visible` the variable that hides cards, None where it is not set; `system` is the ID of
-    os-release, `contained` whether this is a container."""
+    os-release, `contained` whether this is a container, `users` what computes on the cards, as far
+    as nvidia-smi sees it."""
 
     on_bus: int
     driver: str | None
@@ -44,6 +47,7 @@ class Graphics:
     visible: str | None
     system: str
     contained: bool
+    users: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,13 @@ def gather(environment: Mapping[str, str], root: Path = Path("/")) -> Graphics:
     release = root / "etc" / "os-release"
     named = release.read_text(encoding="utf-8") if release.is_file() else ""
     entries = dict(line.split("=", 1) for line in named.splitlines() if "=" in line)
+    smi = shutil.which("nvidia-smi", path=environment.get("PATH"))
     return Graphics(
         on_bus=_on_bus(root),
         driver=_driver(root),
         driver_cuda=_driver_cuda(),
-        has_smi=shutil.which("nvidia-smi", path=environment.get("PATH")) is not None,
+        has_smi=smi is not None,
+        users=_users(smi) if smi else (),
         visible=environment.get(CUDA_VISIBLE),
         system=entries.get("ID", "").strip('"'),
         contained=(root / ".dockerenv").exists() or (root / "run" / ".containerenv").exists(),
@@ -105,6 +111,15 @@ def _driver(root: Path) -> str | None:
         return None
     words = path.read_text().splitlines()[0].split()
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def _users(smi: str) -> tuple[str, ...]:
+    asked = [smi, "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
 def _driver_cuda() -> tuple[int, int] | None:
@@ -148,9 +163,7 @@ def judge(
     found = [fine("torch", f"torch {torch.version}, built for {build}")]
     found += [*_shadowed(torch, packages), *_packages_broken(torch)]
     if torch.cards:
-        found += [
-            one for index, card in enumerate(torch.cards) for one in _card(index, card, torch)
-        ]
+        found += [one for index in range(len(torch.cards)) for one in _card(index, graphics, torch)]
         return [*found, *_without_smi(graphics)]
     return [*found, _no_card(graphics, torch)]
 
@@ -195,7 +208,8 @@ def _packages_broken(torch: Torch) -> Iterator[Finding]:
         )
 
 
-def _card(index: int, card: Card, torch: Torch) -> list[Finding]:
+def _card(index: int, graphics: Graphics, torch: Torch) -> list[Finding]:
+    card = torch.cards[index]
     able = ".".join(map(str, card.capability))
     if card.problem:
         return [_not_computing(index, card, torch)]
@@ -204,27 +218,31 @@ def _card(index: int, card: Card, torch: Torch) -> list[Finding]:
     found = [fine("card", f"GPU {index}: {card.name}, {able}, {gb}, computes in {bf16}")]
     taken = 1 - (card.free or 0) / card.total
     if taken > CROWDED:
-        found.append(
-            hint(
-                "card-crowded",
-                f"GPU {index}: {taken:.0%} of its memory is taken by other programs",
-                why="a run that would fit may be refused, or ends on the way",
-                remedy="nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv",
-            )
-        )
+        found.append(_crowded(index, taken, graphics, torch))
     return found
+
+
+def _crowded(index: int, taken: float, graphics: Graphics, torch: Torch) -> Finding:
+    """A card that others use, and the one with the most free memory in its place."""
+    free = [card.free or 0 for card in torch.cards]
+    freest = free.index(max(free))
+    remedy = f"export {CUDA_VISIBLE}={visible_cards(len(free))[freest]}"
+    if freest == index:
+        remedy = "nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv"
+    seen = f" ({'; '.join(graphics.users[:4])})" if graphics.users else ""
+    return hint(
+        "card-crowded",
+        f"GPU {index}: {taken:.0%} of its memory is taken by other programs{seen}",
+        why="a run that would fit may be refused, or ends on the way",
+        remedy=remedy,
+    )
 
 
 def fitting_torch() -> str:
     """The command that installs the build of torch that the driver takes: uv finds it out."""
-    uv = (sys_python(), "-m", "uv", "pip", "install", "--python", sys_python())
+    uv = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     fit = typed(*uv, "--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
     return f"{typed(*PIP, 'install', 'uv')} && {fit}"
-
-
-def sys_python() -> str:
-    """The Python that runs this."""
-    return PIP[0]
 
 
 def _not_computing(index: int, card: Card, torch: Torch) -> Finding:

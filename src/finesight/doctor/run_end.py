@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finesight.digests import verify_folder
-from finesight.doctor.findings import Finding, fault, fine, hint, told, typed
+from finesight.doctor.findings import Finding, fault, fine, hint, typed
 from finesight.doctor.machine import largest
 from finesight.doctor.run_again import again, lower_rates, recipe_of, resume
 from finesight.errors import UserError
@@ -200,7 +200,14 @@ def _recipe(record: Record) -> Iterator[Finding]:
     try:
         load_recipe(path)
     except UserError as error:
-        yield told("recipe", error, typed("finesight", "data", "show", str(path)))
+        make = hint if record.result is not None else fault
+        yield make(
+            "recipe",
+            f"{error.where}: {error.what}",
+            why="going on, and every command below that trains again, need it; it may be of another"
+            f" version of finesight ({error.remedy})",
+            remedy=typed("finesight", "doctor", str(path)),
+        )
 
 
 def _left(record: Record) -> Iterator[Finding]:

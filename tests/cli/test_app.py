@@ -15,6 +15,7 @@ from finesight.errors import Interrupted, UserError
 COMMANDS = (
     ["quickstart"],
     ["download"],
+    ["doctor"],
     ["train"],
     ["launch"],
     ["eval"],

@@ -69,7 +69,7 @@ def test_an_extra_that_a_setting_needs_is_named(recipe: Path, tmp_path: Path) ->
     extras = "\nProvides-Extra: quant\nProvides-Extra: track\n"
     about.write_text(about.read_text().rstrip() + extras)
     around = replace(AROUND, packages=packages.gather([str(site)]))
-    changes = ("tune.nf4=[language]", "track.tensorboard=true")
+    changes = ("tune.nf4=[language]", "track=tensorboard")
     found = [one for one in judged(recipe, *changes, around=around) if one.severity == "fault"]
     assert codes(found) == ["recipe-needs-extra", "recipe-needs-extra"]
     assert [shlex.split(one.remedy)[-1] for one in found] == [

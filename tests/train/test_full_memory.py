@@ -25,7 +25,7 @@ from finesight.infer.rows import Rows
 from finesight.model.layers import GatedMlp
 from finesight.model.network import VisionLanguageModel
 from finesight.train import loop
-from finesight.train.budget import PACKS, Budget, FullMemory
+from finesight.train.budget import FullMemory
 from finesight.train.loader import Step
 from finesight.train.prepare import Session
 from finesight.train.step import Taken
@@ -385,18 +385,3 @@ def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatc
     # Kernels that add in no fixed order.
     for (step, loss), (_, expected) in zip(losses(task.folder / "run"), roomy, strict=True):
         assert loss == pytest.approx(expected, rel=0.02), step
-
-
-def test_a_budget_goes_down_until_nothing_is_left() -> None:
-    budget = Budget(pack_tokens=8192, recompute=False)
-    pack = PackedBatch(("a", "b"), (900, 101), (), *[torch.empty(0)] * 7)
-    one = PackedBatch(("a",), (900,), (), *[torch.empty(0)] * 7)
-    half = budget.below(pack, learning=True)
-    assert half == Budget(pack_tokens=500, recompute=False)
-    assert half.below(one, learning=False) is None
-    twice = half.below(one, learning=True)
-    assert twice == Budget(pack_tokens=500, recompute=True)
-    assert twice.below(one, learning=True) is None
-    split = twice.below(one, learning=True, splits=True)
-    assert split == Budget(pack_tokens=224, recompute=True)
-    assert PACKS * split.pack_tokens < 900, "that sample is split from then on"

@@ -17,6 +17,7 @@ from finesight.doctor.packages import Packages
 from finesight.errors import UserError
 from finesight.hub import named
 from finesight.recipe import load_recipe
+from finesight.track.kinds import EXTRAS
 
 FP8 = (8, 9)
 """Compute capability from which a card multiplies FP8."""
@@ -74,8 +75,8 @@ def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Extras that settings ask for, and which setting it is."""
     if recipe.tune.nf4:
         yield "quant", "tune.nf4"
-    if recipe.track.swanlab or recipe.track.tensorboard:
-        yield "track", "track"
+    for tracker in recipe.track:
+        yield EXTRAS[tracker.kind], f"track={tracker.kind}"
     for file in (*recipe.data.train, *recipe.data.eval):
         if "://" in str(file.path):
             yield "objects", str(file.path)

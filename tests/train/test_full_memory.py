@@ -25,7 +25,7 @@ from finesight.infer.rows import Rows
 from finesight.model.layers import GatedMlp
 from finesight.model.network import VisionLanguageModel
 from finesight.train import loop
-from finesight.train.budget import FullMemory
+from finesight.train.budget import Budget, FullMemory
 from finesight.train.loader import Step
 from finesight.train.prepare import Session
 from finesight.train.step import Taken

@@ -35,13 +35,18 @@ from peer_data import draw, random_weights, resized
 from peer_figures import WARM, head, rate
 from stopwatch import watch
 
+from finesight.config import DataFile
+from finesight.data.jsonl import Located
+from finesight.data.sources import load_sources
+
 HERE = Path(__file__).resolve().parent
 LIMIT_S, GRACE_S = 240.0, 120.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Runs with so many samples a step on each GPU, or on `all_of_them` together."""
+    """Runs with so many samples a step on each GPU, or on `all_of_them` together: of a picture, or
+    of a video of so many frames."""
 
     name: str
     model: str
@@ -51,11 +56,13 @@ class Case:
     all_of_them: bool = False
     fewest: int = 1
     trainer: Mapping[str, Any] | None = None
+    frames: int = 0
 
 
 # The quickest that it was found with (peers.py); all parameters are fp32, in bf16 where computed.
 _LORA = {"attention": "sdpa", "adapters": "bf16", "liger": True, "compiled": False}
 _ALL = {"attention": "sdpa", "adapters": "fp32", "liger": True, "compiled": False, "learns": "all"}
+LONG = "train.recompute=true", "data.max_length=140000"
 FSDP, ZERO2 = "train.parallel=fsdp", "train.parallel=zero2"
 CASES = (
     Case("2B LoRA", TWO, 280, 64, (LORA,)),
@@ -64,6 +71,8 @@ CASES = (
     # One process has nobody to share with.
     Case("3B full, zero2", THREE, 280, 64, (*ALL, ZERO2), fewest=2),
     Case("3B full, same, fsdp", THREE, 280, 16, (*ALL, FSDP), all_of_them=True),
+    # 256 tokens for every two frames; a sample that several GPUs share.
+    Case("7B LoRA, 128k tokens", SEVEN, 448, 1, (LORA, *LONG), all_of_them=True, frames=1000),
     Case("2B LoRA, Trainer", TWO, 280, 64, (), trainer=_LORA | {"engine": "ddp"}),
     Case("3B full, fsdp, Trainer", THREE, 280, 64, (), trainer=_ALL | {"engine": "fsdp"}),
 )
@@ -76,7 +85,7 @@ def measure(case: Case, gpus: int, model: Path, options: argparse.Namespace) -> 
     file.write_text("{}\n", encoding="utf-8")
     words = [
         f"model={model}",
-        f"data.train={draw(options.work / 'data')}",
+        f"data.train={data_of(case, options.work)}",
         f"picture={{height: {case.side}, width: {case.side}}}",
         f"train.steps={options.steps + 500}",
         f"train.batch={case.batch if case.all_of_them else case.batch * gpus}",
@@ -117,6 +126,29 @@ def measure(case: Case, gpus: int, model: Path, options: argparse.Namespace) -> 
         "gb": round(max(step["memory_gb"] for step in steps), 2),
         "losses": [step["loss"] for step in steps],
     }
+
+
+def data_of(case: Case, work: Path) -> Path:
+    """Drawn scenes, each by itself or as the frames of videos."""
+    table = draw(work / "data")
+    if not case.frames:
+        return table
+    pictures = [located.sample.messages[0].content[0] for located in rows_of(table)]
+    files = [str(part.image) for part in pictures if part.type == "image"]
+    films = table.with_name("films.jsonl")
+    lines = []
+    for number in range(8):
+        shown = [files[(number + place) % len(files)] for place in range(case.frames)]
+        asked = [{"type": "video", "frames": shown}, {"type": "text", "text": "What is shown?"}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Scenes."}]
+        lines.append(json.dumps({"id": f"film-{number}", "messages": turns}))
+    films.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return films
+
+
+def rows_of(table: Path) -> Iterator[Located]:
+    """The samples of a table."""
+    return load_sources((DataFile(path=table),)).read()
 
 
 def measure_trainer(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from finesight.model import sequence_parallel
@@ -26,6 +27,7 @@ class Meeting:
         self._own = threading.local()
         monkeypatch.setattr(sequence_parallel, "GATHER", self._gather)
         monkeypatch.setattr(sequence_parallel, "SCATTER", self._scatter)
+        monkeypatch.setattr(dist, "broadcast", self._broadcast)
 
     def all(self, work: Callable[[int], T]) -> list[T]:
         """What each process's work gives, all at the same time."""
@@ -40,6 +42,9 @@ class Meeting:
 
         with ThreadPoolExecutor(self.count) as pool:
             return list(pool.map(one, range(self.count)))
+
+    def _broadcast(self, tensor: Tensor, src: int) -> None:
+        tensor.copy_(self._everybodys(tensor)[src])
 
     def _everybodys(self, tensor: Tensor) -> list[Tensor]:
         self._brought[self._own.number] = tensor.clone()

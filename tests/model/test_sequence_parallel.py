@@ -19,6 +19,7 @@ from finesight.encode.rendering import renderer_of
 from finesight.encode.slice import Slice
 from finesight.hub import ModelFolder
 from finesight.model.network import VisionLanguageModel
+from finesight.model.sequence_parallel import wanted
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 from finesight.train.loss import label_loss
@@ -85,7 +86,9 @@ def test_shares_add_up_to_the_whole(
         known_MKD = model.see(batch.patches_ND, batch.grids)
 
     def of_known(number: int) -> list[Tensor]:
-        return learned(model, replace(cut(encoded, number, count), grids=()), known_MKD)
+        batch = cut(encoded, number, count)
+        assert batch.share is not None
+        return learned(model, replace(batch, grids=()), wanted(known_MKD, batch.share))
 
     assert_same(meeting.all(of_known), learned(model, batch, known_MKD))
 
@@ -93,7 +96,7 @@ def test_shares_add_up_to_the_whole(
 def test_every_token_and_frame_has_one_process(tiny: Path, tmp_path: Path) -> None:
     encoded = long_sample(tmp_path, tiny)
     outline = encoded.outline
-    for count in (2, 3, 8, 200):
+    for count in (2, 3, 8, 100):
         shares = [Slice.of(outline, number, count) for number in range(count)]
         tokens = [token for share in shares for a, b in share.stretches for token in range(a, b)]
         assert sorted(tokens) == list(range(outline.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from finesight.encode.pack import PackedBatch
-from finesight.train.budget import PACKS, Budget
+from finesight.train.budget import Budget, packs_alone
 
 
 def test_a_budget_goes_down_until_nothing_is_left() -> None:
@@ -18,6 +18,8 @@ def test_a_budget_goes_down_until_nothing_is_left() -> None:
     twice = half.below(one, learning=True)
     assert twice == Budget(pack_tokens=500, recompute=True)
     assert twice.below(one, learning=True) is None
-    split = twice.below(one, learning=True, splits=True)
+    split = twice.below(one, learning=True, processes=2)
     assert split == Budget(pack_tokens=224, recompute=True)
-    assert PACKS * split.pack_tokens < 900, "that sample is split from then on"
+    assert packs_alone(2) * split.pack_tokens < 900, "that sample is split from then on"
+    assert split.below(one, learning=True, processes=2) is None
+    assert twice.below(one, learning=True, processes=64) == Budget(pack_tokens=14, recompute=True)

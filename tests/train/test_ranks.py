@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
-from finesight.train.budget import Budget, FullMemory
+from finesight.train.budget import Budget, FullMemory, packs_alone
 from finesight.train.checkpoint import MOMENTS, VALUES
 from finesight.train.ranks import Errand, Ranks, Roll, ShareFailed
 from finesight.train.shares import Share
@@ -243,7 +243,8 @@ def test_a_share_of_every_sample() -> None:
 
     for count in (1, 2, 3, 4, 20):
         ranks = [Ranks(number, count) for number in range(count)]
-        shares = [Share(Whole(), one, cost, tokens, 50).within(10) for one in ranks]
+        size = 40 // packs_alone(count)
+        shares = [Share(Whole(), one, cost, tokens, 50).within(size) for one in ranks]
         assert {len(share) for share in shares} == {50}
         for step in range(50):
             own = [list(share.of(step)) for share in shares]

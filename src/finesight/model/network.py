@@ -27,7 +27,7 @@ from finesight.model.joined import Laying
 from finesight.model.language import DecoderLayer, Deepstack
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import CURRENT, FIRST, Names
-from finesight.model.sequence_parallel import SharedAttention, exchanged, wanted
+from finesight.model.sequence_parallel import SharedAttention, exchanged
 from finesight.model.tower import VisionTower
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -95,7 +95,7 @@ class VisionLanguageModel(nn.Module):
         several processes share, all of them have to ask for."""
         share = batch.share
         if known_MKD is not None:
-            return known_MKD if share is None else wanted(known_MKD, share)
+            return known_MKD
         made_MKD = self.see(batch.patches_ND, batch.grids) if batch.grids else None
         if share is None:
             return made_MKD

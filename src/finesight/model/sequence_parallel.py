@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.encode.slice import Slice
 from finesight.model.attention import PackedAttention, Segments, attend
+from finesight.model.runs import upload
 
 # As torch calls them from 2.13 on, and before.
 GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -102,13 +104,16 @@ def exchanged(features_MFD: Tensor, share: Slice) -> Tensor:
     most = max(1, *share.features)
     own = features_MFD[: share.features[share.number]]
     all_PMFD = gathered(filled_up(own, most), share.count)
-    counted = zip(all_PMFD.unbind(0), share.features, strict=True)
-    return wanted(torch.cat([made[:count] for made, count in counted]), share)
+    starts = np.cumsum([0, *share.features])
+    places = np.concatenate([np.arange(*stretch) for stretch in share.wanted])
+    made_by = np.searchsorted(starts, places, "right") - 1
+    at_M = upload(made_by * most + places - starts[made_by], features_MFD.device)
+    return all_PMFD.flatten(0, 1).index_select(0, at_M)
 
 
-def wanted(features_MFD: Tensor, share: Slice) -> Tensor:
-    """Those of a sample's features that this share's tokens stand for."""
-    return torch.cat([features_MFD[start:stop] for start, stop in share.wanted])
+def wanted(known_M: Tensor, share: Slice) -> Tensor:
+    """Of what is known of a sample's pictures, what this share's tokens stand for."""
+    return torch.cat([known_M[start:stop] for start, stop in share.wanted])
 
 
 def filled_up(x: Tensor, rows: int) -> Tensor:

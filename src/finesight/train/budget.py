@@ -15,9 +15,15 @@ from finesight.errors import UserError
 
 T = TypeVar("T")
 
-PACKS = 4
-"""A sample of more tokens than so many packs is split over several processes: what each then waits
-for others in every layer is little beside its own work, and one would need as much more memory."""
+FEWEST = 4
+"""A sample of fewer packs is not split."""
+
+
+def packs_alone(processes: int) -> int:
+    """A sample of more tokens than so many packs is split over all processes: each then has a pack
+    or more to compute for what it waits for others in every layer, and one alone would need many
+    times the memory of a pack."""
+    return max(FEWEST, processes)
 
 
 class Budget(BaseModel):
@@ -36,21 +42,22 @@ class Budget(BaseModel):
             recompute=max(self.recompute, other.recompute),
         )
 
-    def below(self, pack: PackedBatch, learning: bool, splits: bool = False) -> Budget | None:
+    def below(self, pack: PackedBatch, learning: bool, processes: int = 1) -> Budget | None:
         """The next one to try where this pack was too much; None where nothing is left.
 
         Half of what the pack held, so that none like it comes again. What one sample needs is less
-        only when activations are computed twice, which are kept for learning alone, or where the
-        run `splits` it.
+        only when activations are computed twice, which are kept for learning alone, or where one
+        of several `processes` that may share it would else have it alone.
         """
         if len(pack.lengths) > 1:
             held = min(self.pack_tokens, sum(pack.lengths))
             return self.model_copy(update={"pack_tokens": max(1, held // 2)})
         if learning and self.recompute < 1.0:
             return self.model_copy(update={"recompute": 1.0})
-        if learning and splits and pack.share is None:
-            split = (sum(pack.lengths) - 1) // PACKS
-            return self.model_copy(update={"pack_tokens": split}) if split else None
+        if learning and processes > 1 and pack.share is None:
+            split = (sum(pack.lengths) - 1) // packs_alone(processes)
+            if 1 < split < self.pack_tokens:
+                return self.model_copy(update={"pack_tokens": split})
         return None
 
     def unlike(self, old: Budget) -> str:
@@ -88,9 +95,10 @@ def too_much(
     pack: PackedBatch,
     budget: Budget,
     learning: bool,
-    splits: bool = False,
+    processes: int = 1,
 ) -> FullMemory:
-    """What a refusal of memory for a pack means, to a run that may split samples or not."""
+    """What a refusal of memory for a pack means to one of so many `processes` that may share a
+    sample."""
     samples, first = len(pack.lengths), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
@@ -101,7 +109,7 @@ def too_much(
         remedy="end other programs on this GPU and start again with --resume; or begin another run"
         " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
         " weights in four bits (tune.nf4=[language])",
-        below=budget.below(pack, learning, splits),
+        below=budget.below(pack, learning, processes),
     )
 
 

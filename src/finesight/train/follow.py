@@ -37,7 +37,7 @@ def follow(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
         return
     with enough_memory():
         session = prepare(recipe, run, screen, resume, ranks)
-        ranks.same(session.identity)
+        session.agree()
         with stop.listening(), set_to_learn(session.machine.device):
             _Follower(session, screen, stop).go()
     if stop.asked:
@@ -103,6 +103,9 @@ class _Follower:
         """What is raised in the block, while the others wait for this process, they hear of."""
         try:
             yield
+        except Interrupted:
+            # All have raised it.
+            raise
         except Exception:
             together = self.ranks.called(Errand.FAILED, signal=self.stop.number)
             self.over = together.errand is Errand.OVER

@@ -24,7 +24,6 @@ from finesight.encode.pack import evened
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.model.network import VisionLanguageModel
-from finesight.model.sequence_parallel import filled_up, gathered
 from finesight.train.feature_files import FeatureFiles, Stored
 from finesight.train.feature_place import Place
 from finesight.train.loader import Block
@@ -201,20 +200,11 @@ class Gathering:
         """Compute the chunk's features."""
         return Look(opened.chunk, self._see(opened), opened.damaged)
 
-    def everybodys(
-        self, own: Look | None, chunks: Sequence[Chunk], damaged: Sequence[Damaged]
-    ) -> list[Look]:
-        """What the processes have seen of these chunks, each of the one in its place, and which of
-        their pictures were damaged. All processes have to ask."""
-        most, count = max(map(self._places, chunks)), self._session.machine.ranks.count
+    def room(self, chunk: Chunk) -> Look:
+        """Of a chunk that another process looks at, for what that sees."""
         device, dtype = self._session.machine.device, self._features_AKD.dtype
-        nothing_MKD = torch.empty((0, *self._tail), dtype=dtype, device=device)
-        own_MKD = nothing_MKD if own is None else own.features_MKD
-        all_PMKD = gathered(filled_up(own_MKD, most), count)
-        return [
-            Look(chunk, features_MKD[: self._places(chunk)], found)
-            for chunk, features_MKD, found in zip(chunks, all_PMKD, damaged, strict=False)
-        ]
+        form = (self._places(chunk), *self._tail)
+        return Look(chunk, torch.empty(form, dtype=dtype, device=device), {})
 
     def keep_all(self, looks: Iterable[Look], writer: Writer | None) -> None:
         """One after the other."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -48,6 +50,11 @@ class Split(Members, Protocol):
 
     def share(self, outline: Outline) -> Slice:
         """This process's share of one."""
+        ...
+
+    @property
+    def most_alone(self) -> int | None:
+        """Tokens of the longest sample that is not split; None where none is."""
         ...
 
     @property
@@ -111,6 +118,12 @@ class Step:
     def shares(self) -> int:
         """Packs that all processes have to come to: the first ones."""
         return sum(batch.share is not None for batch in self.packs)
+
+    @property
+    def shared(self) -> int:
+        """A number for which samples these are of; 0 of none."""
+        names = [name for batch in self.packs[: self.shares] for name in batch.sample_ids]
+        return crc32(json.dumps(names).encode()) if names else 0
 
 
 Numbered = tuple[int, Encoded]

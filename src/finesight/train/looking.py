@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from finesight.data.headers import DamagedPicture
 from finesight.errors import Interrupted, UserError
@@ -161,18 +163,20 @@ class _Looking:
         there = [chunk for chunk in chunks if self.files and self.files.has(chunk.name)]
         size = self._bytes(shown, chunks)
         missing = size - self._bytes(shown, there)
-        disk = self._together(lambda: self._room(chunks, missing))
+        free = self._free(chunks, missing)
 
         def begun() -> tuple[Place, Gathering, list[Chunk]]:
             if not chunks or (once and len(there) < len(chunks)):
                 raise _InEveryStep(ONCE)
-            place = self._place(size, missing, disk)
+            place = choose_place(self._setting, size, missing, free)
+            if place is None:
+                raise _InEveryStep(self._too_much(size, free))
             gathering = Gathering(self._session, shown, place)
             return place, gathering, self._find(gathering, there)
 
         place, gathering, found = self._together(begun)
         left = self._left(chunks, found)
-        stored = self._look_at(gathering, shown, left, missing <= disk)
+        stored = self._look_at(gathering, shown, left, missing <= free.disk)
         pictures, from_disk = len(shown.sights), shown.pictures(found)
         why = (
             f"{pictures} pictures are looked at once: their features ({_size(size)}) are"
@@ -199,7 +203,9 @@ class _Looking:
         told = self._ranks.everybodys(json.dumps([self._stop.number, against]))
         signals, reasons = zip(*map(json.loads, told), strict=True)
         self._stop.heed(max(signals))
-        self._stop.check()
+        # One that has come since is told at the next meeting.
+        if max(signals):
+            self._stop.check()
         for reason in filter(None, reasons):
             raise _InEveryStep(reason)
         return found[0]
@@ -248,18 +254,26 @@ class _Looking:
         assert isinstance(model, VisionLanguageModel), "a tower without native code"
         return feature_bytes(shown.patches(chunks), model, self._session.machine.dtype)
 
-    def _room(self, chunks: Sequence[Chunk], missing: int) -> int:
-        """Bytes that the disk has for features, the `missing` ones if it can be."""
+    def _free(self, chunks: Sequence[Chunk], missing: int) -> Free:
+        """Bytes that every process has for features: on its disk the `missing` ones if it can be,
+        which one process of each machine sees to."""
+        ranks, device = self._ranks, self._session.machine.device
         names = [chunk.name for chunk in chunks]
-        return 0 if self.files is None else self.files.make_room(names, missing)
 
-    def _place(self, size: int, missing: int, disk: int) -> Place:
-        machine = self._session.machine
-        free = Free(free_on_gpu(machine.device), free_memory() // machine.ranks.beside, disk)
-        place = choose_place(self._setting, size, missing, free)
-        if place is None:
-            raise _InEveryStep(self._too_much(size, free))
-        return place
+        def room() -> list[int]:
+            if self.files is None:
+                return [0]
+            return [] if ranks.local else [self.files.make_room(names, missing)]
+
+        disk, gpu = self._together(room), free_on_gpu(device)
+        memory = free_memory() // ranks.beside
+        told = ranks.everybodys(json.dumps([disk, memory, [] if gpu is None else [gpu]]))
+        disks, memories, gpus = zip(*map(json.loads, told), strict=True)
+        return Free(
+            gpu=min(chain.from_iterable(gpus), default=None),
+            memory=min(memories),
+            disk=min(chain.from_iterable(disks)),
+        )
 
     def _too_much(self, size: int, free: Free) -> str:
         gpu = "" if free.gpu is None else f", {_size(free.gpu)} on the GPU"
@@ -329,18 +343,23 @@ class _Looking:
         """What is seen of these chunks, by each process of its own."""
         ranks = self._ranks
 
-        def own() -> Look | None:
+        def seen() -> list[Look]:
             self._stop.check()
-            return gathering.see(next(reading)) if ranks.number < len(chunks) else None
+            return [
+                gathering.see(next(reading)) if number == ranks.number else gathering.room(chunk)
+                for number, chunk in enumerate(chunks)
+            ]
 
-        look = self._together(own)
+        looks = self._together(seen)
         if ranks.alone:
-            return () if look is None else (look,)
-        harm = {} if look is None else look.damaged
-        own_harm = [(n, e.what, e.where, e.expected, e.remedy) for n, e in harm.items()]
-        told = [json.loads(one) for one in ranks.everybodys(json.dumps(own_harm))]
+            return looks
+        own = looks[ranks.number].damaged if ranks.number < len(looks) else {}
+        harm = [(n, e.what, e.where, e.expected, e.remedy) for n, e in own.items()]
+        told = [json.loads(one) for one in ranks.everybodys(json.dumps(harm))]
+        for number, look in enumerate(looks):
+            dist.broadcast(look.features_MKD, src=number)
         damaged = [{n: _damaged(*said) for n, *said in one} for one in told]
-        return gathering.everybodys(look, chunks, damaged)
+        return [look._replace(damaged=found) for look, found in zip(looks, damaged, strict=False)]
 
     def _written(
         self, chunks: Sequence[Chunk], stored: Mapping[Chunk, Stored]

@@ -79,7 +79,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             stack.enter_context(run.locked())
             # Another process may have been quicker.
             run.check_free(resume=False)
-        ranks.same(session.identity)
+        session.agree()
         stop = Stop()
         stack.enter_context(_leading(ranks, stop))
         if not session.progress.step:

@@ -55,7 +55,8 @@ ANYTHING = {
     *("workers", "cache", "parallel", "pack_tokens", "recompute"),
     *("keep", "save_every", "device", "precision"),
 }
-"""Settings of `train` that a resumed run may change: they do not touch what is computed."""
+"""Settings of `train` that a resumed run may change: they touch nothing that is computed, but for
+`pack_tokens`, which moves drop-outs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,13 @@ class Session:
     arithmetic: Arithmetic | Uncounted
     identity: dict[str, Any]
     progress: Progress
+
+    def agree(self) -> None:
+        """Raises UserError where other processes are about to learn something else, or otherwise:
+        each would wait for what the others do not do."""
+        train = self.recipe.train.model_dump(mode="json")
+        alike = {name: train[name] for name in ("parallel", "pack_tokens", "recompute")}
+        self.machine.ranks.same(self.identity | alike)
 
     @property
     def together(self) -> Ranks:
@@ -226,7 +234,10 @@ def prepare(
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
     found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
-        check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
+        # An older version may have kept what may change.
+        left = {f"train.{name}" for name in ANYTHING}.difference(identity)
+        began = {name: value for name, value in found[0].identity.items() if name not in left}
+        check_identity(began, identity, checkpoints.path(found[0].step))
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
@@ -261,6 +272,9 @@ def prepare(
     session.keep_within(budget)
     if found is not None:
         _go_on(session, *found)
+        if session.progress.budget != budget:
+            unlike = session.progress.budget.unlike(budget)
+            screen.say(f"as until here, {unlike}: these settings can only take less memory")
     return session
 
 

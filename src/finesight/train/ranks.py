@@ -191,7 +191,7 @@ class Ranks:
         own = Together.of(step, signal)
         if self.alone:
             return own
-        figures = step.number, step.shares, *own[:4], len(step.dropped)
+        figures = step.number, step.shared, *own[:4], len(step.dropped)
         everybodys = self._errands((*figures, signal, Errand.STEP))
         return self._summed(everybodys, step.dropped)
 
@@ -248,11 +248,11 @@ class Ranks:
 
     def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
         *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
-        steps, shares, supervised, samples, tokens = figures
+        steps, shared, supervised, samples, tokens = figures
         own_errand, first = said[self.number], Errand(said[0])
         stays = (Errand.FAILED, Errand.WAIT) if first is Errand.STEP else (Errand.FAILED,)
         failed = [number for number, one in enumerate(said) if one in stays]
-        if failed and max(signals):
+        if failed and max(signals) and first is Errand.STEP:
             # That one was asked to stop, and did not come to its step.
             return Together(signal=max(signals), errand=first, argument=steps[0])
         if own_errand != Errand.FAILED:
@@ -266,7 +266,7 @@ class Ranks:
                 expected="one output that all processes see",
                 remedy="put the run on a disk that all machines share",
             )
-        if len({*shares}) > 1:
+        if len({*shared}) > 1:
             raise ShareFailed(
                 "a sample that all processes share is not the same for all of them",
                 where="training",

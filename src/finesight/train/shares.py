@@ -8,7 +8,7 @@ from heapq import heapify, heapreplace
 
 from finesight.encode.encoded import Outline
 from finesight.encode.slice import Alone, Slice
-from finesight.train.budget import PACKS
+from finesight.train.budget import packs_alone
 from finesight.train.course import Members
 from finesight.train.flops import Arithmetic, Uncounted
 from finesight.train.loader import Split
@@ -20,12 +20,12 @@ from finesight.train.survey import Glances
 class Share(Split):
     """Of every step of `whole`, the samples of one process, but for those that are split: the
     costliest first, each to the process that has least to do so far. `cost` and `tokens` are those
-    of a sample by its index."""
+    of a sample by its index; without `tokens` none is split."""
 
     whole: Members
     ranks: Ranks
     cost: Callable[[int], float]
-    tokens: Callable[[int], int]
+    tokens: Callable[[int], int] | None
     pack_tokens: int
 
     def __len__(self) -> int:
@@ -61,8 +61,17 @@ class Share(Split):
         """The first process does."""
         return self.ranks.first
 
+    @property
+    def most_alone(self) -> int | None:
+        """Tokens of the longest sample that one process learns alone; None where none is split.
+        Each share has tokens, however small a pack is."""
+        if self.tokens is None:
+            return None
+        return packs_alone(self.ranks.count) * max(2, self.pack_tokens)
+
     def _is_split(self, index: int) -> bool:
-        return self.tokens(index) > PACKS * self.pack_tokens
+        most = self.most_alone
+        return self.tokens is not None and most is not None and self.tokens(index) > most
 
 
 def shared(
@@ -78,7 +87,7 @@ def shared(
     if ranks.alone:
         return course
     if glances is None:
-        return Share(course, ranks, lambda index: 1.0, lambda index: 0, pack_tokens)
+        return Share(course, ranks, lambda index: 1.0, None, pack_tokens)
     seen = glances
 
     def cost(index: int) -> float:
@@ -86,7 +95,8 @@ def shared(
         return arithmetic.of(Alone((one.tokens,), one.grids, one.supervised)) or one.tokens
 
     def tokens(index: int) -> int:
-        # What transformers computes is not shared out.
-        return 0 if isinstance(arithmetic, Uncounted) else seen[index].tokens
+        return seen[index].tokens
 
-    return Share(course, ranks, cost, tokens, pack_tokens)
+    # What transformers computes cannot be split.
+    splits = not isinstance(arithmetic, Uncounted)
+    return Share(course, ranks, cost, tokens if splits else None, pack_tokens)

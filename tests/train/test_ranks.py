@@ -104,10 +104,11 @@ def test_meetings_of_two_kinds_are_told_apart() -> None:
         waits = pool.submit(second.called, Errand.WAIT)
         assert first.called(Errand.OVER).errand is Errand.OVER
         assert waits.result().errand is Errand.OVER
-        fails = pool.submit(second.called, Errand.FAILED)
-        with pytest.raises(ShareFailed, match="process 1 of 2"):
-            first.called(Errand.SAVE)
-        assert fails.result().errand is Errand.SAVE
+        for signal_number in (0, 15):
+            fails = pool.submit(second.called, Errand.FAILED, signal=signal_number)
+            with pytest.raises(ShareFailed, match="process 1 of 2"):
+                first.called(Errand.SAVE)
+            assert fails.result().errand is Errand.SAVE
 
 
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:

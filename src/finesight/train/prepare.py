@@ -38,7 +38,7 @@ from finesight.train.budget import Budget
 from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
-from finesight.train.loader import StepData
+from finesight.train.loader import Split, StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.parallel import Parallel, share_model
@@ -242,6 +242,9 @@ def prepare(
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
     members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
+    most = members.most_alone if isinstance(members, Split) else None
+    if most is not None and train.survey.longest > most:
+        screen.say(f"samples of more than {most:,} tokens are split over all processes")
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)

@@ -44,7 +44,6 @@ app = typer.Typer(
     name="finesight",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
 )
 data = typer.Typer(

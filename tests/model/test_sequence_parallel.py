@@ -18,6 +18,7 @@ from finesight.encode.pack import PackedBatch, pack
 from finesight.encode.rendering import renderer_of
 from finesight.encode.slice import Slice
 from finesight.hub import ModelFolder
+from finesight.model import sequence_parallel
 from finesight.model.network import VisionLanguageModel
 from finesight.model.sequence_parallel import wanted
 from finesight.model.tiny import make_tiny
@@ -54,7 +55,7 @@ def learned(
     """The loss, and the gradients of all parameters."""
     model = deepcopy(model)
     h_LD = model(batch, known_MKD)
-    loss = label_loss(h_LD, model.head_weight, batch.target_L, torch.ones(()))
+    loss = label_loss(h_LD, model.head_weight, batch.target_L, torch.ones((), device=h_LD.device))
     loss.backward()
     made = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return [loss.detach(), *made]
@@ -116,3 +117,18 @@ def test_work_is_even(tiny: Path, tmp_path: Path) -> None:
     shares = [Slice.of(outline, number, 4) for number in range(4)]
     pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.stretches) for share in shares]
     assert max(pairs) <= 1.2 * min(pairs)
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_card_take_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stretches of a sample in one process, which gathers from itself."""
+    monkeypatch.setattr(sequence_parallel, "GATHER", Tensor.copy_)
+    monkeypatch.setattr(sequence_parallel, "SCATTER", Tensor.copy_)
+    tiny = make_tiny(tmp_path / "tiny")
+    encoded = long_sample(tmp_path, tiny)
+    device = torch.device("cuda")
+    model = load_model(ModelFolder(tiny), torch.bfloat16, device).train()
+    whole = learned(model, pack([encoded]).to(device))
+    share = learned(model, cut(encoded, 0, 1).to(device))
+    for ours, theirs in zip(share, whole, strict=True):
+        assert (ours - theirs).norm() <= 0.03 * max(theirs.norm().item(), 1e-3)

@@ -278,7 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds": round(time.perf_counter() - began, 1),
             "lines": lines,
         }
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        # A line for each: there are some thousand of them.
+        head = json.dumps(found | {"lines": []}, indent=1).removesuffix("[]\n}")
+        rows = ",\n".join(map(json.dumps, lines))
+        options.out.write_text(f"{head}[\n{rows}\n]}}\n", encoding="utf-8")
     print("\n".join(table(lines)))
     for line in lines:
         if "failed" in line or line.get("error", 0.0) > 0.02:

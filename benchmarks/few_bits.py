@@ -236,6 +236,17 @@ def compile_all(kinds: Sequence[str], processes: int) -> None:
         pool.map(compiled, [jobs[at::processes] for at in range(processes)])
 
 
+def as_rows(found: dict[str, Any]) -> str:
+    """As JSON, with a row for each measurement under the names of its columns: there are some
+    thousand of them."""
+    lines = found["lines"]
+    rest = {name: value for name, value in found.items() if name != "lines"}
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [json.dumps([line.get(name) for name in columns]) for line in lines]
+    head = json.dumps(rest | {"columns": columns, "lines": []}).removesuffix("]}")
+    return f"{head}\n" + ",\n".join(rows) + "\n]}\n"
+
+
 def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The best of each kind beside bf16, for people."""
     for layer in dict.fromkeys(line["layer"] for line in lines):
@@ -278,10 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds": round(time.perf_counter() - began, 1),
             "lines": lines,
         }
-        # A line for each: there are some thousand of them.
-        head = json.dumps(found | {"lines": []}, indent=1).removesuffix("[]\n}")
-        rows = ",\n".join(map(json.dumps, lines))
-        options.out.write_text(f"{head}[\n{rows}\n]}}\n", encoding="utf-8")
+        options.out.write_text(as_rows(found), encoding="utf-8")
     print("\n".join(table(lines)))
     for line in lines:
         if "failed" in line or line.get("error", 0.0) > 0.02:

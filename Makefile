@@ -29,8 +29,9 @@ measures: $(VENV)/.installed-dev
 	$(BIN)/python tools/house.py
 
 # The tests compute with small tensors: one thread is quicker than several that wait for each other.
+# Of processes, each takes up to 4 GB.
 unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 test-faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --every-fault

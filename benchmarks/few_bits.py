@@ -236,6 +236,17 @@ def compile_all(kinds: Sequence[str], processes: int) -> None:
         pool.map(compiled, [jobs[at::processes] for at in range(processes)])
 
 
+def as_rows(found: dict[str, Any]) -> str:
+    """As JSON, with a row for each measurement under the names of its columns: there are some
+    thousand of them."""
+    lines = found["lines"]
+    rest = {name: value for name, value in found.items() if name != "lines"}
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [json.dumps([line.get(name) for name in columns]) for line in lines]
+    head = json.dumps(rest | {"columns": columns, "lines": []}).removesuffix("]}")
+    return f"{head}\n" + ",\n".join(rows) + "\n]}\n"
+
+
 def table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The best of each kind beside bf16, for people."""
     for layer in dict.fromkeys(line["layer"] for line in lines):
@@ -278,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds": round(time.perf_counter() - began, 1),
             "lines": lines,
         }
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(as_rows(found), encoding="utf-8")
     print("\n".join(table(lines)))
     for line in lines:
         if "failed" in line or line.get("error", 0.0) > 0.02:

@@ -166,7 +166,7 @@ def measure(task: Task, options: argparse.Namespace, model: Path) -> dict[str, o
         "eval.limit=8",
         "eval.every=null",
         "eval.max_new_tokens=32",
-        "track.swanlab=null",
+        "track=[]",
         *task.changes,
         *options.set,
     ]

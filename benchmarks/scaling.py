@@ -9,7 +9,8 @@ looked at in every step; it is ended after its steps, since the checkpoint of bi
 takes longer than they do. A run on as many GPUs learns as many times the samples a step; `linear`
 is its samples a second over those of as many single GPUs. Cases named `same` learn the same samples
 on any number of GPUs: their losses are compared. `gb` is the most that the first GPU had
-allocated, in 10^9 bytes.
+allocated, in 10^9 bytes. Cases of `Trainer` are those of transformers' Trainer, started by the same
+launcher: pictures are brought to their size beforehand, batches are padded.
 """
 
 from __future__ import annotations
@@ -23,21 +24,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contestants.job import FIGURES, Job, as_argument
 from one_card import ALL, LORA, SEVEN, THREE, TWO
-from peer_data import draw, random_weights
-from peer_figures import WARM, head
+from peer_data import draw, random_weights, resized
+from peer_figures import WARM, head, rate
+from stopwatch import watch
 
-LIMIT_S = 240.0
+from finesight.config import DataFile
+from finesight.data.jsonl import Located
+from finesight.data.sources import load_sources
+
+HERE = Path(__file__).resolve().parent
+LIMIT_S, GRACE_S = 240.0, 120.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Runs with so many samples a step on each GPU, or on `all_of_them` together."""
+    """Runs with so many samples a step on each GPU, or on `all_of_them` together: of a picture, or
+    of a video of so many frames."""
 
     name: str
     model: str
@@ -46,8 +55,14 @@ class Case:
     settings: tuple[str, ...]
     all_of_them: bool = False
     fewest: int = 1
+    trainer: Mapping[str, Any] | None = None
+    frames: int = 0
 
 
+# The quickest that it was found with (peers.py); all parameters are fp32, in bf16 where computed.
+_LORA = {"attention": "sdpa", "adapters": "bf16", "liger": True, "compiled": False}
+_ALL = {"attention": "sdpa", "adapters": "fp32", "liger": True, "compiled": False, "learns": "all"}
+LONG = "train.recompute=true", "data.max_length=140000"
 FSDP, ZERO2 = "train.parallel=fsdp", "train.parallel=zero2"
 CASES = (
     Case("2B LoRA", TWO, 280, 64, (LORA,)),
@@ -56,6 +71,10 @@ CASES = (
     # One process has nobody to share with.
     Case("3B full, zero2", THREE, 280, 64, (*ALL, ZERO2), fewest=2),
     Case("3B full, same, fsdp", THREE, 280, 16, (*ALL, FSDP), all_of_them=True),
+    # 256 tokens for every two frames; a sample that several GPUs share.
+    Case("7B LoRA, 128k tokens", SEVEN, 448, 1, (LORA, *LONG), all_of_them=True, frames=1000),
+    Case("2B LoRA, Trainer", TWO, 280, 64, (), trainer=_LORA | {"engine": "ddp"}),
+    Case("3B full, fsdp, Trainer", THREE, 280, 64, (), trainer=_ALL | {"engine": "fsdp"}),
 )
 
 
@@ -66,7 +85,7 @@ def measure(case: Case, gpus: int, model: Path, options: argparse.Namespace) -> 
     file.write_text("{}\n", encoding="utf-8")
     words = [
         f"model={model}",
-        f"data.train={draw(options.work / 'data')}",
+        f"data.train={data_of(case, options.work)}",
         f"picture={{height: {case.side}, width: {case.side}}}",
         f"train.steps={options.steps + 500}",
         f"train.batch={case.batch if case.all_of_them else case.batch * gpus}",
@@ -109,6 +128,74 @@ def measure(case: Case, gpus: int, model: Path, options: argparse.Namespace) -> 
     }
 
 
+def data_of(case: Case, work: Path) -> Path:
+    """Drawn scenes, each by itself or as the frames of videos."""
+    table = draw(work / "data")
+    if not case.frames:
+        return table
+    pictures = [located.sample.messages[0].content[0] for located in rows_of(table)]
+    files = [str(part.image) for part in pictures if part.type == "image"]
+    films = table.with_name("films.jsonl")
+    lines = []
+    for number in range(8):
+        shown = [files[(number + place) % len(files)] for place in range(case.frames)]
+        asked = [{"type": "video", "frames": shown}, {"type": "text", "text": "What is shown?"}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Scenes."}]
+        lines.append(json.dumps({"id": f"film-{number}", "messages": turns}))
+    films.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return films
+
+
+def rows_of(table: Path) -> Iterator[Located]:
+    """The samples of a table."""
+    return load_sources((DataFile(path=table),)).read()
+
+
+def measure_trainer(
+    case: Case, gpus: int, model: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The same of transformers' Trainer."""
+    table = resized(draw(options.work / "data"), options.work / "resized", case.side)
+    target = options.work / "trainer"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    job = Job(
+        model=str(model),
+        table=str(table),
+        target=str(target),
+        batch=case.batch,
+        steps=options.steps,
+        seconds=LIMIT_S,
+        pack_tokens=0,
+        workers=8 if (os.cpu_count() or 1) > 8 else 0,
+        began=time.time(),
+        setting=case.trainer or {},
+    )
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+    started = ["contestants.started", "with_trainer", as_argument(job)]
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    places = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    watched = watch(
+        [sys.executable, "-m", *launcher, *started],
+        environment(gpus) | quiet | {"PYTHONPATH": os.pathsep.join(places)},
+        LIMIT_S + GRACE_S,
+    )
+    told = target / FIGURES
+    found = json.loads(told.read_text()) if told.exists() else {}
+    if "seconds" not in found:
+        said = watched.last_words().splitlines()
+        return {"case": case.name, "gpus": gpus, "failed": [word[:300] for word in said[-40:]]}
+    return {
+        "case": case.name,
+        "gpus": gpus,
+        "settings": [f"{name}={value}" for name, value in job.setting.items()],
+        "samples_a_step": gpus * found["samples"][0],
+        "samples_per_s": round(gpus * rate(found), 2),
+        "gb": round(found["peak_gb"], 2),
+        "loss": found["loss"],
+    }
+
+
 def end(process: subprocess.Popen[bytes], run: Path) -> None:
     """End the launcher and the processes that it started, each in a group of its own."""
     word = f"output={run}".encode()
@@ -148,7 +235,8 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for gpus in options.gpus:
                 if case.model != name or gpus < case.fewest:
                     continue
-                found = measure(case, gpus, model, options)
+                measured = measure if case.trainer is None else measure_trainer
+                found = measured(case, gpus, model, options)
                 alone = found.get("samples_per_s", 0.0) if gpus == 1 else alone
                 if alone and "failed" not in found and not case.all_of_them:
                     found["linear"] = round(found["samples_per_s"] / alone / gpus, 4)

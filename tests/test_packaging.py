@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from by_path import loaded
 from safetensors import safe_open
 
+from finesight import __version__
 from finesight.digests import digest
 from finesight.hub import TINY, TINY_FOLDER, locate
 
@@ -127,3 +129,10 @@ def test_processes_still_speak_to_each_other_when_offline(tmp_path: Path) -> Non
     done = _run(offline, code)
     assert done.stdout == "[1, 2]\n", done.stderr
     assert offline.tried() == ()
+
+
+def test_one_version_is_told_everywhere() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__
+    assert cited["license"] == "Apache-2.0"
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -121,7 +121,9 @@ def test_unknown_setting_like_no_other_lists_what_there_is(tmp_path):
         ("tune: {language: loar}\n", "tune.language", "'loar'", "'frozen', 'lora' or 'full'"),
         ("tune: {lora: 8}\n", "tune.lora", "8", "a group with rank, alpha"),
         ("picture: 280\n", "picture", "280", "longest_side"),
-        ("track: {tensorboard: 1}\n", "track.tensorboard", "1", "true or false"),
+        ("train: {recompute: often}\n", "train.recompute", "'often'", "true or false"),
+        ("track: [tensorbord]\n", "track.0", "'tensorbord'", "'tensorboard'"),
+        ("track: {kind: wandb, project: 1}\n", "track", "1", "text"),
     ],
 )
 def test_wrong_type_shows_line_value_and_what_was_expected(
@@ -346,3 +348,42 @@ def test_patience_needs_measurements_to_count(tmp_path):
     recipe = load_recipe(_written(tmp_path, text), ["eval.every=0.1"])
     assert recipe.eval is not None
     assert recipe.eval.patience == 3
+
+
+def test_trackers_are_names_or_groups_one_or_several(tmp_path):
+    for written, meant in (
+        ("tensorboard", ["tensorboard"]),
+        ("[tensorboard, wandb]", ["tensorboard", "wandb"]),
+        ("{kind: swanlab, address: cloud}", ["swanlab"]),
+        ("[trackio, {kind: mlflow, address: 'http://tracking:5000'}]", ["trackio", "mlflow"]),
+        ("[]", []),
+        ("", []),
+    ):
+        recipe = load_recipe(_written(tmp_path, SHORTEST), [f"track={written}"])
+        assert [tracker.kind for tracker in recipe.track] == meant
+        assert load_recipe(_written(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("[wandb, tensorboard, wandb]", "wandb is listed twice"),
+        ("{kind: tensorboard, address: logs}", "tensorboard writes into the run's folder"),
+        ("{kind: wandb, address: local}", "it knows cloud, offline, https://HOST"),
+        ("{kind: swanlab, address: swanlab.mine}", "it knows cloud, local, offline, https://HOST"),
+        ("{swanlab: {project: mine}}", "unknown setting"),
+        ("{project: mine}", "track.kind: this setting is missing"),
+    ],
+)
+def test_trackers_that_cannot_be(tmp_path, written, said):
+    assert said in str(_refusal(tmp_path, SHORTEST, f"track={written}"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:planted@host:5000", "http://host/?write_token=planted", "https://planted@host"],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(tmp_path, address):
+    error = _refusal(tmp_path, SHORTEST + f"track: {{kind: mlflow, address: '{address}'}}\n")
+    assert "holds a password or token" in str(error)
+    assert "planted" not in str(error)

@@ -64,9 +64,9 @@ SETTINGS = [
     "eval.limit",
     "eval.max_new_tokens",
     "eval.batch",
-    "track.swanlab.project",
-    "track.swanlab.name",
-    "track.tensorboard",
+    "track.kind",
+    "track.project",
+    "track.address",
     "output",
 ]
 

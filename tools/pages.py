@@ -23,6 +23,7 @@ COMMANDS = (
         "",
         "quickstart",
         "download",
+        "doctor",
         "data import",
         "data check",
         "data show",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,10 @@ def as_argument(job: Job) -> str:
 
 
 def tell(job: Job, figures: dict[str, Any]) -> None:
-    """Leave something for the process that started this one, beside what it left before."""
+    """Leave something for the process that started this one, beside what it left before; of several
+    the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     path = Path(job.target) / FIGURES
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(known | figures) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 Whole batches padded on the right, nothing computed twice, pictures read ahead by other processes,
 AdamW in one kernel, TF32 where fp32 is left. Which attention, adapters in which type, and whether
-with liger's kernels or compiled, is the setting: all are tried.
+with liger's kernels or compiled, is the setting: all are tried. `learns` may be "all", with fp32
+weights in the place of adapters, and `engine` is "ddp" or "fsdp" (torch's `fully_shard`) where a
+launcher has started several processes.
 """
 
 from __future__ import annotations
@@ -75,20 +77,8 @@ def main() -> None:
     setting: Any = job.setting
     cuda = torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = True
-    model = AutoModelForImageTextToText.from_pretrained(
-        job.model,
-        dtype=torch.bfloat16,
-        attn_implementation=setting["attention"],
-        device_map="cuda" if cuda else "cpu",
-    )
-    model.config.use_cache = False
-    adapter = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=DROPOUT,
-        target_modules=IN_THE_LANGUAGE_MODEL,
-    )
-    model = get_peft_model(model, adapter, autocast_adapter_dtype=setting["adapters"] == "fp32")
+    model = learning(job, cuda)
+    engine = setting.get("engine")
     arguments = TrainingArguments(
         output_dir=job.target,
         use_cpu=not cuda,
@@ -99,6 +89,9 @@ def main() -> None:
         warmup_steps=0.03,
         optim="adamw_torch_fused",
         bf16=setting["adapters"] == "fp32",
+        fsdp=engine == "fsdp",
+        fsdp_config={"version": 2} if engine == "fsdp" else None,
+        ddp_find_unused_parameters=False if engine == "ddp" else None,
         tf32=cuda or None,
         use_liger_kernel=setting["liger"],
         torch_compile=setting["compiled"],
@@ -121,7 +114,32 @@ def main() -> None:
         callbacks=[Clock(job)],
     )
     trainer.train()
-    model.save_pretrained(Path(job.target) / "adapter")
+    if engine is None:
+        model.save_pretrained(Path(job.target) / "adapter")
+
+
+def learning(job: Job, cuda: bool) -> Any:
+    """The model with what learns of it."""
+    setting: Any = job.setting
+    everything = setting.get("learns") == "all"
+    place = "cuda" if cuda else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(
+        job.model,
+        dtype=torch.float32 if everything else torch.bfloat16,
+        attn_implementation=setting["attention"],
+        # Of several processes each brings it to its own GPU.
+        device_map=place if setting.get("engine") is None else None,
+    )
+    model.config.use_cache = False
+    if everything:
+        return model
+    adapter = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        target_modules=IN_THE_LANGUAGE_MODEL,
+    )
+    return get_peft_model(model, adapter, autocast_adapter_dtype=setting["adapters"] == "fp32")
 
 
 if __name__ == "__main__":

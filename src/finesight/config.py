@@ -249,7 +249,8 @@ class Train(Section):
     `adamw8bit` keeps AdamW's moments of matrices in eight bits (Dettmers et al. 2022).
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
-    of one packed micro-batch (a longer sample stands alone). `cache` says where features of
+    of one packed micro-batch (a longer sample stands alone, a much longer one is shared out over
+    all processes). `cache` says where features of
     pictures are kept that a frozen tower has looked at. `parallel` says what several processes
     share out: nothing (DDP), gradients and moments (ZeRO-2), or weights, too (FSDP2), which, like
     moments, may lie in the CPU's memory.
@@ -313,18 +314,51 @@ class Eval(Section):
         return self
 
 
-class SwanLab(Section):
-    """A SwanLab experiment: in the cloud with a key, otherwise offline."""
+TrackerKind = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
 
-    project: str = "finesight"
-    name: str | None = None
+WORDS: dict[TrackerKind, tuple[str, ...]] = {
+    "swanlab": ("cloud", "local", "offline"),
+    "wandb": ("cloud", "offline"),
+}
+"""Addresses that are no addresses: whether figures go to the makers' own server, or into files."""
 
 
-class Track(Section):
-    """Trackers beside `metrics.jsonl`, which is always written."""
+class Tracker(Section):
+    """Where figures go beside `metrics.jsonl`, which is always written: one of five packages, the
+    project there that the run is listed in, and the address of its server or store."""
 
-    swanlab: SwanLab | None = None
-    tensorboard: bool = False
+    kind: TrackerKind
+    project: Annotated[str, Field(min_length=1)] = "finesight"
+    address: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _known_address(self) -> Tracker:
+        address, words = self.address, WORDS.get(self.kind, ())
+        if address is None or address in words:
+            return self
+        if self.kind == "tensorboard":
+            raise ValueError("tensorboard writes into the run's folder: it takes no address")
+        if words and not is_address(address):
+            known = ", ".join((*words, "https://HOST"))
+            raise ValueError(f"{self.kind} cannot send to {address!r}: it knows {known}")
+        if _SECRET_PARTS.search(address):
+            raise ValueError(
+                f"the address of {self.kind} holds a password or token, which would be written"
+                " into the run: leave it out, the package reads it from the environment"
+            )
+        return self
+
+
+_SECRET_PARTS = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pass)[^=&]*=")
+"""Of an address: a user's name before the host, or a query that lets in."""
+
+
+def _as_trackers(value: object) -> object:
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return tuple({"kind": item} if isinstance(item, str) else item for item in items)
+
+
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_trackers)]
 
 
 class Recipe(Section):
@@ -337,5 +371,13 @@ class Recipe(Section):
     tune: Tune = Tune()
     train: Train = Train()
     eval: Eval | None = None
-    track: Track = Track()
+    track: Trackers = ()
     output: FilePath
+
+    @field_validator("track")
+    @classmethod
+    def _each_once(cls, trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        if twice := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
+            raise ValueError(f"{twice[0]} is listed twice: list each tracker once")
+        return trackers

@@ -51,6 +51,7 @@ _EXAMPLES = {
     "path": "my/train.jsonl",
     "output": "runs/first",
     "metric": "captions",
+    "kind": "tensorboard",
     "default": "1.0e-4",
     "height": "280",
     "width": "280",

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -170,6 +170,17 @@ def write_folder(target: Path) -> Iterator[Path]:
             _seal(partial)
             _give_name(partial, target)
         _DISK.get().sync_path(target.parent)
+
+
+def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
+    """`target` as `write` fills it, as `write_folder` does, unless it is there: of several
+    processes that want it, one makes it, and the others wait."""
+    make_folder(target.parent)
+    with explained(target), target.with_suffix(".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            with write_folder(target) as staging:
+                write(staging)
 
 
 @contextlib.contextmanager

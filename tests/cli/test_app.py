@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from finesight.errors import Interrupted, UserError
 COMMANDS = (
     ["quickstart"],
     ["download"],
+    ["doctor"],
     ["train"],
     ["launch"],
     ["eval"],
@@ -173,3 +175,17 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.close()
     errors = process.stderr.read()
     assert (process.wait(), errors) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("finesight tr", ["train"]), ("finesight data pl", ["plan"])]
+)
+def test_shells_complete_commands(words, found):
+    surroundings = {
+        "_FINESIGHT_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    command = [sys.executable, "-m", "finesight"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | surroundings)
+    assert done.stdout.split() == found

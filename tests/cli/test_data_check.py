@@ -10,6 +10,7 @@ import typer
 import yaml
 from click.testing import Result
 from conversing import lines, sample
+from packing import as_parquet, as_tars
 from scenery import paint
 from typer.testing import CliRunner
 
@@ -172,12 +173,20 @@ def test_a_recipe_is_checked_with_its_model(folder, model):
         refused = run(path, *beside).exception
         assert isinstance(refused, UserError)
         assert (refused.where, refused.expected.split()[1]) == (str(path), "recipe")
-    for other in ("shards/*.tar", "train.parquet", "s3://bucket/train.tar"):
+    shards = as_tars(held_out, folder / "shards", each=1)
+    packed = {
+        "train": {"path": shards, "limit": 2},
+        "eval": str(as_parquet(lines(folder / "t.jsonl", [NOTED]), folder / "t.parquet")),
+    }
+    path.write_text(yaml.safe_dump(recipe | {"data": packed}))
+    result = run(path)
+    assert result.exit_code == 0, result.output
+    assert f"{shards}: 1 rows, 1 samples, read as samples (as they are trained on)" in result.output
+    for other in ("none/*.tar", "none.parquet", "nothing://bucket/train.tar"):
         path.write_text(yaml.safe_dump(recipe | {"data": {"train": other}}))
         refused = run(path).exception
-        assert isinstance(refused, UserError)
-        assert refused.where == other
-        assert "finesight data show" in refused.remedy
+        assert isinstance(refused, UserError), other
+        assert refused.where.endswith(other)
 
 
 def test_a_source_given_twice_is_refused(folder):

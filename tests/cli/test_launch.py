@@ -40,7 +40,7 @@ CLOUD = ("--image", "a/b:1", "--store", "s3://b/c")
             "sky jobs launch --yes first.sky.yaml",
         ),
         (
-            ("--on", "kubeflow", *CLOUD),
+            ("--on", "kubeflow", "--image", "a/b:1", "--store", "a-claim"),
             "first.trainjob.yaml",
             "kubectl create --filename first.trainjob.yaml",
         ),

@@ -22,6 +22,7 @@ from finesight.data.sample import ImagePart
 from finesight.data.sources import Corpus, load_sources
 from finesight.digests import digest
 from finesight.errors import UserError
+from finesight.storage import Disk
 
 NAMES = [f"pictures.d/{number}.png" for number in range(7)]
 
@@ -186,9 +187,70 @@ def test_a_tar_that_was_cut_off_after_its_samples_were_found(table: Path, tmp_pa
         picture_size(file)
 
 
-def test_broken_parquet_files_are_refused(
+@pytest.mark.parametrize("texts", [False, True], ids=["structs", "texts"])
+def test_groups_too_large_to_be_read_again_and_again_are_divided_once(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: bool
+) -> None:
+    path = as_parquet(table, tmp_path / "a.parquet", group=5, texts=texts)
+    plain = load(path)
+    written: list[Path] = []
+    divide = parquet_groups._divide
+    monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_groups, "LARGEST", 10)
+    monkeypatch.setattr(parquet_groups, "MOST_ROWS", 2)
+    monkeypatch.setattr(
+        parquet_groups, "_divide", lambda *paths: (written.append(paths[1]), divide(*paths))
+    )
+    for _ in range(2):
+        parquet_groups._divided.cache_clear()
+        corpus = load(path)
+        assert_same(corpus, table)
+    assert parquet_groups.group_sizes(path) == (2, 2, 1, 2)
+    assert len(written) == 1
+    assert corpus.fingerprint == plain.fingerprint
+    assert corpus.where(4) == f"{path}, row 5"
+    assert shown(corpus, 4).is_relative_to(path)
+    # Another file of this name is not taken for the old one.
+    as_parquet(table, path, group=7, texts=texts)
+    assert_same(load(path), table)
+    assert len(written) == 2
+
+
+def test_no_room_for_smaller_groups(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = as_parquet(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_groups, "LARGEST", 10)
+    monkeypatch.setattr(Disk, "free", lambda disk, folder: 100)
+    with pytest.raises(UserError, match=r"GB are free[\s\S]*row_group_size"):
+        load(path)
+    assert [file for file in (tmp_path / "divided").iterdir() if file.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_damage_within_a_parquet_file(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """Whatever byte is wrong: what is read, if anything, or a UserError."""
+    if large:
+        monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
+        monkeypatch.setattr(parquet_groups, "LARGEST", 10)
+    whole = as_parquet(table, tmp_path / "a.parquet").read_bytes()
+    said: list[str] = []
+    for at in range(4, len(whole), len(whole) // 150):
+        path = tmp_path / f"{at}.parquet"
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            corpus = load(path)
+            for index in range(len(corpus)):
+                picture_size(shown(corpus, index))
+        except UserError as error:
+            said.append(error.what)
+    assert any("cannot be read as Parquet" in one for one in said)
+
+
+def test_broken_parquet_files_are_refused(table: Path, tmp_path: Path) -> None:
     path = as_parquet(table, tmp_path / "a.parquet", texts=True)
     whole = parquet.read_table(path)
     broken = whole.set_column(1, "messages", pyarrow.array(["{"] * 7))
@@ -201,9 +263,6 @@ def test_broken_parquet_files_are_refused(
     (tmp_path / "c.parquet").write_bytes(b"PAR1 none")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         load(tmp_path / "c.parquet")
-    monkeypatch.setattr(parquet_groups, "LARGEST", 10)
-    with pytest.raises(UserError, match=r"row group 1 has 7 rows[\s\S]*row_group_size"):
-        load(path)
 
 
 def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:

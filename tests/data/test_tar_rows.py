@@ -11,7 +11,7 @@ import pytest
 from hubs import picture
 
 from finesight.data import tar_rows
-from finesight.data.tar_rows import is_webdataset, open_tar
+from finesight.data.tar_rows import is_webdataset, open_tar, parts_of
 from finesight.errors import UserError
 
 
@@ -79,8 +79,27 @@ def test_bad_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for read in (open_tar, is_webdataset):
         with pytest.raises(UserError, match="cannot be read: ReadError"):
             read(tmp_path / "none.tar")
+    with pytest.raises(UserError, match="no such file"):
+        open_tar(tmp_path / "missing.tar")
     with pytest.raises(UserError, match="holds no samples"):
         open_tar(tar_of(tmp_path / "empty.tar", {}))
     monkeypatch.setattr(tar_rows, "LARGEST", 10)
     with pytest.raises(UserError, match="has 11 bytes"):
         list(open_tar(tar_of(whole, {"1.txt": b"a" * 11})).select(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("0001.jpg", ("0001", "jpg")),
+        ("./0001.jpg", ("0001", "jpg")),
+        ("./a//b.left.JPG", ("a/b", "left.jpg")),
+        ("a.b/c.d", ("a.b/c", "d")),
+        ("a/../b.c", ("a/../b", "c")),
+        ("/b.c", ("/b", "c")),
+        ("/a/b", ("/a/b", "")),
+        ("a/.hidden", ("a/", "hidden")),
+    ],
+)
+def test_what_files_of_a_sample_share(name: str, parts: tuple[str, str]) -> None:
+    assert parts_of(tarfile.TarInfo(name)) == parts

@@ -77,7 +77,7 @@ def cost(index: int) -> float:
 
 def assert_shared(course: Course, step: int, count: int) -> None:
     """Each sample of the step goes to one process, and none has much more to do than another."""
-    shares = [Share(course, Ranks(rank, count), cost).of(step) for rank in range(count)]
+    shares = [Share(course, Ranks(rank, count), cost, None, 1).of(step) for rank in range(count)]
     assert sorted(index for share in shares for index in share) == sorted(course.of(step))
     costs = [sum(map(cost, share)) for share in shares]
     assert max(costs) - min(costs) <= max(map(cost, course.of(step)))

@@ -3,7 +3,6 @@ shell in them."""
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from finesight.launch.clouds import Image, kubeflow, skypilot
 from finesight.launch.job import Job, Machines
 
 IMAGE = Image("registry.example/finesight:1", "s3://bucket/folder")
+CLAIM = Image("registry.example/finesight:1", "claim")
 NASTY = 'it\'s $(touch stolen) `id` "x"'
 
 Shape = dict[str, Any]
@@ -130,13 +130,14 @@ def test_a_skypilot_task(tmp_path: Path) -> None:
         "SKYPILOT_NUM_NODES": "2",
         "SKYPILOT_NUM_GPUS_PER_NODE": "8",
     }
+    (tmp_path / "folder").mkdir()
     found = words(task["run"], tmp_path, **told)
     assert found[-6:] == TRAIN
     assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.1:29400"} <= {*found}
 
 
 def test_a_train_job(tmp_path: Path) -> None:
-    found = yaml.safe_load(kubeflow(job(), Image("registry.example/finesight:1", "claim")))
+    found = yaml.safe_load(kubeflow(job(), CLAIM))
     assert_shaped(found, TRAIN_JOB)
     assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     trainer = found["spec"]["trainer"]
@@ -145,34 +146,63 @@ def test_a_train_job(tmp_path: Path) -> None:
     assert words(trainer["command"][2], tmp_path)[-6:] == TRAIN
 
 
-@pytest.mark.parametrize("engine", ["sky", "kubernetes"])
-def test_by_the_engines_own_reader(engine: str, tmp_path: Path) -> None:
-    try:
-        module = importlib.import_module(engine)
-    except ImportError:
-        pytest.skip(f"{engine} is not installed")
-    if engine == "sky":
-        (tmp_path / "task.yaml").write_text(skypilot(job(), IMAGE, "H100"))
-        assert module.Task.from_yaml(str(tmp_path / "task.yaml")).num_nodes == 2
-    else:
-        spec = yaml.safe_load(kubeflow(job(), Image("image", "claim")))["spec"]
-        pod = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
-        volume = pod["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"][0]
-        claim = volume["persistentVolumeClaim"]["claimName"]
-        module.client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
+def test_a_folder_of_a_bucket_is_where_the_work_is(tmp_path: Path) -> None:
+    """SkyPilot mounts whole buckets and refuses a folder of one."""
+    for store, bucket, folder in (
+        ("s3://b", "s3://b", "/finesight"),
+        ("gs://b/", "gs://b", "/finesight"),
+        ("s3://b/c/d/", "s3://b", "/finesight/c/d"),
+        ("cos://eu-de/b/c", "cos://eu-de/b", "/finesight/c"),
+        (
+            "https://a.blob.core.windows.net/b/c",
+            "https://a.blob.core.windows.net/b",
+            "/finesight/c",
+        ),
+    ):
+        task = yaml.safe_load(skypilot(job(), Image("image", store), "H100"))
+        assert task["file_mounts"]["/finesight"]["source"] == bucket
+        assert task["run"].startswith(f"cd {folder} || exit 1\n")
+
+
+def test_by_skypilots_own_reader(tmp_path: Path) -> None:
+    sky = pytest.importorskip("sky", reason="skypilot is not installed")
+    file = tmp_path / "task.yaml"
+    for store in ("s3://bucket/folder", "gs://bucket", "cos://eu-de/bucket/folder"):
+        file.write_text(skypilot(job(), Image("image", store), "H100"))
+        task = sky.Task.from_yaml(str(file))
+        assert task.num_nodes == 2
+        (resources,) = task.resources
+        assert resources.accelerators == {"H100": 8}
+        # Later looked at by SkyPilot itself, when it asks the cloud for the bucket.
+        mounted = task.storage_mounts["/finesight"]
+        assert mounted._validate_source(mounted.source, mounted.mode, False) == (
+            mounted.source,
+            False,
+        )
+
+
+def test_by_kubeflows_own_models() -> None:
+    """They leave out what they do not know, so nothing may be missing of what they give back."""
+    reason = "kubeflow-trainer-api is not installed"
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
+    for nodes in ("1", "2"):
+        found = yaml.safe_load(kubeflow(job(nodes), Image("image", "claim")))
+        assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() == found
+    found["spec"]["trainer"]["images"] = "unknown"
+    assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() != found
 
 
 @pytest.mark.parametrize(
     ("recipe", "output"), [("/r.yaml", "x"), ("../r.yaml", "x"), ("r.yaml", "/x"), ("r.yaml", "..")]
 )
 def test_what_lies_outside_of_the_store_is_not_there(recipe: str, output: str) -> None:
-    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, IMAGE)):
+    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, CLAIM)):
         with pytest.raises(UserError, match="lies outside"):
             made(job(recipe=recipe, output=output))
 
 
 def test_machines_that_come_and_go_are_not_for_these() -> None:
-    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, IMAGE)):
+    for made in (lambda j: skypilot(j, IMAGE, "H100"), lambda j: kubeflow(j, CLAIM)):
         with pytest.raises(UserError, match="1:4 machines"):
             made(job("1:4"))
 
@@ -189,7 +219,21 @@ def test_an_image_and_a_store_have_to_be_named(
     assert caught.value.where == where
 
 
-@pytest.mark.parametrize("accelerator", [None, "H100\nrun: x", ""])
+@pytest.mark.parametrize("store", ["claim", "s3://", "ftp://bucket", "cos://region", "hf://a/b"])
+def test_skypilot_needs_a_bucket(store: str) -> None:
+    with pytest.raises(UserError, match="is no bucket") as caught:
+        skypilot(job(), Image("image", store), "H100")
+    assert caught.value.where == "--store"
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/folder", "Claim", "a_b", "a-"])
+def test_kubeflow_needs_a_claim(store: str) -> None:
+    with pytest.raises(UserError, match="is no name of a claim") as caught:
+        kubeflow(job(), Image("image", store))
+    assert caught.value.where == "--store"
+
+
+@pytest.mark.parametrize("accelerator", [None, "H100\nrun: x", "", "H100:8", "H100,A100"])
 def test_a_gpu_has_to_be_named(accelerator: str | None) -> None:
     with pytest.raises(UserError) as caught:
         skypilot(job(), IMAGE, accelerator)

@@ -107,6 +107,22 @@ def test_directives_are_slurms_own(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
+@pytest.mark.parametrize("name", ["slurm", "slurm of many"])
+def test_sbatch_takes_it(name: str, tmp_path: Path) -> None:
+    """It reads all directives before it asks the cluster, which may have no such machines."""
+    file = tmp_path / "run.sbatch"
+    for text, known in (
+        (scripts(tmp_path)[name], True),
+        (scripts(tmp_path)[name].replace("--requeue", "--requeued"), False),
+    ):
+        file.write_text(text)
+        command = ["sbatch", "--test-only", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        taken = done.returncode == 0 or "allocation failure" in done.stderr
+        assert taken is known, done.stderr
+
+
 @pytest.mark.parametrize("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
 def test_a_directive_has_no_quotes(value: str) -> None:
     with pytest.raises(UserError, match="is not a name") as caught:

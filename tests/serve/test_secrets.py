@@ -21,10 +21,12 @@ SECRET = "wehrlos-4711"
 OPENERS = {
     "data/headers.py": "the one that all others use",
     "synth/sheet.py": "pictures that the package has drawn itself",
+    "track/records.py": "the same, on their way to a tracker's process",
 }
 """Modules that hand a file to Pillow."""
 
 CLIENTS = {
+    "doctor/hubs.py",
     "remote/huggingface.py",
     "remote/https.py",
     "remote/modelscope.py",
@@ -33,6 +35,7 @@ CLIENTS = {
     "remote/transfer.py",
     "remote/web.py",
     "serve/fetch.py",
+    "track/swanlab.py",
 }
 """Modules that send requests: to hubs and addresses that the user names, and for clients of the
 server to hosts that the user has allowed."""

@@ -385,15 +385,3 @@ def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatc
     # Kernels that add in no fixed order.
     for (step, loss), (_, expected) in zip(losses(task.folder / "run"), roomy, strict=True):
         assert loss == pytest.approx(expected, rel=0.02), step
-
-
-def test_a_budget_goes_down_until_nothing_is_left() -> None:
-    budget = Budget(pack_tokens=8192, recompute=False)
-    pack = PackedBatch(("a", "b"), (900, 101), (), *[torch.empty(0)] * 7)
-    one = PackedBatch(("a",), (900,), (), *[torch.empty(0)] * 7)
-    half = budget.below(pack, learning=True)
-    assert half == Budget(pack_tokens=500, recompute=False)
-    assert half.below(one, learning=False) is None
-    twice = half.below(one, learning=True)
-    assert twice == Budget(pack_tokens=500, recompute=True)
-    assert twice.below(one, learning=True) is None

@@ -10,7 +10,7 @@ import torch
 from small_run import Task
 
 from finesight.errors import UserError
-from finesight.train.loop import enough_memory
+from finesight.train.budget import enough_memory
 
 
 def test_going_on_from_a_run_and_from_its_adapter(task: Task) -> None:

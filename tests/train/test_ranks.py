@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
-from finesight.train.budget import Budget, FullMemory
+from finesight.train.budget import Budget, FullMemory, packs_alone
 from finesight.train.checkpoint import MOMENTS, VALUES
 from finesight.train.ranks import Errand, Ranks, Roll, ShareFailed
 from finesight.train.shares import Share
@@ -104,10 +104,11 @@ def test_meetings_of_two_kinds_are_told_apart() -> None:
         waits = pool.submit(second.called, Errand.WAIT)
         assert first.called(Errand.OVER).errand is Errand.OVER
         assert waits.result().errand is Errand.OVER
-        fails = pool.submit(second.called, Errand.FAILED)
-        with pytest.raises(ShareFailed, match="process 1 of 2"):
-            first.called(Errand.SAVE)
-        assert fails.result().errand is Errand.SAVE
+        for signal_number in (0, 15):
+            fails = pool.submit(second.called, Errand.FAILED, signal=signal_number)
+            with pytest.raises(ShareFailed, match="process 1 of 2"):
+                first.called(Errand.SAVE)
+            assert fails.result().errand is Errand.SAVE
 
 
 def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
@@ -130,12 +131,14 @@ def test_as_many_processes_as_you_like(tmp_path: Path) -> None:
 
 def test_answers_are_shared_out(tmp_path: Path) -> None:
     """Three held-out samples, one of them damaged: of four processes some have none to answer, and
-    what is measured and written is what one process does."""
+    what is measured and written is what one process does. The first process alone tracks."""
     task = Task(tmp_path / "task")
+    task.recipe["track"] = ["tensorboard"]
     broken = task.folder / "eval1.png"
     broken.write_bytes(broken.read_bytes()[:-30])
     task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 8}
     folders = [run(task, count, f"run{count}", epochs=1) for count in (1, 2, 4)]
+    assert [len(list((one / "track" / "tensorboard").iterdir())) for one in folders] == [1, 1, 1]
     for name in ("before", "after"):
         alone, *others = [(run_ / "predictions" / f"{name}.jsonl").read_text() for run_ in folders]
         assert alone.count("\n") == 2
@@ -176,11 +179,14 @@ def test_one_that_cannot_go_on_ends_all(tmp_path: Path) -> None:
     assert dict(losses(resumed)) == pytest.approx(dict(losses(whole)), rel=1e-6)
 
 
-def test_a_broken_picture_is_missed_by_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pack_tokens", [100, 10])
+def test_a_broken_picture_is_missed_by_all(tmp_path: Path, pack_tokens: int) -> None:
+    """Also where all processes learn each sample together, from features that each has."""
     task = Task(tmp_path / "task")
     broken = task.folder / "train3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    folders = [run(task, count, f"run{count}", "data.unusable=drop") for count in (1, 2)]
+    settings = {"pack_tokens": pack_tokens}
+    folders = [run(task, n, f"run{n}", "data.unusable=drop", **settings) for n in (1, 2)]
     dropped = []
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -233,11 +239,19 @@ def test_a_share_of_every_sample() -> None:
     def cost(index: int) -> float:
         return float(1 + index % 97)
 
+    def tokens(index: int) -> int:
+        return 41 if index % 7 == 0 else 40
+
     for count in (1, 2, 3, 4, 20):
-        shares = [Share(Whole(), Ranks(number, count), cost) for number in range(count)]
+        ranks = [Ranks(number, count) for number in range(count)]
+        size = 40 // packs_alone(count)
+        shares = [Share(Whole(), one, cost, tokens, 50).within(size) for one in ranks]
         assert {len(share) for share in shares} == {50}
         for step in range(50):
-            members, own = Whole().of(step), [list(share.of(step)) for share in shares]
+            own = [list(share.of(step)) for share in shares]
+            members = [index for index in Whole().of(step) if tokens(index) <= 40]
+            split = [index for index in Whole().of(step) if tokens(index) > 40]
+            assert all(share.split(step) == split for share in shares)
             assert sorted(chain.from_iterable(own)) == sorted(members)
             assert all(sorted(one, key=members.index) == one for one in own)
             loads = [sum(map(cost, one)) for one in own]

@@ -18,6 +18,7 @@ from finesight.data.jsonl import as_record, write_samples
 from finesight.data.opening import Drafts
 from finesight.data.pictures import named
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
+from finesight.data.shards import PATTERN, is_pattern
 from finesight.errors import UserError
 from finesight.storage import write_file
 
@@ -97,8 +98,8 @@ class Mending:
             samples = []
             for sample in self._kept(draft, album):
                 paths = [Path(path) for path in paths_of(sample)]
-                used.update(paths)
                 names = named(paths, staging, out, copy=False)
+                used.update(paths, (staging / name for name in names.values()))
                 by_path = {str(path): name for path, name in names.items()}
                 samples.append(sample.with_files(by_path.__getitem__))
             if not samples:
@@ -174,10 +175,18 @@ def _file_names(drafts: Sequence[Drafts]) -> list[str]:
     """A name for each source's file, its own where it is free."""
     names: list[str] = []
     for draft in drafts:
-        stem = draft.source.path.resolve().stem
+        stem = _stem(draft.source.path)
         spellings = chain([f"{stem}.jsonl"], (f"{stem}-{n}.jsonl" for n in count(2)))
         names.append(next(name for name in spellings if name not in (*names, *LISTS)))
     return names
+
+
+def _stem(source: Path) -> str:
+    """The source's own; of a pattern what is no sign of one, or else its folder's name."""
+    if not is_pattern(source):
+        return source.resolve().stem
+    plain = "".join(sign for sign in source.stem if sign not in PATTERN).strip("-_.")
+    return plain or source.absolute().parent.name or "samples"
 
 
 def _remove_unused(staging: Path, used: set[Path]) -> None:

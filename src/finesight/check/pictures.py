@@ -16,10 +16,13 @@ from finesight.data.headers import (
     SIDEWAYS,
     CutOff,
     DamagedPicture,
+    Missing,
     TooLarge,
     open_header,
     orientation,
 )
+from finesight.data.inside import container, content_digest
+from finesight.errors import UserError
 from finesight.vision.picture import open_picture
 from finesight.vision.resize import LARGEST_ASPECT
 
@@ -37,8 +40,9 @@ _LEAST = 64
 MISSING = "picture-missing"
 """The fault of a picture without a file."""
 
-_Identity = tuple[int, int, int, int]
-"""What tells files apart unread: device, number, length, time of the last change."""
+_Identity = tuple[int, int, int, int, str]
+"""What tells files apart unread: device, number, length, time of the last change, and the name of
+what lies inside of one."""
 
 
 _Hashing = tuple[list[tuple[int, str]], Future[list[bytes]]]
@@ -176,11 +180,13 @@ class Album:
 
 def _identity(path: str) -> _Identity | None:
     """None where no file lies."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # a name that cannot be one: too long, or with a zero byte
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    for file, within in ((path, ""), container(path)):
+        try:
+            found = os.stat(file)
+        except (OSError, ValueError):  # a name that cannot be one: too long, or with a zero byte
+            continue
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, within
+    return None
 
 
 def _digests(paths: Sequence[str]) -> list[bytes]:
@@ -193,7 +199,9 @@ def _digest(path: str) -> bytes:
         if os.path.isfile(path):  # a pipe would keep its reader waiting, a device never ends
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
+        if container(path)[1]:
+            return bytes.fromhex(content_digest(Path(path)))
+    except (OSError, ValueError, UserError):
         pass  # why it cannot be read is for whoever decodes it
     return hashlib.sha256(os.fsencode(path)).digest()
 
@@ -209,6 +217,8 @@ def _look(path: Path) -> Content:
         with open_header(path) as image:
             width, height = image.size
             turn = orientation(image)
+    except Missing:
+        return Content(fault=MISSING)
     except CutOff as error:
         return Content(fault="picture-cut-off", problem=error.what)
     except TooLarge as error:

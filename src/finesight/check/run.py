@@ -17,9 +17,10 @@ from finesight.check.pictures import Album
 from finesight.check.problems import problem_finding
 from finesight.check.processes import processes
 from finesight.check.samples import paths_of, sample_findings
-from finesight.check.subjects import Model, Subject
+from finesight.check.subjects import Model, Packed, Subject
 from finesight.data.jsonl import Located
 from finesight.data.opening import Drafted, Drafts, draft
+from finesight.data.packed import draft_packed
 from finesight.data.sample import Sample
 from finesight.errors import UserError
 
@@ -43,7 +44,7 @@ class Check:
 
     def __init__(
         self,
-        subjects: Sequence[Subject],
+        subjects: Sequence[Subject | Packed],
         saved: Path,
         model: Model | None = None,
         keep: int = 1000,
@@ -111,7 +112,7 @@ class Check:
         return checked, album
 
     def _read(
-        self, subject: Subject, drafts: Drafts, album: Album, leaks: Leaks, ledger: Ledger
+        self, subject: Subject | Packed, drafts: Drafts, album: Album, leaks: Leaks, ledger: Ledger
     ) -> Source:
         claims = Claims()
         samples = unread = 0
@@ -189,7 +190,7 @@ class Check:
 
 
 def check_sources(
-    subjects: Sequence[Subject], model: Model | None = None, keep: int = 1000
+    subjects: Sequence[Subject | Packed], model: Model | None = None, keep: int = 1000
 ) -> Checked:
     """What a check of sources that belong together finds, as `Check` says it.
 
@@ -230,8 +231,10 @@ class Claims:
             self.taken = [claim for claim in self.taken if claim.place in kept]
 
 
-def _opened(subject: Subject, saved: Path) -> Drafts:
+def _opened(subject: Subject | Packed, saved: Path) -> Drafts:
     saved.mkdir()
+    if isinstance(subject, Packed):
+        return draft_packed(subject.path, subject.request, saved)
     return draft(subject.path, subject.request, saved)
 
 

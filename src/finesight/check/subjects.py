@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import yaml
 
 from finesight.check.texts import further
 from finesight.data.opening import Request
-from finesight.data.shards import is_pattern
+from finesight.data.packed import holds_samples
+from finesight.data.shards import PACKED, is_pattern
 from finesight.data.tar_rows import is_tar, is_webdataset
 from finesight.encode.rank_tokenizer import tokenizer_of
 from finesight.encode.rendering import Rendering, renderer_of
@@ -18,10 +20,14 @@ from finesight.errors import UserError
 from finesight.hub import locate
 from finesight.recipe import load_recipe
 from finesight.remote.archive import is_archive
+from finesight.remote.objects import BY_THE_WEB
 from finesight.yaml_text import parsed
 
 ELSEWHERE = ("hf:", "modelscope:", "https:/", "http:/")
 """How sources begin that are not on this machine."""
+
+_STORED = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<name>.+\.(?:tar|parquet))")
+"""A file in object storage as a path, which has one slash of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,16 @@ class Subject:
     """A source to check, how it is read, and whether it is held out."""
 
     path: Path
+    request: Request
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Samples to check that are read as training reads them: of a tar or a Parquet file, of all
+    files that a pattern fits, or of an address in object storage."""
+
+    path: Path | str
     request: Request
     held_out: bool = False
 
@@ -43,15 +59,16 @@ class Model:
     max_length: int | None = None
 
 
-def of_files(train: Sequence[Path], held_out: Sequence[Path], request: Request) -> list[Subject]:
+def of_files(
+    train: Sequence[Path], held_out: Sequence[Path], request: Request
+) -> list[Subject | Packed]:
     """Sources that are all read in the same way. Raises UserError for a file given twice, and for
     what is not read where it lies: archives, hubs and the web."""
-    subjects = [Subject(path, request) for path in train]
-    subjects += [Subject(path, request, held_out=True) for path in held_out]
-    seen: set[Path] = set()
+    subjects = [_of_file(path, request, held_out=False) for path in train]
+    subjects += [_of_file(path, request, held_out=True) for path in held_out]
+    seen: set[Path | str] = set()
     for subject in subjects:
-        _refuse_unbrought(subject.path)
-        path = subject.path.resolve()
+        path = subject.path.resolve() if isinstance(subject.path, Path) else subject.path
         if path in seen:
             raise UserError(
                 "the same source is given twice",
@@ -61,6 +78,17 @@ def of_files(train: Sequence[Path], held_out: Sequence[Path], request: Request) 
             )
         seen.add(path)
     return subjects
+
+
+def _of_file(path: Path, request: Request, *, held_out: bool) -> Subject | Packed:
+    stored = _STORED.fullmatch(str(path))
+    if stored is not None and stored["scheme"] not in BY_THE_WEB:
+        return Packed(f"{stored['scheme']}://{stored['name']}", request, held_out)
+    as_samples = request.format in (None, "samples") and not request.columns
+    if as_samples and holds_samples(path):
+        return Packed(path, request, held_out)
+    _refuse_unbrought(path)
+    return Subject(path, request, held_out)
 
 
 def _refuse_unbrought(source: Path) -> None:
@@ -107,28 +135,22 @@ def is_recipe(path: Path) -> bool:
     return not isinstance(content, dict) or "names" not in content
 
 
-def _lines(place: Path | str) -> Path:
-    """The path of a JSONL file. Raises UserError for other data of recipes."""
-    packed = (".tar", ".parquet")
-    if isinstance(place, str) or place.suffix.lower() in packed or is_pattern(place):
-        raise UserError(
-            "no JSONL file of this machine",
-            where=str(place),
-            expected="one file of samples, one a line",
-            remedy="`finesight data show` looks at samples in tars, Parquet files and object"
-            " storage; what is wrong with them is said when they are trained on",
-        )
-    return place
+def _of_data(place: Path | str, limit: int | None, *, held_out: bool) -> Subject | Packed:
+    """A file of a recipe's data."""
+    request = Request(format="samples", limit=limit)
+    if isinstance(place, str) or place.suffix.lower() in PACKED or is_pattern(place):
+        return Packed(place, request, held_out)
+    return Subject(place, request, held_out)
 
 
-def of_recipe(recipe: Path) -> tuple[list[Subject], Model]:
+def of_recipe(recipe: Path) -> tuple[list[Subject | Packed], Model]:
     """A recipe's data files, and its model with its picture rule, system prompt and max_length.
 
     Raises UserError as `load_recipe` and `locate` do.
     """
     settings = load_recipe(recipe)
     subjects = [
-        Subject(_lines(file.path), Request(format="samples", limit=file.limit), held_out)
+        _of_data(file.path, file.limit, held_out=held_out)
         for held_out, files in ((False, settings.data.train), (True, settings.data.eval))
         for file in files
     ]

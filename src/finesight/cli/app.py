@@ -23,6 +23,7 @@ from finesight.cli.data_import import import_data
 from finesight.cli.data_migrate import migrate
 from finesight.cli.data_plan import plan
 from finesight.cli.data_show import show
+from finesight.cli.doctor import doctor
 from finesight.cli.download import download
 from finesight.cli.evaluate import evaluate
 from finesight.cli.export import export
@@ -44,7 +45,6 @@ app = typer.Typer(
     name="finesight",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
 )
 data = typer.Typer(
@@ -77,6 +77,7 @@ def finesight(
 
 app.command(short_help="The whole path in minutes, on a CPU.")(quickstart)
 app.command(short_help="Fetch a model or data set from a hub.")(download)
+app.command(short_help="Find what is wrong with a machine, a model or a run.")(doctor)
 app.add_typer(data, name="data", short_help="Import data, and look at it.")
 data.command("import", short_help="Turn pictures with labels into samples.")(import_data)
 data.command(short_help="Find what is wrong with samples.")(check)

@@ -26,7 +26,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.check.findings import Finding
-    from finesight.check.subjects import Model, Subject
+    from finesight.check.subjects import Model, Packed, Subject
 
 SHOWN = 3
 """Findings of each fault that are printed; the others are counted."""
@@ -124,7 +124,7 @@ def check(
 
 
 def _carried_out(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Subject | Packed],
     judge: Model,
     fix: Path | None,
     html: Path | None,

@@ -35,6 +35,10 @@ class DamagedPicture(UserError):
     """A picture that cannot be used: missing, no picture, cut off, or over the limit of pixels."""
 
 
+class Missing(DamagedPicture):
+    """A picture without a file."""
+
+
 class CutOff(DamagedPicture):
     """A picture whose file ends before its pixels do."""
 
@@ -61,7 +65,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             _check_length(source)
         image = Image.open(source, formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedPicture(
+        raise Missing(
             "no such picture",
             where=str(path),
             expected="an existing file",

@@ -55,27 +55,28 @@ def index_folder() -> Path:
 def indexed(file: BinaryIO, path: Path, kind: str, find: Callable[[], Index]) -> Index:
     """What `find` says of the open file at `path`, or said when the file was the same one: of the
     same size, and not written to since, as the file system tells."""
-    identity = _identity(file)
+    own = identity(file)
     if os.fstat(file.fileno()).st_size < LEAST[kind]:
         return find()
     place = hashlib.sha256(f"{kind} {path.absolute()}".encode(errors="surrogateescape"))
     kept = index_folder() / f"{place.hexdigest()}.index"
-    index = _read(kept, identity)
+    index = _read(kept, own)
     if index is None:
         index = find()
-        if _identity(file) == identity:
-            _write(kept, identity, index)
+        if identity(file) == own:
+            _write(kept, own, index)
     return index
 
 
-def _identity(file: BinaryIO) -> bytes:
+def identity(file: BinaryIO) -> bytes:
+    """What tells an open file from every other, and from itself before it was written to."""
     found = os.fstat(file.fileno())
     # The time of change, which programs cannot set, beside that of writing, which copies keep.
     times = found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return hashlib.sha256(repr((FORMAT, found.st_dev, found.st_ino, *times)).encode()).digest()
 
 
-def _read(kept: Path, identity: bytes) -> Index | None:
+def _read(kept: Path, file: bytes) -> Index | None:
     """The index, mapped; None where there is none of this file, or a damaged one."""
     try:
         whole_N: NDArray[np.int64] = np.asarray(np.memmap(kept, np.int64, "r"))
@@ -85,16 +86,16 @@ def _read(kept: Path, identity: bytes) -> Index | None:
     if len(whole_N) < 3 * _WORDS + 2:
         return None
     own, of_file, content = (whole_N[at * _WORDS :][:_WORDS].tobytes() for at in range(3))
-    if of_file != identity or hashlib.sha256(whole_N[_WORDS:].data).digest() != own:
+    if of_file != file or hashlib.sha256(whole_N[_WORDS:].data).digest() != own:
         return None
     samples, rest_N = int(whole_N[3 * _WORDS]), whole_N[3 * _WORDS + 1 :]
     return Index(rest_N[: samples + 1], rest_N[samples + 1 :], content.hex())
 
 
-def _write(kept: Path, identity: bytes, index: Index) -> None:
+def _write(kept: Path, file: bytes, index: Index) -> None:
     """Eight bytes a number: SHA-256 of what follows, of the file's identity and of its content, the
     number of samples, then the numbers of the index."""
-    digests = np.frombuffer(identity + bytes.fromhex(index.digest), np.int64)
+    digests = np.frombuffer(file + bytes.fromhex(index.digest), np.int64)
     samples = np.array([len(index.bounds_N1) - 1])
     told_N = np.concatenate([digests, samples, index.bounds_N1, index.beside_B])
     own = hashlib.sha256(told_N.data).digest()

@@ -32,6 +32,18 @@ def in_row(row: int, name: str) -> str:
     return f"@{row}/{name}"
 
 
+def container(path: str) -> tuple[str, str]:
+    """The file that a path leads into, and what it names in there; the path itself and nothing, if
+    it does not look like one."""
+    found = _IN_TAR.fullmatch(path) or _IN_ROW.fullmatch(path)
+    return (path, "") if found is None else (found["container"], path[found.end("container") :])
+
+
+def is_inside(path: Path) -> bool:
+    """Whether a path leads into a file."""
+    return container(str(path))[1] != "" and not path.exists()
+
+
 def content(path: Path) -> Path | io.BytesIO:
     """The path itself, or the bytes of what lies inside of a file. Raises OSError as opening does,
     also where less is there than the path says."""

@@ -170,7 +170,7 @@ def open_source(source: Path, request: Request) -> Source:
     head = tuple(row.record for row in rows.select(start, min(stop, start + LOOKED_AT)))
     if form is None:
         form, known_by = _format(head, source, request)
-    _check_use(form, known_by, request)
+    check_use(form, known_by, request)
     return Source(source, rows, form, known_by, head, (start, stop))
 
 
@@ -254,7 +254,7 @@ def _format(head: Sequence[Record], source: Path, request: Request) -> tuple[For
     return form, known_by
 
 
-def _check_use(form: Format, known_by: str, request: Request) -> None:
+def check_use(form: Format, known_by: str, request: Request) -> None:
     """Refuse options that mean nothing to the format."""
     given = {
         "map": ("--map", bool(request.columns)),

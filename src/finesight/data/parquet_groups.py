@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finesight.data.index_files import identity
 from finesight.errors import UserError
+from finesight.storage import require_room, write_folder_once
 
 PICTURES = "images"
 """The column of a row's pictures: a list of structs of `path` and `bytes`."""
 
 LARGEST = 256 * 2**20
 """Bytes of a row group: all of it is in memory when a row is read, in each process that reads."""
+
+SMALL = 4 * 2**20
+"""Bytes of a group, about, where larger ones are divided. An index knows samples by these groups:
+with another number it has another FORMAT."""
+
+MOST_ROWS = 1024
+"""Of such a group."""
 
 
 def parquet_module(path: Path) -> Any:
@@ -34,33 +45,48 @@ def metadata(path: Path) -> Any:
     try:
         return parquet_module(path).read_metadata(path)
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"cannot be read as Parquet: {error}",
-            where=str(path),
-            expected="a whole Parquet file",
-            remedy="fetch or export the file again",
-        ) from error
+        raise _damaged(path, error) from error
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Turn what is raised in the block because of a damaged file into a UserError."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError) as error:
+        # pyarrow raises OSError without a number for what it cannot read.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot be read as Parquet: {error}",
+        where=str(path),
+        expected="a whole Parquet file",
+        remedy="fetch or export the file again",
+    )
 
 
 def group_sizes(path: Path) -> tuple[int, ...]:
-    """Rows of each group. Raises UserError for a file that is no Parquet, and for groups that are
-    too large to be read again and again."""
-    found = metadata(path)
-    groups = [found.row_group(number) for number in range(found.num_row_groups)]
-    for number, group in enumerate(groups, start=1):
-        if group.total_byte_size > LARGEST:
-            raise UserError(
-                f"row group {number} has {group.num_rows} rows and {group.total_byte_size} bytes",
-                where=str(path),
-                expected=f"row groups of at most {LARGEST} bytes: to read a sample is to read one",
-                remedy="write it with smaller ones, for example row_group_size=100",
-            )
-    return tuple(group.num_rows for group in groups)
+    """Rows of each group that is read at once. Raises UserError for a file that is no Parquet."""
+    small = _divided(path, _version(path))
+    return _sizes(small, _version(small))
 
 
 def texts(path: Path, group: int) -> Any:
-    """All columns of a row group but the pictures, as a table of pyarrow's."""
-    return _texts(path, _version(path), group)
+    """All columns of such a group but the pictures, as a table of pyarrow's."""
+    small = _divided(path, _version(path))
+    return _texts(small, _version(small), group)
+
+
+def first_text(path: Path) -> dict[str, Any]:
+    """All columns of the first row but the pictures, of a file that has rows."""
+    with parquet_module(path).ParquetFile(path) as file:
+        names = _but_pictures(file)
+        record: dict[str, Any] = next(file.iter_batches(1, columns=names)).to_pylist()[0]
+        return record
 
 
 def has_pictures(path: Path) -> bool:
@@ -70,11 +96,18 @@ def has_pictures(path: Path) -> bool:
 
 def picture(path: Path, row: int, name: str) -> bytes:
     """The picture of this name, or of this number among those without, in a row, counted from 1.
-    Raises OSError where there is none."""
-    version, before = _version(path), 0
-    for group, size in enumerate(_sizes(path, version)):
+    Raises OSError where there is none, or none that can be read."""
+    try:
+        return _found(_divided(path, _version(path)), row, name)
+    except (ValueError, NotImplementedError) as error:
+        raise OSError(f"cannot be read as Parquet: {error}") from error
+
+
+def _found(small: Path, row: int, name: str) -> bytes:
+    version, before = _version(small), 0
+    for group, size in enumerate(_sizes(small, version)):
         if before < row <= before + size:
-            return _picture(_pictures(path, version, group)[row - before - 1].as_py() or (), name)
+            return _picture(_pictures(small, version, group)[row - before - 1].as_py() or (), name)
         before += size
     raise FileNotFoundError(f"no row {row} among {before}")
 
@@ -95,8 +128,11 @@ def _version(path: Path) -> int:
 @lru_cache(2)
 def _texts(path: Path, version: int, group: int) -> Any:
     with _opened(path, version) as file:
-        names = [name for name in file.schema_arrow.names if name != PICTURES]
-        return file.read_row_group(group, columns=names)
+        return file.read_row_group(group, columns=_but_pictures(file))
+
+
+def _but_pictures(file: Any) -> list[str]:
+    return [name for name in file.schema_arrow.names if name != PICTURES]
 
 
 @lru_cache(2)
@@ -117,4 +153,52 @@ def _metadata(path: Path, version: int) -> Any:
 
 @lru_cache(1024)
 def _sizes(path: Path, version: int) -> tuple[int, ...]:
-    return group_sizes(path)
+    return tuple(group.num_rows for group in _groups(path))
+
+
+def _groups(path: Path) -> list[Any]:
+    found = metadata(path)
+    return [found.row_group(number) for number in range(found.num_row_groups)]
+
+
+@lru_cache(1024)
+def _divided(path: Path, version: int) -> Path:
+    """The file itself or, where a group of it is too large to be read again and again, one with the
+    same rows in small groups: written once, and kept. Raises UserError where there is no room."""
+    largest = max((group.total_byte_size for group in _groups(path)), default=0)
+    if largest <= LARGEST:
+        return path
+    with path.open("rb") as file:
+        folder = divided_folder() / identity(file).hex()[:32]
+
+    def write(staging: Path) -> None:
+        size = sum(group.total_byte_size for group in _groups(path))
+        told = f"{path} in small row groups, as one of it has {largest:,} bytes"
+        require_room(folder, size, told, "free some, or write the file with row_group_size=100")
+        print(f"{told}: written once", file=sys.stderr)
+        _divide(path, staging / path.name)
+
+    write_folder_once(folder, write)
+    return folder / path.name
+
+
+def divided_folder() -> Path:
+    """Where files with smaller groups are kept."""
+    # Imported here: it is slow to import.
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "parquet"
+
+
+def _divide(path: Path, target: Path) -> None:
+    parquet = parquet_module(path)
+    # Page by page: no column of a large group is in memory as a whole.
+    with (
+        undamaged(path),
+        parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file,
+        parquet.ParquetWriter(target, file.schema_arrow) as writer,
+    ):
+        for number, group in enumerate(_groups(path)):
+            rows = max(1, min(MOST_ROWS, SMALL * group.num_rows // group.total_byte_size))
+            for batch in file.iter_batches(rows, row_groups=[number]):
+                writer.write_batch(batch)

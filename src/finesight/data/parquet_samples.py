@@ -21,7 +21,15 @@ from finesight.data.index_files import Index, indexed
 from finesight.data.inside import in_row
 from finesight.data.jsonl import Located, sample_from
 from finesight.data.lines import State, opened, state_of, unchanged
-from finesight.data.parquet_groups import group_sizes, has_pictures, texts
+from finesight.data.parquet_groups import (
+    PICTURES,
+    first_text,
+    group_sizes,
+    has_pictures,
+    metadata,
+    texts,
+    undamaged,
+)
 from finesight.digests import digest
 from finesight.errors import UserError
 
@@ -53,7 +61,7 @@ class ParquetSamples:
         ends_G = self.index.beside_B
         group = int(np.searchsorted(ends_G, index, side="right"))
         before = int(ends_G[group - 1]) if group else 0
-        with unchanged(self.path, self.state):
+        with unchanged(self.path, self.state), undamaged(self.path):
             (record,) = texts(self.path, group).slice(index - before, 1).to_pylist()
         sample = sample_from(_record(record, self.where(index)), self.where(index))
         if not self.pictured:
@@ -80,6 +88,19 @@ def parquet_samples(path: Path) -> ParquetSamples:
         index, state = indexed(file, path, "parquet", found), state_of(file)
     rows = int(index.beside_B[-1]) if len(index.beside_B) else 0
     return ParquetSamples(path, index, state, rows, has_pictures(path))
+
+
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The first row as JSON data, without its pictures; None where there is none, or where its
+    texts hold something else. Raises UserError for a file that is no Parquet."""
+    if not metadata(path).num_rows:
+        return None
+    try:
+        with undamaged(path):
+            found = first_text(path)
+        return _record(found, str(path)) | ({PICTURES: []} if has_pictures(path) else {})
+    except UserError:
+        return None
 
 
 def _record(record: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.data.headers import DamagedPicture, picture_size
+from finesight.data.inside import content, is_inside
 from finesight.digests import digest
 from finesight.errors import UserError
 
@@ -205,11 +206,13 @@ def _decoded(url: str) -> bytes:
 def named(pictures: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
     """What files of `out` call each picture: its path from `out`, which is still `staging`.
 
-    With `copy`, pictures that do not lie in `staging` are copied there first.
+    With `copy`, pictures that do not lie in `staging` are copied there first; those inside of tars
+    and Parquet files always are, as what lies where in there may change.
     """
     places = list(pictures)
     outside = [path for path in places if not path.is_relative_to(staging)]
-    copies = copy_all(outside, staging) if copy else {}
+    copied = [path for path in outside if copy or is_inside(path)]
+    copies = copy_all(copied, staging) if copied else {}
     home = out.resolve()
     names = {}
     for path in places:
@@ -249,6 +252,10 @@ def copy_all(paths: Iterable[Path], target: Path) -> dict[Path, Path]:
         copy = folder / path.name
         while copy.exists():
             copy = folder / f"{path.stem}-{next(numbers[path.name])}{path.suffix}"
-        shutil.copyfile(path, copy)
+        found = content(path)
+        if isinstance(found, Path):
+            shutil.copyfile(found, copy)
+        else:
+            copy.write_bytes(found.getbuffer())
         copies[path] = copy
     return copies

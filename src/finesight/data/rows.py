@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finesight.data.jsonl import read_bytes
-from finesight.data.parquet_groups import metadata, parquet_module
+from finesight.data.parquet_groups import metadata, parquet_module, undamaged
 from finesight.errors import UserError
 
 Record = dict[str, Any]
@@ -262,7 +262,7 @@ def _parquet(source: Path) -> Rows:
     total = metadata(source).num_rows
 
     def select(start: int, stop: int) -> Iterator[Row]:
-        with parquet.ParquetFile(source) as table:
+        with undamaged(source), parquet.ParquetFile(source) as table:
             position = 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).num_rows

@@ -13,6 +13,9 @@ from typing import Protocol
 from finesight.data.jsonl import Located
 from finesight.errors import UserError, look_beside
 
+PACKED = (".tar", ".parquet")
+"""How the names of files end that bring their pictures along."""
+
 PATTERN = frozenset("*?[")
 """Characters of a path that fits many files."""
 
@@ -77,7 +80,7 @@ class Shards:
 
 def packed(address: str) -> str:
     """The address, of files that bring their pictures along. Raises UserError for others."""
-    if not address.lower().endswith((".tar", ".parquet")):
+    if not address.lower().endswith(PACKED):
         raise UserError(
             "a file in object storage that is neither .tar nor .parquet",
             where=address,

@@ -85,15 +85,16 @@ def load_sources(files: Sequence[HeldOutFile], *, answered: bool = True) -> Corp
     identity = hashlib.sha256()
     found: list[Samples] = []
     for file in files:
-        found.append(_samples(file.path))
+        found.append(samples_at(file.path))
         identity.update(f"{found[-1].digest} {file.limit} {_weight(file)!r}\n".encode())
     limited = (samples.first(file.limit) for samples, file in zip(found, files, strict=True))
     weights = tuple(map(_weight, files))
     return Corpus(tuple(limited), weights, identity.hexdigest(), answered)
 
 
-def _samples(place: Path | str) -> Samples:
-    """Those of a file, or of all files that a pattern fits. Raises UserError for none."""
+def samples_at(place: Path | str) -> Samples:
+    """Those of a file, or of all files that a pattern fits, on this machine or, of an address, in
+    object storage. Raises UserError for none."""
     files = files_at(place) if isinstance(place, Path) else fetched(packed(place))
     shards = _of_files(files)
     samples = shards[0] if len(files) == 1 else Shards(tuple(shards))

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from finesight.data.formats.inventory import PICTURE_SUFFIXES
+from finesight.data.lines import opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
 from finesight.remote.members import Tar, open_tar_file
@@ -48,7 +51,7 @@ def is_webdataset(path: Path) -> bool:
 
 def open_tar(source: Path) -> Rows:
     """A row for each sample of a WebDataset. Raises UserError for a file that is none."""
-    with open_tar_file(source) as tar:
+    with opened(source), open_tar_file(source) as tar:
         total = sum(1 for _ in samples_in(tar))
     if total == 0:
         raise UserError(
@@ -76,14 +79,21 @@ def samples_in(tar: Tar) -> Iterator[Sample]:
 
 
 def _is_hidden(member: tarfile.TarInfo) -> bool:
-    return PurePosixPath(member.name).name.startswith((".", "__"))
+    return posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
 
 
 def parts_of(member: tarfile.TarInfo) -> tuple[str, str]:
     """What the files of a sample share, and what comes after the first point of the name."""
-    path = PurePosixPath(member.name)
-    stem, _, ending = path.name.partition(".")
-    return str(path.parent / stem), ending.lower()
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, ending = name.partition(".")
+    return _below(folder or slash) + stem, ending.lower()
+
+
+@lru_cache(1024)
+def _below(folder: str) -> str:
+    """How paths in a folder begin: `./` and the like, which say nothing, are left out."""
+    path = str(PurePosixPath(folder))
+    return "" if path == "." else f"{path.rstrip('/')}/"
 
 
 def _is_picture(ending: str) -> bool:

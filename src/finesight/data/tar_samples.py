@@ -76,6 +76,14 @@ def tar_samples(path: Path) -> TarSamples:
         return TarSamples(path, indexed(file, path, "tar", lambda: _found(path)), state_of(file))
 
 
+def first_json(path: Path) -> bytes | None:
+    """The JSON beside the first picture of a tar; None where there is none. Raises UserError for a
+    damaged tar."""
+    with open_tar_file(path) as tar:
+        members = next(samples_in(tar), [])
+        return next((tar.read(one) for one in members if parts_of(one)[1] == "json"), None)
+
+
 def _found(path: Path) -> Index:
     whole = hashlib.sha256()
     starts, stop = [], 0

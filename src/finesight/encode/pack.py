@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from finesight.encode.encoded import Encoded, Grid
 from finesight.vision.patches import end_to_end
+
+if TYPE_CHECKING:
+    from finesight.encode.slice import Slice
 
 EVEN = 64
 """What `filled` makes sizes multiples of."""
@@ -29,6 +33,7 @@ class PackedBatch:
     `predict_L` says which tokens predict a learned token and `target_L` which token that is. What
     `filled` adds has no name in `sample_ids` and no target. `inputs` is what else a model
     of a family without native code reads, by name, of the one sample that it is given at a time.
+    `share` is that of a sample which several processes share: then all of this is the share's.
     """
 
     sample_ids: tuple[str, ...]
@@ -42,6 +47,12 @@ class PackedBatch:
     predict_L: Tensor
     target_L: Tensor
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    share: Slice | None = None
+
+    @property
+    def samples(self) -> int:
+        """Of those that several processes share, the first one's."""
+        return len(self.lengths) if self.share is None or self.share.number == 0 else 0
 
     @property
     def supervised(self) -> int:

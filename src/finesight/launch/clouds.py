@@ -6,6 +6,8 @@ The fields are those of SkyPilot's tasks (docs.skypilot.co, "SkyPilot YAML") and
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,16 @@ from finesight.launch.scripts import LAST_CHECKPOINT
 
 STORE = "/finesight"
 """Where machines have what lasts: recipe, data and output."""
+
+_BUCKET = re.compile(
+    "((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/]+|(?:cos|https)://[^/]+/[^/]+)(?:/+(.*))?"
+)
+"""What SkyPilot mounts, and a folder in it: https is Azure's, cos IBM's with a region first."""
+
+_GPU = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_CLAIM = re.compile("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+"""RFC 1123's subdomain, as Kubernetes has it for names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +62,16 @@ def skypilot(job: Job, image: Image, accelerator: str | None) -> str:
     """A task for `sky jobs launch`, which starts it anew where its machines are taken away."""
     machines, nodes = job.machines, job.machines.fixed("SkyPilot")
     job.inside(image.store)
-    if one_word(accelerator, "--accelerator") is None:
+    bucket, folder = _bucket(image.store)
+    if accelerator is None or not _GPU.fullmatch(accelerator):
         raise UserError(
-            "is missing",
+            "is missing" if accelerator is None else f"{accelerator!r} is no GPU's name",
             where="--accelerator",
-            expected="a GPU as `sky show-gpus` names it",
-            remedy="for example --accelerator H100",
+            expected="a GPU as `sky show-gpus` names it, without a number",
+            remedy="for example --accelerator H100 --gpus 8",
         )
     run = (
-        f"cd {STORE} || exit 1\n"
+        f"cd {shlex.quote(f'{STORE}/{folder}'.rstrip('/'))} || exit 1\n"
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={LAST_CHECKPOINT}\n"
         'first=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n'
         'exec torchrun --nnodes="$SKYPILOT_NUM_NODES"'
@@ -75,10 +88,24 @@ def skypilot(job: Job, image: Image, accelerator: str | None) -> str:
                 "image_id": f"docker:{image.name}",
                 "job_recovery": {"max_restarts_on_errors": RESTARTS},
             },
-            "file_mounts": {STORE: {"source": image.store, "mode": "MOUNT_CACHED"}},
+            "file_mounts": {STORE: {"source": bucket, "mode": "MOUNT_CACHED"}},
             "run": run,
         }
     )
+
+
+def _bucket(store: str) -> tuple[str, str]:
+    """The bucket of a store, and the folder in it. SkyPilot mounts whole buckets only."""
+    found = _BUCKET.fullmatch(store)
+    if found is None:
+        raise UserError(
+            f"{store!r} is no bucket",
+            where="--store",
+            expected="an address as SkyPilot knows it: s3://, gs://, r2://, cos://, oci://,"
+            " nebius://, cw://, vastdata://, or https:// for a container of Azure",
+            remedy="for example --store s3://bucket/folder",
+        )
+    return found[1], found[2] or ""
 
 
 def kubeflow(job: Job, image: Image) -> str:
@@ -86,6 +113,13 @@ def kubeflow(job: Job, image: Image) -> str:
     how many machines there are and where they meet; the store is a claim for a volume."""
     nodes = job.machines.fixed("Kubeflow")
     job.inside(image.store)
+    if not _CLAIM.fullmatch(image.store):
+        raise UserError(
+            f"{image.store!r} is no name of a claim",
+            where="--store",
+            expected="a PersistentVolumeClaim in small letters, digits, - and .",
+            remedy="for example --store training-data, as `kubectl get pvc` lists it",
+        )
     command = f"cd {STORE} && exec torchrun --max-restarts={RESTARTS} {job.arguments}"
     pod = {
         "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": image.store}}],

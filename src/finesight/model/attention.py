@@ -111,11 +111,13 @@ def attend(
     """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it.
 
     `keys` are the segments of the keys where these are more: the queries are then the last ones of
-    their segments. Only for what `has_varlen`.
+    their segments.
     """
-    if keys is not None:
-        assert has_varlen(q_THD), f"no kernel for {q_THD.dtype} on {q_THD.device}"
+    if keys is not None and has_varlen(q_THD):
         return _attend_varlen(q_THD, k_TKD, v_TKD, segments, keys, causal)
+    if keys is not None:
+        assert causal, "the last ones of what nobody is before"
+        return _attend_last(q_THD, k_TKD, v_TKD, segments, keys)
     if q_THD.device.type == "cpu" and q_THD.dtype == torch.bfloat16 and segments.longest <= LONGEST:
         runs = segments.padded if causal else segments.runs
         return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
@@ -183,6 +185,26 @@ def _attend_varlen(
         o_THD = varlen_attn(*inputs, window_size=window)
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
     return o_THD
+
+
+def _attend_last(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, queries: Segments, keys: Segments
+) -> Tensor:
+    """The last queries of each segment, without a variable-length kernel."""
+    grouped = q_THD.shape[1] > k_TKD.shape[1]
+    pieces = []
+    for q_LHD, k_LKD, v_LKD in zip(
+        torch.split(q_THD, [*queries.lengths]),
+        torch.split(k_TKD, [*keys.lengths]),
+        torch.split(v_TKD, [*keys.lengths]),
+        strict=True,
+    ):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LKD, v_LKD))
+        whole = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
+        mask = whole.tril(len(k_LKD) - len(q_LHD))
+        o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        pieces.append(o_1HLD.squeeze(0).transpose(0, 1))
+    return torch.cat(pieces)
 
 
 def has_varlen(q_THD: Tensor) -> bool:

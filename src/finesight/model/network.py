@@ -27,6 +27,7 @@ from finesight.model.joined import Laying
 from finesight.model.language import DecoderLayer, Deepstack
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.peft_config import CURRENT, FIRST, Names
+from finesight.model.sequence_parallel import SharedAttention, exchanged
 from finesight.model.tower import VisionTower
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -89,6 +90,22 @@ class VisionLanguageModel(nn.Module):
         features_MKD: Tensor = self.visual(patches_ND, grids, self.recompute)
         return features_MKD
 
+    def _features(self, batch: PackedBatch, known_MKD: Tensor | None) -> Tensor | None:
+        """Those that the pack's tokens stand for, [M, K, D]; None of one without pictures. What
+        several processes share, all of them have to ask for."""
+        share = batch.share
+        if known_MKD is not None:
+            return known_MKD
+        made_MKD = self.see(batch.patches_ND, batch.grids) if batch.grids else None
+        if share is None:
+            return made_MKD
+        if made_MKD is None and any(share.features):
+            # Frames are fewer than processes. Gradients come back to all or to none.
+            weight = self.model.embed_tokens.weight
+            made_MKD = weight.new_empty(0, self.visual.features, self.geometry.language.width)
+            made_MKD.requires_grad_(any(p.requires_grad for p in self.visual.parameters()))
+        return None if made_MKD is None else exchanged(made_MKD, share)
+
     def read(
         self,
         batch: PackedBatch,
@@ -102,8 +119,7 @@ class VisionLanguageModel(nn.Module):
         after the first layers; `features_MKD` are those of the pack where they are known.
         """
         x_TD = self.model.embed(batch.ids_T)
-        if features_MKD is None and batch.grids:
-            features_MKD = self.see(batch.patches_ND, batch.grids)
+        features_MKD = self._features(batch, features_MKD)
         deepstack = None
         if features_MKD is not None:
             at_M = batch.visual_at_M
@@ -144,7 +160,11 @@ class VisionLanguageModel(nn.Module):
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         if seed_1 is None and self.training and batch.ids_T.is_cuda:
             seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)
-        attention = PackedAttention(segments, seed_1)
+        attention = (
+            PackedAttention(segments, seed_1)
+            if batch.share is None
+            else SharedAttention(segments, seed_1, share=batch.share)
+        )
         if fused_layer.takes(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             groups = (group for layer in layers for group in layer.fusible)

@@ -6,7 +6,6 @@ whose name hangs on what the storage says of its version: another version is ano
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import posixpath
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError
-from finesight.storage import explained, make_folder, write_folder
+from finesight.storage import write_folder_once
 
 BY_THE_WEB = frozenset({"http", "https"})
 """What is fetched with more care: by `finesight data import --allow-host`."""
@@ -42,12 +41,7 @@ def fetched(address: str) -> list[Path]:
         raise
     # Each storage's package has errors of its own, for refusals and for lines that break.
     except Exception as error:
-        raise UserError(
-            f"cannot be fetched ({type(error).__name__}: {str(error)[:200]})",
-            where=address,
-            expected="an address that this machine may read",
-            remedy="check the address and the credentials that its package asks for",
-        ) from error
+        raise _unfetched(address, error) from error
     if not files:
         raise UserError(
             "no file fits",
@@ -56,6 +50,18 @@ def fetched(address: str) -> list[Path]:
             remedy="check the address",
         )
     return files
+
+
+def _unfetched(address: str, error: Exception) -> UserError:
+    said = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
+    if isinstance(error, FileNotFoundError):
+        expected, remedy = "a file that is there", "check the address"
+    elif isinstance(error, PermissionError):
+        expected, remedy = "a file that this machine may read", "check the credentials"
+    else:
+        expected = "a storage that answers, and lets this machine read"
+        remedy = "check address, credentials and connection, and start again: what came is kept"
+    return UserError(f"cannot be fetched ({said})", where=address, expected=expected, remedy=remedy)
 
 
 def _opened(address: str) -> tuple[Any, str]:
@@ -92,27 +98,20 @@ def _brought(system: Any, name: str) -> Path:
     version = str(system.ukey(name))
     told = f"{type(system).__name__} {system.storage_options!r} {name} {version}"
     folder = objects_folder() / hashlib.sha256(told.encode()).hexdigest()[:32]
-    target = folder / posixpath.basename(name)
-    make_folder(folder.parent)
-    with explained(folder), folder.with_suffix(".lock").open("wb") as lock:
-        # Of several processes that want it, one fetches.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            _fetch(system, name, version, folder)
-    return target
+    target = posixpath.basename(name)
+    write_folder_once(folder, lambda staging: _fetch(system, name, version, staging / target))
+    return folder / target
 
 
-def _fetch(system: Any, name: str, version: str, folder: Path) -> None:
+def _fetch(system: Any, name: str, version: str, target: Path) -> None:
     size = int(system.info(name)["size"])
     print(f"{name}: {size:,} bytes to fetch", file=sys.stderr)
-    with write_folder(folder) as staging:
-        target = staging / posixpath.basename(name)
-        system.get_file(name, str(target))
-        found = target.stat().st_size
-        if found != size or str(system.ukey(name)) != version:
-            raise UserError(
-                f"came with {found} bytes of {size}, or changed on the way",
-                where=name,
-                expected="a whole file that stays as it is",
-                remedy="start again",
-            )
+    system.get_file(name, str(target))
+    found = target.stat().st_size
+    if found != size or str(system.ukey(name)) != version:
+        raise UserError(
+            f"came with {found} bytes of {size}, or changed on the way",
+            where=name,
+            expected="a whole file that stays as it is",
+            remedy="start again",
+        )

@@ -93,7 +93,7 @@ def training_samples(record: Record) -> int | None:
         return known
     # Older runs say how far each step came, in epochs.
     epoch = record.steps[-1].get("epoch") if record.steps else None
-    taken = sum(int(line.get("samples", 0)) for line in record.steps)
+    taken = sum(int(line.get("samples") or 0) for line in record.steps)
     return round(taken / epoch) if isinstance(epoch, float) and epoch > 0 and taken else None
 
 

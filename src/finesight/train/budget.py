@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,16 @@ from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 
 T = TypeVar("T")
+
+FEWEST = 4
+"""A sample of fewer packs is not split."""
+
+
+def packs_alone(processes: int) -> int:
+    """A sample of more tokens than so many packs is split over all processes: each then has a pack
+    or more to compute for what it waits for others in every layer, and one alone would need many
+    times the memory of a pack."""
+    return max(FEWEST, processes)
 
 
 class Budget(BaseModel):
@@ -24,17 +35,29 @@ class Budget(BaseModel):
     pack_tokens: int
     recompute: float
 
-    def below(self, pack: PackedBatch, learning: bool) -> Budget | None:
+    def within(self, other: Budget) -> Budget:
+        """Whichever is less of each."""
+        return Budget(
+            pack_tokens=min(self.pack_tokens, other.pack_tokens),
+            recompute=max(self.recompute, other.recompute),
+        )
+
+    def below(self, pack: PackedBatch, learning: bool, processes: int = 1) -> Budget | None:
         """The next one to try where this pack was too much; None where nothing is left.
 
         Half of what the pack held, so that none like it comes again. What one sample needs is less
-        only when activations are computed twice, which are kept for learning alone.
+        only when activations are computed twice, which are kept for learning alone, or where one
+        of several `processes` that may share it would else have it alone.
         """
         if len(pack.lengths) > 1:
             held = min(self.pack_tokens, sum(pack.lengths))
             return self.model_copy(update={"pack_tokens": max(1, held // 2)})
         if learning and self.recompute < 1.0:
             return self.model_copy(update={"recompute": 1.0})
+        if learning and processes > 1 and pack.share is None:
+            split = (sum(pack.lengths) - 1) // packs_alone(processes)
+            if 1 < split < self.pack_tokens:
+                return self.model_copy(update={"pack_tokens": split})
         return None
 
     def unlike(self, old: Budget) -> str:
@@ -68,9 +91,14 @@ class FullMemory(UserError):
 
 
 def too_much(
-    error: torch.OutOfMemoryError, pack: PackedBatch, budget: Budget, learning: bool
+    error: torch.OutOfMemoryError,
+    pack: PackedBatch,
+    budget: Budget,
+    learning: bool,
+    processes: int = 1,
 ) -> FullMemory:
-    """What a refusal of memory for a pack means."""
+    """What a refusal of memory for a pack means to one of so many `processes` that may share a
+    sample."""
     samples, first = len(pack.lengths), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
@@ -81,7 +109,7 @@ def too_much(
         remedy="end other programs on this GPU and start again with --resume; or begin another run"
         " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
         " weights in four bits (tune.nf4=[language])",
-        below=budget.below(pack, learning),
+        below=budget.below(pack, learning, processes),
     )
 
 
@@ -116,6 +144,33 @@ def within_memory(
         say(f"{short}; going on with {budget.unlike(before)}")
         # Here, where the error is gone and with it whatever its frames held.
         release(device)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Within the block, a memory that is full becomes a UserError that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full: {said(error)}",
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the GPU's memory",
+            remedy="end other programs on this GPU, keep frozen weights in four bits"
+            " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
+            " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
+            where="training",
+            expected="a model, its gradients and its optimiser's moments within the memory",
+            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
+            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
+            " (eval.max_new_tokens)",
+        ) from error
 
 
 def release(device: torch.device) -> None:

@@ -62,13 +62,16 @@ class FeatureFiles:
     """The features of one tower, in its folder below `home`. To be closed: until then no other run
     removes any."""
 
-    def __init__(self, home: Path, tower: str) -> None:
-        """Raises UserError where no folder can be made."""
+    def __init__(self, home: Path, tower: str, *, guards: bool = True) -> None:
+        """`guards` is for one of several processes that use the same. Raises UserError where no
+        folder can be made."""
         self.home, self.folder = home, home / tower
         make_folder(self.folder)
         with explained(home):
             self._lock = os.open(home, os.O_RDONLY)
-        _locks(self._lock, fcntl.LOCK_SH)
+        self._guards = guards
+        if guards:
+            _locks(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
         """Let other runs remove what this one has used."""
@@ -91,7 +94,7 @@ class FeatureFiles:
         """Bytes that features may still take. The files that were not used for longest are removed
         until these are `missing`, but none of the chunks `wanted`, and none while another run uses
         any."""
-        alone = _locks(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = self._guards and _locks(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         files = self._files()
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.home).free
@@ -109,7 +112,8 @@ class FeatureFiles:
                 if path not in kept:
                     path.unlink(missing_ok=True)
                     used, free = used - size, free + size
-        _locks(self._lock, fcntl.LOCK_SH)
+        if self._guards:
+            _locks(self._lock, fcntl.LOCK_SH)
         return room()
 
     def _files(self) -> list[tuple[float, int, Path]]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import Interrupted, UserError
-from finesight.train.budget import Budget, within_memory
+from finesight.train.budget import Budget, enough_memory, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import finished, settled
 from finesight.train.loader import Step
@@ -18,6 +18,7 @@ from finesight.train.looking import looked_at
 from finesight.train.measure import measure
 from finesight.train.moved import check_moved
 from finesight.train.prepare import Session, prepare
+from finesight.train.process import set_to_learn
 from finesight.train.progress import Screen
 from finesight.train.ranks import Deserted, Errand, Ranks, ShareFailed, StepTorn, Together
 from finesight.train.run import Run
@@ -34,10 +35,11 @@ def follow(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
     run, screen, stop = Run(recipe.output), Screen(Console(file=io.StringIO())), Stop()
     if resume and finished(run) is not None:
         return
-    session = prepare(recipe, run, screen, resume, ranks)
-    ranks.same(session.identity)
-    with stop.listening():
-        _Follower(session, screen, stop).go()
+    with enough_memory():
+        session = prepare(recipe, run, screen, resume, ranks)
+        session.agree()
+        with stop.listening(), set_to_learn(session.machine.device):
+            _Follower(session, screen, stop).go()
     if stop.asked:
         raise Interrupted("asked to stop, as the first process of the run was")
 
@@ -56,7 +58,6 @@ class _Follower:
     def go(self) -> None:
         """Until the first process says that the run is over, whatever goes wrong here."""
         try:
-            self.steps()
             self.wait()
             self.saving.wait()
         except StepTorn:
@@ -102,6 +103,9 @@ class _Follower:
         """What is raised in the block, while the others wait for this process, they hear of."""
         try:
             yield
+        except Interrupted:
+            # All have raised it.
+            raise
         except Exception:
             together = self.ranks.called(Errand.FAILED, signal=self.stop.number)
             self.over = together.errand is Errand.OVER
@@ -149,6 +153,8 @@ class _Follower:
                 with self.tower.back():
                     # A signal is heeded before the next step, where the others hear of it.
                     measure(session, "", self.screen, Stop())
+            case Errand.LOOK:
+                self.steps()
             case Errand.SETTLE:
                 with settled(session, self.checkpoints, asked.argument) as rows:
                     check_moved(rows)

@@ -7,10 +7,10 @@ each, D width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +40,25 @@ WRITERS = 2
 """Threads that write them."""
 
 
+Damaged = Mapping[int, DamagedPicture]
+"""What is wrong with pictures, by their numbers."""
+
+
+class Look(NamedTuple):
+    """Features of a chunk, zeros for pictures that are damaged."""
+
+    chunk: Chunk
+    features_MKD: Tensor
+    damaged: Damaged
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """The patches of a chunk's pictures, without those that are `damaged`, by number."""
 
     chunk: Chunk
     patches: Block
-    damaged: Mapping[int, DamagedPicture]
+    damaged: Damaged
 
     @property
     def whole(self) -> list[int]:
@@ -155,7 +167,7 @@ class Writer:
 
 class Gathering:
     """Brings the features of all chunks to the place where a run keeps them: from disk with `find`,
-    from the tower with `look`."""
+    from the tower with `see` and `keep`."""
 
     def __init__(self, session: Session, shown: Shown, place: Place) -> None:
         model, machine = session.model, session.machine
@@ -165,7 +177,7 @@ class Gathering:
         self._tail = model.visual.features, model.geometry.language.width
         self._damaged: dict[int, DamagedPicture] = {}
         self._found: dict[Chunk, Stored] = {}
-        self._behind: tuple[Opened, Tensor, torch.cuda.Event | None] | None = None
+        self._behind: tuple[Look, torch.cuda.Event | None] | None = None
         places = 0 if place == "disk" else int(self._bounds_P1[-1])
         device = machine.device if place == "gpu" else torch.device("cpu")
         self._features_AKD = torch.empty((places, *self._tail), dtype=machine.dtype, device=device)
@@ -184,34 +196,48 @@ class Gathering:
         return True
 
     @torch.no_grad()
-    def look(self, opened: Opened, writer: Writer | None) -> None:
-        """Compute the chunk's features, and keep those of the chunk before while the device works
-        on them."""
-        features_MKD = self._see(opened)
-        self._damaged |= opened.damaged
+    def see(self, opened: Opened) -> Look:
+        """Compute the chunk's features."""
+        return Look(opened.chunk, self._see(opened), opened.damaged)
+
+    def room(self, chunk: Chunk) -> Look:
+        """Of a chunk that another process looks at, for what that sees."""
+        device, dtype = self._session.machine.device, self._features_AKD.dtype
+        form = (self._places(chunk), *self._tail)
+        return Look(chunk, torch.empty(form, dtype=dtype, device=device), {})
+
+    def keep_all(self, looks: Iterable[Look], writer: Writer | None) -> None:
+        """One after the other."""
+        for look in looks:
+            self.keep(look, writer)
+
+    def keep(self, look: Look, writer: Writer | None) -> None:
+        """Keep the features of the chunk before while the device works on this one's."""
+        features_MKD = look.features_MKD
+        self._damaged |= look.damaged
         event = None
         if self._place == "gpu":
-            self._of(opened.chunk).copy_(features_MKD)
+            self._of(look.chunk).copy_(features_MKD)
         if features_MKD.is_cuda and (self._place != "gpu" or writer is not None):
             features_MKD = features_MKD.to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self.settle(writer)
-        self._behind = opened, features_MKD, event
+        self._behind = look._replace(features_MKD=features_MKD), event
 
     def settle(self, writer: Writer | None) -> None:
         """Keep the features that were computed last."""
         if self._behind is None:
             return
-        (opened, features_MKD, event), self._behind = self._behind, None
+        ((chunk, features_MKD, damaged), event), self._behind = self._behind, None
         if event is not None:
             event.synchronize()
         if self._place == "memory":
-            features_MKD = self._of(opened.chunk).copy_(features_MKD)
+            features_MKD = self._of(chunk).copy_(features_MKD)
         # What lacks a picture is for this run alone: another one has to find the damage itself.
-        name = opened.chunk.name + "-damaged" * bool(opened.damaged)
-        if writer is not None and (not opened.damaged or self._place == "disk"):
-            writer.write(opened.chunk, features_MKD, name)
+        name = chunk.name + "-damaged" * bool(damaged)
+        if writer is not None and (not damaged or self._place == "disk"):
+            writer.write(chunk, features_MKD, name)
 
     def seen(self, written: Mapping[Chunk, Stored]) -> Seen:
         """What is known of all pictures, once every chunk was found or looked at."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch.utils.data import Dataset, get_worker_info
 from finesight.data.jsonl import Located
 from finesight.data.lines import Unreadable
 from finesight.data.sources import Corpus
-from finesight.encode.encoded import Encoded
+from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.lengths import unfit
 from finesight.encode.pack import PackedBatch, pack, plan_packs
 from finesight.encode.rendering import Rendering
+from finesight.encode.slice import Slice
 from finesight.errors import UserError
 from finesight.train.course import Members
 from finesight.train.workers import WorkerDied, guarded, read_ahead
@@ -29,6 +32,35 @@ _ALIGNED = 64
 
 Form = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
+
+
+@runtime_checkable
+class Split(Members, Protocol):
+    """Samples of which each process learns some, and some are learned by all together, each process
+    a share of their tokens."""
+
+    def within(self, pack_tokens: int) -> Split:
+        """The same where packs have at most so many tokens."""
+        ...
+
+    def split(self, step: int) -> Sequence[int]:
+        """Indices into the corpus of those that all learn, in the order in which all come to
+        them."""
+        ...
+
+    def share(self, outline: Outline) -> Slice:
+        """This process's share of one."""
+        ...
+
+    @property
+    def most_alone(self) -> int | None:
+        """Tokens of the longest sample that is not split; None where none is."""
+        ...
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is the process that counts them."""
+        ...
 
 
 class Known(Protocol):
@@ -72,7 +104,7 @@ class Step:
 
     @property
     def samples(self) -> int:
-        return sum(len(batch.lengths) for batch in self.packs)
+        return sum(batch.samples for batch in self.packs)
 
     @property
     def tokens(self) -> int:
@@ -81,6 +113,21 @@ class Step:
     @property
     def supervised(self) -> int:
         return sum(batch.supervised for batch in self.packs)
+
+    @property
+    def shares(self) -> int:
+        """Packs that all processes have to come to: the first ones."""
+        return sum(batch.share is not None for batch in self.packs)
+
+    @property
+    def shared(self) -> int:
+        """A number for which samples these are of; 0 of none."""
+        names = [name for batch in self.packs[: self.shares] for name in batch.sample_ids]
+        return crc32(json.dumps(names).encode()) if names else 0
+
+
+Numbered = tuple[int, Encoded]
+"""A sample and its index in the corpus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +232,10 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, others: Iterator[Tenso
     )
 
 
+@dataclass(frozen=True)
 class StepData(Dataset[Parcel | UserError]):
-    """Item k is step k: its samples encoded and packed within the token budget.
+    """Item k is step k: this process's shares of the samples that are split, and then those that it
+    learns whole, encoded and packed within the token budget.
 
     A sample that turns out unusable when it is read, its picture damaged or, where not all samples
     were looked at beforehand, whatever is wrong with it, is dropped from the step, or is an error,
@@ -194,32 +243,27 @@ class StepData(Dataset[Parcel | UserError]):
     given. Pictures that are `known` are not decoded, and packs hold neither patches nor grids.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        renderer: Rendering,
-        members: Members,
-        pack_tokens: int,
-        unusable: Literal["drop", "refuse"],
-        known: Known | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        self._corpus, self._renderer, self._members = corpus, renderer, members
-        self._pack_tokens, self._unusable = pack_tokens, unusable
-        self._known, self._max_length = known, max_length
+    corpus: Corpus
+    renderer: Rendering
+    members: Members | Split
+    pack_tokens: int
+    unusable: Literal["drop", "refuse"]
+    known: Known | None = None
+    max_length: int | None = None
 
     def without_pictures(self, known: Known) -> StepData:
         """The same steps, with what is known of all pictures in their place."""
-        source = self._corpus, self._renderer, self._members
-        return StepData(*source, self._pack_tokens, self._unusable, known, self._max_length)
+        return replace(self, known=known)
 
     def within(self, pack_tokens: int) -> StepData:
         """The same steps in packs of at most so many tokens."""
-        source = self._corpus, self._renderer, self._members
-        return StepData(*source, pack_tokens, self._unusable, self._known, self._max_length)
+        members = self.members
+        if isinstance(members, Split):
+            members = members.within(pack_tokens)
+        return replace(self, members=members, pack_tokens=pack_tokens)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.members)
 
     def __getitem__(self, number: int) -> Parcel | UserError:
         return guarded(lambda: Parcel.of(*self.laid(number)))
@@ -227,7 +271,7 @@ class StepData(Dataset[Parcel | UserError]):
     def know_order(self, number: int) -> None:
         """Find the order of samples around this step: workers that are forked off have it then."""
         if number < len(self):
-            self._members.of(number)
+            self.members.of(number)
 
     def step(self, number: int) -> Step:
         """The step with this number, counted from 0."""
@@ -235,52 +279,71 @@ class StepData(Dataset[Parcel | UserError]):
 
     def laid(self, number: int) -> tuple[Step, Block]:
         """The step, and the block that its packs' patches and what is known of them lie in."""
-        encoded: list[Encoded] = []
-        indices: list[int] = []
+        split, shares, dropped = self._split(number)
+        own, missing = self._read(self.members.of(number))
+        # What a family's own processor made cannot be laid end to end.
+        budget = 1 if any(one.inputs for _, one in own) else self.pack_tokens
+        plan = plan_packs([one.outline.tokens for _, one in own], budget)
+        groups = [[one] for one in split] + [[own[i] for i in group] for group in plan]
+        members = tuple(tuple(index for index, _ in group) for group in groups)
+        forms: list[Form] = [
+            (torch.uint8, common_shape([one.patches_ND for _, one in group])) for group in groups
+        ]
+        if self.known is not None:
+            forms += map(self.known.form, members)
+        block = Block.of(*forms)
+        pictures = block.tensors()
+        packs = [pack([one for _, one in group], next(pictures).numpy()) for group in groups]
+        packs[: len(shares)] = map(Slice.cut, shares, packs)
+        known = tuple(pictures)
+        if self.known is not None:
+            packs = [replace(batch, grids=()) for batch in packs]
+            for indices, room in zip(members, known, strict=True):
+                self.known.lay(indices, room)
+        return Step(number, tuple(packs), (*dropped, *missing), members, known), block
+
+    def _split(self, number: int) -> tuple[list[Numbered], list[Slice], list[Dropped]]:
+        """A step's long samples, each with the patches of this process's share alone, these shares,
+        and those of them that are dropped, which one process tells of."""
+        members = self.members
+        if not isinstance(members, Split):
+            return [], [], []
+        found, dropped = self._read(members.split(number))
+        shares = [members.share(one.outline) for _, one in found]
+        own = [
+            (index, replace(one, patches_ND=one.patches_ND[slice(*share.patches)]))
+            for (index, one), share in zip(found, shares, strict=True)
+        ]
+        return own, shares, dropped if members.counts else []
+
+    def _read(self, indices: Iterable[int]) -> tuple[list[Numbered], list[Dropped]]:
+        """The samples with these indices, and those of them that are dropped."""
+        found: list[Numbered] = []
         dropped: list[Dropped] = []
-        for index in self._members.of(number):
-            name = self._corpus.where(index)
+        for index in indices:
+            name = self.corpus.where(index)
             try:
-                located = self._corpus.checked(index)
+                located = self.corpus.checked(index)
                 name = located.sample.id
-                encoded.append(self._encode(index, located))
-                indices.append(index)
+                found.append((index, self._encode(index, located)))
             except Unreadable:
                 raise
             except UserError as error:
-                if self._unusable == "refuse":
+                if self.unusable == "refuse":
                     raise
                 dropped.append(Dropped(name, str(error).splitlines()[0]))
-        # What a family's own processor made cannot be laid end to end.
-        budget = 1 if any(one.inputs for one in encoded) else self._pack_tokens
-        plan = plan_packs([one.outline.tokens for one in encoded], budget)
-        groups = [[encoded[i] for i in group] for group in plan]
-        members = tuple(tuple(indices[i] for i in group) for group in plan)
-        forms: list[Form] = [
-            (torch.uint8, common_shape([one.patches_ND for one in group])) for group in groups
-        ]
-        if self._known is not None:
-            forms += map(self._known.form, members)
-        block = Block.of(*forms)
-        pictures = block.tensors()
-        packs = [pack(group, next(pictures).numpy()) for group in groups]
-        known = tuple(pictures)
-        if self._known is not None:
-            packs = [replace(batch, grids=()) for batch in packs]
-            for indices_of_pack, room in zip(members, known, strict=True):
-                self._known.lay(indices_of_pack, room)
-        return Step(number, tuple(packs), tuple(dropped), members, known), block
+        return found, dropped
 
     def _encode(self, index: int, located: Located) -> Encoded:
-        if self._known is None:
-            encoded = self._renderer.encode(located)
-            limit = self._max_length
+        if self.known is None:
+            encoded = self.renderer.encode(located)
+            limit = self.max_length
             problem = None if limit is None else unfit(encoded.outline, limit)
             if problem is not None:
                 raise problem
             return encoded
-        unseen = self._renderer.unseen(located)
-        self._known.check(index, sum(span.stop - span.start for span in unseen.outline.spans))
+        unseen = self.renderer.unseen(located)
+        self.known.check(index, sum(span.stop - span.start for span in unseen.outline.spans))
         return unseen
 
 

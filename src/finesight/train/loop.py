@@ -6,22 +6,23 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
-import torch
 from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.data.lines import Unreadable
-from finesight.errors import Interrupted, UserError
+from finesight.errors import Interrupted
 from finesight.storage import require_room
-from finesight.train.budget import Budget, FullMemory, said, within_memory
+from finesight.track.kinds import require_packages
+from finesight.track.tracking import tracked
+from finesight.train.budget import Budget, FullMemory, enough_memory, within_memory
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.follow import follow
-from finesight.train.heap import freed_kept
 from finesight.train.live import LivePage
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
 from finesight.train.prepare import Session, prepare
+from finesight.train.process import set_to_learn
 from finesight.train.progress import Screen
 from finesight.train.ranks import Errand, Ranks, ShareFailed, StepTorn, joined
 from finesight.train.rehearse import rehearse
@@ -34,7 +35,6 @@ from finesight.train.seen import Seen
 from finesight.train.step import coming_steps, take_step
 from finesight.train.stop import Stop
 from finesight.train.tower import OffCard, leaves
-from finesight.train.track import trackers
 from finesight.train.waiting import awaited
 from finesight.train.workers import WorkerDied
 
@@ -71,6 +71,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             if not run.report.exists():
                 report(run, screen)
             return result
+        require_packages(recipe.track)
         session = prepare(recipe, run, screen, resume=begun, ranks=ranks)
         checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
         require_room_for_run(session, len(checkpoints.steps()))
@@ -78,7 +79,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
             stack.enter_context(run.locked())
             # Another process may have been quicker.
             run.check_free(resume=False)
-        ranks.same(session.identity)
+        session.agree()
         stop = Stop()
         stack.enter_context(_leading(ranks, stop))
         if not session.progress.step:
@@ -87,16 +88,15 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)
         run.note_dropped(session.train.survey.dropped)
-        tracks = trackers(recipe, run.folder, screen.say, session.progress.step)
-        for tracker in tracks:
-            stack.enter_context(closing(tracker))
-        reporter = Reporter(session, screen, tracks)
+        trackers = tracked(recipe, run.folder, session.progress.step, screen.say)
+        reporter = Reporter(session, screen, stack.enter_context(trackers))
         rehearse(session)
         reporter.started(time.perf_counter() - start)
         device = session.machine.device
-        # After the trackers, which may take hold of signals themselves.
-        with stop.listening(), _one_thread(device), freed_kept(device):
-            return Loop(session, screen, reporter, stop).go()
+        with stop.listening(), set_to_learn(device):
+            result = Loop(session, screen, reporter, stop).go()
+        reporter.finished(result)
+        return result
 
 
 @contextmanager
@@ -116,48 +116,6 @@ def _dismiss(ranks: Ranks, stop: Stop) -> None:
     # Some may have ended: what went wrong there is theirs to say.
     with suppress(RuntimeError, ShareFailed):
         ranks.called(Errand.OVER, signal=stop.number)
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """One thread for what little the CPU computes beside a GPU: more of them mostly wait for each
-    other, and do so on the cores of the processes that read."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Within the block, a memory that is full becomes a UserError that says what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full: {said(error)}",
-            where="training",
-            expected="a model, its gradients and its optimiser's moments within the GPU's memory",
-            remedy="end other programs on this GPU, keep frozen weights in four bits"
-            " (tune.nf4=[language]), train less of the model (LoRA instead of full, a lower"
-            " tune.lora.rank), or keep smaller moments (train.optimizer=adamw8bit)",
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(
-            "this machine's memory is full: " + (str(error) or "of Python's data").splitlines()[0],
-            where="training",
-            expected="a model, its gradients and its optimiser's moments within the memory",
-            remedy="end other programs, train less of the model (a lower tune.lora.rank), take"
-            " smaller packs (train.pack_tokens) or pictures, or answer more briefly"
-            " (eval.max_new_tokens)",
-        ) from error
 
 
 class Loop:
@@ -247,6 +205,7 @@ class Loop:
         """Within the block, what is known of all pictures, where looking at them beforehand pays.
         Then the tower's weights leave a GPU, but for measuring."""
         session, start = self.session, time.perf_counter()
+        self.ranks.called(Errand.LOOK)
         with looked_at(session, self.screen, self.stop) as looked:
             self.reporter.looked(time.perf_counter() - start, looked)
             rests = looked.seen is not None and leaves(session.machine.device)
@@ -293,7 +252,7 @@ class Loop:
         self.ranks.called(Errand.MEASURE)
         with self.tower.back():
             measured = measure(self.session, name, self.screen, self.stop)
-        self.reporter.measured(measured, time.perf_counter() - start)
+        self.reporter.measured(measured, name, time.perf_counter() - start)
         progress.measured = progress.step
         found = best_of(measured)
         if found.better_than(progress.best) and 0 < progress.step < self.total:

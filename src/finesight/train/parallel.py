@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import chain, pairwise
 from typing import NoReturn, Protocol
 
@@ -179,6 +180,10 @@ class Sharded:
         if packed.grids:
             return packed
         grid, numbers = self._tower.smallest, self._tower.geometry.patch_numbers
+        if packed.share is not None:
+            # What is made of it is nobody's.
+            patches_ND = packed.patches_ND.new_zeros(math.prod(grid), numbers)
+            return replace(packed, grids=(grid,), patches_ND=patches_ND)
         features = math.prod(grid) // self._tower.geometry.merge**2
         return with_blank(packed, grid, features, numbers)
 

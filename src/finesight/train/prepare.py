@@ -38,7 +38,7 @@ from finesight.train.budget import Budget
 from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
-from finesight.train.loader import StepData
+from finesight.train.loader import Split, StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
 from finesight.train.parallel import Parallel, share_model
@@ -51,8 +51,12 @@ from finesight.train.shares import shared
 from finesight.train.texts import Texts, texts_of
 from finesight.train.workers import default_workers
 
-ANYTHING = {"workers", "cache", "parallel", "keep", "save_every", "device", "precision"}
-"""Settings of `train` that a resumed run may change: they do not touch what is computed."""
+ANYTHING = {
+    *("workers", "cache", "parallel", "pack_tokens", "recompute"),
+    *("keep", "save_every", "device", "precision"),
+}
+"""Settings of `train` that a resumed run may change: they touch nothing that is computed, but for
+`pack_tokens`, which moves drop-outs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,13 @@ class Session:
     identity: dict[str, Any]
     progress: Progress
 
+    def agree(self) -> None:
+        """Raises UserError where other processes are about to learn something else, or otherwise:
+        each would wait for what the others do not do."""
+        train = self.recipe.train.model_dump(mode="json")
+        alike = {name: train[name] for name in ("parallel", "pack_tokens", "recompute")}
+        self.machine.ranks.same(self.identity | alike)
+
     @property
     def together(self) -> Ranks:
         """The processes that have to come together for whatever takes the whole model: this one
@@ -133,7 +144,7 @@ class Session:
         """The pack as a step or the held-out loss computes it: on the device, and filled up where
         that is faster."""
         packed = self.parallel.passable(packed)
-        if self.even and not isinstance(self.model, FallbackModel):
+        if self.even and packed.share is None and not isinstance(self.model, FallbackModel):
             return filled(packed, merge_filled(self.model))
         return packed.to(self.machine.device)
 
@@ -223,11 +234,17 @@ def prepare(
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
     found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
-        check_identity(found[0].identity, identity, checkpoints.path(found[0].step))
+        # An older version may have kept what may change.
+        left = {f"train.{name}" for name in ANYTHING}.difference(identity)
+        began = {name: value for name, value in found[0].identity.items() if name not in left}
+        check_identity(began, identity, checkpoints.path(found[0].step))
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
-    members = shared(course, machine.ranks, glances, arithmetic)
+    members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
+    most = members.most_alone if isinstance(members, Split) else None
+    if most is not None and train.survey.longest > most:
+        screen.say(f"samples of more than {most:,} tokens are split over all processes")
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -258,6 +275,9 @@ def prepare(
     session.keep_within(budget)
     if found is not None:
         _go_on(session, *found)
+        if session.progress.budget != budget:
+            unlike = session.progress.budget.unlike(budget)
+            screen.say(f"as until here, {unlike}: these settings can only take less memory")
     return session
 
 
@@ -295,7 +315,7 @@ def _go_on(session: Session, state: State, values: Tensors, moments: Tensors) ->
     progress.step, progress.measured, progress.best = state.step, state.measured, state.best
     progress.void, progress.void_in_a_row = state.void, state.void_in_a_row
     if state.budget is not None:
-        session.keep_within(state.budget)
+        session.keep_within(state.budget.within(progress.budget))
 
 
 def _machine(recipe: Recipe, ranks: Ranks) -> Machine:

@@ -55,6 +55,8 @@ class Errand(IntEnum):
     OVER = 4
     WAIT = 5
     FAILED = 6
+    LOOK = 7
+    """At pictures, and then to learn."""
 
 
 class Deserted(ShareFailed):
@@ -189,7 +191,7 @@ class Ranks:
         own = Together.of(step, signal)
         if self.alone:
             return own
-        figures = step.number, *own[:4], len(step.dropped)
+        figures = step.number, step.shared, *own[:4], len(step.dropped)
         everybodys = self._errands((*figures, signal, Errand.STEP))
         return self._summed(everybodys, step.dropped)
 
@@ -200,7 +202,7 @@ class Ranks:
         if self.alone:
             return Together(errand=errand, argument=argument)
         try:
-            return self._summed(self._errands((argument, 0, 0, 0, 0, 0, signal, errand)))
+            return self._summed(self._errands((argument, 0, 0, 0, 0, 0, 0, signal, errand)))
         except Deserted:
             raise
         except ShareFailed:
@@ -246,11 +248,11 @@ class Ranks:
 
     def _summed(self, everybodys: list[list[int]], own: Sequence[Dropped] = ()) -> Together:
         *figures, packs, dropped, signals, said = zip(*everybodys, strict=True)
-        steps, supervised, samples, tokens = figures
+        steps, shared, supervised, samples, tokens = figures
         own_errand, first = said[self.number], Errand(said[0])
         stays = (Errand.FAILED, Errand.WAIT) if first is Errand.STEP else (Errand.FAILED,)
         failed = [number for number, one in enumerate(said) if one in stays]
-        if failed and max(signals):
+        if failed and max(signals) and first is Errand.STEP:
             # That one was asked to stop, and did not come to its step.
             return Together(signal=max(signals), errand=first, argument=steps[0])
         if own_errand != Errand.FAILED:
@@ -263,6 +265,14 @@ class Ranks:
                 where="training",
                 expected="one output that all processes see",
                 remedy="put the run on a disk that all machines share",
+            )
+        if len({*shared}) > 1:
+            raise ShareFailed(
+                "a sample that all processes share is not the same for all of them",
+                where="training",
+                expected="the same files for every process, as long as a run goes on",
+                remedy="see that the sample's pictures can be read everywhere, and start again with"
+                " --resume",
             )
         left_out = self._all_of(own) if any(dropped) else ()
         if self.roll is not None:

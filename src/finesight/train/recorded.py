@@ -179,7 +179,7 @@ class Passes:
 
     def learn(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         """The loss of a pack on the device, times `share`."""
-        if self._recorded is None:
+        if self._recorded is None or batch.share is not None:
             return self._launch(batch, features_MKD, share)
         features_MKD = self._seen(batch, features_MKD)
         held = self._room(batch, features_MKD)

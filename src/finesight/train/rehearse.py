@@ -27,7 +27,9 @@ def rehearse(session: Session) -> None:
     if not nothing_compiled() or session.progress.step == len(session.course):
         return
     try:
-        for packed in session.data.step(session.progress.step).packs[:1]:
+        packs = session.data.step(session.progress.step).packs
+        # One that all processes share would wait for the others.
+        for packed in [packed for packed in packs if packed.share is None][:1]:
             with torch.random.fork_rng([device]), compiled_together(device):
                 session.passes.rehearse(session.placed(packed))
     except Exception as error:

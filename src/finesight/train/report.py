@@ -17,14 +17,16 @@ from finesight.model.few_bits import left_in_16_bits
 from finesight.model.frozen import frozen_weights
 from finesight.model.parts import part_of
 from finesight.report.histograms import Counts, half_octaves
+from finesight.track.tracking import Tracking
+from finesight.train.finish import RunResult
 from finesight.train.looking import Looked
 from finesight.train.measure import Measured, memory_gb
 from finesight.train.prepare import Session, versions
 from finesight.train.progress import Screen, Steps
 from finesight.train.step import Taken, recorded
 from finesight.train.survey import Glance
+from finesight.train.telling import Telling
 from finesight.train.tolerance import Tolerance
-from finesight.train.track import Tracker
 from finesight.train.waiting import Wait
 
 
@@ -54,8 +56,9 @@ class Reporter:
     """Takes finished steps one behind: the device works on the next one while the figures of the
     last are read."""
 
-    def __init__(self, session: Session, screen: Screen, tracks: Sequence[Tracker]) -> None:
-        self._session, self._screen, self._tracks = session, screen, tracks
+    def __init__(self, session: Session, screen: Screen, tracking: Tracking) -> None:
+        self._session, self._screen = session, screen
+        self._telling = Telling(session, tracking)
         self._tolerance = Tolerance(session, screen.say)
         self._behind: tuple[Taken, Wait] | None = None
         self._view: Steps | None = None
@@ -66,13 +69,15 @@ class Reporter:
         that preparing it took so many seconds."""
         session, machine = self._session, self._session.machine
         corpora = {"train": session.train, "eval": session.held_out}
-        figures = {
+        here = {
             "step": session.progress.step,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "prepared_s": seconds,
-            "steps": len(session.course),
             "folder": str(Path.cwd()),
             "spread": spread_of(session.train.survey.glances),
+        }
+        facts = {
+            "steps": len(session.course),
             "device": device_name(machine.device),
             "precision": machine.precision,
             "workers": machine.workers,
@@ -89,7 +94,8 @@ class Reporter:
                 if texts is not None
             },
         }
-        session.run.note(figures)
+        session.run.note(here | facts)
+        self._telling.began(facts)
 
     def looked(self, seconds: float, looked: Looked) -> None:
         """Say and note what is known of all pictures; finding or computing it took so many
@@ -131,9 +137,7 @@ class Reporter:
         taken, wait = behind
         figures = self._figures(taken, wait)
         self._session.run.note(figures)
-        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
-        rates = {f"learning_rate/{part}": rate for part, rate in figures["lr"].items()}
-        self._track(figures["step"], numbers | rates)
+        self._telling.step(figures)
         for dropped in taken.together.dropped:
             self._screen.say(f"dropped {dropped.id}: {dropped.reason}")
         if self._view is not None:
@@ -169,14 +173,11 @@ class Reporter:
             "memory_gb": memory_gb(session.machine.device),
         }
 
-    def measured(self, measured: Measured, seconds: float) -> None:
-        """Report a measurement that took so many seconds."""
+    def measured(self, measured: Measured, name: str, seconds: float) -> None:
+        """Report a measurement that took so many seconds, its answers in the file of this name."""
         self._session.run.note(measured.as_json() | {"seconds": seconds})
-        figures = {"held_out_loss": measured.held_out_loss} | {
-            f"scores/{name}": value for name, value in measured.scores.items()
-        }
-        self._track(measured.step, figures)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.scores.items())
+        self._telling.measured(measured, name)
+        shown = "  ".join(f"{score} {value:.4f}" for score, value in measured.scores.items())
         if measured.headline in measured.intervals:
             low, high = measured.intervals[measured.headline]
             shown += f"  ({measured.headline}: 95 % interval {low:.4f} to {high:.4f})"
@@ -184,9 +185,9 @@ class Reporter:
             f"after {measured.step} steps: held-out loss {measured.held_out_loss:.4f}  {shown}"
         )
 
-    def _track(self, step: int, figures: dict[str, float]) -> None:
-        for tracker in self._tracks:
-            tracker.log(step, figures)
+    def finished(self, result: RunResult) -> None:
+        """Tell trackers what came of it."""
+        self._telling.finished(result)
 
 
 def spread_of(glances: Sequence[Glance]) -> dict[str, Counts]:

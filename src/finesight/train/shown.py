@@ -136,7 +136,7 @@ class _Sights(Dataset[list[list[Sight] | UserError] | UserError]):
                 self._digests[file] = content_digest(file)
             except OSError as error:
                 raise DamagedPicture(
-                    f"cannot be read: {error.strerror}",
+                    f"cannot be read: {error.strerror or error}",
                     where=str(file),
                     expected="a picture that stays where it is",
                     remedy="put the picture back, or correct its permissions",

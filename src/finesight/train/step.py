@@ -13,8 +13,9 @@ from torch import Tensor
 
 from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
+from finesight.model.sequence_parallel import wanted
 from finesight.train.budget import Budget, FullMemory, too_much
-from finesight.train.loader import Step, read_steps
+from finesight.train.loader import Split, Step, read_steps
 from finesight.train.prepare import Session
 from finesight.train.ranks import Ranks, StepTorn, Together
 from finesight.train.seen import Seen
@@ -83,9 +84,7 @@ def take_step(
     by = scale.value
     ranks = session.machine.ranks
     together = together or Together.of(step)
-    # Before anybody waits for what a process that failed will never give.
-    with _untorn(ranks) if session.parallel.sharded else ranks.confirmed():
-        total = _accumulate(session, step, together, stop, seen)
+    total = _of_all_packs(session, step, together, stop, seen)
     ranks.add(total)
     norm = session.parallel.joined(masters)
     taken = Taken(
@@ -93,7 +92,7 @@ def take_step(
         together=together,
         budget=session.progress.budget,
         factor=session.schedule.factor(step.number),
-        operations=sum(session.arithmetic.of(batch) for batch in step.packs),
+        operations=sum(_operations(session, batch) for batch in step.packs),
         moved=together.supervised > 0,
         coming_2=(torch.stack([total, norm]) / by).to("cpu", non_blocking=True),
         event=recorded(total.device),
@@ -109,6 +108,36 @@ def take_step(
     masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
     session.parallel.moved()
     return taken
+
+
+def _of_all_packs(
+    session: Session, step: Step, together: Together, stop: Stop, seen: Seen | None
+) -> Tensor:
+    """`_accumulate` of the packs that all processes come to, then of this one's own."""
+    ranks, sharded = session.machine.ranks, session.parallel.sharded
+    packs = [*enumerate(_micro_batches(session, step, together))]
+    both = len(packs) if sharded else step.shares
+    total = torch.zeros((), device=session.machine.device)
+    try:
+        if both:
+            with _untorn(ranks):
+                total += _accumulate(session, step, together, packs[:both], stop, seen)
+        if not sharded:
+            # Before anybody waits for what a process that failed will never give.
+            with ranks.confirmed():
+                total += _accumulate(session, step, together, packs[both:], stop, seen)
+    except Exception:
+        session.forget_gradients()
+        raise
+    return total
+
+
+def _operations(session: Session, batch: PackedBatch) -> float:
+    """Those of this process, about as many as of any that shares the sample."""
+    share = batch.share
+    if share is None:
+        return session.arithmetic.of(batch)
+    return session.arithmetic.of(share.whole) / share.count
 
 
 @contextmanager
@@ -130,17 +159,22 @@ def _untorn(ranks: Ranks) -> Iterator[None]:
 
 
 def _accumulate(
-    session: Session, step: Step, together: Together, stop: Stop, seen: Seen | None
+    session: Session,
+    step: Step,
+    together: Together,
+    packs: Sequence[tuple[int, PackedBatch]],
+    stop: Stop,
+    seen: Seen | None,
 ) -> Tensor:
-    """Gradients of all packs into the masters; returns the mean loss times the loss scale."""
+    """Gradients of these packs, with their places in the step, into the masters; returns the mean
+    loss times the loss scale."""
     device = session.machine.device
     total = torch.zeros((), device=device)
     share = torch.full((), session.scale.value / max(1, together.supervised), device=device)
     ranks = session.machine.ranks
-    for micro, packed in enumerate(_micro_batches(session, step, together)):
+    for micro, packed in packs:
         # In the middle of a step the others would wait for this process.
         if stop.asked and ranks.alone:
-            session.forget_gradients()
             raise Interrupted(f"in step {step.number + 1}, which will be done again")
         number = micro * ranks.count + ranks.number
         torch.manual_seed(seed_of(session.recipe.train.seed, step.number, number))
@@ -154,7 +188,9 @@ def _accumulate(
             # Another try has as much room as this one, and that of recordings, too.
             session.passes.forget()
             session.forget_gradients()
-            raise too_much(error, packed, session.progress.budget, learning=True) from None
+            members, budget = session.data.members, session.progress.budget
+            splits = isinstance(members, Split) and members.most_alone is not None
+            raise too_much(error, packed, budget, True, ranks.count if splits else 1) from None
     return total
 
 
@@ -170,6 +206,8 @@ def _learn(
 ) -> Tensor:
     """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
     batch = session.placed(packed)
+    if known is not None and packed.share is not None:
+        known = wanted(known, packed.share)
     features_MKD = None if seen is None or known is None else seen.of(known)
     return session.passes.learn(batch, features_MKD, share)
 

@@ -50,7 +50,11 @@ def read(row: Row, reading: Reading) -> Case:
         check_order(sample, "")  # a case has no place for other orders
     else:
         check_sample(sample, "")
-    sample = sample.with_files(lambda name: str(reading.pictures.take(name)))
+    return case_of(sample.with_files(lambda name: str(reading.pictures.take(name))), reading)
+
+
+def case_of(sample: Sample, reading: Reading) -> Case:
+    """The sample, whose paths are absolute, with its boxes read as those of any row."""
     pictures = [Path(part.image) for part in sample.parts() if isinstance(part, ImagePart)]
 
     def fitted(part: Part) -> Part:

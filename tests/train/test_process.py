@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from finesight.train.heap import freed_kept
+from finesight.train.process import freed_kept
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc alone")
 

@@ -1,4 +1,4 @@
-"""The memory of a process that computes on a CPU."""
+"""What a process is set to while it learns: its threads, and what it keeps of its memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,28 @@ _USUAL = 128 << 10
 """Bytes that both are in a new process."""
 
 _LARGE = 1 << 30
+
+
+@contextmanager
+def set_to_learn(device: torch.device) -> Iterator[None]:
+    """Within the block, the process is as it learns best on this device."""
+    with _one_thread(device), freed_kept(device):
+        yield
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """One thread for what little the CPU computes beside a GPU: more of them mostly wait for each
+    other, and do so on the cores of the processes that read."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

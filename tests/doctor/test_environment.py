@@ -1,0 +1,79 @@
+"""Variables that break something: planted, found, and mended by typing the remedy."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from doctoring import codes, exported
+
+from finesight.doctor import environment, packages
+
+NONE = packages.Packages({}, (), True)
+PATH = {"PATH": os.environ["PATH"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("HTTPS_PROXY", "proxy.example.org:3128", "proxy-malformed"),
+        ("https_proxy", "htp://proxy:3128", "proxy-malformed"),
+        ("http_proxy", "http://", "proxy-malformed"),
+        ("all_proxy", "http://proxy:port", "proxy-malformed"),
+        ("HF_ENDPOINT", "hf-mirror.example.org", "endpoint-malformed"),
+        ("MODELSCOPE_ENDPOINT", "https://", "endpoint-malformed"),
+        ("HF_TOKEN", "hf_abc\n", "token-malformed"),
+        ("HF_TOKEN", "Bearer hf_abc", "token-malformed"),
+        ("HF_TOKEN", "'hf_abc'", "token-malformed"),
+        ("HF_TOKEN", "sk-abc", "token-malformed"),
+        ("MODELSCOPE_API_TOKEN", "ключ", "token-malformed"),
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "certificates-missing"),
+    ],
+)
+def test_a_planted_variable_is_found_and_its_remedy_mends_it(
+    name: str, value: str, code: str
+) -> None:
+    around = {**PATH, name: value}
+    (found,) = environment.judge(around, NONE)
+    assert (found.code, found.severity) == (code, "fault")
+    assert name in found.what
+    assert codes(environment.judge(exported(found.remedy, around), NONE)) == []
+
+
+def test_a_proxy_without_a_scheme_keeps_its_host() -> None:
+    around = {**PATH, "https_proxy": "proxy.example.org:3128"}
+    (found,) = environment.judge(around, NONE)
+    assert exported(found.remedy, around)["https_proxy"] == "http://proxy.example.org:3128"
+
+
+def test_secrets_are_never_shown() -> None:
+    around = {"HF_TOKEN": "hf_secret secret", "https_proxy": "htp://me:secret@proxy:3128"}
+    for found in environment.judge(around, NONE):
+        assert "secret" not in f"{found.what} {found.why} {found.remedy}"
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {},
+        {"https_proxy": "http://me:pass@proxy:3128", "HF_TOKEN": "hf_abcDEF123"},
+        {"HF_ENDPOINT": "http://127.0.0.1:8080", "MODELSCOPE_ENDPOINT": "www.modelscope.cn"},
+        {"SSL_CERT_FILE": __file__, "MODELSCOPE_API_TOKEN": "ms-123"},
+    ],
+)
+def test_what_is_well_formed_is_fine(around: dict[str, str]) -> None:
+    (found,) = environment.judge(around, NONE)
+    assert found.severity == "fine"
+
+
+def test_a_socks_proxy_asks_for_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    around = {"all_proxy": "socks5://127.0.0.1:1080"}
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    (found,) = environment.judge(around, NONE)
+    assert found.remedy.endswith("-m pip install socksio")
+
+
+def test_offline_is_a_hint() -> None:
+    (found,) = environment.judge({**PATH, "HF_HUB_OFFLINE": "1"}, NONE)
+    assert found.severity == "hint"
+    assert "HF_HUB_OFFLINE" not in exported(found.remedy, {**PATH, "HF_HUB_OFFLINE": "1"})

@@ -33,6 +33,18 @@ def test_or_elsewhere(made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (made.folder / "report.html").exists()
 
 
+def test_in_the_language_that_is_asked_for(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = made.folder / "report.html"
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    for chosen, tag in (
+        (["--language", "en"], "en"),
+        (["--language", "zh"], "zh-Hans"),
+        ([], "zh-Hans"),
+    ):
+        assert run(["report", str(made.folder), *chosen]) == 0
+        assert f'<html lang="{tag}">' in page.read_text()
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SOURCES = (
-    *(".ci", ".gitignore", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks"),
+    *(".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
+    *("MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "benchmarks"),
     *("constraints.txt", "docs", "examples", "pretraining", "pyproject.toml", "recipes", "src"),
     *("tests", "tools"),
 )

@@ -62,9 +62,10 @@ def test_every_planted_fault_is_found_and_the_printed_commands_mend_it(
     # A torch that is broken, too, is read more quickly, and hides nothing of the rest.
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12')\n")
-    path = f"{tmp_path}:{ROOT / 'src'}"
+    # Beside the sources, an installation from a checkout leaves metadata of its own.
+    (tmp_path / "finesight").symlink_to(ROOT / "src" / "finesight")
     doctor = f"'{planted.python}' -m finesight doctor --no-trial --json"
-    done = planted.shell(doctor, PYTHONPATH=path)
+    done = planted.shell(doctor, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "libcudart" in done.stdout
     found = [one for one in json.loads(done.stdout)["findings"] if one["section"] == "packages"]

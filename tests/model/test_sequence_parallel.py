@@ -120,6 +120,7 @@ def test_work_is_even(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_of_a_card_take_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stretches of a sample in one process, which gathers from itself."""
     monkeypatch.setattr(sequence_parallel, "GATHER", Tensor.copy_)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from finesight.errors import Interrupted
 from finesight.train.stop import SIGNALS, SOON_OVER, Stop
+
+
+@pytest.fixture(autouse=True)
+def python_hears() -> Iterator[None]:
+    """Of a process in the background, the system may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -6,8 +6,10 @@ The one part of `doctor` that sends requests, and only to the hub that was named
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -15,7 +17,7 @@ import httpx2
 
 from finesight import __version__
 from finesight.doctor.environment import PROXIES
-from finesight.doctor.findings import Finding, fault, fine, hint
+from finesight.doctor.findings import Finding, fault, fine, hint, typed
 from finesight.remote.web import offline
 
 Hub = Literal["huggingface", "modelscope"]
@@ -164,6 +166,12 @@ def _unreached(reached: Reached) -> Finding:
     )
 
 
+def _logout() -> str:
+    """The hub's own command, of the environment that runs this where it has one."""
+    beside = Path(sys.executable).with_name("hf")
+    return typed(str(beside) if beside.exists() else "hf", "auth", "logout")
+
+
 def _token(reached: Reached) -> list[Finding]:
     answer = reached.tokened
     if answer is None:
@@ -175,7 +183,7 @@ def _token(reached: Reached) -> list[Finding]:
                 "token-refused",
                 f"the hub refuses the token from {reached.token_from}: {_said(answer)}",
                 why="it was revoked or cut off; public models are refused with it, too",
-                remedy="hf auth logout" if stored else f"unset {reached.token_from}",
+                remedy=_logout() if stored else f"unset {reached.token_from}",
             )
         ]
     return [fine("token", f"the token from {reached.token_from} is known to the hub")]

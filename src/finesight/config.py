@@ -250,10 +250,9 @@ class Train(Section):
 
     `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
     of one packed micro-batch (a longer sample stands alone, a much longer one is shared out over
-    all processes). `cache` says where features of
-    pictures are kept that a frozen tower has looked at. `parallel` says what several processes
-    share out: nothing (DDP), gradients and moments (ZeRO-2), or weights, too (FSDP2), which, like
-    moments, may lie in the CPU's memory.
+    all processes). `cache` says where features of pictures are kept that a frozen tower has looked
+    at. `parallel` says what several processes share out: nothing (DDP), gradients and moments
+    (ZeRO-2), or weights, too (FSDP2), which, like moments, may lie in the CPU's memory.
     """
 
     epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None

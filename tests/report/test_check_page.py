@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import DESK, PAYLOADS, PHONE, Browser
+from page_text import data_of
 from scenery import paint
 
 from finesight.check.findings import FAULTS, Checked, Finding, Shown, Source
 from finesight.report.check_page import PICTURES_OF_ONE, check_page
 
 CODES = ("picture-missing", "box-outside", "contradiction", "box-tiny")
-
-
-def data_of(page: str) -> Any:
-    text = page.partition('<script type="application/json" id="data">')[2]
-    return json.loads(text.partition("</script>")[0])
 
 
 def checked(findings: list[Finding], **more: int) -> Checked:

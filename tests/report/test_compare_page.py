@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import DESK, PAYLOADS, PHONE, Browser
 from compared_runs import RECIPE, begun, run_with, signs
+from page_text import data_of, text_of
 from run_folders import answer_line
 
 from finesight.report.compare_page import compare_page, compared, write_comparison
@@ -30,17 +29,6 @@ def runs(tmp_path: Path) -> list[Path]:
     c = run_with(tmp_path / "c", signs(tmp_path, C), start=begun(fingerprint="07e4" * 16))
     (c.folder / "result.json").unlink()
     return [a.folder, b.folder, c.folder]
-
-
-def data_of(page: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None, "no data in the page"
-    return json.loads(found[1])
-
-
-def text_of(page: str) -> str:
-    body = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
 def test_what_it_says(runs: list[Path]) -> None:

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import html
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import DESK, PAYLOADS, PHONE, Browser
+from page_text import data_of, text_of
 from PIL import Image
 from run_folders import START, Line, MadeRun, answer_line, measured_line, step_line
 
 from finesight.errors import UserError
 from finesight.evaluate.compare import Difference
 from finesight.report.run_page import run_page, write_report
-
-
-def data_of(page: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None, "no data in the page"
-    return json.loads(found[1])
-
-
-def text_of(page: str) -> str:
-    """What a reader sees of it without the script."""
-    body = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
 def pictured(folder: Path, count: int) -> list[Line]:

@@ -30,15 +30,21 @@ def figures(step: int, loss: float = 1.0) -> Figures:
     return Figures(rows=(Row(step=step, values={"loss": loss}),))
 
 
+def hanging(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> Lane:
+    """One that answers nothing, and was given the figures of so many steps."""
+    plant(monkeypatch, folder, "hangs")
+    one = Lane("swanlab", folder / "log")
+    one.put(begin(folder))
+    for step in range(steps):
+        one.put(figures(step))
+    return one
+
+
 def test_one_that_does_not_answer_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(monkeypatch, tmp_path, "hangs")
     monkeypatch.setattr(lane, "CALL", 0.3)
-    one = Lane("swanlab", tmp_path / "log")
-    one.put(begin(tmp_path))
-    for step in range(5):
-        one.put(figures(step))
+    one = hanging(tmp_path, monkeypatch, 5)
     assert one.wait(LONG)
     assert one.delivered < one.taken == 6
     assert list(one.heard())[-1] == Gone("no answer for 0.3 s; the run goes on without it")
@@ -49,12 +55,8 @@ def test_one_that_does_not_answer_is_given_up(
 def test_records_beyond_the_bound_are_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(monkeypatch, tmp_path, "hangs")
     monkeypatch.setattr(lane, "MOST", 3)
-    one = Lane("swanlab", tmp_path / "log")
-    one.put(begin(tmp_path))
-    for step in range(50):
-        one.put(figures(step))
+    one = hanging(tmp_path, monkeypatch, 50)
     one.kill()
     assert one.wait(0)
     assert one.taken == 51

@@ -9,6 +9,7 @@ import torch
 from looking_run import seen_by, session_of
 
 from finesight.config import Cache
+from finesight.memory import free_memory
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import TinyFamily
 from finesight.train.feature_place import (
@@ -16,7 +17,6 @@ from finesight.train.feature_place import (
     Place,
     choose_place,
     feature_bytes,
-    free_memory,
     free_on_gpu,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -48,10 +49,9 @@ def doctor(
     from finesight.errors import UserError
 
     if subject is None:
-        around = examine.environment_now()
         if trial:
             typer.echo("looking at this machine, and training on it for a moment ...", err=True)
-        found = examine.examine_machine(around, hub=hub, try_out=trial)
+        found = examine.examine_machine(os.environ, hub=hub, try_out=trial)
     elif hub is not None:
         raise UserError(
             f"--hub {hub} beside {subject}",

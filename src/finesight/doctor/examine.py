@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,11 +84,6 @@ def examine_recipe(path: Path) -> list[Section]:
     output = machine.place("output", recipe.output)
     needs = recipe_needs.Circumstances(packages.gather(), graphics.ask_torch(), output)
     return [_section("recipe", recipe_needs.judge(path, recipe, needs))]
-
-
-def environment_now() -> Mapping[str, str]:
-    """The variables of this process."""
-    return dict(os.environ)
 
 
 def _section(title: str, found: list[Finding]) -> Section:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
+from finesight.memory import free_memory, whole_memory
 
 GB = 1_000_000_000
 FULL = 50_000_000
@@ -63,7 +64,6 @@ class Machine:
 
 def gather(environment: Mapping[str, str], here: Path) -> Machine:
     """Look at this machine. Nothing is written."""
-    memory, available = _memory()
     shared = Path("/dev/shm")
     places = [
         place("models", _cache(environment)),
@@ -74,8 +74,8 @@ def gather(environment: Mapping[str, str], here: Path) -> Machine:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)) if _can_count() else os.cpu_count() or 1,
-        memory=memory,
-        available=available,
+        memory=whole_memory(),
+        available=free_memory(),
         shared=shutil.disk_usage(shared).free if shared.is_dir() else None,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         places=tuple(places),
@@ -112,27 +112,6 @@ def _roomiest(places: Sequence[Place]) -> Place | None:
             found.append(place("disk", path))
     able = [place for place in found if place.writable]
     return max(able, key=lambda place: place.free, default=None)
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes in all and available now, within what a container may take."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    about = Path("/proc/meminfo")
-    if not about.is_file():
-        return total, total
-    lines = dict(line.split(":", 1) for line in about.read_text().splitlines())
-    available = 1024 * int(lines["MemAvailable"].split()[0])
-    limit, used = (
-        _number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current")
-    )
-    if limit is not None and limit < total:
-        return limit, min(available, limit - (used or 0))
-    return total, available
-
-
-def _number(path: Path) -> int | None:
-    text = path.read_text().strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def judge(machine: Machine) -> list[Finding]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from finesight.config import Metric
 from finesight.errors import UserError
-from finesight.evaluate.answered import Case
+from finesight.evaluate.answered import Case, Scored
 from finesight.evaluate.bootstrap import Array, interval, resampled
 from finesight.evaluate.saved import read_answers
 from finesight.evaluate.score import LOWER_IS_BETTER, score
+
+T = TypeVar("T")
 
 Verdict = Literal["better", "worse", "no clear change"]
 
@@ -49,7 +51,11 @@ def paired(metric: Metric, before: Sequence[Case], after: Sequence[Case]) -> lis
             expected="answers to the same samples",
             remedy="measure both on the same data",
         )
-    was, now = score(metric, old), score(metric, new)
+    return paired_scores(score(metric, old), score(metric, new), len(old))
+
+
+def paired_scores(was: Scored, now: Scored, samples: int) -> list[Difference]:
+    """`paired`, of answers to so many samples, in the same order, that are scored already."""
 
     def both(weights: Array) -> dict[str, Array]:
         then, since = was.figures(weights), now.figures(weights)
@@ -57,8 +63,8 @@ def paired(metric: Metric, before: Sequence[Case], after: Sequence[Case]) -> lis
 
     then, since = was.scores, now.scores
     return [
-        difference(name, then[name], since[name], values, len(old))
-        for name, values in resampled(len(old), both).items()
+        difference(name, then[name], since[name], values, samples)
+        for name, values in resampled(samples, both).items()
     ]
 
 
@@ -96,13 +102,22 @@ def as_table(differences: Sequence[Difference], headline: str | None = None) -> 
         figures = (f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}")
         bounds = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
         rows.append((one.name + mark, *figures, bounds, one.verdict))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return aligned(rows, 1)
+
+
+def aligned(rows: Sequence[Sequence[str]], names: int) -> str:
+    """Rows in columns: the first ones are `names` and begin together, figures end together, and the
+    last column is as long as it is."""
+    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    sides = ["<" if number < names else ">" for number in range(len(widths))]
     return "\n".join(
         "  ".join(
             [
-                f"{row[0]:<{widths[0]}}",
-                *(f"{row[column]:>{widths[column]}}" for column in range(1, 5)),
-                row[5],
+                *(
+                    f"{text:{side}{width}}"
+                    for text, side, width in zip(row[:-1], sides, widths, strict=True)
+                ),
+                row[-1],
             ]
         ).rstrip()
         for row in rows
@@ -111,16 +126,17 @@ def as_table(differences: Sequence[Difference], headline: str | None = None) -> 
 
 def _shared(before: Sequence[Case], after: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """The answers to the samples that both sets answer, in the order of `before`."""
-    old, new = _by_sample(before), _by_sample(after)
+    old, new = (by_sample(cases, lambda case: case.id) for cases in (before, after))
     shared = [key for key in old if key in new]
     return [old[key] for key in shared], [new[key] for key in shared]
 
 
-def _by_sample(cases: Sequence[Case]) -> dict[tuple[str, int], Case]:
-    """Answers by the id of their sample, and by how many of that id came before."""
+def by_sample(answers: Sequence[T], name: Callable[[T], str]) -> dict[tuple[str, int], T]:
+    """Answers by the id of their sample, its `name`, and by how many of that id came before."""
     seen: Counter[str] = Counter()
     found = {}
-    for case in cases:
-        found[case.id, seen[case.id]] = case
-        seen[case.id] += 1
+    for one in answers:
+        own = name(one)
+        found[own, seen[own]] = one
+        seen[own] += 1
     return found

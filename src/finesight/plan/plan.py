@@ -20,9 +20,9 @@ from finesight.plan.load import load_of, steps_of
 from finesight.plan.model import Sized, sized
 from finesight.plan.seconds import start_seconds
 from finesight.plan.target import Target, named_target, own_target
+from finesight.train.base import base_of
 from finesight.train.course import Course
 from finesight.train.flops import Arithmetic
-from finesight.train.prepare import base_of
 from finesight.train.progress import Screen
 from finesight.train.survey import Glance, Survey
 from finesight.train.texts import texts_of

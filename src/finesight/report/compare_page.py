@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finesight.evaluate.compare import aligned
 from finesight.report import facts
 from finesight.report.contrast import Cell, Row, contrast
 from finesight.report.curves import Drawing, Series, draw, finite, smooth
@@ -66,17 +67,7 @@ class Comparison:
         for row in (row for row in self.rows if row.headline or row.name == LOSS):
             for entry, cell in zip(self.entries, row.cells, strict=True):
                 lines.append((entry.label, row.name, *_told(cell)))
-        widths = [max(len(line[column]) for line in lines) for column in range(5)]
-        return "\n".join(
-            "  ".join(
-                [
-                    *(f"{line[column]:<{widths[column]}}" for column in range(2)),
-                    *(f"{line[column]:>{widths[column]}}" for column in range(2, 5)),
-                    line[5],
-                ]
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, 2)
 
 
 def compared(paths: Sequence[Path]) -> Comparison:

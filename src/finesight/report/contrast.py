@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finesight.evaluate.answered import Scored, means
-from finesight.evaluate.bootstrap import Array, resampled
-from finesight.evaluate.compare import Difference, difference, unsampled
+from finesight.evaluate.compare import Difference, paired_scores, unsampled
 from finesight.evaluate.score import LOWER_IS_BETTER, TASKS, score
 from finesight.report.entries import Entry, Key, is_own, other_loss, shared
-from finesight.report.figures import LOSS, Ends, Verdict, figures_of, interval_of
+from finesight.report.figures import LOSS, Ends, Judged, figures_of, interval_of
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Judged):
     """A figure of one run; `difference` is that from the first run, where they can be compared."""
 
     value: float | None
@@ -26,22 +25,6 @@ class Cell:
     def change(self) -> float | None:
         """How much more than the first one's."""
         return None if self.difference is None else self.difference.after - self.difference.before
-
-    @property
-    def change_ends(self) -> Ends | None:
-        """The 95 % interval of that."""
-        one = self.difference
-        return None if one is None or one.low is None or one.high is None else (one.low, one.high)
-
-    @property
-    def verdict(self) -> Verdict:
-        """What it means."""
-        if self.difference is None:
-            return ""
-        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
-            return "same"
-        told = self.difference.verdict
-        return told if told in ("better", "worse") else "unsure"
 
 
 @dataclass(frozen=True)
@@ -125,23 +108,8 @@ def _differences(first: Entry, other: Entry, scoring: Scoring) -> dict[str, Diff
     if first.metric == other.metric and keys:
         was, now = (scoring.of(entry, keys) for entry in (first, other))
         if was is not None and now is not None:
-            found = paired(was, now, len(keys))
+            found = {one.name: one for one in paired_scores(was, now, len(keys))}
     losses = [figures_of(entry.measured).get(LOSS) for entry in (first, other)]
     if losses[0] is not None and losses[1] is not None and not other_loss(first, other):
         found[LOSS] = unsampled(LOSS, losses[0], losses[1])
     return found
-
-
-def paired(was: Scored, now: Scored, samples: int) -> dict[str, Difference]:
-    """The differences of the figures of answers to the same samples, in the same order: every
-    resample draws the same ones from both (Efron and Tibshirani 1993)."""
-
-    def both(weights: Array) -> dict[str, Array]:
-        then, since = was.figures(weights), now.figures(weights)
-        return {name: since[name] - then[name] for name in then if name in since}
-
-    then, since = was.scores, now.scores
-    return {
-        name: difference(name, then[name], since[name], values, samples)
-        for name, values in resampled(samples, both).items()
-    }

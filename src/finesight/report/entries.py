@@ -12,8 +12,10 @@ from typing import Any
 from finesight.errors import UserError, look_beside
 from finesight.evaluate import own
 from finesight.evaluate.answered import Case
+from finesight.evaluate.compare import by_sample
 from finesight.evaluate.saved import Answered, read_answers
 from finesight.evaluate.score import TASKS
+from finesight.report.facts import data_of
 from finesight.report.figures import figures_of
 from finesight.report.language import say
 from finesight.report.record import Line, Record, read_record
@@ -131,12 +133,7 @@ def _with_metric(entry: Entry, entries: Sequence[Entry]) -> Entry:
 
 
 def _by_sample(answers: Sequence[Answered]) -> dict[Key, Answered]:
-    seen: Counter[str] = Counter()
-    found = {}
-    for one in answers:
-        found[one.case.id, seen[one.case.id]] = one
-        seen[one.case.id] += 1
-    return found
+    return by_sample(answers, lambda one: one.case.id)
 
 
 def shared(first: Entry, other: Entry) -> tuple[list[Key], int]:
@@ -207,7 +204,4 @@ def other_loss(first: Entry, other: Entry) -> str:
 
 
 def _fingerprint(record: Record) -> object:
-    data: Any = (record.starts[-1].get("data") if record.starts else None) or {}
-    held_out = data.get("eval")
-    known = held_out.get("fingerprint") if isinstance(held_out, dict) else None
-    return known or record.identity.get("data.eval")
+    return data_of(record, "eval").get("fingerprint") or record.identity.get("data.eval")

@@ -50,6 +50,13 @@ def last_start(record: Record) -> Line:
     return record.starts[-1] if record.starts else {}
 
 
+def data_of(record: Record, name: str) -> Line:
+    """What a run noted of its samples `name`, train or eval, when it began."""
+    data = last_start(record).get("data")
+    found = data.get(name) if isinstance(data, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def done(record: Record) -> int:
     """Finished steps."""
     lines = [*record.steps, *record.measured]

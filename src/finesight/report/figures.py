@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -86,8 +87,35 @@ NAMES = {
 Ends = tuple[float, float]
 
 
+class Judged(ABC):
+    """A figure that may have a difference from another one, and what that means."""
+
+    difference: Difference | None
+
+    @property
+    @abstractmethod
+    def change(self) -> float | None:
+        """How much more it is."""
+
+    @property
+    def change_ends(self) -> Ends | None:
+        """The 95 % interval of the difference."""
+        one = self.difference
+        return None if one is None or one.low is None or one.high is None else (one.low, one.high)
+
+    @property
+    def verdict(self) -> Verdict:
+        """As the comparison has it."""
+        if self.difference is None:
+            return ""
+        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
+            return "same"
+        told = self.difference.verdict
+        return told if told in ("better", "worse") else "unsure"
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(Judged):
     """A metric: its value before and after with 95 % intervals, the difference with its own, and
     what that means. What is not known is None."""
 
@@ -101,25 +129,9 @@ class Row:
     difference: Difference | None
 
     @property
-    def change_ends(self) -> Ends | None:
-        """The 95 % interval of the difference."""
-        one = self.difference
-        return None if one is None or one.low is None or one.high is None else (one.low, one.high)
-
-    @property
     def change(self) -> float | None:
         """After less before."""
         return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def verdict(self) -> Verdict:
-        """As the comparison of both measurements has it."""
-        if self.difference is None:
-            return ""
-        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
-            return "same"
-        told = self.difference.verdict
-        return told if told in ("better", "worse") else "unsure"
 
     @property
     def meaning(self) -> str:

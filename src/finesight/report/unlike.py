@@ -76,7 +76,7 @@ def _facts(record: Record) -> dict[str, str]:
     start = facts.last_start(record)
     found: dict[str, str] = {}
     for name, titles in DATA.items():
-        data = _data(record, name)
+        data = facts.data_of(record, name)
         for key, title in titles.items():
             if isinstance(data.get(key), int):
                 found[say(title)] = f"{data[key]:,}"
@@ -94,12 +94,6 @@ def _facts(record: Record) -> dict[str, str]:
     for name, value in (versions or {}).items():
         found[say("version of {}", name)] = str(value)
     return found
-
-
-def _data(record: Record, name: str) -> dict[str, Any]:
-    data: Any = facts.last_start(record).get("data")
-    found = data.get(name) if isinstance(data, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def counts_of(record: Record, name: str) -> object:

@@ -9,8 +9,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures, State
-from finesight.track.writer import EXAMPLES, Writer, flat
+from finesight.track.records import EXAMPLES, Alert, Begin, Begun, End, Figures, Pictures, State
+from finesight.track.writer import Writer, flat
 
 LONGEST = 6000
 """Characters of a parameter that servers take."""
@@ -54,8 +54,7 @@ class MLflow(Writer):
 
     def pictures(self, pictures: Pictures) -> None:
         captions = []
-        for number, picture in enumerate(pictures.pictures, 1):
-            key = f"{EXAMPLES}/{number}"
+        for key, picture in pictures.named():
             self._client.log_image(self._id, picture.image(), key=key, step=pictures.step)
             captions.append(f"{key}\n{picture.caption}\n")
         # Its pictures have no captions.

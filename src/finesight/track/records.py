@@ -6,6 +6,7 @@ Texts are cleaned of secrets by their type: a record with one cannot be made.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, TypeA
 
 from finesight.config import Tracker
 from finesight.track.secrets import cleaned, cleaned_tree
+
+EXAMPLES = "examples"
+"""What pictures of answers are called in every tracker."""
 
 Text = Annotated[str, AfterValidator(cleaned)]
 Settings = Annotated[dict[str, Any], AfterValidator(cleaned_tree)]
@@ -74,6 +78,11 @@ class Pictures(_Message):
     type: Literal["pictures"] = "pictures"
     step: int
     pictures: tuple[Picture, ...]
+
+    def named(self) -> Iterator[tuple[str, Picture]]:
+        """Each with its name, the same one at every evaluation and in every tracker."""
+        for number, picture in enumerate(self.pictures, 1):
+            yield f"{EXAMPLES}/{number}", picture
 
 
 Level = Literal["info", "warning", "error"]

@@ -10,7 +10,7 @@ import swanlab
 
 from finesight.config import WORDS
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures, State
-from finesight.track.writer import EXAMPLES, Writer
+from finesight.track.writer import Writer
 
 STATES: dict[State, str] = {"finished": "success", "failed": "crashed", "interrupted": "aborted"}
 
@@ -72,10 +72,8 @@ class SwanLab(Writer):
 
     def pictures(self, pictures: Pictures) -> None:
         drawn = {
-            f"{EXAMPLES}/{number}": swanlab.Image(
-                picture.image(), caption=picture.caption, file_type="jpg"
-            )
-            for number, picture in enumerate(pictures.pictures, 1)
+            name: swanlab.Image(picture.image(), caption=picture.caption, file_type="jpg")
+            for name, picture in pictures.named()
         }
         self._run.log(drawn, step=pictures.step)
 

@@ -13,7 +13,7 @@ from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures
-from finesight.track.writer import EXAMPLES, Writer, flat
+from finesight.track.writer import Writer, flat
 
 FLUSHED = 10
 """Seconds until figures can be seen."""
@@ -38,14 +38,14 @@ class TensorBoard(Writer):
             self._write(row.step, summary=Summary(value=values))
 
     def pictures(self, pictures: Pictures) -> None:
-        for number, picture in enumerate(pictures.pictures, 1):
+        for name, picture in pictures.named():
             width, height = picture.image().size
             image = Summary.Image(
                 encoded_image_string=picture.jpeg, width=width, height=height, colorspace=3
             )
-            value = Summary.Value(tag=f"{EXAMPLES}/{number}", image=image)
+            value = Summary.Value(tag=name, image=image)
             self._write(pictures.step, summary=Summary(value=[value]))
-            self._text(pictures.step, f"{EXAMPLES}/{number}", _as_markdown(picture.caption))
+            self._text(pictures.step, name, _as_markdown(picture.caption))
         self._files.flush()
 
     def alert(self, alert: Alert) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import trackio
 
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Level, Pictures
-from finesight.track.writer import EXAMPLES, Writer
+from finesight.track.writer import Writer
 
 LEVELS: dict[Level, Any] = {
     "info": trackio.AlertLevel.INFO,
@@ -45,8 +45,8 @@ class Trackio(Writer):
 
     def pictures(self, pictures: Pictures) -> None:
         drawn = {
-            f"{EXAMPLES}/{number}": trackio.Image(picture.image(), caption=picture.caption)
-            for number, picture in enumerate(pictures.pictures, 1)
+            name: trackio.Image(picture.image(), caption=picture.caption)
+            for name, picture in pictures.named()
         }
         self._run.log(drawn, step=pictures.step)
 

@@ -10,7 +10,7 @@ import wandb
 from wandb.errors import Error
 
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Level, Pictures
-from finesight.track.writer import EXAMPLES, Writer
+from finesight.track.writer import Writer
 
 CONNECTED = 30
 """Seconds to find the server in; then files are written."""
@@ -81,10 +81,8 @@ class WeightsAndBiases(Writer):
     def pictures(self, pictures: Pictures) -> None:
         # Not as one list: those of other sizes would be squeezed.
         drawn = {
-            f"{EXAMPLES}/{number}": wandb.Image(
-                picture.image(), caption=picture.caption, file_type="jpg"
-            )
-            for number, picture in enumerate(pictures.pictures, 1)
+            name: wandb.Image(picture.image(), caption=picture.caption, file_type="jpg")
+            for name, picture in pictures.named()
         }
         self._run.log({"step": pictures.step, **drawn})
 

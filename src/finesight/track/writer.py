@@ -9,9 +9,6 @@ from typing import Any
 
 from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures
 
-EXAMPLES = "examples"
-"""What pictures of answers are called in every tracker."""
-
 
 class Writer(ABC):
     """One package. Whatever a method raises ends this tracker, and nothing else; it may take as

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,8 +18,6 @@ which is not known yet. From anywhere else features come in time as well."""
 
 MEMORY_SHARE = 1 / 2
 """Of what is free for the processes of this machine."""
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,40 +61,3 @@ def free_on_gpu(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def free_memory(system: Path = Path("/proc"), group: Path = _CGROUP) -> int:
-    """Bytes of memory that are free or can be freed at once, within the limit of a container."""
-    free = _available(system / "meminfo")
-    limit = _number(group / "memory.max")
-    used = _number(group / "memory.current")
-    if limit is not None and used is not None:
-        free = min(free, limit - used + _files_in_memory(group / "memory.stat"))
-    return max(0, free)
-
-
-def _available(meminfo: Path) -> int:
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        # Not on every system: then half of all.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _number(file: Path) -> int | None:
-    """None where there is no such file, or no limit in it (`max`)."""
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def _files_in_memory(file: Path) -> int:
-    """Bytes of files that the container's processes have read and nobody needs."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

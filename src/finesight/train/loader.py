@@ -245,7 +245,7 @@ class StepData(Dataset[Parcel | UserError]):
 
     corpus: Corpus
     renderer: Rendering
-    members: Members | Split
+    members: Members
     pack_tokens: int
     unusable: Literal["drop", "refuse"]
     known: Known | None = None

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from finesight.data.headers import DamagedPicture
 from finesight.errors import Interrupted, UserError
+from finesight.memory import free_memory
 from finesight.model.network import VisionLanguageModel
 from finesight.train.budget import release, said
 from finesight.train.feature_files import FeatureFiles, Stored, features_folder
@@ -25,7 +26,6 @@ from finesight.train.feature_place import (
     Place,
     choose_place,
     feature_bytes,
-    free_memory,
     free_on_gpu,
 )
 from finesight.train.gathering import Gathering, Look, Opened, Writer, open_chunks

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +16,9 @@ from finesight import __version__
 from finesight.config import Recipe
 from finesight.digests import digest
 from finesight.encode.pack import PackedBatch, filled
-from finesight.encode.rendering import Rendering, renderer_of
-from finesight.errors import UserError
-from finesight.hub import ModelFolder, lasting_name
-from finesight.infer.load import find_parts, resolve_device, resolve_precision
-from finesight.manifest import MANIFEST, Manifest
-from finesight.model.adapter import CONFIG as ADAPTER_CONFIG
+from finesight.encode.rendering import Rendering
+from finesight.infer.load import resolve_device, resolve_precision
+from finesight.manifest import Manifest
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from finesight.model.adapter import continue_adapter
 from finesight.model.any_family import AnyModel, load_any
@@ -34,6 +29,7 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.nf4 import bitsandbytes
 from finesight.model.parts import apply_tuning
 from finesight.model.qwen_vl import SquareTower
+from finesight.train.base import Base, base_of
 from finesight.train.budget import Budget
 from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
@@ -76,25 +72,6 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """The model that a run starts from: the name it is found by, its folder, an adapter to go on
-    with, and the manifest of the run that made them."""
-
-    name: str
-    folder: ModelFolder
-    adapter: Path | None
-    manifest: Manifest | None
-
-    def renderer(self, recipe: Recipe) -> Rendering:
-        """As the recipe says; where it does not, as the run that goes on was trained."""
-        picture, system = recipe.picture, recipe.data.system
-        if self.manifest is not None:
-            picture = self.manifest.picture if picture is None else picture
-            system = self.manifest.system if system is None else system
-        return renderer_of(self.folder, picture, system)
-
-
-@dataclass(frozen=True, slots=True)
 class Session:
     """Everything a run works with."""
 
@@ -130,6 +107,12 @@ class Session:
         """The processes that have to come together for whatever takes the whole model: this one
         alone, where it has all of it."""
         return self.machine.ranks if self.parallel.sharded else ALONE
+
+    @property
+    def most_alone(self) -> int | None:
+        """Tokens of the longest sample that one process learns alone; None where none is split."""
+        members = self.data.within(self.progress.budget.pack_tokens).members
+        return members.most_alone if isinstance(members, Split) else None
 
     def held_out_data(self, pack_tokens: int) -> StepData | None:
         """This process's held-out samples in steps of the training's batch, in packs of at most so
@@ -234,17 +217,11 @@ def prepare(
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
     found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
-        # An older version may have kept what may change.
-        left = {f"train.{name}" for name in ANYTHING}.difference(identity)
-        began = {name: value for name, value in found[0].identity.items() if name not in left}
-        check_identity(began, identity, checkpoints.path(found[0].step))
+        _check_began(found[0], identity, checkpoints)
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
     members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
-    most = members.most_alone if isinstance(members, Split) else None
-    if most is not None and train.survey.longest > most:
-        screen.say(f"samples of more than {most:,} tokens are split over all processes")
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -275,10 +252,26 @@ def prepare(
     session.keep_within(budget)
     if found is not None:
         _go_on(session, *found)
-        if session.progress.budget != budget:
-            unlike = session.progress.budget.unlike(budget)
-            screen.say(f"as until here, {unlike}: these settings can only take less memory")
+    _say_what_is_other(session, budget, screen)
     return session
+
+
+def _check_began(state: State, identity: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+    """Raises UserError for a run that began otherwise than this one would."""
+    # An older version may have kept what may change.
+    left = {f"train.{name}" for name in ANYTHING}.difference(identity)
+    began = {name: value for name, value in state.identity.items() if name not in left}
+    check_identity(began, identity, checkpoints.path(state.step))
+
+
+def _say_what_is_other(session: Session, asked: Budget, screen: Screen) -> None:
+    """Than the recipe lets one expect."""
+    if session.progress.budget != asked:
+        unlike = session.progress.budget.unlike(asked)
+        screen.say(f"as until here, {unlike}: these settings can only take less memory")
+    most = session.most_alone
+    if most is not None and session.train.survey.longest > most:
+        screen.say(f"samples of more than {most:,} tokens are split over all processes")
 
 
 def _tuned(recipe: Recipe, machine: Machine, base: Base, screen: Screen) -> AnyModel:
@@ -329,38 +322,6 @@ def _machine(recipe: Recipe, ranks: Ranks) -> Machine:
         peak=measured_peak(device, dtype),
         ranks=ranks,
     )
-
-
-def base_of(recipe: Recipe) -> Base:
-    """The recipe's model may be a model folder, a hub name, an adapter or a run to go on from.
-    Raises UserError for one that is not there, or with an adapter where one is given."""
-    parts = find_parts(recipe.model)
-    # A folder is found again by its absolute path, a model of the hub or the package by its name.
-    is_path = Path(recipe.model).expanduser().exists()
-    name = lasting_name(parts.folder) if is_path else recipe.model
-    adapter = recipe.adapter
-    if adapter is None:
-        return Base(name, parts.folder, parts.adapter, parts.manifest)
-    if parts.adapter is not None:
-        raise UserError(
-            f"model is {recipe.model}, which has an adapter of its own, and adapter is {adapter}",
-            where="adapter",
-            expected="one adapter to go on with",
-            remedy="leave adapter out, or name the model that it belongs to",
-        )
-    manifest = parts.manifest
-    if os.path.isfile(adapter / MANIFEST):
-        manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
-    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
-        adapter = adapter / "adapter"
-    if not os.path.isfile(adapter / ADAPTER_CONFIG):
-        raise UserError(
-            f"no {ADAPTER_CONFIG} in {adapter}",
-            where="adapter",
-            expected="the folder of an adapter, or of a run that trained one",
-            remedy="correct the path",
-        )
-    return Base(name, parts.folder, adapter, manifest)
 
 
 def _identity(

@@ -15,7 +15,7 @@ from finesight.encode.pack import PackedBatch, nothing
 from finesight.errors import Interrupted
 from finesight.model.sequence_parallel import wanted
 from finesight.train.budget import Budget, FullMemory, too_much
-from finesight.train.loader import Split, Step, read_steps
+from finesight.train.loader import Step, read_steps
 from finesight.train.prepare import Session
 from finesight.train.ranks import Ranks, StepTorn, Together
 from finesight.train.seen import Seen
@@ -187,10 +187,9 @@ def _accumulate(
         except torch.OutOfMemoryError as error:
             # Another try has as much room as this one, and that of recordings, too.
             session.passes.forget()
-            session.forget_gradients()
-            members, budget = session.data.members, session.progress.budget
-            splits = isinstance(members, Split) and members.most_alone is not None
-            raise too_much(error, packed, budget, True, ranks.count if splits else 1) from None
+            processes = 1 if session.most_alone is None else ranks.count
+            budget = session.progress.budget
+            raise too_much(error, packed, budget, learning=True, processes=processes) from None
     return total
 
 

@@ -2,13 +2,14 @@
 # make test         set up .venv and run every check
 # make test-faults  break runs at every point that the fault tests know, not at a few: minutes
 # make measures     print the house measures
+# make docs         build the documentation in English and Chinese: build/docs/en/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-faults lint types layers unit measures clean
+.PHONY: quickstart test test-faults lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -35,6 +36,11 @@ unit: $(VENV)/.installed-dev
 
 test-faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --every-fault
+
+# Of both languages, side by side; a warning is an error.
+docs: $(VENV)/.installed-dev
+	for language in en zh; do $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going \
+	  -c docs docs/$$language build/docs/$$language || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

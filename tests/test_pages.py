@@ -17,7 +17,7 @@ import pages  # noqa: E402 (found by the line above)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = ["README.md", "docs/data.md", "docs/files.md", "docs/commands.md", "docs/serving.md"]
+PAGES = ["README.md", "docs/en/data.md", "docs/en/commands.md", "docs/en/serving.md"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def made() -> dict[Path, str]:
 def test_pages_are_as_the_code_says(made: dict[Path, str], name: str) -> None:
     pinned = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None, "constraints.txt does not pin typer"
-    if name == "docs/commands.md" and importlib.metadata.version("typer") != pinned[1]:
+    if name == "docs/en/commands.md" and importlib.metadata.version("typer") != pinned[1]:
         pytest.skip(f"help looks as typer {pinned[1]} prints it")
     assert made[ROOT / name] == (ROOT / name).read_text("utf-8"), "run: python tools/pages.py"
 
@@ -56,7 +56,7 @@ def test_every_command_is_on_the_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
 )
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
@@ -75,7 +75,7 @@ def _code(text: str) -> list[str]:
 
 
 def test_recipes_named_on_the_pages_exist() -> None:
-    pages_text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    pages_text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     named = set(re.findall(r"recipes/\w+\.yaml", pages_text + README))
     assert named, "the pages name no recipe"
     for name in named:

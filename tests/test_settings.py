@@ -80,6 +80,6 @@ def test_settings_are_at_most_sixty():
 
 
 def test_every_setting_is_described():
-    text = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "en" / "recipe.md").read_text(encoding="utf-8")
     described = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", text, re.MULTILINE))
     assert described == set(SETTINGS)

@@ -1,6 +1,7 @@
-"""Writes what can be read off the code: trees of files, the commands, and tables in docs/data.md.
+"""Writes what can be read off the code: trees of files, the commands, and tables of pages.
 
-`python tools/pages.py` writes all of it; tests/test_pages.py fails while one page is out of date.
+`python tools/pages.py` writes what git holds of it, and tests/test_pages.py fails while one page is
+out of date; docs/conf.py writes the rest.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ PAGES = {
     "pretraining": "One command that makes finesight-tiny again from nothing.",
     "recipes": "Recipes of the five tutorials.",
     "examples": "The quickstart by the Python API, as a script in cells.",
-    "docs": "Settings, commands, promises, and what changes for who comes from a tutorial.",
+    "docs": "The documentation in English and Chinese; `make docs` builds it.",
     "constraints.txt": "Exact versions that it was tested with.",
     "Makefile": "make quickstart, make test.",
     ".ci/run": "Everything that must pass, in one command.",
@@ -124,9 +125,17 @@ def _help(name: str) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
-def files() -> str:
-    """docs/files.md."""
-    return f"# The files\n\nMade by `python tools/pages.py`.\n\n```\n{tree(whole=True)}\n```\n"
+TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
+
+
+def built(language: str) -> dict[str, str]:
+    """The pages of a language that are made when its documentation is built, by name."""
+    files, named = TITLES[language]
+    made = {"files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n"}
+    if language != "en":
+        text = (ROOT / "docs" / "en" / "commands.md").read_text(encoding="utf-8")
+        made["commands.md"] = text.replace("# Commands\n", f"# {named}\n", 1)
+    return made
 
 
 def formats() -> str:
@@ -157,16 +166,15 @@ def renewed(page: str, name: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
-    readme, data = ROOT / "README.md", ROOT / "docs" / "data.md"
-    serving = ROOT / "docs" / "serving.md"
+    readme, data = ROOT / "README.md", ROOT / "docs" / "en" / "data.md"
+    serving = ROOT / "docs" / "en" / "serving.md"
     short = f"```\n{tree(whole=False)}\n```"
     tables = renewed(data.read_text(encoding="utf-8"), "formats", formats())
     return {
         readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
         data: renewed(tables, "faults", faults()),
         serving: renewed(serving.read_text(encoding="utf-8"), "limits", table(Limits())),
-        ROOT / "docs" / "files.md": files(),
-        ROOT / "docs" / "commands.md": commands(),
+        ROOT / "docs" / "en" / "commands.md": commands(),
     }
 
 

@@ -150,7 +150,7 @@ def test_the_commands_of_the_page(
         (huggingface, "jrzhang/TextVQA_GT_bbox", boxes),
     ):
         hub.repositories[f"datasets/{name}"] = shards("train", rows, 2)
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "en" / "data.md").read_text(encoding="utf-8")
     commands = re.findall(r"^finesight (data import \w+:(?:.*\\\n)*.*)$", page, re.MULTILINE)
     assert len(commands) == 4
     for number, command in enumerate(commands):

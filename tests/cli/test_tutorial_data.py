@@ -1,4 +1,4 @@
-"""What users of popular tutorials' data are told: the messages that docs/data.md quotes."""
+"""What users of popular tutorials' data are told: the messages that docs/en/data.md quotes."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_samples_that_a_script_would_cut(
 
 
 def test_every_message_that_the_page_quotes_is_tested_here() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "en" / "data.md").read_text(encoding="utf-8")
     for words in (
         "are the boxes xywh? then give --box-format xywh",
         "the boxes are a corner and a size (x, y, width, height) in pixels",

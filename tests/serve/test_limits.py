@@ -9,7 +9,7 @@ from finesight.cli.app import app
 from finesight.infer.service import LONGEST, ROWS, WAITING
 from finesight.serve.limits import MEANINGS, Limits, table
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 
 
 def test_every_limit_is_explained_and_on_the_page():

@@ -1,4 +1,4 @@
-"""Make docs/web.png anew: PYTHONPATH=tests python tests/web/screenshot.py"""
+"""Make docs/pictures/web.png anew: PYTHONPATH=tests python tests/web/screenshot.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from served_page import served
 from speaking import shapes, speaking
 
-TARGET = Path(__file__).parents[2] / "docs" / "web.png"
+TARGET = Path(__file__).parents[2] / "docs" / "pictures" / "web.png"
 COLOURS = 96
 """A palette, so that the file stays small."""
 

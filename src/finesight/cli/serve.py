@@ -49,7 +49,7 @@ def serve(
     precision: Precision = "auto",
     weights: Weights = "auto",
 ) -> None:
-    """Serve a model over HTTP as OpenAI's clients speak it, until Ctrl-C; see docs/serving.md.
+    """Serve a model over HTTP as OpenAI's clients speak it, until Ctrl-C; see docs/en/serving.md.
 
     Example: finesight serve runs/latex
     """

@@ -1,7 +1,7 @@
 """The lines by which vLLM and SGLang serve a model folder as it was measured.
 
 The flags are those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's server
-arguments (docs.sglang.io); docs/handing-over.md says what each is for.
+arguments (docs.sglang.io); docs/en/handing-over.md says what each is for.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from docs_blocks import Block
 
-LIMIT_S = 600.0
+LIMIT_S = 300.0
 """For what a block has to say until it is done."""
 
 STAYS = re.compile(r"^finesight (serve|web)\b(?!.*&\s*(#.*)?$)")
@@ -126,7 +126,8 @@ class Reader:
         """A server, which stays until the next one or the page's end."""
         self.interrupts()
         log = script.with_suffix(".log")
-        script.write_text(f"{text.rstrip()} > {log} 2>&1 & echo $! > {script}.pid\n")
+        command = re.sub(r"\s#.*", "", text).rstrip()
+        script.write_text(f"{command} > {log} 2>&1 & echo $! > {script}.pid\n")
         self._shell.tell(_sourced(script))
         self._running = script
         until = time.monotonic() + 120

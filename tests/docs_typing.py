@@ -128,6 +128,7 @@ class Reader:
         log = script.with_suffix(".log")
         command = re.sub(r"\s#.*", "", text).rstrip()
         script.write_text(f"{command} > {log} 2>&1 & echo $! > {script}.pid\n")
+        log.touch()
         self._shell.tell(_sourced(script))
         self._running = script
         until = time.monotonic() + 120

@@ -8,15 +8,15 @@ language of the page's folder.
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from finesight.check.findings import FAULTS
+from finesight.cli.app import app
 from finesight.data.formats import FORMATS
 from finesight.report.language import Language, speaking
 from finesight.report.language import table as words_of_reports
@@ -107,29 +107,24 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
 
-def commands() -> str:
+def commands(title: str) -> str:
     """The help of every command, as it is printed."""
     parts = [
-        "# Commands",
-        "Made from the running commands by `python tools/pages.py`. Exit codes: 0 done, 2 your"
+        f"# {title}",
+        "Exit codes: 0 done, 2 your"
         " input (the message says where, what, what was expected and what to do), 75 stopped with"
         " a checkpoint written, 130 stopped otherwise, 1 a fault of finesight.",
     ]
     for name in COMMANDS:
-        title = f"finesight {name}".strip()
-        parts += [f"## {title}", f"```\n{_help(name)}\n```"]
+        parts += [f"## {f'finesight {name}'.strip()}", f"```\n{_help(name)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def _help(name: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "finesight", *name.split(), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
-    )
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    plain = {"COLUMNS": "100", "NO_COLOR": "1"}
+    said = CliRunner().invoke(app, [*name.split(), "--help"], prog_name="finesight", env=plain)
+    assert said.exit_code == 0, said.output
+    return "\n".join(line.rstrip() for line in said.output.strip().splitlines())
 
 
 TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
@@ -138,11 +133,10 @@ TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
 def built(language: str) -> dict[str, str]:
     """The pages of a language that are made when its documentation is built, by name."""
     files, named = TITLES[language]
-    made = {"files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n"}
-    if language != "en":
-        text = (ROOT / "docs" / "en" / "commands.md").read_text(encoding="utf-8")
-        made["commands.md"] = text.replace("# Commands\n", f"# {named}\n", 1)
-    return made
+    return {
+        "files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n",
+        "commands.md": commands(named),
+    }
 
 
 Said = Callable[[str], str]
@@ -216,7 +210,6 @@ def pages() -> dict[Path, str]:
         readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
         **_with_tables("en"),
         **_with_tables("zh"),
-        ROOT / "docs" / "en" / "commands.md": commands(),
     }
 
 

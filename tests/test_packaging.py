@@ -34,7 +34,9 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_wheel_is_the_package_and_nothing_else(archives: tuple[Path, Path]) -> None:
     packed = {name for name in TRY.contents(archives[1]) if ".dist-info/" not in name}
     own = {name.removeprefix("src/") for name in SOURCES if name.startswith("src/")}
-    assert packed == own, "see package-data in pyproject.toml"
+    weights = {Path(name).stem for name in SOURCES if name.endswith(".xz")}
+    own |= {f"finesight/assets/{TINY}/{name}" for name in weights}
+    assert packed == own, "see package-data in pyproject.toml, and setup.py"
 
 
 def test_the_wheel_says_whose_it_is_and_how_it_is_called(archives: tuple[Path, Path]) -> None:

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     *(".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
     *("MANIFEST.in", "Makefile", "README.md", "README.zh.md", "SECURITY.md", "benchmarks"),
-    *("constraints.txt", "docs", "examples", "pretraining", "pyproject.toml", "recipes", "src"),
-    *("tests", "tools"),
+    *("constraints.txt", "docs", "examples", "pretraining", "pyproject.toml", "recipes", "setup.py"),
+    *("src", "tests", "tools"),
 )
 """What a checkout holds; everything else in its folder was made there."""
 
-MADE = ("__pycache__", "*.pyc", "*.egg-info", "commands.md", "files.md")
+MADE = ("__pycache__", "*.pyc", "*.egg-info", "commands.md", "files.md", "*.safetensors")
 
 NO_NETWORK = ("unshare", "--user", "--map-root-user", "--net", "--")
 """Runs a command where there is no network but itself (Linux, unless the system forbids it)."""

@@ -291,15 +291,16 @@ def locate(name_or_path: str) -> ModelFolder:
     """
     # os.path's functions also stand what cannot be a path: a home of nobody, a name too long.
     path = named(name_or_path)
-    if name_or_path and os.path.isdir(path):
-        return ModelFolder(path)
-    if name_or_path == TINY:
+    if name_or_path == TINY and not any(path.glob("*.safetensors")):
         raise UserError(
             f"finesight is installed without its model {TINY}",
             where=str(path),
             expected="the folder that the package brings",
-            remedy="install finesight again, from its wheel or its source archive",
+            remedy="install finesight again, from its wheel, its source archive or a checkout"
+            " (pip install -e .)",
         )
+    if name_or_path and os.path.isdir(path):
+        return ModelFolder(path)
     if os.path.isfile(path):
         raise UserError(
             f"{name_or_path} is a file",

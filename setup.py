@@ -1,4 +1,4 @@
-"""What setuptools does beyond pyproject.toml: finesight-tiny's weights are unpacked into the package.
+"""What a build does beyond pyproject.toml: finesight-tiny's weights are unpacked into the package.
 
 Git holds them compressed by a third (`pretraining/weights/*.xz`, made by `pack`); wheels and
 checkouts that are installed have them as every other model's. Everything here is Python's own:

@@ -66,7 +66,6 @@ MEASURES = (
     ("tune.nf4=[language]",),
     ("tune.nf4=[language,vision,merger]",),
     ("picture.height=672", "picture.width=672"),
-    ("tune.fp8=[language,vision]",),
 )
 """Of the last model with adapters and the larger pictures, each by itself."""
 

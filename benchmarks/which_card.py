@@ -118,16 +118,15 @@ def recipe_of(model: str, data: Path, side: int, way: Way, changes: tuple[str, .
     return load_recipe(path, changes)
 
 
-def measure(model: str, work: Path, card: str, screen: Screen) -> list[dict[str, Any]]:
-    """What each of MEASURES alone makes of a run, as it is written."""
+def measure(folder: str, work: Path, card: str, screen: Screen) -> list[dict[str, Any]]:
+    """What each of MEASURES alone makes of a run of the model there, as it is written."""
     rows = []
     for changes in MEASURES:
-        recipe = recipe_of(model, draw(work, SIDES[-1]), SIDES[-1], WAYS[0], changes)
+        recipe = recipe_of(folder, draw(work, SIDES[-1]), SIDES[-1], WAYS[0], changes)
         written = as_record(make_plan(recipe, card, screen))["written"]
         rows.append(
             {
                 "measure": " ".join(changes) or "nothing",
-                "model": Path(model).name,
                 "card": card,
                 "memory_gb": round(written["memory_in_all"] / 1e9, 1),
                 "samples_per_s": float(f"{written['samples_per_s']:.3g}"),
@@ -216,7 +215,7 @@ def main() -> None:
                 "python": platform.python_version(),
             },
             "rows": rows,
-            "measures": measured,
+            "measures": {"model": Path(given.models[-1]).name, "rows": measured},
         }
         given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

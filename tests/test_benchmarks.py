@@ -11,11 +11,15 @@ import big_data
 import growth
 import peer_figures
 import pytest
+import which_card
 from peer_data import PHOTO, Counted, count, draw, resized
 from PIL import Image
+from rich.console import Console
 from stopwatch import watch
 
 from finesight.hub import locate
+from finesight.plan.plan import make_plan
+from finesight.train.progress import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED = Counted(100, 50.0, 10.0, 64.0, 80, 2e9, 1e9, 1e12)
@@ -131,3 +135,19 @@ def test_very_many_samples_are_read_as_they_are_and_packed(
         assert (row["samples"], row["pixels"]) == (80, "448")
         assert row["samples_per_s"] > 0
     assert len(list(tmp_path.glob("*.tar"))) == 3
+
+
+def test_a_card_is_told_by_the_first_way_that_fits(tmp_path: Path) -> None:
+    folder = which_card.small_files("finesight-tiny")
+    data, screen = which_card.draw(tmp_path, 84), Screen(Console(quiet=True))
+    rows = []
+    for way in which_card.WAYS[:2]:
+        recipe = which_card.recipe_of(folder, data, 84, way)
+        row = which_card.row_of(make_plan(recipe, "T4", screen), way)
+        rows.append({"model": "tiny", "side": 84, **row})
+    lora, everything = rows
+    assert lora["memory_gb"] < everything["memory_gb"]
+    assert which_card.as_cell([{**lora, "fits": False}, everything]).startswith("all: ")
+    assert which_card.as_cell([{**lora, "fits": False}]) == "no"
+    (line,) = which_card.as_table(rows, 84, ("LoRA",))[2:]
+    assert line.startswith("| T4, 16 GB | LoRA: ")

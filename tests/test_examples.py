@@ -9,7 +9,7 @@ import pytest
 
 from finesight.model.tiny import make_tiny
 from finesight.quickstart import PROMPT, Plan, write_recipe
-from finesight.recipe import load_recipe
+from finesight.recipe import load_recipe, recipe_of
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -66,7 +66,7 @@ def test_the_example_does_what_the_quickstart_does(ran, tmp_path):
     _, left = ran
     assert left["PROMPT"] == PROMPT
     theirs = load_recipe(write_recipe(tmp_path / "quick", Plan()), ["train.steps=2"])
-    mine = left["recipe"]
+    mine = recipe_of(left["recipe"])
     # A script without a guard must not start processes that would run it again.
     train = mine.train.model_copy(update={"workers": None})
     assert (mine.tune, train, mine.eval) == (theirs.tune, theirs.train, theirs.eval)

@@ -1,8 +1,8 @@
 """What people do from Python: load a model, encode samples, train, evaluate, generate.
 
-Each function is what the command of the same purpose calls, with the same defaults and the same
-errors: `UserError` says where, what, what was expected and the remedy. Shapes: T tokens, N patches
-of pictures, D numbers of a patch.
+Each function does what the command of the same purpose does, by the same code, with the same
+defaults and the same errors: `UserError` says where, what, what was expected and the remedy. A
+`FileName` is a str or a Path. Shapes: T tokens, N patches of pictures, D numbers of a patch.
 """
 
 from __future__ import annotations
@@ -70,13 +70,15 @@ class Encoding:
 
     @property
     def learned(self) -> NDArray[np.bool_]:
-        """Which of them carry loss, of shape (T,): every answer and its end."""
+        """Which of them carry loss, every answer and its end, of shape (T,)."""
         return self.encoded.outline.learned_T
 
     @property
     def labels(self) -> NDArray[np.int32]:
         """The ids of the learned tokens, `UNLEARNED` in the places of the others, of shape (T,).
-        They are not moved: the token that predicts a label stands before it."""
+
+        They are not moved: the token that predicts a label stands before it.
+        """
         import numpy as np
 
         return np.where(self.learned, self.ids, np.int32(UNLEARNED))

@@ -51,7 +51,7 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        """The answer: what there is to read of every kind of reply."""
+        """The answer as a person reads it, under the name that a reply has elsewhere, too."""
         return self.answer
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Python API, and the page about it: every block is run, in both languages the same."""
+"""The Python API, and the page about it, every block of which is run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from docs_blocks import DOCS, blocks
 from small_run import make_task
 
 from finesight import api
@@ -18,9 +19,9 @@ from finesight.api import UserError
 from finesight.model.tiny import make_tiny
 from finesight.recipe import dump_recipe, load_recipe, recipe_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = (DOCS / "en" / "api.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = blocks(DOCS / "en" / "api.md")
+BLOCKS = [block.text for block in PAGE if block.language == "python"]
+PRINTED = [block.text for block in PAGE if block.language == "text"]
 LINES_OF_A_BLOCK = 10
 
 
@@ -28,11 +29,9 @@ LINES_OF_A_BLOCK = 10
 def page(tmp_path_factory):
     """The names that the page's blocks leave behind, run in their order, and the folder."""
     work = tmp_path_factory.mktemp("page")
-    files = re.findall(
-        r"^```\{code-block\} yaml\n:caption: (\S+)\n\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
-    )
-    for name, text in files:
-        (work / name).write_text(text, encoding="utf-8")
+    for block in PAGE:
+        if block.caption is not None:
+            (work / block.caption).write_text(block.text, encoding="utf-8")
     left: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
@@ -79,15 +78,14 @@ def test_the_page_trains_and_measures(page):
 
 def test_the_page_shows_what_is_printed(page, monkeypatch):
     work, left = page
-    printed = re.findall(r"^```text\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     boxes = [f"{box.label} {[*map(round, box.xyxy)]}" for box in left["answer"].boxes]
-    assert printed[0].splitlines() == [left["answer"].text, *boxes]
-    for line in printed[1].splitlines()[:-1]:
+    assert PRINTED[0].splitlines() == [left["answer"].text, *boxes]
+    for line in PRINTED[1].splitlines()[:-1]:
         assert line == "..." or line in str(left["encoded"]).splitlines(), line
     monkeypatch.chdir(work)
     with pytest.raises(UserError) as caught:
         api.train("recipe.yaml", {"train.stesp": 10})
-    assert printed[2] == f"{caught.value.where}: {caught.value.remedy}\n"
+    assert PRINTED[2] == f"{caught.value.where}: {caught.value.remedy}\n"
 
 
 def test_every_block_is_short():
@@ -103,15 +101,6 @@ def test_the_page_uses_all_that_there_is():
     unused = {name for name in public if not re.search(rf"\b{name}\b", used)}
     # A run is not interrupted on the page; the classes are what `load` and `encode` give.
     assert unused == {"Interrupted", "Model", "Encoding"}
-
-
-def test_both_languages_have_the_same_code():
-    other = (DOCS / "zh" / "api.md").read_text(encoding="utf-8")
-    fenced = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-    assert fenced.findall(other) == fenced.findall(PAGE)
-    levels = re.compile(r"^#+ ", re.MULTILINE)
-    outside = [levels.findall(fenced.sub("", text)) for text in (PAGE, other)]
-    assert outside[0] == outside[1]
 
 
 @pytest.mark.parametrize("module", ["finesight", "finesight.api"])

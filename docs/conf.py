@@ -24,6 +24,8 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+# What stands in single marks in docstrings is code.
+default_role = "literal"
 exclude_patterns: list[str] = []
 html_theme = "furo"
 html_title = f"finesight {version}"

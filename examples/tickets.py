@@ -9,16 +9,9 @@
 # %%
 from pathlib import Path
 
-from finesight.check.run import check_sources
-from finesight.check.subjects import of_files
-from finesight.check.summary import as_lines
-from finesight.config import Recipe
-from finesight.data.importing import import_file
-from finesight.data.opening import Request
-from finesight.infer.load import cpu_precision, load_answerer
-from finesight.infer.predict import predict, questions
+from finesight.api import check_data, import_data, load, question, train
+from finesight.infer.load import cpu_precision
 from finesight.synth.tickets import FIELDS, draw_tickets
-from finesight.train.loop import train
 
 TICKETS, HELD_OUT, STEPS = 2500, 100, 200
 MODEL = "finesight-tiny"
@@ -38,8 +31,8 @@ print(*table.read_text(encoding="utf-8").splitlines()[:3], sep="\n")
 
 # %%
 columns = {"image": "picture", "fields": ",".join(FIELDS)}
-request = Request(columns=columns, prompt=PROMPT, eval_last=HELD_OUT)
-for written in import_file(table, folder / "data", request).written:
+summary = import_data(table, folder / "data", columns=columns, prompt=PROMPT, eval_last=HELD_OUT)
+for written in summary.written:
     print(f"{written.file}: {written.samples} samples")
 
 # %% [markdown]
@@ -47,39 +40,36 @@ for written in import_file(table, folder / "data", request).written:
 
 # %%
 data = {"train": folder / "data" / "train.jsonl", "eval": folder / "data" / "eval.jsonl"}
-checked = check_sources(of_files([data["train"]], [data["eval"]], Request()))
-print(*as_lines(checked, shown=3), sep="\n")
+checked = check_data(data["train"], data["eval"])
+print(f"{checked.samples} samples, {checked.pictures} pictures, faults: {checked.counts or 'none'}")
 
 # %% [markdown]
 # Train: adapters on all linear layers; the model itself stays as it is. Held-out tickets are
 # answered and scored before the first step and after the last.
 
 # %%
-recipe = Recipe.model_validate(
-    {
-        "model": MODEL,
-        "data": data,
-        "tune": {
-            "vision": "lora",
-            "merger": "lora",
-            "language": "lora",
-            "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
-        },
-        "train": {
-            "steps": STEPS,
-            "batch": 16,
-            "learning_rate": 2.0e-3,
-            "device": "cpu",
-            "precision": cpu_precision(),
-            "workers": 0,
-        },
-        "eval": {"metric": "json", "max_new_tokens": 112, "batch": 100},
-        "output": folder / "run",
-    }
-)
+recipe = {
+    "model": MODEL,
+    "data": data,
+    "tune": {
+        "vision": "lora",
+        "merger": "lora",
+        "language": "lora",
+        "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
+    },
+    "train": {
+        "steps": STEPS,
+        "batch": 16,
+        "learning_rate": 2.0e-3,
+        "device": "cpu",
+        "precision": cpu_precision(),
+        "workers": 0,
+    },
+    "eval": {"metric": "json", "max_new_tokens": 112, "batch": 100},
+    "output": folder / "run",
+}
 result = train(recipe)
-for figure in result.differences:
-    print(f"{figure.name}: {figure.before:.3f} before, {figure.after:.3f} after")
+print(result.as_table())
 
 # %% [markdown]
 # Ask it about three tickets that it has never seen, drawn from another seed.
@@ -87,13 +77,13 @@ for figure in result.differences:
 # %%
 draw_tickets(folder / "new", 3, seed=1)
 pictures = sorted((folder / "new" / "pictures").iterdir())
-answerer = load_answerer(str(recipe.output))
-asked = questions(pictures, PROMPT)
-answers = predict(answerer.model, answerer.renderer, asked, max_new_tokens=112, batch=3)
+model = load(folder / "run")
+asked = [question(picture, PROMPT) for picture in pictures]
+answers = model.generate_all(asked, max_new_tokens=112)
 print(*(answer.as_text() for answer in answers), sep="\n")
 
 # %% [markdown]
 # And look: figures with intervals, curves, and every held-out ticket with its answers.
 
 # %%
-print(f"Open {recipe.output / 'report.html'} in a browser.")
+print(f"Open {folder / 'run' / 'report.html'} in a browser.")

@@ -146,7 +146,7 @@ finesight merge runs/mine models/mine
 """
 """What a reader has done who looks things up."""
 
-EMPTY: tuple[str, ...] = ("ten-minutes.md", "tutorials/")
+EMPTY: tuple[str, ...] = ("api.md", "ten-minutes.md", "tutorials/")
 """Pages that begin with nothing."""
 
 

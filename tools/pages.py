@@ -66,7 +66,7 @@ FOLDERS = {
 PAGES = {
     "pretraining": "One command that makes finesight-tiny again from nothing.",
     "recipes": "Recipes of the five tutorials.",
-    "examples": "The quickstart by the Python API, as a script in cells.",
+    "examples": "The Python API: the quickstart, and a notebook for a free GPU machine.",
     "docs": "The documentation in English and Chinese; `make docs` builds it.",
     "constraints.txt": "Exact versions that it was tested with.",
     "Makefile": "make quickstart, make test.",

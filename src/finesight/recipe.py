@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -72,8 +73,13 @@ class _Mistake:
     remedy: str
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `group.setting=value` overrides, the values read as YAML.
+Overrides = Sequence[str] | Mapping[str, object]
+"""Settings in place of a recipe's: `group.setting=value` as it is typed, the value read as YAML, or
+values by the settings' dotted names."""
+
+
+def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides.
 
     Paths inside stay as written: relative ones are relative to the current working directory, not
     to the recipe's folder. Raises UserError for a file that cannot be read, broken YAML, a key
@@ -89,13 +95,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             expected="settings by name, such as model, data, output",
             remedy="start from one of the files in recipes/",
         )
-    changed = {_override(content, override): override for override in overrides}
+    return _validated(content, str(path), lines, overrides)
+
+
+def recipe_of(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
+    """The recipe of settings that a program made, in the form that YAML would have.
+
+    `content` stays as it is. Raises UserError as `load_recipe` does.
+    """
+    return _validated(deepcopy(dict(content)), "recipe", {}, overrides)
+
+
+def _validated(
+    content: dict[str, Any], where: str, lines: dict[Key, int], overrides: Overrides
+) -> Recipe:
+    """The content, changed by the overrides, as settings; `lines` are those of its keys in the file
+    `where`."""
+    given: list[tuple[str, object, str]]
+    if isinstance(overrides, Mapping):
+        given = [(name, deepcopy(value), f"{name}={value}") for name, value in overrides.items()]
+    else:
+        given = [(*_assigned(override), override) for override in overrides]
+    changed = {_put(content, name, value, override): override for name, value, override in given}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         mistakes = _mistakes(error.errors(include_url=False), content)
-        places = [_place(path, m.key, lines, changed) for m in mistakes]
-        raise _as_user_error(path, mistakes, places) from error
+        places = [_place(where, m.key, lines, changed) for m in mistakes]
+        raise _as_user_error(where, mistakes, places) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -121,8 +148,8 @@ def _sections_in(annotation: object) -> Iterator[type[Section]]:
         yield from _sections_in(argument)
 
 
-def _override(content: dict[str, Any], override: str) -> Key:
-    """Set one `a.b=value` in the content; gives the key it set."""
+def _assigned(override: str) -> tuple[str, object]:
+    """The name and the value of one `a.b=value`."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise UserError(
@@ -132,7 +159,7 @@ def _override(content: dict[str, Any], override: str) -> Key:
             remedy="for example train.batch=8",
         )
     try:
-        value = parsed(text)
+        value: object = parsed(text)
     except yaml.YAMLError as error:
         raise UserError(
             f"{_shown(text)} cannot be read as YAML",
@@ -140,6 +167,11 @@ def _override(content: dict[str, Any], override: str) -> Key:
             expected="a value such as 8, 1e-4, lora, [a, b] or {height: 112, width: 504}",
             remedy="put quotes around text with special characters",
         ) from error
+    return name, value
+
+
+def _put(content: dict[str, Any], name: str, value: object, override: str) -> Key:
+    """Set what one override names in the content; gives the key it set."""
     key: Key = tuple(int(p) if _NUMBER.fullmatch(p) else p for p in name.strip().split("."))
     node: Any = content
     for depth, piece in enumerate(key):
@@ -277,7 +309,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _place(path: Path, key: Key, lines: dict[Key, int], changed: dict[Key, str]) -> str:
+def _place(where: str, key: Key, lines: dict[Key, int], changed: dict[Key, str]) -> str:
     """Where a key was written: an override, or the file and the nearest line known."""
     for depth in range(len(key), 0, -1):
         if key[:depth] in changed:
@@ -286,11 +318,11 @@ def _place(path: Path, key: Key, lines: dict[Key, int], changed: dict[Key, str])
         if inside and key not in lines:
             return f"override {inside[0]}"
         if key[:depth] in lines:
-            return f"{path}:{lines[key[:depth]]}"
-    return str(path)
+            return f"{where}:{lines[key[:depth]]}"
+    return where
 
 
-def _as_user_error(path: Path, mistakes: list[_Mistake], places: list[str]) -> UserError:
+def _as_user_error(where: str, mistakes: list[_Mistake], places: list[str]) -> UserError:
     errors = [
         UserError(
             f"{dotted(m.key)}: {m.what}" if m.key else m.what,
@@ -303,4 +335,4 @@ def _as_user_error(path: Path, mistakes: list[_Mistake], places: list[str]) -> U
     if len(errors) == 1:
         return errors[0]
     listed = "\n".join(str(error) for error in errors)
-    return UserError(f"{len(errors)} settings are wrong\n{listed}", where=str(path))
+    return UserError(f"{len(errors)} settings are wrong\n{listed}", where=where)

@@ -26,20 +26,25 @@ def draw(predictions: Sequence[Prediction], folder: Path) -> list[Path]:
     written = []
     for prediction in predictions:
         for number, path in enumerate(prediction.images):
-            boxes = [box for box in prediction.boxes if box.image == number]
             target = free_name(folder, path.stem)
             buffer = io.BytesIO()
-            draw_boxes(open_picture(path), boxes).save(buffer, format="PNG")
+            drawn(prediction, number).save(buffer, format="PNG")
             write_file(target, buffer.getvalue())
             written.append(target)
     return written
 
 
+def drawn(prediction: Prediction, number: int) -> Image.Image:
+    """A copy of one of its pictures, in RGB and its own size, with the boxes that are in it."""
+    boxes = [box for box in prediction.boxes if box.image == number]
+    return draw_boxes(open_picture(prediction.images[number]), boxes)
+
+
 def draw_boxes(picture: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
     """A copy of an RGB picture with boxes [x1, y1, x2, y2] in its pixels and their labels."""
-    drawn = picture.copy()
-    pen = ImageDraw.Draw(drawn)
-    shorter = min(drawn.size)
+    copy = picture.copy()
+    pen = ImageDraw.Draw(copy)
+    shorter = min(copy.size)
     line = max(1, round(shorter / 150))
     font = ImageFont.load_default(size=max(10, shorter / 30))
     for number, box in enumerate(boxes):
@@ -50,7 +55,7 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
         pen.rectangle(corners, outline=colour, width=line)
         if box.label:
             _write_label(pen, font, box.label, corners, colour)
-    return drawn
+    return copy
 
 
 def _write_label(

@@ -49,6 +49,11 @@ class Prediction:
     stopped: bool
     thought: str | None = None
 
+    @property
+    def text(self) -> str:
+        """The answer as a person reads it, under the name that a reply has elsewhere, too."""
+        return self.answer
+
     def as_json(self) -> dict[str, Any]:
         """What `finesight predict --json` prints: `image` is a path, a list of several, or null."""
         paths = [str(path) for path in self.images]
@@ -83,21 +88,24 @@ def as_box(box: BoxPart) -> dict[str, Any]:
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
 
-def questions(pictures: Sequence[Path], prompt: str) -> list[Located]:
-    """The same question about each picture in turn; the question alone without any.
+def question(pictures: Sequence[Path], prompt: str, name: str) -> Located:
+    """One user turn, pictures before text, by a name for its answer.
 
     Raises DamagedPicture for what is missing or no picture, before any model is loaded.
     """
-    asked = []
     for path in pictures:
         picture_size(path)
-        parts = (ImagePart(image=str(path)), TextPart(text=prompt))
-        message = Message(role="user", content=parts)
-        asked.append(Located(Sample(id=str(path), messages=(message,)), Path()))
+    shown = [ImagePart(image=str(path)) for path in pictures]
+    message = Message(role="user", content=(*shown, TextPart(text=prompt)))
+    return Located(Sample(id=name, messages=(message,)), Path())
+
+
+def questions(pictures: Sequence[Path], prompt: str) -> list[Located]:
+    """The same question about each picture in turn; the question alone without any. Raises
+    DamagedPicture as `question` does."""
     if not pictures:
-        message = Message(role="user", content=(TextPart(text=prompt),))
-        asked.append(Located(Sample(id=prompt, messages=(message,)), Path()))
-    return asked
+        return [question((), prompt, prompt)]
+    return [question([path], prompt, str(path)) for path in pictures]
 
 
 def predict(

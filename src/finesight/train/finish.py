@@ -58,6 +58,12 @@ class RunResult(BaseModel):
         """For machines."""
         return self.model_dump(mode="json")
 
+    def as_table(self) -> str:
+        """Every figure before and after, the headline marked; no line without held-out data."""
+        if self.after is None:
+            return ""
+        return as_table(self.differences, self.after.headline)
+
 
 def finish(session: Session, screen: Screen, checkpoints: Checkpoints) -> RunResult:
     """Show what moved and write the trained weights: `adapter/` for LoRA, `model/` when a part was
@@ -187,7 +193,7 @@ def _last_words(result: RunResult, run: Run, screen: Screen) -> None:
     """What came of it."""
     after, best = result.after, result.best
     if after is not None:
-        screen.say(as_table(result.differences, after.headline))
+        screen.say(result.as_table())
     if after is not None and best is not None and best.step != after.step:
         what = "held-out loss" if best.headline is None else best.headline
         value = best.loss if best.score is None else best.score

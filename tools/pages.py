@@ -31,6 +31,7 @@ COMMANDS = (
         "data plan",
         "data export",
         "data migrate",
+        "convert",
     ),
     *(
         "train",

@@ -219,8 +219,8 @@ def test_data_sets_are_looked_up(tmp_path, monkeypatch):
     assert done.imports == (
         "finesight data import sets/t/tickets.json samples/tickets --eval-last 20",
         "finesight data import sets/odd.json samples/odd --eval-last 20",
-        "finesight data import hf:owner/name:small/train samples/name --limit 50 --eval-last 20",
-        "finesight data import hf:owner/a samples/a --eval-last 20",
+        "finesight data import hf:owner/name:small/train samples/online --limit 50 --eval-last 20",
+        "finesight data import hf:owner/a samples/twice --eval-last 20",
     )
     assert told(done, "note")["odd: columns"]
     assert "drawn by chance" in told(done, "differs")["online: num_samples"]

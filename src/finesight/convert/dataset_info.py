@@ -46,7 +46,7 @@ def _limited(given: Given, source: Source) -> Source:
     if most is not None and most < 1:
         raise given.refused("max_samples", "a whole number above 0")
     limits = [limit for limit in (source.limit, most) if limit is not None]
-    return Source(source.name, min(limits, default=None))
+    return Source(source.name, min(limits, default=None), source.title)
 
 
 def _hub(given: Given, name: str) -> str:
@@ -100,7 +100,7 @@ def _source(
         limit = None
     online = _online(given, entry)
     if online is not None:
-        return Source(online, limit=limit)
+        return Source(online, limit, name)
     file = entry.get("file_name")
     if not isinstance(file, str):
         raise _wrong(str(folder / INFO), f"{name} has no file_name", "a file, or a hub's name")
@@ -108,7 +108,7 @@ def _source(
     if media is not None and Path(media) != (folder / file).parent:
         text = "import where its paths are found: they start at the file's folder, or where you are"
         draft.note("media_dir", media, text)
-    return Source(str(folder / file), limit=limit)
+    return Source(str(folder / file), limit, name)
 
 
 def _online(given: Given, entry: dict[str, object]) -> str | None:

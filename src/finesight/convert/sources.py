@@ -16,10 +16,24 @@ FOLDER = "samples"
 @dataclass(frozen=True)
 class Source:
     """A data set as `finesight data import` takes it; `limit` is how many of its rows are taken,
-    none for all."""
+    none for all, and `title` what it is called, if it has a name of its own."""
 
     name: str
     limit: int | None = None
+    title: str | None = None
+
+    def folder(self) -> str:
+        """What its samples are called."""
+        name = self.name
+        if name.startswith(("hf:", "modelscope:")):
+            name = name.split(":")[1]
+        path = Path(name)
+        telling = path.stem if path.stem not in _USUAL else path.parent.name or path.stem
+        return re.sub(r"[^\w.-]+", "-", self.title or telling).strip("-.") or "data"
+
+
+_USUAL = ("data", "train", "dataset")
+"""Names of files that say nothing: their folders' do."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,7 @@ class HeldOut:
 class _Folders:
     taken: set[str] = field(default_factory=set)
 
-    def free(self, source: str) -> str:
-        if source.startswith(("hf:", "modelscope:")):
-            source = source.split(":")[1]
-        stem = re.sub(r"[^\w.-]+", "-", Path(source).stem).strip("-.") or "data"
+    def free(self, stem: str) -> str:
         name, number = stem, 2
         while name in self.taken:
             name, number = f"{stem}-{number}", number + 1
@@ -61,7 +72,7 @@ def set_data(draft: Draft, sources: list[Source], held_out: HeldOut) -> None:
 
 
 def _imported(draft: Draft, folders: _Folders, source: Source, apart: tuple[str, ...]) -> str:
-    out = folders.free(source.name)
+    out = folders.free(source.folder())
     limit = () if source.limit is None else ("--limit", str(source.limit))
     draft.imports.append(
         shlex.join(["finesight", "data", "import", source.name, out, *limit, *apart])

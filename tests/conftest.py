@@ -13,9 +13,12 @@ _ASSETS = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many points of a fault are tried."""
+    """How many points of a fault are tried, and whether the documentation is typed."""
     parser.addoption(
         "--every-fault", action="store_true", help="tests/faults at every point, not at a few"
+    )
+    parser.addoption(
+        "--type-blocks", action="store_true", help="tests/docs types what pages tell to type"
     )
 
 

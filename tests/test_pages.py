@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -14,10 +13,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import pages  # noqa: E402 (found by the line above)
 
+from finesight.report.language import speaking  # noqa: E402
+from finesight.report.language import table as table_of_reports  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = ["README.md", "docs/en/data.md", "docs/en/commands.md", "docs/en/serving.md"]
+PAGES = [
+    "README.md",
+    *("docs/en/data.md", "docs/zh/data.md"),
+    *("docs/en/serving.md", "docs/zh/serving.md"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +33,21 @@ def made() -> dict[Path, str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_are_as_the_code_says(made: dict[Path, str], name: str) -> None:
-    pinned = re.search(r"^typer==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned is not None, "constraints.txt does not pin typer"
-    if name == "docs/en/commands.md" and importlib.metadata.version("typer") != pinned[1]:
-        pytest.skip(f"help looks as typer {pinned[1]} prints it")
     assert made[ROOT / name] == (ROOT / name).read_text("utf-8"), "run: python tools/pages.py"
+
+
+def test_tables_in_chinese_say_everything_in_chinese() -> None:
+    said, asked = pages.said_in("zh"), set()
+    for table in pages.TABLES.values():
+        table(lambda text: asked.add(text) or text)
+    code = re.compile(r'"[^"]*"')
+    for text in asked:
+        untold = said(text) == text and re.search("[a-z]{2}", code.sub("", text))
+        assert not untold, f"tools/zh.yaml lacks: {text}"
+    beside = set(pages.words_beside("zh"))
+    assert beside <= asked, f"no table says: {beside - asked}"
+    with speaking("zh"):
+        assert not beside & set(table_of_reports()), "reports have words for it"
 
 
 def test_every_file_of_the_package_is_listed_with_a_line() -> None:

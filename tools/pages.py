@@ -1,21 +1,28 @@
 """Writes what can be read off the code: trees of files, the commands, and tables of pages.
 
 `python tools/pages.py` writes what git holds of it, and tests/test_pages.py fails while one page is
-out of date; docs/conf.py writes the rest.
+out of date; docs/conf.py writes the rest. A table stands on every page that has its marks, in the
+language of the page's folder.
 """
 
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from finesight.check.findings import FAULTS
+from finesight.cli.app import app
 from finesight.data.formats import FORMATS
-from finesight.serve.limits import Limits, table
+from finesight.report.language import Language, speaking
+from finesight.report.language import table as words_of_reports
+from finesight.serve.limits import Limits
+from finesight.serve.limits import table as table_of_limits
+from finesight.yaml_text import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,29 +108,24 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
 
-def commands() -> str:
+def commands(title: str) -> str:
     """The help of every command, as it is printed."""
     parts = [
-        "# Commands",
-        "Made from the running commands by `python tools/pages.py`. Exit codes: 0 done, 2 your"
+        f"# {title}",
+        "Exit codes: 0 done, 2 your"
         " input (the message says where, what, what was expected and what to do), 75 stopped with"
         " a checkpoint written, 130 stopped otherwise, 1 a fault of finesight.",
     ]
     for name in COMMANDS:
-        title = f"finesight {name}".strip()
-        parts += [f"## {title}", f"```\n{_help(name)}\n```"]
+        parts += [f"## {f'finesight {name}'.strip()}", f"```\n{_help(name)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def _help(name: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "finesight", *name.split(), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
-    )
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    plain = {"COLUMNS": "100", "NO_COLOR": "1"}
+    said = CliRunner().invoke(app, [*name.split(), "--help"], prog_name="finesight", env=plain)
+    assert said.exit_code == 0, said.output
+    return "\n".join(line.rstrip() for line in said.output.strip().splitlines())
 
 
 TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
@@ -132,32 +134,68 @@ TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
 def built(language: str) -> dict[str, str]:
     """The pages of a language that are made when its documentation is built, by name."""
     files, named = TITLES[language]
-    made = {"files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n"}
-    if language != "en":
-        text = (ROOT / "docs" / "en" / "commands.md").read_text(encoding="utf-8")
-        made["commands.md"] = text.replace("# Commands\n", f"# {named}\n", 1)
-    return made
+    return {
+        "files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n",
+        "commands.md": commands(named),
+    }
 
 
-def formats() -> str:
+Said = Callable[[str], str]
+"""A text of the code in the language of a page."""
+
+
+def said_in(language: Language) -> Said:
+    """Texts as reports say them in that language, else as the table beside this file does, else as
+    they are."""
+    with speaking(language):
+        words = words_beside(language) | dict(words_of_reports())
+    return lambda text: words.get(text, text)
+
+
+@cache
+def words_beside(language: Language) -> dict[str, str]:
+    """What tables say in a language that reports do not, by the English texts."""
+    if language == "en":
+        return {}
+    content = parsed((ROOT / "tools" / f"{language}.yaml").read_text(encoding="utf-8"))
+    return {str(english): str(other) for english, other in content.items()}
+
+
+def formats(said: Said) -> str:
     """Every format, in the order in which they are tried."""
-    rows = [f"| `{form.name}` | {_cell(form.looks)} |" for form in FORMATS]
-    return "\n".join(["| format | looks like |", "|---|---|", *rows])
+    rows = [f"| `{form.name}` | {_cell(said(form.looks))} |" for form in FORMATS]
+    return "\n".join([f"| {said('format')} | {said('looks like')} |", "|---|---|", *rows])
 
 
-def faults() -> str:
+def faults(said: Said) -> str:
     """Every fault that `data check` knows."""
-    rows = [f"| `{code}` | {severity} | {words} |" for code, (severity, words) in FAULTS.items()]
-    return "\n".join(["| fault | severity | what it is |", "|---|---|---|", *rows])
+    rows = [
+        f"| `{code}` | {said(severity)} | {said(words)} |"
+        for code, (severity, words) in FAULTS.items()
+    ]
+    titles = " | ".join(map(said, ("fault", "severity", "what it is")))
+    return "\n".join([f"| {titles} |", "|---|---|---|", *rows])
+
+
+TABLES: dict[str, Callable[[Said], str]] = {
+    "formats": formats,
+    "faults": faults,
+    "limits": partial(table_of_limits, Limits()),
+}
+"""Tables by the name in their marks."""
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\\n", " ")
 
 
+def _begin(name: str) -> str:
+    return f"<!-- {name}: made by tools/pages.py -->\n"
+
+
 def renewed(page: str, name: str, content: str) -> str:
     """The page with what stands between its marks of that name replaced."""
-    begin, end = f"<!-- {name}: made by tools/pages.py -->\n", f"<!-- end of {name} -->\n"
+    begin, end = _begin(name), f"<!-- end of {name} -->\n"
     before, found, rest = page.partition(begin)
     _, ended, after = rest.partition(end)
     assert found, f"the page lacks {begin.strip()}"
@@ -167,16 +205,23 @@ def renewed(page: str, name: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
-    readme, data = ROOT / "README.md", ROOT / "docs" / "en" / "data.md"
-    serving = ROOT / "docs" / "en" / "serving.md"
+    readme = ROOT / "README.md"
     short = f"```\n{tree(whole=False)}\n```"
-    tables = renewed(data.read_text(encoding="utf-8"), "formats", formats())
     return {
         readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
-        data: renewed(tables, "faults", faults()),
-        serving: renewed(serving.read_text(encoding="utf-8"), "limits", table(Limits())),
-        ROOT / "docs" / "en" / "commands.md": commands(),
+        **_with_tables("en"),
+        **_with_tables("zh"),
     }
+
+
+def _with_tables(language: Language) -> dict[Path, str]:
+    """The pages of a language that have marks of tables, with these tables."""
+    made = {}
+    for path in sorted((ROOT / "docs" / language).glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        for name in [name for name in TABLES if _begin(name) in page]:
+            page = made[path] = renewed(page, name, TABLES[name](said_in(language)))
+    return made
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SOURCES = (
     *(".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
-    *("MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "benchmarks"),
+    *("MANIFEST.in", "Makefile", "README.md", "README.zh.md", "SECURITY.md", "benchmarks"),
     *("constraints.txt", "docs", "examples", "pretraining", "pyproject.toml", "recipes", "src"),
     *("tests", "tools"),
 )

@@ -108,7 +108,7 @@ def make_tiny(
 
 
 def _write_files(folder: Path, family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "config.json", _config(family, size, tokenizer))
     template = _TURNS if family in _NEWEST else _DEFAULT_SYSTEM + _TURNS
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))

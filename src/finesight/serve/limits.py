@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from finesight.data.headers import MAX_PIXELS
@@ -79,13 +80,14 @@ MEANINGS = {
 """Of each limit: what it bounds, and the option that sets it."""
 
 
-def table(limits: Limits) -> str:
-    """The limits as a table in Markdown."""
+def table(limits: Limits, said: Callable[[str], str] = str) -> str:
+    """The limits as a table in Markdown; `said` gives its words in the page's language."""
+    titles = " | ".join(map(said, ("limit", "default", "what it bounds", "option")))
     shown = [
-        f"| `{name}` | {_shown(name, value)} | {MEANINGS[name][0]} | {MEANINGS[name][1]} |"
+        f"| `{name}` | {_shown(name, value)} | {said(MEANINGS[name][0])} | {MEANINGS[name][1]} |"
         for name, value in asdict(limits).items()
     ]
-    return "\n".join(["| limit | default | what it bounds | option |", "|---|---|---|---|", *shown])
+    return "\n".join([f"| {titles} |", "|---|---|---|---|", *shown])
 
 
 def _shown(name: str, value: float) -> str:

@@ -295,3 +295,14 @@ def test_nothing_is_dropped_silently(tmp_path):
     assert set(told(done, "unknown")) == {"made_up"}
     assert {"flash_attn", "swanlab_api_key"} <= set(told(done, "needless"))
     assert "s3cret" not in str(done)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_strategy": "no"}, {"save_strategy": "epoch", "max_steps": 9}],
+    ids=["no", "epochs-of-steps"],
+)
+def test_checkpoints_that_cannot_be_timed_so_are_told(settings, tmp_path):
+    done = from_settings(tmp_path, FACTORY | settings)
+    assert recipe_of(tmp_path).train.save_every is None
+    assert "four times" in told(done, "note")["save_strategy"]

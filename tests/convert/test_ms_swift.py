@@ -147,6 +147,13 @@ def test_targets_are_found_in_all_of_the_model(tmp_path):
     made = recipe(tmp_path, target_modules=["gate_proj"])
     assert (made.tune.vision, made.tune.language) == ("lora", "lora")
     assert made.tune.lora.targets == ("gate_proj",)
+    longer = from_settings(tmp_path, SWIFT | {"target_modules": ["layers.3.self_attn.q_proj"]})
+    assert recipe_of(tmp_path).tune.lora.targets == ("q_proj",)
+    assert "every layer" in told(longer, "differs")["target_modules"]
+    none = from_settings(tmp_path, SWIFT | {"target_modules": ["W_pack"]})
+    assert recipe_of(tmp_path).tune.lora.targets is None
+    assert "left out" in told(none, "differs")["target_modules"]
+    assert "all linear layers" in told(none, "note")["target_modules"]
     older = recipe(tmp_path, model="Qwen/Qwen2-VL-2B-Instruct", target_modules=["gate_proj"])
     assert older.tune.vision == "frozen"
 

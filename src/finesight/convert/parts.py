@@ -76,48 +76,48 @@ def in_four_bits(draft: Draft, parts: list[str], kind: str, twice: bool) -> None
         draft.differs("quantisation", what, "four bits are NF4 with double quantisation here")
 
 
-def layers_named(family: Family, targets: tuple[str, ...], whole: bool) -> dict[str, set[str]]:
-    """The linear layers of each part that target names mean: the last pieces of their names, or
-    with `whole` false any piece that holds the target."""
-    parts = {"vision": family.vision, "merger": family.merger, "language": family.language}
-    found: dict[str, set[str]] = {}
-    for part, layers in parts.items():
-        found[part] = {
-            layer
-            for layer in layers
-            for target in targets
-            if (layer == target or target.endswith(f".{layer}") if whole else target in layer)
-        }
-    return found
-
-
 def set_targets(
     draft: Draft, family: Family, free: Free, key: str, targets: tuple[str, ...], whole: bool
 ) -> None:
-    """Adapters on layers that are named; a part in which none is, stays frozen. Where a name is
-    in two parts, and only one should have it, the recipe cannot say so, which is told."""
-    named = layers_named(family, targets, whole)
-    known = set().union(*named.values())
-    if lost := [
-        t
-        for t in targets
-        if not layers_named(family, (t,), whole)["language"]
-        | layers_named(family, (t,), whole)["vision"]
-        | layers_named(family, (t,), whole)["merger"]
-    ]:
-        draft.differs(
-            key, ", ".join(lost), f"no linear layer of {family.name} is called so: left out"
-        )
+    """Adapters on the layers that are named, in the parts that are free; a part in which none is,
+    stays frozen. A name means layers that end in it, or with `whole` false those that hold it."""
+    named = {target: _layers(family, target, whole) for target in targets}
+    if lost := [target for target, layers in named.items() if not any(layers.values())]:
+        text = f"no linear layer of {family.name} is called so: left out"
+        draft.differs(key, ", ".join(lost), text)
+    if longer := [target for target in targets if "." in target and target not in lost]:
+        text = "every layer that ends in the last piece has adapters here"
+        draft.differs(key, ", ".join(longer), text)
+    found = {
+        part: sorted(set().union(*(layers[part] for layers in named.values())))
+        for part in ("language", "vision", "merger")
+    }
+    if not any(found.values()):
+        text = "with none of them left, all linear layers of the language model have adapters"
+        draft.note(key, ", ".join(targets), text)
+        tune_adapters(draft, Free(False, False, free.language), None)
+        return
     chosen = Free(
-        free.vision and bool(named["vision"]),
-        free.merger and bool(named["merger"]),
-        free.language and bool(named["language"]),
+        free.vision and bool(found["vision"]),
+        free.merger and bool(found["merger"]),
+        free.language and bool(found["language"]),
     )
-    if not known:
-        chosen = Free(False, False, free.language)
-    used = [
-        *(sorted(named["language"]) if chosen.language else ()),
-        *(sorted(named["vision"]) if chosen.vision else ()),
-        *(sorted(named["merger"]) if chosen.merger else ()),
-    ]
+    used = (
+        *(found["language"] if chosen.language else ()),
+        *(found["vision"] if chosen.vision else ()),
+        *(found["merger"] if chosen.merger else ()),
+    )
     tune_adapters(draft, chosen, tuple(dict.fromkeys(used)))
+
+
+def _layers(family: Family, target: str, whole: bool) -> dict[str, set[str]]:
+    """The linear layers of each part that a target means, by the last pieces of their names."""
+    parts = {"vision": family.vision, "merger": family.merger, "language": family.language}
+    return {
+        part: {
+            layer
+            for layer in layers
+            if (layer == target or target.endswith(f".{layer}") if whole else target in layer)
+        }
+        for part, layers in parts.items()
+    }

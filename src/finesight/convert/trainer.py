@@ -27,6 +27,7 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw8bit",
     "paged_adamw_8bit": "adamw8bit",
 }
+_SAVED = "checkpoints are written four times in the run here, and after the last step"
 _TRACKERS = ("swanlab", "tensorboard", "wandb", "mlflow", "trackio")
 _NO_TRACKER = ("none", "all", "[]")
 
@@ -126,8 +127,10 @@ def saving(given: Given, draft: Draft) -> None:
         share = 1 / float(str(epochs))
         if 0 < share < 1:
             draft.set("train.save_every", round(share, 6), "once in each epoch")
-    elif strategy not in ("no", "best", "steps", "epoch"):
-        draft.differs("save_strategy", strategy, "checkpoints are written four times in the run")
+        else:
+            draft.note("save_strategy", strategy, _SAVED)
+    else:
+        draft.note("save_strategy", strategy, _SAVED)
     limit = given.count("save_total_limit")
     if limit is not None and limit > 0:
         draft.set("train.keep", limit)

@@ -38,6 +38,7 @@ COMMANDS = (
         "data plan",
         "data export",
         "data migrate",
+        "convert",
     ),
     *(
         "train",

@@ -25,6 +25,7 @@ COMMANDS = (
     ["export"],
     ["report"],
     ["compare"],
+    ["convert"],
     ["data", "check"],
     ["data", "import"],
     ["data", "export"],

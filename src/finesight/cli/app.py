@@ -17,6 +17,7 @@ import typer
 from finesight import __version__
 from finesight.cli.chat import chat
 from finesight.cli.compare import compare
+from finesight.cli.convert import convert
 from finesight.cli.data_check import check
 from finesight.cli.data_export import export_data
 from finesight.cli.data_import import import_data
@@ -85,6 +86,7 @@ data.command("export", short_help="Write samples in another program's format.")(
 data.command(short_help="Print every token of a recipe's samples.")(show)
 data.command(short_help="Count what a run will take, and choose settings that fit.")(plan)
 data.command(short_help="Write a file's boxes for another family.")(migrate)
+app.command(short_help="Write a recipe from ms-swift's or LLaMA-Factory's settings.")(convert)
 app.command(short_help="Tune a model as a recipe says.")(train)
 app.command(short_help="Train a recipe by torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
 app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)

@@ -1,0 +1,308 @@
+"""LLaMA-Factory's settings, each against what LLaMA-Factory 0.9.5 does with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from converting import FACTORY, from_script, from_settings, recipe_of, told
+
+from finesight.config import Recipe
+from finesight.convert.llama_factory_keys import RULES
+from finesight.convert.rules import Becomes
+from finesight.errors import UserError
+
+
+def recipe(folder: Path, **settings: object) -> Recipe:
+    from_settings(folder, FACTORY | settings)
+    return recipe_of(folder)
+
+
+def test_its_defaults_are_written_out(tmp_path):
+    made = recipe(tmp_path)
+    lora, train = made.tune.lora, made.train
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 16.0, 0.0, None)
+    assert (made.tune.vision, made.tune.merger, made.tune.language) == ("frozen", "frozen", "lora")
+    assert (train.epochs, train.batch, train.learning_rate.default) == (3.0, 8, 5e-5)
+    assert (train.schedule, train.warmup, train.weight_decay) == ("linear", 0, 0.0)
+    assert (train.betas, train.clip, train.optimizer) == ((0.9, 0.999), 1.0, "adamw")
+    assert (train.seed, train.data_seed, train.save_every) == (42, 42, 500)
+    assert made.picture.model_dump() == {"min_pixels": 3136, "max_pixels": 589_824}
+    assert (made.data.max_length, made.track, made.eval) == (2048, (), None)
+
+
+EXAMPLES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "per_device_train_batch_size": ({"per_device_train_batch_size": 3}, {"train.batch": 3}),
+    "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, {"train.batch": 32}),
+    "learning_rate": ({"learning_rate": "2e-4"}, {"train.learning_rate.default": 2e-4}),
+    "num_train_epochs": ({"num_train_epochs": 1.5}, {"train.epochs": 1.5}),
+    "max_steps": ({"max_steps": 70}, {"train.steps": 70, "train.epochs": None}),
+    "lr_scheduler_type": (
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+        {"train.schedule": "constant", "train.warmup": 0},
+    ),
+    "warmup_ratio": ({"warmup_ratio": 0.1}, {"train.warmup": 0.1}),
+    "warmup_steps": ({"warmup_steps": 20, "warmup_ratio": 0.1}, {"train.warmup": 20}),
+    "weight_decay": ({"weight_decay": 0.01}, {"train.weight_decay": 0.01}),
+    "adam_beta1": ({"adam_beta1": 0.8}, {"train.betas": [0.8, 0.999]}),
+    "adam_beta2": ({"adam_beta2": 0.95}, {"train.betas": [0.9, 0.95]}),
+    "max_grad_norm": ({"max_grad_norm": 0}, {"train.clip": None}),
+    "optim": ({"optim": "paged_adamw_8bit"}, {"train.optimizer": "adamw8bit"}),
+    "bf16": ({"bf16": True}, {"train.precision": "bf16"}),
+    "fp16": ({"fp16": True}, {"train.precision": "fp16"}),
+    "pure_bf16": ({"pure_bf16": True}, {"train.precision": "bf16"}),
+    "use_cpu": ({"use_cpu": True}, {"train.device": "cpu"}),
+    "seed": ({"seed": 7}, {"train.seed": 7, "train.data_seed": 7}),
+    "data_seed": ({"data_seed": 8}, {"train.seed": 42, "train.data_seed": 8}),
+    "save_steps": ({"save_steps": 0.2}, {"train.save_every": 0.2}),
+    "save_strategy": (
+        {"save_strategy": "epoch", "num_train_epochs": 4},
+        {"train.save_every": 0.25},
+    ),
+    "save_total_limit": ({"save_total_limit": 5}, {"train.keep": 5}),
+    "deepspeed": (
+        {"deepspeed": "examples/deepspeed/ds_z3_offload_config.json"},
+        {"train.parallel": "fsdp_offload"},
+    ),
+    "fsdp": ({"fsdp": "full_shard auto_wrap"}, {"train.parallel": "fsdp"}),
+    "report_to": ({"report_to": ["wandb", "mlflow"]}, {"track.0.kind": "wandb"}),
+    "use_swanlab": ({"use_swanlab": True}, {"track.0.kind": "swanlab"}),
+    "swanlab_project": (
+        {"use_swanlab": True, "swanlab_project": "mine"},
+        {"track.0.project": "mine"},
+    ),
+    "output_dir": ({"output_dir": "saves/a"}, {"output": "saves/a"}),
+    "model_name_or_path": (
+        {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"},
+        {"model": "Qwen/Qwen3-VL-4B-Instruct", "picture.min_pixels": 65_536},
+    ),
+    "model_revision": ({"model_revision": "v1"}, {"model": "Qwen/Qwen2.5-VL-3B-Instruct@v1"}),
+    "adapter_name_or_path": ({"adapter_name_or_path": "saves/a"}, {"adapter": "saves/a"}),
+    "dataset": (
+        {"dataset": "a, b"},
+        {"data.train.0.path": "samples/a/data.jsonl", "data.train.1.path": "samples/b/data.jsonl"},
+    ),
+    "eval_dataset": ({"eval_dataset": "b"}, {"data.eval.0.path": "samples/b/data.jsonl"}),
+    "val_size": (
+        {"val_size": 0.1},
+        {
+            "data.train.0.path": "samples/tickets/train.jsonl",
+            "data.eval.0.path": "samples/tickets/eval.jsonl",
+        },
+    ),
+    "default_system": ({"default_system": "Be brief."}, {"data.system": "Be brief."}),
+    "cutoff_len": ({"cutoff_len": 4096}, {"data.max_length": 4096}),
+    "image_max_pixels": ({"image_max_pixels": 262_144}, {"picture.max_pixels": 262_144}),
+    "image_min_pixels": ({"image_min_pixels": 50_000}, {"picture.min_pixels": 50_000}),
+    "finetuning_type": (
+        {"finetuning_type": "full"},
+        {"tune.language": "full", "tune.embeddings": "full", "tune.vision": "frozen"},
+    ),
+    "freeze_vision_tower": (
+        {"freeze_vision_tower": False},
+        {"tune.vision": "lora", "tune.merger": "frozen"},
+    ),
+    "freeze_multi_modal_projector": (
+        {"finetuning_type": "full", "freeze_multi_modal_projector": False},
+        {"tune.merger": "full", "tune.vision": "frozen"},
+    ),
+    "freeze_language_model": (
+        {
+            "finetuning_type": "full",
+            "freeze_language_model": True,
+            "freeze_multi_modal_projector": False,
+        },
+        {"tune.language": "frozen", "tune.embeddings": "frozen", "tune.merger": "full"},
+    ),
+    "lora_target": ({"lora_target": "q_proj,v_proj"}, {"tune.lora.targets": ["q_proj", "v_proj"]}),
+    "additional_target": ({"additional_target": "embed_tokens"}, {"tune.embeddings": "full"}),
+    "lora_rank": ({"lora_rank": 32}, {"tune.lora.rank": 32, "tune.lora.alpha": 64.0}),
+    "lora_alpha": ({"lora_alpha": 5}, {"tune.lora.alpha": 5.0}),
+    "lora_dropout": ({"lora_dropout": 0.1}, {"tune.lora.dropout": 0.1}),
+    # The scale alpha / sqrt(rank) of rank 16 and alpha 8 is 2, that of alpha 32 here.
+    "use_rslora": (
+        {"use_rslora": True, "lora_rank": 16, "lora_alpha": 8},
+        {"tune.lora.alpha": 32.0},
+    ),
+    "quantization_bit": (
+        {"quantization_bit": 4},
+        {"tune.nf4": ["vision", "merger", "language"]},
+    ),
+    "use_muon": ({"use_muon": True}, {"train.optimizer": "muon"}),
+}
+"""What one setting becomes, the others at their defaults."""
+
+ELSEWHERE = {"stage", "dataset_dir", "media_dir", "max_samples"} | {
+    "quantization_method",
+    "quantization_type",
+    "double_quantization",
+}
+"""What has a test of its own below."""
+
+
+def test_every_setting_that_becomes_one_has_an_example():
+    becoming = {key for key, rule in RULES.items() if isinstance(rule, Becomes)}
+    assert becoming == set(EXAMPLES) | ELSEWHERE
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_a_setting_becomes(key: str, tmp_path: Path) -> None:
+    settings, expected = EXAMPLES[key]
+    made = recipe(tmp_path, **settings).model_dump(mode="json")
+    before = recipe(tmp_path).model_dump(mode="json")
+    for name, value in expected.items():
+        assert at(made, name) == value, name
+    assert made != before, "the example would pass without the setting"
+
+
+def at(node: object, name: str) -> object:
+    """The value at a dotted name; None where there is none."""
+    for piece in name.split("."):
+        if isinstance(node, list):
+            node = node[int(piece)] if int(piece) < len(node) else None
+        else:
+            node = node.get(piece) if isinstance(node, dict) else None
+    return node
+
+
+def test_all_adapts_what_it_adapts_there(tmp_path):
+    """`all` collects names of layers outside of the merger: those of Qwen2.5-VL's merger are not
+    among them, those of Qwen3-VL's are if the tower's are."""
+    free = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    done = from_settings(tmp_path, FACTORY | free)
+    assert recipe_of(tmp_path).tune.merger == "frozen"
+    assert "finds none" in told(done, "note")["freeze_multi_modal_projector"]
+    qwen3 = {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"}
+    assert recipe(tmp_path, **free, **qwen3).tune.merger == "lora"
+    only = {"freeze_multi_modal_projector": False}
+    assert recipe(tmp_path, **only, **qwen3).tune.merger == "frozen"
+
+
+def test_targets_are_found_where_they_are_part_of_a_name(tmp_path):
+    made = recipe(tmp_path, lora_target="proj", freeze_vision_tower=False)
+    assert made.tune.vision == "lora"
+    assert set(made.tune.lora.targets) >= {"q_proj", "proj", "gate_proj", "down_proj"}
+    assert recipe(tmp_path, lora_target="qkv,q_proj").tune.vision == "frozen"
+    done = from_settings(tmp_path, FACTORY | {"lora_target": "q_proj,W_pack"})
+    assert recipe_of(tmp_path).tune.lora.targets == ("q_proj",)
+    assert "no linear layer" in told(done, "differs")["lora_target"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"quantization_bit": 8}, "8 by bnb"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 by hqq"),
+        ({"quantization_bit": 4, "quantization_type": "fp4"}, "fp4"),
+        ({"quantization_bit": 4, "double_quantization": False}, "without double"),
+    ],
+)
+def test_other_bits_than_nf4_are_told(settings, word, tmp_path):
+    done = from_settings(tmp_path, FACTORY | settings)
+    assert any(word in r.value for r in done.remarks if r.kind == "differs")
+
+
+def test_data_sets_are_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    info = {
+        "tickets": {"file_name": "t/tickets.json", "formatting": "sharegpt"},
+        "odd": {"file_name": "odd.json", "columns": {"prompt": "ask", "images": "images"}},
+        "online": {"hf_hub_url": "owner/name", "subset": "small", "num_samples": 50},
+        "twice": {"hf_hub_url": "owner/a", "ms_hub_url": "owner/b"},
+        "liked": {"file_name": "liked.json", "ranking": True},
+    }
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(info))
+    base = FACTORY | {"dataset_dir": "sets"}
+    done = from_settings(tmp_path, base | {"dataset": "tickets,odd,online,twice", "val_size": 20})
+    assert done.imports == (
+        "finesight data import sets/t/tickets.json samples/tickets --eval-last 20",
+        "finesight data import sets/odd.json samples/odd --eval-last 20",
+        "finesight data import hf:owner/name:small/train samples/online --limit 50 --eval-last 20",
+        "finesight data import hf:owner/a samples/twice --eval-last 20",
+    )
+    assert told(done, "note")["odd: columns"]
+    assert "drawn by chance" in told(done, "differs")["online: num_samples"]
+    limited = from_settings(tmp_path, base | {"max_samples": 30})
+    assert limited.imports[0].endswith("tickets --limit 30")
+    away = from_settings(tmp_path, base | {"media_dir": "pictures"})
+    assert "paths" in told(away, "note")["media_dir"]
+    for name, words in (("liked", "preference learning"), ("none", "none is not in it")):
+        with pytest.raises(UserError, match=words):
+            from_settings(tmp_path, base | {"dataset": name})
+
+
+def test_without_descriptions_the_commands_are_guesses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = from_settings(tmp_path, FACTORY)
+    assert done.imports == ("finesight data import data/tickets.json samples/tickets",)
+    assert "is not here" in told(done, "note")["dataset_dir"]
+    online = from_settings(tmp_path, FACTORY | {"dataset_dir": "ONLINE", "dataset": "owner/name"})
+    assert online.imports == ("finesight data import hf:owner/name samples/name",)
+
+
+def test_gpus_come_from_the_command(tmp_path):
+    from_settings(tmp_path, FACTORY, "inner.yaml")
+    start = "llamafactory-cli train inner.yaml learning_rate=3e-5"
+    for before, batch in (
+        ("", 8),
+        ("FORCE_TORCHRUN=1 NNODES=2 NPROC_PER_NODE=4", 64),
+        ("CUDA_VISIBLE_DEVICES=0,2,3", 24),
+    ):
+        from_script(tmp_path, f"{before} {start}\n")
+        made = recipe_of(tmp_path)
+        assert (made.train.batch, made.train.learning_rate.default) == (batch, 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stage": "dpo"}, "preference learning"),
+        ({"stage": "rm"}, "a reward model"),
+        ({"stage": "pt"}, "plain text"),
+        ({"stage": "ppo"}, "reinforcement"),
+        ({"finetuning_type": "freeze"}, "some layers"),
+        ({"finetuning_type": "oft"}, "a kind of adapter"),
+        ({"model_name_or_path": "meta-llama/Llama-3-8B", "template": "llama3"}, "Qwen vision"),
+        ({"model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "template": "qwen"}, "Qwen vision"),
+        ({"do_train": False, "do_predict": True}, "not for training"),
+        ({"do_train": None, "export_dir": "out"}, "not for training"),
+        ({"lora_rank": "many"}, "lora_rank is 'many'"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"bf16": "perhaps"}, "bf16 is 'perhaps'"),
+        ({"freeze_language_model": True}, "every part is frozen"),
+        ({"dataset": None}, "dataset"),
+        ({"val_size": 1.5}, "val_size"),
+        ({"image_max_pixels": 5}, "image_max_pixels"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        from_settings(tmp_path, FACTORY | settings)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_nothing_is_dropped_silently(tmp_path):
+    settings = {"use_dora": True, "neat_packing": True, "flash_attn": "fa2", "made_up": 3}
+    settings |= {"mask_history": True, "neftune_noise_alpha": 5, "template": "default"}
+    done = from_settings(tmp_path, FACTORY | settings | {"swanlab_api_key": "s3cret"})
+    differing = {"use_dora", "neat_packing", "mask_history", "neftune_noise_alpha", "template"}
+    assert set(told(done, "differs")) == differing
+    assert set(told(done, "unknown")) == {"made_up"}
+    assert {"flash_attn", "swanlab_api_key"} <= set(told(done, "needless"))
+    assert "s3cret" not in str(done)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_strategy": "no"}, {"save_strategy": "epoch", "max_steps": 9}],
+    ids=["no", "epochs-of-steps"],
+)
+def test_checkpoints_that_cannot_be_timed_so_are_told(settings, tmp_path):
+    done = from_settings(tmp_path, FACTORY | settings)
+    assert recipe_of(tmp_path).train.save_every is None
+    assert "four times" in told(done, "note")["save_strategy"]

@@ -42,6 +42,10 @@ output: runs/mine
 """
 
 
+ROWS = 140
+"""Of a data set: more than tutorials hold out."""
+
+
 def models(folder: Path) -> dict[str, dict[str, bytes]]:
     """The files of every model that a page names."""
     found = {"Qwen/Qwen2-VL-2B-Instruct": locate(OWN).path}
@@ -58,11 +62,20 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def data_sets() -> dict[str, dict[str, bytes]]:
     """Every data set that a page names, with drawn pictures."""
-    captions = [{"image": _cell(n), "caption": f"a picture of {n} things"} for n in range(500)]
-    formulas = [{"image": _cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(1000)]
+    captions = [
+        {"image": _cell(n), "caption": f"a picture of {n} things", "image_id": n}
+        for n in range(ROWS)
+    ]
+    formulas = [{"image": _cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(ROWS)]
     boxes = [
-        {"image": _cell(n), "question": f"Where is word {n}?", "bbox": [4.0, 6.0, 20.0, 12.0]}
-        for n in range(3100)
+        {
+            "image": _cell(n),
+            "question": f"Where is word {n}?",
+            "answer": f"word {n}",
+            "dataset_id": str(n),
+            "bbox": [4.0, 6.0, 20.0, 12.0],
+        }
+        for n in range(ROWS)
     ]
     sets = {
         "modelscope/coco_2014_caption": captions,
@@ -91,7 +104,11 @@ def hubs(repositories: dict[str, dict[str, bytes]], home: Path) -> Iterator[dict
         shims = home / "shims"
         shims.mkdir(parents=True)
         _write_pip(shims / "pip")
-        kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("LANG", "PYTHONPATH", "TMPDIR")
+            if name in os.environ
+        }
         yield kept | {
             "HOME": str(home),
             "PATH": os.pathsep.join(

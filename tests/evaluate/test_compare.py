@@ -78,6 +78,8 @@ def test_a_figure_without_resamples_goes_by_its_value():
     assert unsampled("held_out_loss", 2.0, 1.0).verdict == "better"
     assert unsampled("held_out_loss", 1.0, 1.0).verdict == "no clear change"
     assert unsampled("exact", 1.0, 0.5).verdict == "worse"
+    # What is shown as -0.0000 is no change.
+    assert unsampled("bleu", 4e-5, 0.0).verdict == "no clear change"
 
 
 def test_the_table_marks_the_headline_and_stands_in_columns():

@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 Verdict = Literal["better", "worse", "no clear change"]
 
+NOTHING = 5e-5
+"""Of a figure: less is shown as 0.0000."""
+
 FEWEST = 6
 """Samples without which nothing is clear: of five, all agree by chance once in sixteen times."""
 
@@ -88,7 +91,9 @@ def unsampled(name: str, before: float, after: float) -> Difference:
 
 
 def _verdict(name: str, low: float, high: float) -> Verdict:
-    """Clear if the interval lies on one side of 0."""
+    """Clear if the interval lies on one side of 0, and is more than what is shown as none."""
+    if max(abs(low), abs(high)) < NOTHING:
+        return "no clear change"
     if name in LOWER_IS_BETTER:
         low, high = -high, -low
     return "better" if low > 0 else "worse" if high < 0 else "no clear change"

@@ -53,7 +53,7 @@ class SwanLab(Writer):
         word = settings.mode if tracker.address is None else tracker.address
         mode = word if word in ("local", "offline", "disabled") else "online"
         why = ""
-        if mode == "online" and settings.api_key is None:
+        if mode == "online" and not settings.api_key:
             mode, why = "offline", " (no key)"
         if mode == "online":
             try:

@@ -18,7 +18,7 @@ from docs_blocks import Block
 LIMIT_S = 300.0
 """For what a block has to say until it is done."""
 
-STAYS = re.compile(r"^finesight (serve|web)\b(?!.*&\s*(#.*)?$)")
+STAYS = re.compile(r"finesight (serve|web)\b(?!.*&[ \t]*(#.*)?$)", re.MULTILINE)
 """Commands that answer until Ctrl-C; the reader goes on in another terminal."""
 
 _ADDRESS = re.compile(r"http://[\w.]+:\d+")

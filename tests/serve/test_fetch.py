@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import ipaddress
 import json
@@ -92,12 +93,24 @@ def webs(
     """The same name leads to two servers at one port: one outside, one that must not be asked."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    outside = Web(OUTSIDE, 0, *certificate)
-    inside = Web(INSIDE, outside.server_address[1], *certificate)
+    outside, inside = _at_one_port(certificate)
     yield outside, inside
     for web in (outside, inside):
         web.shutdown()
         web.server_close()
+
+
+def _at_one_port(certificate: tuple[Path, Path]) -> tuple[Web, Web]:
+    """Two servers at a port that is free at both addresses: others take ports meanwhile."""
+    while True:
+        outside = Web(OUTSIDE, 0, *certificate)
+        try:
+            return outside, Web(INSIDE, outside.server_address[1], *certificate)
+        except OSError as error:
+            outside.shutdown()
+            outside.server_close()
+            if error.errno != errno.EADDRINUSE:
+                raise
 
 
 class Names:

@@ -38,8 +38,6 @@ html_sidebars = {
         *("sidebar/scroll-start.html", "sidebar/navigation.html", "sidebar/scroll-end.html"),
     ]
 }
-# Links to files beside the documentation are the repository's own: on a built page they are plain.
-suppress_warnings = ["myst.xref_missing"]
 
 
 def setup(app: object) -> None:

@@ -49,6 +49,36 @@ def recipe_of(folder: Path) -> Recipe:
     return load_recipe(folder / "recipe.yaml")
 
 
+def made_of(least: dict[str, object], folder: Path, **settings: object) -> Recipe:
+    """The recipe of the least that a program needs and these settings."""
+    from_settings(folder, least | settings)
+    return recipe_of(folder)
+
+
+def try_example(
+    least: dict[str, object],
+    folder: Path,
+    settings: dict[str, object],
+    expected: dict[str, object],
+) -> None:
+    """Settings become the values expected at dotted names, and would not without being written."""
+    made = made_of(least, folder, **settings).model_dump(mode="json")
+    before = made_of(least, folder).model_dump(mode="json")
+    for name, value in expected.items():
+        assert _at(made, name) == value, name
+    assert made != before, "the example would pass without the setting"
+
+
+def _at(node: object, name: str) -> object:
+    """The value at a dotted name; None where there is none."""
+    for piece in name.split("."):
+        if isinstance(node, list):
+            node = node[int(piece)] if int(piece) < len(node) else None
+        else:
+            node = node.get(piece) if isinstance(node, dict) else None
+    return node
+
+
 def told(done: Converted, kind: str) -> dict[str, str]:
     """The remarks of a kind, by the setting that they are about."""
     return {remark.key: remark.text for remark in done.remarks if remark.kind == kind}

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from converting import FACTORY, from_script, from_settings, recipe_of, told
+from converting import FACTORY, from_script, from_settings, made_of, recipe_of, told, try_example
 
-from finesight.config import Recipe
 from finesight.convert.llama_factory_keys import RULES
 from finesight.convert.rules import Becomes
 from finesight.errors import UserError
 
-
-def recipe(folder: Path, **settings: object) -> Recipe:
-    from_settings(folder, FACTORY | settings)
-    return recipe_of(folder)
+recipe = partial(made_of, FACTORY)
 
 
 def test_its_defaults_are_written_out(tmp_path):
@@ -148,22 +145,7 @@ def test_every_setting_that_becomes_one_has_an_example():
 
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_a_setting_becomes(key: str, tmp_path: Path) -> None:
-    settings, expected = EXAMPLES[key]
-    made = recipe(tmp_path, **settings).model_dump(mode="json")
-    before = recipe(tmp_path).model_dump(mode="json")
-    for name, value in expected.items():
-        assert at(made, name) == value, name
-    assert made != before, "the example would pass without the setting"
-
-
-def at(node: object, name: str) -> object:
-    """The value at a dotted name; None where there is none."""
-    for piece in name.split("."):
-        if isinstance(node, list):
-            node = node[int(piece)] if int(piece) < len(node) else None
-        else:
-            node = node.get(piece) if isinstance(node, dict) else None
-    return node
+    try_example(FACTORY, tmp_path, *EXAMPLES[key])
 
 
 def test_all_adapts_what_it_adapts_there(tmp_path):

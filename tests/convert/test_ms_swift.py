@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from converting import SWIFT, from_script, from_settings, recipe_of, told
+from converting import SWIFT, from_script, from_settings, made_of, recipe_of, told, try_example
 
-from finesight.config import Recipe
 from finesight.convert.ms_swift_keys import RULES
 from finesight.convert.rules import Becomes
 from finesight.errors import UserError
 
-
-def recipe(folder: Path, **settings: object) -> Recipe:
-    from_settings(folder, SWIFT | settings)
-    return recipe_of(folder)
+recipe = partial(made_of, SWIFT)
 
 
 def test_its_defaults_are_written_out(tmp_path):
@@ -130,16 +127,7 @@ def test_every_setting_that_becomes_one_has_an_example():
 
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_a_setting_becomes(key: str, tmp_path: Path) -> None:
-    settings, expected = EXAMPLES[key]
-    made = recipe(tmp_path, **settings).model_dump(mode="json")
-    before = recipe(tmp_path).model_dump(mode="json")
-    for name, value in expected.items():
-        node: object = made
-        for piece in name.split("."):
-            assert isinstance(node, dict | list)
-            node = node[int(piece)] if isinstance(node, list) else node[piece]
-        assert node == value, name
-    assert made != before, "the example would pass without the setting"
+    try_example(SWIFT, tmp_path, *EXAMPLES[key])
 
 
 def test_targets_are_found_in_all_of_the_model(tmp_path):

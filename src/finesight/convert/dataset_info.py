@@ -50,8 +50,7 @@ def _limited(given: Given, source: Source) -> Source:
 
 
 def _hub(given: Given, name: str) -> str:
-    asked = given.environment.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true")
-    return f"{'modelscope' if asked else 'hf'}:{name}"
+    return f"{'modelscope' if given.switched('USE_MODELSCOPE_HUB') else 'hf'}:{name}"
 
 
 def _info(given: Given, folder: str) -> tuple[Path, dict[str, object]] | None:
@@ -114,7 +113,7 @@ def _source(
 def _online(given: Given, entry: dict[str, object]) -> str | None:
     """A hub's name, as LLaMA-Factory chooses where there are two."""
     hf, modelscope = entry.get("hf_hub_url"), entry.get("ms_hub_url")
-    first = given.environment.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true")
+    first = given.switched("USE_MODELSCOPE_HUB")
     if isinstance(modelscope, str) and (first or not isinstance(hf, str)):
         hub = f"modelscope:{modelscope}"
     elif isinstance(hf, str):

@@ -104,6 +104,18 @@ class Given:
             )
         return int(text)
 
+    def switched(self, variable: str) -> bool:
+        """Whether a variable of the environment is on."""
+        return self.environment.get(variable, "0").lower() in ("1", "true")
+
+    def told(self, *keys: str) -> bool:
+        """Whether one of them was written."""
+        return any(self.has(key) for key in keys)
+
+    def default(self, *keys: str) -> str:
+        """The comment on what none of them was written for."""
+        return "" if self.told(*keys) else f"{self.program}'s default"
+
     def refused(self, key: str, expected: str) -> UserError:
         """What a value of a wrong kind is told."""
         return UserError(

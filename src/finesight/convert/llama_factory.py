@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from finesight.convert import trainer
 from finesight.convert.dataset_info import sources_of
 from finesight.convert.draft import Draft
@@ -42,15 +40,15 @@ def fill(given: Given, draft: Draft) -> None:
     method = trainer.require_method(given, "finetuning_type", _METHODS, _REASONS)
     model = given.text("model_name_or_path") or ""
     family = family_of(model, (given.text("template"),), given.where)
-    _set_model(given, draft, model)
+    hub = "modelscope" if given.switched("USE_MODELSCOPE_HUB") else "hf"
+    trainer.start(given, draft, model, (hub, ""), "adapter_name_or_path")
     _set_data(given, draft)
     _set_picture(given, draft, family)
     _set_tune(given, draft, family, method)
     trainer.schedule(given, draft)
     _set_batch(given, draft)
-    told = given.has("learning_rate")
-    comment = "" if told else "LLaMA-Factory's default"
-    draft.set("train.learning_rate", given.number("learning_rate"), comment)
+    rate = given.number("learning_rate")
+    draft.set("train.learning_rate", rate, given.default("learning_rate"))
     trainer.optimisation(given, draft)
     if given.flag("use_muon"):
         draft.set("train.optimizer", "muon", "use_muon; matrices alone, as there")
@@ -73,19 +71,6 @@ def _require_training(given: Given) -> None:
         expected="a configuration with `do_train: true` and a dataset",
         remedy="to merge, answer or measure: finesight merge, predict or eval",
     )
-
-
-def _set_model(given: Given, draft: Draft, model: str) -> None:
-    local = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
-    revision = given.text("model_revision")
-    named = model if local or revision in (None, "main") else f"{model}@{revision}"
-    asked = given.environment.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true")
-    draft.set("model", f"modelscope:{named}" if asked and not local else named)
-    if adapters := given.words("adapter_name_or_path"):
-        draft.set("adapter", adapters[0])
-        for extra in adapters[1:]:
-            text = "only one adapter can be gone on from: merge the others"
-            draft.differs("adapter_name_or_path", extra, text)
 
 
 def _set_data(given: Given, draft: Draft) -> None:

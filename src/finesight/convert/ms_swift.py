@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from finesight.convert import trainer
@@ -40,20 +41,14 @@ def fill(given: Given, draft: Draft) -> None:
         trainer.require_method(given, "task_type", {"causal_lm": "causal_lm"}, _TASKS)
     model = given.text("model") or ""
     family = family_of(model, (given.text("model_type"), given.text("template")), given.where)
-    _set_model(given, draft, model)
+    hub = _hub(given), "the hub that ms-swift asks unless told otherwise"
+    trainer.start(given, draft, model, hub, "adapters")
     _set_data(given, draft, family)
     _set_picture(given, draft, family)
     _set_tune(given, draft, family, method)
     if epochs := given.number("max_epochs"):
         draft.note("max_epochs", f"{epochs:g}", "holds over num_train_epochs, as it did there")
-        given = Given(
-            given.program,
-            given.where,
-            dict(given.values) | {"num_train_epochs": epochs},
-            given.defaults,
-            given.environment,
-            given.finished,
-        )
+        given = replace(given, values={**given.values, "num_train_epochs": epochs})
     trainer.schedule(given, draft)
     _set_batch(given, draft)
     _set_rates(given, draft, method)
@@ -66,26 +61,7 @@ def fill(given: Given, draft: Draft) -> None:
 
 
 def _hub(given: Given) -> str:
-    hf = given.flag("use_hf") or given.environment.get("USE_HF", "0").lower() in ("1", "true")
-    return "hf" if hf else "modelscope"
-
-
-def _set_model(given: Given, draft: Draft, model: str) -> None:
-    local = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
-    revision = given.text("model_revision")
-    named = model if local or not revision else f"{model}@{revision}"
-    if not local and _hub(given) == "modelscope":
-        draft.set(
-            "model", f"modelscope:{named}", "the hub that ms-swift asks unless told otherwise"
-        )
-    else:
-        draft.set("model", named)
-    if adapters := given.words("adapters"):
-        draft.set("adapter", adapters[0])
-        for extra in adapters[1:]:
-            draft.differs(
-                "adapters", extra, "only one adapter can be gone on from: merge the others"
-            )
+    return "hf" if given.flag("use_hf") or given.switched("USE_HF") else "modelscope"
 
 
 def _set_data(given: Given, draft: Draft, family: Family) -> None:
@@ -179,8 +155,7 @@ def _variable(given: Given, name: str) -> int | None:
             raise given.refused("model_kwargs", "JSON") from error
     named = {str(k).upper(): str(v) for k, v in inner.items()} if isinstance(inner, dict) else {}
     lowered = {key.upper(): value for key, value in given.environment.items()}
-    both = Given(given.program, given.where, {}, {}, lowered | named)
-    return both.variable(name)
+    return replace(given, environment=lowered | named).variable(name)
 
 
 def _set_tune(given: Given, draft: Draft, family: Family, method: str) -> None:

@@ -44,17 +44,13 @@ def set_lora(given: Given, draft: Draft, alpha: float) -> None:
     rank = given.count("lora_rank")
     if rank is None or rank < 1:
         raise given.refused("lora_rank", "a whole number above 0")
-    draft.set("tune.lora.rank", rank, _own(given, "lora_rank"))
+    draft.set("tune.lora.rank", rank, given.default("lora_rank"))
     if given.flag("use_rslora"):
         comment = f"{alpha:g} over the root of the rank there (use_rslora)"
         draft.set("tune.lora.alpha", alpha * math.sqrt(rank), comment)
     else:
-        draft.set("tune.lora.alpha", alpha, _own(given, "lora_alpha"))
-    draft.set("tune.lora.dropout", given.number("lora_dropout"), _own(given, "lora_dropout"))
-
-
-def _own(given: Given, key: str) -> str:
-    return "" if given.has(key) else f"{given.program}'s default"
+        draft.set("tune.lora.alpha", alpha, given.default("lora_alpha"))
+    draft.set("tune.lora.dropout", given.number("lora_dropout"), given.default("lora_dropout"))
 
 
 def modules_to_save(draft: Draft, key: str, names: tuple[str, ...]) -> None:

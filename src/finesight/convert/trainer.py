@@ -32,6 +32,24 @@ _TRACKERS = ("swanlab", "tensorboard", "wandb", "mlflow", "trackio")
 _NO_TRACKER = ("none", "all", "[]")
 
 
+def start(given: Given, draft: Draft, model: str, hub: tuple[str, str], adapters: str) -> None:
+    """The model that the run starts from, of a `hub`, with a comment, where it is no folder, and
+    the adapter that the key `adapters` lists."""
+    revision = given.text("model_revision")
+    local = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
+    named = model if local or revision in (None, "main") else f"{model}@{revision}"
+    name, comment = hub
+    if name == "modelscope" and not local:
+        draft.set("model", f"modelscope:{named}", comment)
+    else:
+        draft.set("model", named)
+    first, *others = given.words(adapters) or (None,)
+    if first is not None:
+        draft.set("adapter", first)
+    for other in others:
+        draft.differs(adapters, other, "only one adapter can be gone on from: merge the others")
+
+
 def schedule(given: Given, draft: Draft) -> None:
     """How long, how fast and by which curve."""
     steps = given.count("max_steps")
@@ -40,7 +58,8 @@ def schedule(given: Given, draft: Draft) -> None:
         if given.has("num_train_epochs") and not given.finished:
             draft.note("max_steps", steps, "holds over num_train_epochs, as it did there")
     else:
-        draft.set("train.epochs", given.number("num_train_epochs"), _own(given, "num_train_epochs"))
+        epochs = given.number("num_train_epochs")
+        draft.set("train.epochs", epochs, given.default("num_train_epochs"))
     kind = given.text("lr_scheduler_type") or "linear"
     if kind not in _SCHEDULES:
         draft.differs(
@@ -49,8 +68,7 @@ def schedule(given: Given, draft: Draft) -> None:
             "cosine, linear and constant are the curves here; cosine is set: choose another if"
             " another is nearer",
         )
-    comment = _own(given, "lr_scheduler_type")
-    draft.set("train.schedule", _SCHEDULES.get(kind, "cosine"), comment)
+    draft.set("train.schedule", _SCHEDULES.get(kind, "cosine"), given.default("lr_scheduler_type"))
     draft.set("train.warmup", _warmup(given, kind), _warmup_comment(given, kind))
 
 
@@ -70,16 +88,11 @@ def _warmup(given: Given, kind: str) -> Value:
 
 
 def _warmup_comment(given: Given, kind: str) -> str:
+    keys = "warmup_ratio", "warmup_steps"
     if kind == "constant":
-        told = given.has("warmup_ratio") or given.has("warmup_steps")
-        return "`constant` has no warm-up in transformers, whatever is set" if told else ""
-    told = given.has("warmup_ratio") or given.has("warmup_steps")
-    return "" if told else f"{given.program}'s default"
-
-
-def _own(given: Given, key: str) -> str:
-    """The comment on a value that was not written."""
-    return "" if given.has(key) else f"{given.program}'s default"
+        text = "`constant` has no warm-up in transformers, whatever is set"
+        return text if given.told(*keys) else ""
+    return given.default(*keys)
 
 
 def optimisation(given: Given, draft: Draft) -> None:
@@ -90,10 +103,9 @@ def optimisation(given: Given, draft: Draft) -> None:
             "optim", name, "adamw, adamw8bit and muon are the optimisers here; adamw is set"
         )
     draft.set("train.optimizer", _OPTIMIZERS.get(name, "adamw"))
-    draft.set("train.weight_decay", given.number("weight_decay"), _own(given, "weight_decay"))
+    draft.set("train.weight_decay", given.number("weight_decay"), given.default("weight_decay"))
     betas: list[object] = [given.number("adam_beta1"), given.number("adam_beta2")]
-    told = given.has("adam_beta1") or given.has("adam_beta2")
-    draft.set("train.betas", betas, "" if told else f"{given.program}'s default")
+    draft.set("train.betas", betas, given.default("adam_beta1", "adam_beta2"))
     clip = given.number("max_grad_norm")
     draft.set("train.clip", clip if clip else None)
     seed = given.count("seed")
@@ -194,7 +206,7 @@ def trackers(given: Given, draft: Draft, project: str | None) -> None:
             {"kind": name, "project": project} if project and name == "swanlab" else name
             for name in known
         ]
-        draft.set("track", items, _own(given, "report_to"))
+        draft.set("track", items, given.default("report_to"))
 
 
 def output(given: Given, draft: Draft, otherwise: str) -> None:
@@ -204,7 +216,7 @@ def output(given: Given, draft: Draft, otherwise: str) -> None:
         comment = f"a new one: {told} holds the run of {given.program}"
         draft.set("output", f"runs/{Path(told).name or 'converted'}", comment)
         return
-    draft.set("output", told or otherwise, "" if told else f"{given.program}'s default")
+    draft.set("output", told or otherwise, given.default("output_dir"))
 
 
 def require_method(given: Given, key: str, known: dict[str, str], reasons: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import make_task
-from torch import Tensor
+from torch import Tensor, nn
 
 from finesight.config import DataFile, PixelRange, Tune
 from finesight.data.sources import load_sources
@@ -26,6 +26,9 @@ from finesight.train.recorded import Held, Kind, Passes
 
 CPU = torch.device("cpu")
 LORA = Tune.model_validate({"lora": {"rank": 8, "dropout": 0.1}})
+PARTS = "vision", "merger", "language"
+SEEING = Tune.model_validate(dict.fromkeys(PARTS, "lora") | {"lora": {"rank": 8}})
+ALL = Tune.model_validate(dict.fromkeys((*PARTS, "embeddings"), "full"))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,9 @@ def encoded(folder: Path) -> list[Encoded]:
     return [renderer.encode(sample) for sample in corpus.read()]
 
 
-def tuned(dtype: torch.dtype, device: torch.device) -> VisionLanguageModel:
+def tuned(dtype: torch.dtype, device: torch.device, tune: Tune = LORA) -> VisionLanguageModel:
     model = load_model(locate("finesight-tiny"), dtype, device)
-    apply_tuning(model, LORA, 0)
+    apply_tuning(model, tune, 0)
     for name, parameter in trainable(model).items():
         if ".adapter.b" in name:
             parameter.data.normal_(0, 0.1)
@@ -139,15 +142,68 @@ def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> No
     assert not recorded.learns_little(model)
 
 
+def test_gradients_are_left_where_the_next_recording_leaves_its_own() -> None:
+    large = nn.Parameter(torch.ones(recorded.LARGE))
+    small, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    features, back = torch.ones(4, requires_grad=True), torch.zeros(4)
+    left = recorded._Left([large, small, idle])
+    places = []
+    for factor in (2.0, 3.0):
+        # The large one is read twice, as a table is that is the head, too.
+        loss = factor * (large.sum() + (large**2).sum() + small.sum() + features.sum())
+        left.go_back(loss, [(features, back)])
+        left.hand_over()
+        assert large.grad is not None
+        assert small.grad is not None
+        assert torch.equal(large.grad, torch.full_like(large, 3 * factor))
+        assert torch.equal(small.grad, torch.full_like(small, factor))
+        assert torch.equal(back, torch.full_like(back, factor))
+        assert idle.grad is None
+        places.append((large.grad.data_ptr(), small.grad.data_ptr()))
+    assert places[0] == places[1]
+    loss = large.sum()
+    loss.backward()
+    assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was left behind"
+
+
+def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
+    model = tuned(torch.float32, CPU, ALL)
+    batch = pack(encoded(folder)[:5])
+    features = model.see(batch.patches_ND, batch.grids)
+    held = Held.room(Kind.of(batch, len(features)), batch, features)
+    held.lay(batch, features, torch.tensor(1.0))
+    ((laid, back),) = held.learned
+    assert torch.equal(laid[: len(features)], features)
+    # What a pack of nothing was filled up with has no way back.
+    back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
+    held.lead_back(features)
+    parameters = list(model.visual.parameters())
+    found = [parameter.grad for parameter in parameters]
+    again = model.see(batch.patches_ND, batch.grids)
+    expected = torch.autograd.grad((again * back[: len(again)]).sum(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("recompute", [0.0, 1.0])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("tune", "known", "recompute"),
+    [
+        (LORA, True, 0.0),
+        (LORA, False, 0.0),
+        (LORA, True, 1.0),
+        (LORA, False, 1.0),
+        (SEEING, False, 0.0),
+        (SEEING, False, 1.0),
+        (ALL, False, 0.0),
+    ],
+)
 def test_a_recording_learns_what_its_launches_would(
-    folder: Path, known: bool, recompute: float, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tune: Tune, known: bool, recompute: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = torch.device("cuda")
-    model = tuned(torch.bfloat16, cuda)
+    model = tuned(torch.bfloat16, cuda, tune)
     model.recompute = recompute
     samples = encoded(folder)
     monkeypatch.setattr(recorded, "LAUNCHED", 0)
@@ -169,6 +225,8 @@ def test_a_recording_learns_what_its_launches_would(
         return results
 
     launched, once, again = learned(0), learned(6144), learned(6144)
+    assert passes._recorded is not None, "recording failed"
+    assert passes._recorded._graphs, "nothing was recorded"
     for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
         launched, once, again, strict=True
     ):

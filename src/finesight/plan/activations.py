@@ -73,9 +73,23 @@ class Activations:
         """That which a run learns from this pack by, if any."""
         return recording(self._model, self._computing, self._recompute, load)
 
+    def seen(self, load: Load) -> int:
+        """What is kept of pictures while the decoder goes forth and back."""
+        return (self._tower(load) if load.patches else 0) + self.features(load)
+
     def looking(self, load: Load) -> Moment:
         """The tower's fullest moment on the way forward, as far as it learns with what it keeps."""
         return Moment(self._tower(load) if self._sees else 0, self._seeing(load))
+
+    def of_tower(self, load: Load, come: Come) -> Iterator[Moment]:
+        """Those of the tower that may be the fullest."""
+        if not load.patches:
+            return
+        yield self.looking(load)
+        if self._sees:
+            seats, seen = self._seats(load), self._tower(load)
+            yield Moment(seen, self._blocks.going_forth(len(seats) - 1, seats))
+            yield from self._tower_back(load, seen, come)
 
     def come(self, summed: Collection[int] = ()) -> Come:
         """The gradients that have come, but for those that a sum takes at once, of the parameters
@@ -84,18 +98,13 @@ class Activations:
 
     def moments(self, load: Load, come: Come) -> Iterator[Moment]:
         """Those that may be the fullest."""
-        seen = self._tower(load) if load.patches else 0
         if load.patches:
             looking, entering = self.looking(load), load.tokens * self._width
             yield replace(looking, working=looking.working + entering)
-        if self._sees and load.patches:
-            seats = self._seats(load)
-            yield Moment(seen, self._blocks.going_forth(len(seats) - 1, seats))
-        before = seen + self.features(load)
+        before = self.seen(load)
         yield from self._forth(load, before)
         yield from self._back(load, before, come)
-        if self._sees and load.patches:
-            yield from self._tower_back(load, seen, come)
+        yield from self.of_tower(load, come)
         # Rows of the table are summed up in one as large, where the head's gradient waits.
         table = self._number_if(self._learning_table) * _numbers([self._model.model.embed_tokens])
         yield Moment(self._waiting(load), table, gradients=come.at_table)

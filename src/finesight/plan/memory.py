@@ -157,7 +157,7 @@ def peak_of(
     those of a patch on its way to the tower."""
     come = activations.come(stays.taken[several])
     fullest, inputs = Moment(kept=0, working=stays.stepping, gradients=come.at_end), 0
-    recordings = _Recordings(activations)
+    recordings = _Recordings(activations, stays.taken[True])
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
         for moment in recordings.moments(load) or activations.moments(load, come):
@@ -182,12 +182,13 @@ def peak_of(
 
 
 class _Recordings:
-    """Of packs: `rooms` by kind, the `gradients` that recordings leave theirs in, and their own
-    memory (`pool`), which nothing else may use: no figure of what is allocated has it."""
+    """Of packs: `rooms` by kind, the `gradients` that recordings leave theirs in, those of `large`
+    parameters as soon as they come, and their own memory (`pool`), which nothing else may use: no
+    figure of what is allocated has it."""
 
-    def __init__(self, activations: Activations) -> None:
+    def __init__(self, activations: Activations, large: frozenset[int]) -> None:
         self._activations = activations
-        self._come = activations.come()
+        self._all, self._come = activations.come(), activations.come(large)
         self.rooms: dict[Kind, int] = {}
         self.gradients = self.pool = 0
 
@@ -197,9 +198,9 @@ class _Recordings:
         if found is None or (found.kind not in self.rooms and len(self.rooms) == MOST_KINDS):
             return []
         self.rooms[found.kind] = found.room
-        self.gradients = self._come.at_end
-        features = self._activations.features(load)
+        self.gradients = self._all.at_end
         within = [*self._activations.moments(found.load, self._come)]
         self.pool = max(self.pool, *(moment.in_all for moment in within))
-        there = [replace(moment, kept=moment.kept + features) for moment in within]
-        return [*there, self._activations.looking(load)] if load.patches else there
+        seen = self._activations.seen(load)
+        there = [replace(moment, kept=moment.kept + seen) for moment in within]
+        return [*there, *self._activations.of_tower(load, self._come)]

@@ -17,7 +17,7 @@ BOUND = 4
 @dataclass(frozen=True, slots=True)
 class Recording:
     """Of packs of a kind: one of them filled up, whose pictures' features are known, and the bytes
-    of the tensors that it reads."""
+    of the tensors that it reads and leaves."""
 
     kind: Kind
     load: Load
@@ -29,9 +29,7 @@ def recording(
 ) -> Recording | None:
     """That of a pack on a card that has the kernels for it; None for one that is launched."""
     tower = model.visual
-    learns = any(parameter.requires_grad for parameter in tower.parameters())
-    known = not (load.patches and learns)
-    if not (computing.flash and known and learns_little(model)):
+    if not (computing.flash and learns_little(model)):
         return None
     if not pays(model, load.tokens, load.supervised, recompute):
         return None
@@ -39,6 +37,8 @@ def recording(
     kind = Kind.around(load.lengths, places, load.supervised)
     # Ids, three positions and places of tokens; tokens that predict, and what they predict.
     room = INDEX * (4 * kind.tokens + kind.places + 2 * kind.labels) + BOUND * (kind.sequences + 1)
-    room += kind.places * tower.features * tower.geometry.out_width * computing.number
+    features = kind.places * tower.features * tower.geometry.out_width * computing.number
+    learned = any(parameter.requires_grad for parameter in tower.parameters())
+    room += features * (2 if learned else 1)
     filling = kind.tokens - load.tokens
     return Recording(kind, Load((*load.lengths, filling), (), kind.labels), room)

@@ -62,6 +62,8 @@ class Budget(BaseModel):
 
     def unlike(self, old: Budget) -> str:
         """What is other than before, for people, with what makes the next run begin so."""
+        if self == old:
+            return "the same packs, none of them recorded any more"
         if self.pack_tokens != old.pack_tokens:
             return (
                 f"packs of at most {self.pack_tokens:,} tokens instead of {old.pack_tokens:,}"
@@ -73,8 +75,8 @@ class Budget(BaseModel):
 class FullMemory(UserError):
     """A pack was too much for the GPU's memory: nothing has moved, and nothing of it is kept.
 
-    `below` is the budget to try next, None where there is none: then the run ends with what the
-    error says.
+    `below` is the budget to try next, the same one where other memory was given back, None where
+    there is none: then the run ends with what the error says.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ def too_much(
     budget: Budget,
     learning: bool,
     processes: int = 1,
+    *,
+    freed: bool = False,
 ) -> FullMemory:
     """What a refusal of memory for a pack means to one of so many `processes` that may share a
-    sample."""
+    sample. Where memory was `freed` since, the pack may be tried as it was."""
     samples, first = len(pack.lengths), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
@@ -109,7 +113,7 @@ def too_much(
         remedy="end other programs on this GPU and start again with --resume; or begin another run"
         " with smaller pictures, a lower data.max_length, a lower tune.lora.rank, or frozen"
         " weights in four bits (tune.nf4=[language])",
-        below=budget.below(pack, learning, processes),
+        below=budget if freed else budget.below(pack, learning, processes),
     )
 
 
@@ -128,7 +132,8 @@ def within_memory(
     budget: Budget, device: torch.device, say: Callable[[str], None], work: Callable[[Budget], T]
 ) -> T:
     """What `work` gives. Where a pack in it is too much for the GPU's memory, it is called again
-    with less, and has to know by itself where to go on.
+    with less, or once more where less than before is kept beside it, and has to know by itself
+    where to go on.
 
     Raises FullMemory when no smaller budget is left.
     """

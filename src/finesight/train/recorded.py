@@ -3,7 +3,9 @@ kernels faster than a processor launches them.
 
 A recording is of a kind of pack: sizes are rounded up to those of few kinds, and what fills a pack
 up is a sequence of nothing after its own. Everything that changes from pack to pack lies in tensors
-that the recording reads, the seed of its drop-outs included.
+that the recording reads, the seed of its drop-outs included. It goes from the features of pictures
+to the loss and back to them: where a tower learns, its kernels are launched while the card is busy
+with what was recorded.
 
 Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
 predict a learned one.
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +28,7 @@ from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_varlen
 from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
+from finesight.train.gradients import LARGE
 from finesight.train.loss import label_loss
 
 MOST_TOKENS = 6144
@@ -37,8 +41,8 @@ thousand of its kernels."""
 LAUNCHED = 3
 """Packs of a kind that are launched first: to record one takes as long as a few save."""
 
-MOST_LEARNED = 400_000_000
-"""Numbers that learn: a recording holds their gradients twice."""
+MOST_LEARNED = 4_000_000_000
+"""Numbers that learn: recordings have room for their gradients, which stays from step to step."""
 
 
 class Kind(NamedTuple):
@@ -75,13 +79,14 @@ def _up(number: int, multiple: int) -> int:
 @dataclass(frozen=True)
 class Held:
     """What a recording reads: a pack of its kind, the features of its pictures, the factor of its
-    loss, and the seed of its drop-outs."""
+    loss, and the seed of its drop-outs. Features that learn have room for their gradient."""
 
     kind: Kind
     batch: PackedBatch
     features_MKD: Tensor | None
     share: Tensor
     seed_1: Tensor
+    back_MKD: Tensor | None = None
 
     @classmethod
     def room(cls, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> Held:
@@ -104,11 +109,15 @@ class Held:
             predict_L=whole(kind.labels),
             target_L=whole(kind.labels),
         )
-        features = None
+        features, back = None, None
         if features_MKD is not None:
             features = whole(kind.places, *features_MKD.shape[1:], dtype=features_MKD.dtype)
-        return cls(kind, room, features, torch.zeros((), device=device), whole(1).int())
+            if features_MKD.requires_grad:
+                back = torch.zeros_like(features)
+                features.requires_grad_()
+        return cls(kind, room, features, torch.zeros((), device=device), whole(1).int(), back)
 
+    @torch.no_grad()
     def lay(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> None:
         """Put a pack where the recording reads it; nothing waits."""
         held, tokens = self.batch, len(batch.ids_T)
@@ -127,9 +136,21 @@ class Held:
         self.share.copy_(share)
         self.seed_1.random_(2**31 - 1)
 
+    @property
+    def learned(self) -> list[tuple[Tensor, Tensor]]:
+        """Features that learn, with the place of their gradient."""
+        if self.features_MKD is None or self.back_MKD is None:
+            return []
+        return [(self.features_MKD, self.back_MKD)]
+
+    def lead_back(self, features_MKD: Tensor | None) -> None:
+        """What came back to the features that were laid here, to what made them."""
+        if features_MKD is not None and self.back_MKD is not None:
+            features_MKD.backward(self.back_MKD[: len(features_MKD)])  # type: ignore[no-untyped-call]
+
 
 def learns_little(model: nn.Module) -> bool:
-    """Whether so few numbers learn that their gradients may be held twice."""
+    """Whether so few numbers learn that room for their gradients may stay."""
     learned = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return sum(parameter.numel() for parameter in learned) <= MOST_LEARNED
 
@@ -161,6 +182,54 @@ def _fill(room: Tensor, values: Tensor, rest: int) -> None:
     room[len(values) :].fill_(rest)
 
 
+class _Left:
+    """Gradients where recordings leave them, all in the same places: they are summed up before the
+    next one runs. Those of large parameters go there as soon as they are made, so that there never
+    is memory for all of them twice."""
+
+    def __init__(self, learning: Sequence[nn.Parameter]) -> None:
+        self._learning = learning
+        self._large = [n for n, one in enumerate(learning) if one.numel() >= LARGE]
+        self._places: dict[int, Tensor] = {}
+
+    def go_back(self, loss: Tensor, beside: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """From a loss to the parameters and to what learns beside them, each with the place that
+        its gradient goes to."""
+        hooks = [
+            self._learning[number].register_hook(partial(self._leave, number))  # type: ignore[no-untyped-call]
+            for number in self._large
+        ]
+        ends = [*self._learning, *(tensor for tensor, _ in beside)]
+        try:
+            made = dict(enumerate(torch.autograd.grad(loss, ends, allow_unused=True)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for number, (_, place) in enumerate(beside, start=len(self._learning)):
+            place.copy_(made.pop(number))
+        small = {n: one for n, one in made.items() if one is not None and n not in self._large}
+        if small:
+            places = [self._place(n, one) for n, one in small.items()]
+            torch._foreach_copy_(places, [*small.values()])
+
+    def hand_over(self) -> None:
+        """Give them to the parameters."""
+        for number, parameter in enumerate(self._learning):
+            parameter.grad = self._places.get(number)
+
+    def clear(self) -> None:
+        """Give their memory back."""
+        self._places.clear()
+
+    def _leave(self, number: int, gradient: Tensor) -> Tensor:
+        return self._place(number, gradient).copy_(gradient)
+
+    def _place(self, number: int, gradient: Tensor) -> Tensor:
+        if number not in self._places:
+            self._places[number] = torch.empty_like(gradient)
+        return self._places[number]
+
+
 class Passes:
     """Packs forwards and backwards; the gradients are left with the parameters."""
 
@@ -172,7 +241,7 @@ class Passes:
         self._learning = list(learning)
         self._met: Counter[Kind] = Counter()
         self._held: dict[Kind, Held] = {}
-        self._gradients: list[Tensor | None] = []
+        self._left = _Left(self._learning)
         device = self._learning[0].device
         records = alone and _recordable(model, device) and learns_little(model)
         self._recorded = Recorded(device) if records else None
@@ -194,8 +263,8 @@ class Passes:
             # learned yet: what is really wrong with the pack shows when it is launched.
             self.forget()
             return self._launch(batch, features_MKD, share)
-        for parameter, gradient in zip(self._learning, self._gradients, strict=True):
-            parameter.grad = gradient
+        self._left.hand_over()
+        held.lead_back(features_MKD)
         return loss
 
     def rehearse(self, batch: PackedBatch) -> None:
@@ -210,14 +279,18 @@ class Passes:
             held = Held.room(kind, batch, features_MKD)
             held.lay(batch, features_MKD, share)
             self._forth_and_back(held)
-            self._gradients = []
+            self._left.clear()
 
-    def forget(self) -> None:
-        """Give all recordings and their memory back, and make none any more."""
+    def forget(self) -> bool:
+        """Give all recordings and their memory back, and make none any more. Whether there was
+        any."""
+        held = bool(self._held)
         for parameter in self._learning:
             parameter.grad = None
-        self._recorded, self._gradients = None, []
+        self._recorded = None
+        self._left.clear()
         self._held.clear()
+        return held
 
     def _room(self, batch: PackedBatch, features_MKD: Tensor | None) -> Held | None:
         """Where a recording reads the pack, if it is one of a kind that has come several times."""
@@ -232,7 +305,7 @@ class Passes:
         return self._held[kind]
 
     def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
-        """The features of the pack's pictures, if nothing is learned from how they are made."""
+        """The features of the pack's pictures, with what made them where that learns."""
         model = self._model
         if (
             features_MKD is not None
@@ -240,16 +313,12 @@ class Passes:
             or not isinstance(model, VisionLanguageModel)
         ):
             return features_MKD
-        if any(parameter.requires_grad for parameter in model.visual.parameters()):
-            return None
-        with torch.no_grad():
-            return model.see(batch.patches_ND, batch.grids)
+        return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
-        known = features_MKD is not None or not batch.grids
-        return known and pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
+        return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)
@@ -263,10 +332,5 @@ class Passes:
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
         h_LD = model(held.batch, held.features_MKD, held.seed_1)
         loss = label_loss(h_LD, model.head_weight, held.batch.target_L, held.share)
-        made = torch.autograd.grad(loss, self._learning, allow_unused=True)
-        if not self._gradients:
-            # Of all recordings: they are summed up before the next one runs.
-            self._gradients = [None if one is None else torch.empty_like(one) for one in made]
-        ours = [one for one in self._gradients if one is not None]
-        torch._foreach_copy_(ours, [one for one in made if one is not None])
+        self._left.go_back(loss, held.learned)
         return loss.detach()

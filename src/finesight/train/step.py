@@ -186,10 +186,10 @@ def _accumulate(
             total += _learn(session, packed, weight, seen, known)
         except torch.OutOfMemoryError as error:
             # Another try has as much room as this one, and that of recordings, too.
-            session.passes.forget()
+            freed = session.passes.forget()
             processes = 1 if session.most_alone is None else ranks.count
             budget = session.progress.budget
-            raise too_much(error, packed, budget, learning=True, processes=processes) from None
+            raise too_much(error, packed, budget, True, processes, freed=freed) from None
     return total
 
 

@@ -22,11 +22,13 @@ from finesight.plan.kept import Computing
 from finesight.plan.load import Load
 from finesight.plan.memory import CONTEXT, LIBRARIES, Peak, peak_of, standing
 from finesight.plan.recorded import recording
+from finesight.train import recorded as train_recorded
 from finesight.train.recorded import MOST_KINDS, MOST_TOKENS, Held, Kind
 
 CPU = torch.device("cpu")
 CARD = Computing(cuda=True, number=2, flash=True)
 LORA = {"language": "lora", "lora": {"rank": 8}}
+SEEING = LORA | {"vision": "lora"}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,9 @@ def load_of(batch: PackedBatch) -> Load:
     return Load(batch.lengths, batch.grids, batch.supervised)
 
 
-def test_rooms_are_those_of_a_run(batch: PackedBatch) -> None:
-    model = tuned(LORA)
+@pytest.mark.parametrize("tune", [LORA, SEEING])
+def test_rooms_are_those_of_a_run(batch: PackedBatch, tune: dict[str, object]) -> None:
+    model = tuned(tune)
     features = model.see(batch.patches_ND, batch.grids)
     held = Held.room(Kind.of(batch, len(features)), batch, features)
     found = recording(model, CARD, 0.0, load_of(batch))
@@ -57,14 +60,15 @@ def test_rooms_are_those_of_a_run(batch: PackedBatch) -> None:
     assert found.kind == held.kind
     assert found.load.tokens == held.kind.tokens
     values = [getattr(held.batch, field.name) for field in fields(held.batch)]
-    tensors = [value for value in (*values, held.features_MKD) if isinstance(value, Tensor)]
+    tensors = [
+        value for value in (*values, held.features_MKD, held.back_MKD) if isinstance(value, Tensor)
+    ]
     assert found.room == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_only_small_packs_whose_features_are_known_are_recorded(batch: PackedBatch) -> None:
+def test_only_small_packs_are_recorded(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, load = tuned(LORA), load_of(batch)
     long = replace(load, lengths=(MOST_TOKENS + 1,))
-    text = replace(load, grids=())
     assert recording(frozen, CARD, 0.0, load) is not None
     assert recording(frozen, CARD, 0.5, load) is not None
     some = tuned({"language": "lora", "lora": {"rank": 8, "targets": ["q_proj"]}})
@@ -73,9 +77,9 @@ def test_only_small_packs_whose_features_are_known_are_recorded(batch: PackedBat
     assert recording(frozen, CARD, 0.0, long) is None
     assert recording(frozen, CARD, 0.0, replace(load, supervised=0)) is None
     assert recording(frozen, Computing(cuda=True, number=4, flash=False), 0.0, load) is None
-    seeing = tuned(LORA | {"vision": "lora"})
-    assert recording(seeing, CARD, 0.0, load) is None
-    assert recording(seeing, CARD, 0.0, text) is not None
+    assert recording(tuned(SEEING), CARD, 0.0, load) is not None
+    monkeypatch.setattr(train_recorded, "MOST_LEARNED", 1000)
+    assert recording(frozen, CARD, 0.0, load) is None
 
 
 def peak(model: VisionLanguageModel, loads: list[Load], recompute: float) -> Peak:
@@ -95,8 +99,21 @@ def test_a_recording_has_its_own_memory_and_gradients(batch: PackedBatch) -> Non
     assert found.libraries == 2 * LIBRARIES
     again = peak(model, [load], 1.0)
     assert 0 < again.recordings < found.recordings
-    launched = peak(tuned(LORA | {"vision": "lora"}), [load], 0.0)
+    long = replace(load, lengths=(MOST_TOKENS + 1,))
+    launched = peak(model, [long], 0.0)
     assert (launched.recordings, launched.libraries) == (0, LIBRARIES)
+
+
+def test_a_tower_that_learns_is_beside_the_recording(batch: PackedBatch) -> None:
+    """It keeps what it needs for its way back while the decoder goes forth and back."""
+    load = load_of(batch)
+    frozen, seeing = tuned(LORA), tuned(SEEING)
+    both = [Activations(model, CARD, 0.0) for model in (frozen, seeing)]
+    kept = both[1].seen(load)
+    assert kept > 4 * both[0].seen(load)
+    found = peak(seeing, [load], 0.0)
+    assert found.activations + found.working >= kept
+    assert found.recordings < 1.05 * peak(frozen, [load], 0.0).recordings
 
 
 def test_later_kinds_are_launched(batch: PackedBatch) -> None:

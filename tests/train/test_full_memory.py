@@ -28,6 +28,7 @@ from finesight.train import loop
 from finesight.train.budget import Budget, FullMemory
 from finesight.train.loader import Step
 from finesight.train.prepare import Session
+from finesight.train.recorded import Passes
 from finesight.train.step import Taken
 
 Refuses = Callable[[PackedBatch, VisionLanguageModel], bool]
@@ -126,6 +127,31 @@ def test_results_stay_the_same_up_to_rounding(task: Task) -> None:
         losses(task.folder / "run"), losses(task.folder / "roomy"), strict=True
     ):
         assert loss == pytest.approx(other, rel=1e-4)
+
+
+def test_memory_of_recordings_is_given_back_before_packs_become_smaller(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, held = Passes.forget, [True]
+
+    def forget(passes: Passes) -> bool:
+        real(passes)
+        return held.pop() if held else False
+
+    monkeypatch.setattr(Passes, "forget", forget)
+    refused: list[int] = []
+
+    def once(batch: PackedBatch, model: VisionLanguageModel) -> bool:
+        refused.append(len(batch.lengths))
+        return len(refused) == 1
+
+    with small_card(once):
+        result = task.run()
+    assert result.steps == 6
+    assert "going on with the same packs, none of them recorded any more" in task.screen
+    assert {line["pack_tokens"] for line in steps_of(task)} == {100}
+    task.run(name="roomy")
+    same_bits(task, "run", "roomy")
 
 
 def from_third_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[Session, Step], None]) -> None:

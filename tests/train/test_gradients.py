@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +52,18 @@ def sums(masters: Masters) -> dict[str, Tensor | None]:
 def summed(masters: Masters) -> bool:
     """Whether there is memory for sums."""
     return any(own is not None for group in masters.groups for own in group.gradients._sums)
+
+
+def test_what_learned_is_gone_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in a process that goes on, as a notebook's, gives its memory back."""
+    monkeypatch.setattr(gradients, "LARGE", 1)
+    named = parameters(torch.bfloat16)
+    masters = masters_of(named)
+    backward(named, 1)
+    alive = [weakref.ref(parameter) for parameter in named.values()]
+    del masters, named
+    gc.collect()
+    assert [one() for one in alive] == [None] * len(alive)
 
 
 def test_one_micro_batch_stays_where_it_is() -> None:

@@ -145,12 +145,15 @@ def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gradients_are_left_where_the_next_recording_leaves_its_own() -> None:
     large = nn.Parameter(torch.ones(recorded.LARGE))
     small, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    wide = nn.Parameter(torch.ones(2, 3))
     features, back = torch.ones(4, requires_grad=True), torch.zeros(4)
-    left = recorded._Left([large, small, idle])
+    left = recorded._Left([large, small, idle, wide])
     places = []
     for factor in (2.0, 3.0):
         # The large one is read twice, as a table is that is the head, too.
-        loss = factor * (large.sum() + (large**2).sum() + small.sum() + features.sum())
+        # The gradient of what is turned comes turned.
+        turned = (wide.T * torch.arange(6.0).view(3, 2)).sum()
+        loss = factor * (large.sum() + (large**2).sum() + small.sum() + features.sum() + turned)
         left.go_back(loss, [(features, back)])
         left.hand_over()
         assert large.grad is not None
@@ -159,6 +162,9 @@ def test_gradients_are_left_where_the_next_recording_leaves_its_own() -> None:
         assert torch.equal(small.grad, torch.full_like(small, factor))
         assert torch.equal(back, torch.full_like(back, factor))
         assert idle.grad is None
+        assert wide.grad is not None
+        assert wide.grad.is_contiguous(), "not as the parameter lies: a step reads it so"
+        assert torch.equal(wide.grad, factor * torch.arange(6.0).view(3, 2).T)
         places.append((large.grad.data_ptr(), small.grad.data_ptr()))
     assert places[0] == places[1]
     loss = large.sum()

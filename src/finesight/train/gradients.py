@@ -7,6 +7,7 @@ Shapes: E numbers of a group of parameters end to end, N of a stretch of them.
 from __future__ import annotations
 
 import math
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,10 +82,13 @@ class Gradients:
     def _collect(self, number: int) -> None:
         own = self.pieces[number].parameter
         register: Callable[..., object] = own.register_post_accumulate_grad_hook
+        # The parameter holds its hook where no garbage collector looks: it must not hold itself.
+        gradients = weakref.ref(self)
 
         def collect(parameter: Tensor) -> None:
-            if self._sums[number] is not None:
-                self._take(number)
+            found = gradients()
+            if found is not None and found._sums[number] is not None:
+                found._take(number)
 
         register(collect)
 

@@ -209,8 +209,7 @@ class _Left:
             place.copy_(made.pop(number))
         small = {n: one for n, one in made.items() if one is not None and n not in self._large}
         if small:
-            places = [self._place(n, one) for n, one in small.items()]
-            torch._foreach_copy_(places, [*small.values()])
+            torch._foreach_copy_([self._place(n) for n in small], [*small.values()])
 
     def hand_over(self) -> None:
         """Give them to the parameters."""
@@ -222,11 +221,12 @@ class _Left:
         self._places.clear()
 
     def _leave(self, number: int, gradient: Tensor) -> Tensor:
-        return self._place(number, gradient).copy_(gradient)
+        return self._place(number).copy_(gradient)
 
-    def _place(self, number: int, gradient: Tensor) -> Tensor:
+    def _place(self, number: int) -> Tensor:
         if number not in self._places:
-            self._places[number] = torch.empty_like(gradient)
+            # As the parameter lies: a gradient may come transposed.
+            self._places[number] = torch.empty_like(self._learning[number], requires_grad=False)
         return self._places[number]
 
 

@@ -58,7 +58,7 @@ RUNS = (
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
     Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11, recorded=False),
     Measured("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
-    Measured("grounding_3b_full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 100, 15, (1, 18, 10)),
+    Measured("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
     Measured("lora", *FIRST, seen=True),
     Measured("lora cached", *FIRST[:2], 8, *FIRST[3:6], seen=True),
     Measured("qlora", *FIRST, "adamw8bit", ("vision", "merger", "language")),

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from finesight.errors import UserError
 from finesight.hub import WANTED, locate
-from finesight.remote import repository
+from finesight.remote import repository, transfer
 from finesight.remote.address import Address, any_address
 from finesight.remote.repository import Repository, deliver, fetch_model, open_repository
 
@@ -128,6 +128,18 @@ def test_other_bytes_than_listed_are_refused(hub: Serving, address: Address, nam
     assert len(re.findall(r"[0-9a-f]{40,64}", raised.value.what)) == 2
     home = repository._home(address)
     assert not [path for path in home.rglob(f"*{name}*") if path.is_file()], "kept what is wrong"
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_file_that_is_shorter_than_listed_is_not_asked_for_without_end(
+    hub: Serving, address: Address, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    found = open_repository(address)
+    hub.repositories["models/Some/model"]["model.safetensors"] = WEIGHTS[1:]
+    if not said:
+        monkeypatch.setattr(transfer, "_announced", lambda response: None)
+    with pytest.raises(UserError, match=r"255999 bytes were received|255999 of 256000 bytes"):
+        found.fetch(["model.safetensors"])
 
 
 def test_a_beginning_of_another_file_is_not_kept(hub: Serving, address: Address) -> None:

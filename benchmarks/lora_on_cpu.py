@@ -309,7 +309,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     task = Task("receipt", "built-in")
     data = write_task(folder / "data", task, options.samples, seed=5, kind="receipt")
     steps = options.samples * options.epochs // options.batch
-    model = str(locate(options.model).path.resolve())
+    base = locate(options.model)
+    base.fetch_weights()
+    model = str(base.path.resolve())
     job = Job(model, str(data), options.batch, steps, options.dropout)
     trial = replace(job, steps=TRIAL_STEPS)
     tried = [(theirs(trial, one, options.threads)["steady"], one) for one in TRIED]

@@ -3,9 +3,9 @@
     python benchmarks/which_card.py [MODEL]... --work DIR [--out FILE] [--cards T4,L4,H200]
 
 MODEL is a hub's name, or a folder of configuration and tokenizer files; without any, three that are
-published. Of a hub, those small files are all that is fetched: a plan reads no weights. The samples
-are drawn: a picture of one size, a question, and an answer of 20 words. What is written are
-estimates, each as `finesight data plan RECIPE --gpu CARD` gives it.
+published, of which no weights are fetched. The samples are drawn: a picture of one size, a
+question, and an answer of 20 words. What is written are estimates, each as `finesight data plan
+RECIPE --gpu CARD` gives it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from rich.console import Console
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.hub import WANTED, named
+from finesight.hub import locate
 from finesight.plan.plan import Plan, make_plan
 from finesight.plan.told import as_record
 from finesight.recipe import load_recipe
-from finesight.remote.address import model_address
-from finesight.remote.repository import open_repository
 from finesight.train.progress import Screen
 
 MODELS = (
@@ -74,17 +72,6 @@ WAYS = (
     Way("all", ALL, "adamw"),
     Way("all, 8-bit moments", ALL, "adamw8bit"),
 )
-
-
-def small_files(model: str) -> str:
-    """The model's folder without its weights, fetched where `model` is a hub's name."""
-    address = None if named(model).is_dir() else model_address(model)
-    if address is None:
-        return model
-    repository = open_repository(address)
-    patterns = [pattern for pattern in WANTED if pattern.startswith("*.") and "safe" not in pattern]
-    wanted = [p for p in repository.paths if any(Path(p).match(pattern) for pattern in patterns)]
-    return str(repository.fetch(wanted))
 
 
 def draw(folder: Path, side: int) -> Path:
@@ -189,7 +176,7 @@ def main() -> None:
     screen = Screen(Console(stderr=True, quiet=True))
     rows = []
     for model in given.models:
-        folder = small_files(model)
+        folder = str(locate(model).path)
         for side in SIDES:
             data = draw(given.work, side)
             for way in WAYS:

@@ -138,11 +138,10 @@ def test_very_many_samples_are_read_as_they_are_and_packed(
 
 
 def test_a_card_is_told_by_the_first_way_that_fits(tmp_path: Path) -> None:
-    folder = which_card.small_files("finesight-tiny")
     data, screen = which_card.draw(tmp_path, 84), Screen(Console(quiet=True))
     rows = []
     for way in which_card.WAYS[:2]:
-        recipe = which_card.recipe_of(folder, data, 84, way)
+        recipe = which_card.recipe_of("finesight-tiny", data, 84, way)
         row = which_card.row_of(make_plan(recipe, "T4", screen), way)
         rows.append({"model": "tiny", "side": 84, **row})
     lora, everything = rows

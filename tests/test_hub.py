@@ -108,11 +108,11 @@ def test_a_hub_name_is_downloaded_without_code(
 ) -> None:
     asked = []
 
-    def fetch_model(address: Address, wanted: tuple[str, ...]) -> Path:
+    def open_model(address: Address, wanted: tuple[str, ...]) -> repository.Repository:
         asked.append((str(address), wanted))
-        return folder
+        return repository.Repository(address, "0123456", (), folder)
 
-    monkeypatch.setattr(repository, "fetch_model", fetch_model)
+    monkeypatch.setattr(repository, "open_model", open_model)
     assert locate("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
     assert locate("modelscope:Qwen/Qwen2-VL-2B-Instruct@v1") == ModelFolder(folder)
     names = [name for name, _ in asked]

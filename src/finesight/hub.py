@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,17 @@ _POSSIBLE = (
 )
 
 
+def _nothing() -> None:
+    """A folder of the user's own has what it has."""
+
+
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder in the hub's layout; nothing is read before it is asked for."""
+    """A local folder in the hub's layout; nothing is read before it is asked for, and of a hub's
+    model no weights are fetched before."""
 
     path: Path
+    fetch_weights: Callable[[], object] = field(default=_nothing, repr=False, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -204,13 +210,15 @@ class ModelFolder:
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the weights, by the index or the single file.
+        """The safetensors files that hold the weights, by the index or the single file; of a hub's
+        model they are fetched if need be.
 
         Where there are only pickled ones, they are converted first, into the folder CONVERTED
         within this one, and anew where they have changed since. Raises UserError for a folder
         without weights, for an index with a missing file, and for a pickle that holds more than
         tensors.
         """
+        self.fetch_weights()
         single = self.file("model.safetensors")
         index = self._index()
         if index is not None:
@@ -280,8 +288,8 @@ class ModelFolder:
 
 
 def locate(name_or_path: str) -> ModelFolder:
-    """The package's own model, the model folder at a path, or the hub's model of that name,
-    downloaded if need be.
+    """The package's own model, the model folder at a path, or the hub's model of that name, whose
+    small files are fetched if need be, and the weights of the same commit once they are asked for.
 
     The bare name `finesight-tiny` always is the package's model, so that a recipe or a run that
     names it means the same in every working directory; a folder of that name is
@@ -316,7 +324,7 @@ def locate(name_or_path: str) -> ModelFolder:
             expected=_POSSIBLE,
             remedy="correct the path",
         )
-    return ModelFolder(_download(name_or_path, address))
+    return _fetched(name_or_path, address)
 
 
 def named(name_or_path: str) -> Path:
@@ -332,12 +340,15 @@ def lasting_name(folder: ModelFolder) -> str:
     return TINY if path == TINY_FOLDER.resolve() else str(path)
 
 
-def _download(name: str, address: Address) -> Path:
+def _fetched(name: str, address: Address) -> ModelFolder:
     # Imported here: it is slow to import, and local folders never need it.
-    from finesight.remote.repository import fetch_model
+    from finesight.remote.repository import WEIGHTS, open_model
 
     try:
-        return fetch_model(address, WANTED)
+        model = open_model(address, WANTED)
+        small = [path for path in model.paths if not path.endswith(WEIGHTS)]
+        folder = model.bring(small, model.folder)
+        return ModelFolder(folder, partial(model.bring, model.paths, folder))
     except UserError as error:
         if is_on_a_hub(name):
             raise

@@ -72,8 +72,8 @@ def test_a_model_is_uploaded_whole_and_private(
     assert "models/me/latex" in hub.gated
 
     # And it comes back as it was.
-    back = locate(name).path
-    assert (back / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    (back,) = locate(name).weight_files()
+    assert back.read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_public_is_asked_for(hub: Serving, name: str, model: Path) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from finesight.errors import UserError
 from finesight.hub import WANTED, locate
-from finesight.remote import repository
+from finesight.remote import repository, transfer
 from finesight.remote.address import Address, any_address
 from finesight.remote.repository import Repository, deliver, fetch_model, open_repository
 
@@ -57,14 +57,37 @@ def _of_weights(hub: Serving) -> set[str]:
     return {f"/{d}" for d, (name, _) in hub.storage.blobs.items() if name == "model.safetensors"}
 
 
-def test_a_model_comes_whole_and_without_code(hub: Serving, address: Address) -> None:
-    folder = locate(str(address)).path
-    found = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == {name: MODEL[name] for name in MODEL if not name.endswith((".py", ".bin"))}
-    assert locate(str(address)).family == "qwen2_vl"
-    asked = len(hub.fetched)
-    assert locate(str(address)).path == folder
-    assert len(hub.fetched) == asked, "files that are there were asked for again"
+def test_a_model_comes_without_code_and_its_weights_when_they_are_asked_for(
+    hub: Serving, address: Address
+) -> None:
+    wanted = {name: MODEL[name] for name in MODEL if not name.endswith((".py", ".bin"))}
+    small = {name: wanted[name] for name in wanted if name != "model.safetensors"}
+    model = locate(str(address))
+    assert model.family == "qwen2_vl"
+    assert _held(model.path) == small
+    assert not weights_asked(hub)
+    assert model.weight_files() == [model.path / "model.safetensors"]
+    assert _held(model.path) == wanted
+    assert locate(str(address)).weight_files() == model.weight_files()
+    assert len(hub.fetched) == 2, "files that are there were asked for again"
+
+
+def _held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_weights_are_of_the_commit_that_the_small_files_are_of(
+    hub: Serving, address: Address
+) -> None:
+    model = locate(str(address))
+    hub.repositories["models/Some/model"] |= {
+        "config.json": b"{}",
+        "model.safetensors": WEIGHTS[1:],
+    }
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that was listed"):
+        model.weight_files()
+    assert _held(model.path)["config.json"] == MODEL["config.json"]
+    assert "model.safetensors" not in _held(model.path)
 
 
 def test_a_cut_connection_is_continued(hub: Serving, address: Address) -> None:
@@ -89,11 +112,11 @@ def test_a_killed_download_is_continued_by_the_next(hub: Serving, address: Addre
 def test_several_processes_fetch_a_model_once(hub: Serving, address: Address) -> None:
     hub.faults.stalls["model.safetensors"] = 1000
     with ThreadPoolExecutor(3) as threads:
-        asking = [threads.submit(fetch_model, address, WANTED) for _ in range(3)]
+        asking = [threads.submit(lambda: locate(str(address)).weight_files()) for _ in range(3)]
         assert hub.faults.stalled.wait(30)
         hub.faults.going_on.set()
-        (folder,) = {one.result() for one in asking}
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+        ((weights,),) = {tuple(one.result()) for one in asking}
+    assert weights.read_bytes() == WEIGHTS
     assert weights_asked(hub) == [None]
 
 
@@ -128,6 +151,18 @@ def test_other_bytes_than_listed_are_refused(hub: Serving, address: Address, nam
     assert len(re.findall(r"[0-9a-f]{40,64}", raised.value.what)) == 2
     home = repository._home(address)
     assert not [path for path in home.rglob(f"*{name}*") if path.is_file()], "kept what is wrong"
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_file_that_is_shorter_than_listed_is_not_asked_for_without_end(
+    hub: Serving, address: Address, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    found = open_repository(address)
+    hub.repositories["models/Some/model"]["model.safetensors"] = WEIGHTS[1:]
+    if not said:
+        monkeypatch.setattr(transfer, "_announced", lambda response: None)
+    with pytest.raises(UserError, match=r"255999 bytes were received|255999 of 256000 bytes"):
+        found.fetch(["model.safetensors"])
 
 
 def test_a_beginning_of_another_file_is_not_kept(hub: Serving, address: Address) -> None:
@@ -340,9 +375,13 @@ def test_huggingface_hubs_own_cache_is_as_good(
     (folder.parents[1] / "refs").mkdir()
     (folder.parents[1] / "refs" / "main").write_text(COMMIT)
     for name in MODEL:
-        (folder / name).write_bytes(MODEL[name])
-    assert locate("Some/model").path == folder
-    assert not huggingface.fetched
+        if name != "model.safetensors":
+            (folder / name).write_bytes(MODEL[name])
+    assert locate("Some/model").path != folder, "a model would lie in two places"
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    huggingface.asked.clear()
+    assert locate("Some/model").weight_files() == [folder / "model.safetensors"]
+    assert not [asked for asked in huggingface.asked if "/resolve/" in asked.path]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert locate("Some/model").path == folder
 

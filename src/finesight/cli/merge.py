@@ -63,7 +63,7 @@ def merge(
             f"{source} has no adapter",
             where="finesight merge",
             expected="a run, a folder with an adapter, or a model in four bits",
-            remedy=f"nothing is left to merge: use {parts.folder.path} as it is",
+            remedy=f"nothing is left to merge: use {source} as it is",
         )
     merged = merge_and_prove(
         source,

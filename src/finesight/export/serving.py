@@ -60,6 +60,7 @@ def serving_of(parts: Parts, source: str) -> Serving:
             expected=f"one of {', '.join(ARCHITECTURES)}",
             remedy="serve it with finesight serve",
         )
+    parts.folder.fetch_weights()  # which these engines will look for in it
     manifest = parts.manifest
     rule = manifest.picture if manifest else None
     system = manifest.system if manifest else None

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
@@ -29,6 +29,9 @@ USUAL_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.mo
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of weights that are code as much as data: loading them runs what they say."""
+
+WEIGHTS = (".safetensors", *PICKLED)
+"""Endings of a model's weights, which are large: commands that do not read them do without."""
 
 OF_TENSORS = "pytorch_model*.bin"
 """Pickled weights that `finesight.pickled` converts, by a loader that runs nothing."""
@@ -49,20 +52,20 @@ class Repository:
         return [file.path for file in self.files]
 
     def fetch(self, paths: Sequence[str]) -> Path:
-        """The folder in which these files are, each whole and verified.
+        """The folder in which these files are, each whole and verified. Raises UserError for a file
+        that cannot be had."""
+        return self.bring(paths, self.place(paths))
 
-        A copy in huggingface_hub's own cache, from another program, is as good. Raises UserError
-        for a file that cannot be had.
-        """
+    def place(self, paths: Sequence[str]) -> Path:
+        """The folder where these files go, or are: a copy of all of them in huggingface_hub's own
+        cache, from another program, is as good."""
         for path in paths:
             inside(self.folder, path, str(self.address))
         if self.address.hub == "hf":
             from finesight.remote.huggingface import elsewhere
 
-            there = elsewhere(self.address, self.commit, list(paths))
-            if there is not None:
-                return there
-        return self.bring(paths, self.folder)
+            return elsewhere(self.address, self.commit, list(paths)) or self.folder
+        return self.folder
 
     def bring(self, paths: Sequence[str], folder: Path) -> Path:
         """Put these files below `folder`; those that are there stay. Gives the folder."""
@@ -71,9 +74,10 @@ class Repository:
         source = str(self.address)
         missing = [f.path for f in wanted if not inside(folder, f.path, source).exists()]
         if missing and offline():
+            more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(
-                f"{missing[0]} of {source} was not downloaded before, nor were"
-                f" {len(missing) - 1} others, and HF_HUB_OFFLINE is set",
+                f"{missing[0]} of {source} was not downloaded before{more}, and HF_HUB_OFFLINE is"
+                " set",
                 where=str(folder),
                 expected="every file that is needed",
                 remedy=f"unset HF_HUB_OFFLINE, or run `finesight download {source}` with a"
@@ -114,8 +118,10 @@ def _refuse_files_in_files(files: Sequence[RemoteFile], source: str) -> None:
             )
 
 
-def fetch_model(address: Address, wanted: Sequence[str]) -> Path:
-    """The folder of a model of which every file is there that fits a pattern of `wanted`.
+def open_model(address: Address, wanted: Sequence[str]) -> Repository:
+    """Of a model's repository the files that fit a pattern of `wanted`, none of which is fetched
+    yet, and the one folder for all of them. A copy that was found offline, without a listing, has
+    no further files to fetch.
 
     Raises UserError when it cannot be had, and for a model without weights that can be read.
     """
@@ -124,13 +130,22 @@ def fetch_model(address: Address, wanted: Sequence[str]) -> Path:
 
         there = newest_elsewhere(address, wanted)
         if there is not None:
-            return there
-    repository = open_repository(address)
-    return repository.fetch(model_files(repository, wanted))
+            return Repository(address, there.name, (), there)
+    found = open_repository(address)
+    paths = model_files(found, wanted)
+    files = tuple(file for file in found.files if file.path in paths)
+    return replace(found, files=files, folder=found.place(paths))
+
+
+def fetch_model(address: Address, wanted: Sequence[str]) -> Path:
+    """The folder of a model of which every file is there that fits a pattern of `wanted`; UserError
+    as from `open_model`, and for a file that cannot be had."""
+    model = open_model(address, wanted)
+    return model.bring(model.paths, model.folder)
 
 
 def model_files(repository: Repository, wanted: Sequence[str]) -> list[str]:
-    """The files of a model that fit a pattern of `wanted`; see `fetch_model`."""
+    """The files of a model that fit a pattern of `wanted`; see `open_model`."""
     paths = repository.paths
     chosen = [path for path in paths if any(fnmatch(path, pattern) for pattern in wanted)]
     if any(path.endswith(".safetensors") for path in chosen):

@@ -148,7 +148,7 @@ def _receive(
     file: RemoteFile, stream: BinaryIO, mark: Path, web: Web, advance: Advance, stop: Event
 ) -> None:
     """Append to the stream until the file is whole. Raises UserError when the line stays cut."""
-    attempts = 0
+    attempts = most = 0
     while True:
         have = stream.seek(0, os.SEEK_END)
         if file.size is not None and have == file.size:
@@ -162,7 +162,9 @@ def _receive(
             failure = TryAgain("the answer ended early")
         except TryAgain as error:
             failure = error
-        attempts = 0 if stream.seek(0, os.SEEK_END) > have else attempts + 1
+        # A file that is shorter now than listed begins anew, and never gets beyond its end.
+        attempts = 0 if stream.seek(0, os.SEEK_END) > max(have, most) else attempts + 1
+        most = max(most, stream.tell())
         seconds = failure.pause(attempts)
         if seconds is None:
             raise _cut(file, stream.tell(), failure)
@@ -208,7 +210,7 @@ def _continue(
                 _refuse_size(file, stream.tell())
         except httpx2.TransportError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
-    return file.size is None and (total is None or stream.tell() == total)
+    return stream.tell() == total or (file.size is None and total is None)
 
 
 def _is_unknown(file: RemoteFile) -> bool:

@@ -53,6 +53,7 @@ def base_of(recipe: Recipe) -> Base:
         )
     manifest = parts.manifest
     if os.path.isfile(adapter / MANIFEST):
+        parts.folder.fetch_weights()  # by which the adapter's run knows its base
         manifest = find_parts(str(adapter), base=str(parts.folder.path)).manifest
     if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
         adapter = adapter / "adapter"

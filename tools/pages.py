@@ -108,14 +108,9 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
 
-def commands(title: str) -> str:
+def commands(title: str, codes: str) -> str:
     """The help of every command, as it is printed."""
-    parts = [
-        f"# {title}",
-        "Exit codes: 0 done, 2 your"
-        " input (the message says where, what, what was expected and what to do), 75 stopped with"
-        " a checkpoint written, 130 stopped otherwise, 1 a fault of finesight.",
-    ]
+    parts = [f"# {title}", codes]
     for name in COMMANDS:
         parts += [f"## {f'finesight {name}'.strip()}", f"```\n{_help(name)}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -130,13 +125,22 @@ def _help(name: str) -> str:
 
 TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
 
+CODES = {
+    "en": "Exit codes: 0 done, 2 your input (the message says where, what, what was expected and"
+    " what to do), 75 stopped with a checkpoint written, 130 stopped otherwise, 1 a fault of"
+    " finesight.",
+    "zh": "退出码：0 完成；2 你的输入有问题（提示会说明在哪里、是什么、应当怎样、该怎么办）；"
+    "75 已写出检查点后停止；130 以其他方式停止；1 finesight 自己的错误。"
+    "下面是各命令打印的帮助，原文为英文。",
+}
+
 
 def built(language: str) -> dict[str, str]:
     """The pages of a language that are made when its documentation is built, by name."""
     files, named = TITLES[language]
     return {
         "files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n",
-        "commands.md": commands(named),
+        "commands.md": commands(named, CODES[language]),
     }
 
 

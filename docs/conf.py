@@ -37,6 +37,8 @@ exclude_patterns: list[str] = []
 # The theme's own words in Chinese; Sphinx knows its own.
 locale_dirs = [str(HERE / "locale")]
 html_theme = "furo"
+# A little smaller than the theme's, so that commands of 90 characters are seen whole.
+html_theme_options = {"light_css_variables": {"code-font-size": "0.78em"}}
 # The theme's own for the dark underlines modules as if they were links.
 pygments_dark_style = "github-dark"
 html_title = f"finesight {version}"

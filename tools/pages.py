@@ -142,11 +142,13 @@ FILES = {
 }
 
 HELP = {
-    "en": "# Commands\n\nExit codes: 0 done, 2 your input (the message says where, what, what was"
-    " expected and what to do), 75 stopped with a checkpoint written, 130 stopped otherwise, 1 a"
-    " fault of finesight.",
+    "en": "# Commands\n\nExit codes: 0 done; 2 your input (the message says where, what, what was"
+    " expected and what to do), or what `doctor` and `data check` found, or a plan that does not"
+    " fit; 3 only warnings of `data check`; 75 stopped with a checkpoint written; 130 stopped"
+    " otherwise; 1 a fault of finesight.",
     "zh": "# 命令\n\n退出码：0 完成；2 你的输入有问题（提示会说明在哪里、是什么、应当怎样、"
-    "该怎么办）；75 已写出检查点后停止；130 以其他方式停止；1 finesight 自己的错误。"
+    "该怎么办），或 `doctor`、`data check` 发现了错误，或规划放不下；3 `data check` 只有警告；"
+    "75 已写出检查点后停止；130 以其他方式停止；1 finesight 自己的错误。"
     "下面是各命令打印的帮助，原文为英文。",
 }
 

@@ -44,8 +44,8 @@ test-faults: $(VENV)/.installed-dev
 
 # Of both languages, side by side; a warning is an error.
 docs: $(VENV)/.installed-dev
-	for language in en zh; do $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going \
-	  -c docs docs/$$language build/docs/$$language || exit 1; done
+	for language in en zh_CN; do $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going \
+	  -c docs -D language=$$language docs/$${language%_*} build/docs/$${language%_*} || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -75,9 +75,23 @@ PAGES = {
 }
 
 
-def tree(whole: bool) -> str:
-    """A line for each file, or each area: its name, and the first sentence of what it says of
-    itself."""
+def tree() -> str:
+    """A line for each area: its name, and the first sentence of what it says of itself."""
+    rows = _rows(whole=False)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+def files(begin: str) -> str:
+    """The same for each file, as a page, in lists: a browser breaks their lines."""
+    lines = [begin, ""]
+    for name, text in _rows(whole=True):
+        bare = name.lstrip()
+        lines.append(f"{name.removesuffix(bare)}- `{bare}`" + (f": {text}" if text else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _rows(whole: bool) -> list[tuple[str, str]]:
     rows = [("src/finesight/", "")]
     rows += _folder(ROOT / "src" / "finesight", 1, whole)
     for folder in ("tools", "benchmarks"):
@@ -85,8 +99,7 @@ def tree(whole: bool) -> str:
         rows += _folder(ROOT / folder, 1, whole) if whole else []
     rows += [(f"{name}/", text) for name, text in FOLDERS.items() if name.startswith("tests")]
     rows += [(f"{name}/" if (ROOT / name).is_dir() else name, text) for name, text in PAGES.items()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+    return rows
 
 
 def _folder(folder: Path, depth: int, whole: bool) -> list[tuple[str, str]]:
@@ -108,14 +121,9 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
 
-def commands(title: str) -> str:
+def commands(begin: str) -> str:
     """The help of every command, as it is printed."""
-    parts = [
-        f"# {title}",
-        "Exit codes: 0 done, 2 your"
-        " input (the message says where, what, what was expected and what to do), 75 stopped with"
-        " a checkpoint written, 130 stopped otherwise, 1 a fault of finesight.",
-    ]
+    parts = [begin]
     for name in COMMANDS:
         parts += [f"## {f'finesight {name}'.strip()}", f"```\n{_help(name)}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -128,16 +136,26 @@ def _help(name: str) -> str:
     return "\n".join(line.rstrip() for line in said.output.strip().splitlines())
 
 
-TITLES = {"en": ("The files", "Commands"), "zh": ("文件", "命令")}
+FILES = {
+    "en": "# The files\n\nEach with the first sentence of what it says of itself.",
+    "zh": "# 文件\n\n每个文件后面是它自述的第一句话，原文为英文。",
+}
+
+HELP = {
+    "en": "# Commands\n\nExit codes: 0 done; 2 your input (the message says where, what, what was"
+    " expected and what to do), or what `doctor` and `data check` found, or a plan that does not"
+    " fit; 3 only warnings of `data check`; 75 stopped with a checkpoint written; 130 stopped"
+    " otherwise; 1 a fault of finesight.",
+    "zh": "# 命令\n\n退出码：0 完成；2 你的输入有问题（提示会说明在哪里、是什么、应当怎样、"
+    "该怎么办），或 `doctor`、`data check` 发现了错误，或规划放不下；3 `data check` 只有警告；"
+    "75 已写出检查点后停止；130 以其他方式停止；1 finesight 自己的错误。"
+    "下面是各命令打印的帮助，原文为英文。",
+}
 
 
 def built(language: str) -> dict[str, str]:
     """The pages of a language that are made when its documentation is built, by name."""
-    files, named = TITLES[language]
-    return {
-        "files.md": f"# {files}\n\n```\n{tree(whole=True)}\n```\n",
-        "commands.md": commands(named),
-    }
+    return {"files.md": files(FILES[language]), "commands.md": commands(HELP[language])}
 
 
 Said = Callable[[str], str]
@@ -206,7 +224,7 @@ def renewed(page: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page as it should be."""
     readme = ROOT / "README.md"
-    short = f"```\n{tree(whole=False)}\n```"
+    short = f"```\n{tree()}\n```"
     return {
         readme: renewed(readme.read_text(encoding="utf-8"), "tree", short),
         **_with_tables("en"),

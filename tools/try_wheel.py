@@ -33,7 +33,10 @@ SOURCES = (
 )
 """What a checkout holds; everything else in its folder was made there."""
 
-MADE = ("__pycache__", "*.pyc", "*.egg-info", "commands.md", "files.md", "*.safetensors")
+MADE = (
+    *("__pycache__", "*.pyc", "*.egg-info"),
+    *("commands.md", "files.md", "*.mo", "*.safetensors"),
+)
 
 NO_NETWORK = ("unshare", "--user", "--map-root-user", "--net", "--")
 """Runs a command where there is no network but itself (Linux, unless the system forbids it)."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_card import FULL, Refuses, small_card
 from small_run import Task, final_files, losses, write_recipe
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -22,7 +23,6 @@ from finesight.cli.app import run as command
 from finesight.encode.pack import PackedBatch
 from finesight.errors import Interrupted, UserError
 from finesight.infer.rows import Rows
-from finesight.model.layers import GatedMlp
 from finesight.model.network import VisionLanguageModel
 from finesight.train import loop
 from finesight.train.budget import Budget, FullMemory
@@ -30,41 +30,6 @@ from finesight.train.loader import Step
 from finesight.train.prepare import Session
 from finesight.train.recorded import Passes
 from finesight.train.step import Taken
-
-Refuses = Callable[[PackedBatch, VisionLanguageModel], bool]
-FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB left. And more.\nSee also"
-
-
-@contextmanager
-def small_card(refuses: Refuses) -> Iterator[list[int]]:
-    """Within the block, learning from the packs that `refuses` names breaks off on the way back,
-    when gradients of some layers have come. Yields the tokens of all packs that were tried."""
-    tried: list[int] = []
-    full = False
-
-    def begins(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal full
-        if isinstance(module, VisionLanguageModel):
-            full = torch.is_grad_enabled() and refuses(inputs[0], module)
-            if torch.is_grad_enabled():
-                tried.append(sum(inputs[0].lengths))
-
-    def refuse(gradient: torch.Tensor) -> None:
-        raise torch.OutOfMemoryError(FULL)
-
-    def ends(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal full
-        # Of the first layer, whose gradients come last.
-        if full and isinstance(module, GatedMlp) and output.requires_grad:
-            full = False
-            output.register_hook(refuse)
-
-    hooks = register_module_forward_pre_hook(begins), register_module_forward_hook(ends)
-    try:
-        yield tried
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def over(tokens: int) -> Refuses:

@@ -14,13 +14,14 @@ predict a learned one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from finesight.encode.pack import EVEN, PackedBatch
 from finesight.infer.recorded import Recorded
@@ -146,7 +147,7 @@ class Held:
     def lead_back(self, features_MKD: Tensor | None) -> None:
         """What came back to the features that were laid here, to what made them."""
         if features_MKD is not None and self.back_MKD is not None:
-            features_MKD.backward(self.back_MKD[: len(features_MKD)])  # type: ignore[no-untyped-call]
+            torch.autograd.backward(features_MKD, self.back_MKD[: len(features_MKD)])
 
 
 def learns_little(model: nn.Module) -> bool:
@@ -195,10 +196,7 @@ class _Left:
     def go_back(self, loss: Tensor, beside: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From a loss to the parameters and to what learns beside them, each with the place that
         its gradient goes to."""
-        hooks = [
-            self._learning[number].register_hook(partial(self._leave, number))  # type: ignore[no-untyped-call]
-            for number in self._large
-        ]
+        hooks = [self._hook(number) for number in self._large]
         ends = [*self._learning, *(tensor for tensor, _ in beside)]
         try:
             made = dict(enumerate(torch.autograd.grad(loss, ends, allow_unused=True)))
@@ -219,6 +217,10 @@ class _Left:
     def clear(self) -> None:
         """Give their memory back."""
         self._places.clear()
+
+    def _hook(self, number: int) -> RemovableHandle:
+        register: Callable[..., RemovableHandle] = self._learning[number].register_hook
+        return register(partial(self._leave, number))
 
     def _leave(self, number: int, gradient: Tensor) -> Tensor:
         return self._place(number).copy_(gradient)

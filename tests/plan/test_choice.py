@@ -69,6 +69,21 @@ def test_recomputing_ends_where_memory_is_enough(folder: Path) -> None:
     assert chooser(folder, 141, steps_of(3, 100)).best(needless).recompute == 0.0
 
 
+def test_recordings_are_no_reason_to_recompute(folder: Path) -> None:
+    """A run that has no room for them launches its packs, which takes the host longer."""
+    steps = steps_of(3, 1000)
+    roomy = chooser(folder, 141, steps).estimate(WRITTEN)
+    assert roomy.peak.recordings > 0
+    scarce = (roomy.peak.in_all - roomy.peak.recordings / 2) / FULL / 1e9
+    choosing = chooser(folder, scarce, steps)
+    best = choosing.best(WRITTEN)
+    assert best.recompute == 0.0
+    found = choosing.estimate(best)
+    assert found.fits
+    assert found.peak.recordings == 0
+    assert found.step.host > roomy.step.host
+
+
 def test_what_is_chosen_fits_and_a_little_more_would_not(folder: Path) -> None:
     steps = steps_of(20, 1000)
     shares = []

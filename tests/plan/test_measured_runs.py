@@ -43,6 +43,7 @@ class Measured:
     recompute: float = 0.0
     optimizer: str = "adamw"
     nf4: tuple[Quantisable, ...] = ()
+    fp8: tuple[Quantisable, ...] = ()
     grown: float = 1.0
     """The largest pack beside the mean one."""
     recorded: bool = True
@@ -58,6 +59,7 @@ RUNS = (
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
     Measured("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36), grown=1.11, recorded=False),
     Measured("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
+    Measured("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=("language", "vision")),
     Measured("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
     Measured("lora", *FIRST, seen=True),
     Measured("lora cached", *FIRST[:2], 8, *FIRST[3:6], seen=True),
@@ -86,7 +88,7 @@ def test_memory_within_a_tenth_and_time_within_a_fifth(shared: Path, run: Measur
     recipe = Recipe(
         model=run.model,
         data={"train": (DataFile(path=Path("none")),)},  # type: ignore[arg-type]
-        tune=Tune.model_validate(run.tune),
+        tune=Tune.model_validate(run.tune | {"fp8": run.fp8 or None}),
         train=Train.model_validate({"optimizer": run.optimizer, "workers": 12}),
         output=Path("none"),
     )

@@ -13,7 +13,7 @@ from finesight.hub import ModelFolder
 from finesight.model.tiny import make_tiny
 from finesight.plan.load import Load
 from finesight.plan.model import Sized, sized
-from finesight.plan.seconds import StepTime
+from finesight.plan.seconds import IN_FP8, StepTime
 from finesight.plan.target import Target, named_target, own_target
 
 LOAD = Load((500,) * 40, ((1, 20, 20),) * 40, 4000)
@@ -61,6 +61,22 @@ def test_time_goes_with_the_card_and_with_what_is_computed(folder: Path) -> None
     seen = on_quick.step([LOAD], 0.0, seen=True)
     assert seen.products < plain.products
     assert seen.reading == 0
+
+
+def test_products_in_fp8_are_quicker(folder: Path) -> None:
+    on, lora = named_target("H200", "bf16"), {"language": "lora"}
+    plain, some, both = (
+        made(folder, on, {}, lora | fp8).clock
+        for fp8 in ({}, {"fp8": ["language"]}, {"fp8": ["language", "vision"]})
+    )
+    times = [clock.step([LOAD], 0.0) for clock in (plain, some, both)]
+    products = [time.products for time in times]
+    assert products == sorted(products, reverse=True)
+    assert 1.0 < products[0] / products[2] < IN_FP8
+    # Nothing is made wide, as in four bits.
+    assert times[0].moved == pytest.approx(times[2].moved, rel=0.1)
+    of_tower = [clock.step([LOAD], 0.0, seen=True).products for clock in (some, both)]
+    assert of_tower[0] == of_tower[1]
 
 
 def test_the_host_starts_less_where_layers_are_in_few_kernels_or_recorded(folder: Path) -> None:

@@ -141,7 +141,9 @@ class Chooser:
         """What that takes."""
         sized = self._sized(setting.nf4)
         loads = self._steps.timed(setting.pack_tokens)
-        times = [sized.clock.step(step, setting.recompute) for step in loads]
+        peak = self._peak(setting)
+        recorded = peak.recordings > 0
+        times = [sized.clock.step(step, setting.recompute, recorded=recorded) for step in loads]
         mean = replace(
             times[0],
             products=fmean(time.products for time in times),
@@ -152,17 +154,25 @@ class Chooser:
         )
         seen = None
         if sized.tower_is_frozen:
-            seen = fmean(sized.clock.step(s, setting.recompute, seen=True).in_all for s in loads)
+            known = [sized.clock.step(s, setting.recompute, True, recorded) for s in loads]
+            seen = fmean(time.in_all for time in known)
         packs = fmean(len(step) for step in loads)
-        return Estimate(setting, self._peak(setting), mean, seen, packs, self._room)
+        return Estimate(setting, peak, mean, seen, packs, self._room)
 
     def _peak(self, setting: Setting) -> Peak:
+        """With recordings where there is room for them: a run that has none goes without."""
+        with_them = self._peak_of(setting, recorded=True)
+        if with_them.in_all <= self._room:
+            return with_them
+        return self._peak_of(setting, recorded=False)
+
+    def _peak_of(self, setting: Setting, *, recorded: bool) -> Peak:
         sized = self._sized(setting.nf4)
         activations = Activations(sized.model, sized.computing, setting.recompute)
         loads = self._steps.fullest(setting.pack_tokens)
         several = self._steps.several(setting.pack_tokens)
         sizes = sized.computing, sized.patch_bytes
-        return peak_of(sized.stays, activations, loads, *sizes, several=several)
+        return peak_of(sized.stays, activations, loads, *sizes, several=several, recorded=recorded)
 
     def _fits(self, setting: Setting) -> bool:
         return self._peak(setting).in_all <= self._room

@@ -152,15 +152,17 @@ def peak_of(
     patch_bytes: int,
     *,
     several: bool,
+    recorded: bool = True,
 ) -> Peak:
     """The fullest moment over these packs, of which a step has `several` or one; `patch_bytes` are
-    those of a patch on its way to the tower."""
+    those of a patch on its way to the tower. `recorded`: such as can be recorded are."""
     come = activations.come(stays.taken[several])
     fullest, inputs = Moment(kept=0, working=stays.stepping, gradients=come.at_end), 0
     recordings = _Recordings(activations, stays.taken[True])
     for load in loads:
         brought = load.patches * patch_bytes + load.tokens * 40
-        for moment in recordings.moments(load) or activations.moments(load, come):
+        of_recording = recordings.moments(load) if recorded else []
+        for moment in of_recording or activations.moments(load, come):
             if moment.in_all + brought > fullest.in_all + inputs:
                 fullest, inputs = moment, brought
     return Peak(

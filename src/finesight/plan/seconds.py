@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from finesight.config import Train
+from finesight.model.fp8 import Fp8Weight
 from finesight.model.frozen import frozen_weights
 from finesight.model.language import DecoderLayer
 from finesight.model.lora import adapters
 from finesight.model.network import VisionLanguageModel
+from finesight.model.parts import PARTS, Part, part_of
 from finesight.plan.activations import Activations
 from finesight.plan.kept import WIDE
 from finesight.plan.load import Load
@@ -58,6 +60,9 @@ the weights made of them. Moments of eight bits are made wide and narrow again."
 STEPPED_AT_ONCE = {"adamw": 28, "adamw8bit": 29}
 """The same of AdamW as one kernel on a card: 26, and the gradient once more for the norm. With
 eight bits it moves 16, in the time of this many."""
+
+IN_FP8 = 1.4
+"""Times as many products a second with weights in FP8, what is quantised for them included."""
 
 DEQUANTISED = 10.0
 """Bytes that making a number of a matrix in four bits anew takes the time of."""
@@ -116,7 +121,10 @@ class Clock:
         if target.computing.cuda:
             stepped = STEPPED_AT_ONCE.get(train.optimizer, stepped)
         self._optimiser = stepped * numbers / target.bandwidth
-        self._dequantised = DEQUANTISED * sum(w.numbers for w in frozen_weights(model).values())
+        few = frozen_weights(model)
+        made = (w.numbers for w in few.values() if not isinstance(w, Fp8Weight))
+        self._dequantised = DEQUANTISED * sum(made)
+        self._in_fp8 = _shares_in_fp8(model)
 
     def step(
         self,
@@ -146,10 +154,11 @@ class Clock:
         )
 
     def _work(self, operations: Operations, seen: bool) -> float:
-        if not seen:
-            return operations.in_all
-        weights = operations.weights
-        return operations.in_all - weights["vision"] - weights["merger"] - operations.patches
+        """Operations, those in FP8 as the fewer that they take the time of."""
+        by_part = operations.weights.items()
+        quick = {part: n * (1 - self._in_fp8[part] * (1 - 1 / IN_FP8)) for part, n in by_part}
+        found = sum(quick.values()) + operations.tokens
+        return found - quick["vision"] - quick["merger"] if seen else found + operations.patches
 
     def _host(self, load: Load, recompute: float, seen: bool, recorded: bool) -> float:
         pace, model = self._pace, self._model
@@ -171,6 +180,17 @@ class Clock:
                 each = pace.adapted if any(p.startswith("visual.b") for p in adapted) else pace.back
             found += len(tower.blocks) * each * (1 + AGAIN * recompute * tower.trains)
         return found
+
+
+def _shares_in_fp8(model: VisionLanguageModel) -> dict[Part, float]:
+    """Of the numbers of each part, which are all multiplied with but for a few."""
+    found, whole = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, weight in frozen_weights(model).items():
+        whole[part_of(name)] += weight.numbers
+        found[part_of(name)] += weight.numbers * isinstance(weight, Fp8Weight)
+    for name, parameter in model.named_parameters():
+        whole[part_of(name)] += parameter.numel()
+    return {part: found[part] / max(1, whole[part]) for part in PARTS}
 
 
 def _pace_of(target: Target) -> Pace:

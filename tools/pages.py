@@ -70,6 +70,7 @@ PAGES = {
     "examples": "The Python API: the quickstart, and a notebook for a free GPU machine.",
     "docs": "The documentation in English and Chinese; `make docs` builds it.",
     "constraints.txt": "Exact versions that it was tested with.",
+    "Containerfile": "An image with the command, for a card or a CPU.",
     "Makefile": "make quickstart, make test.",
     ".ci/run": "Everything that must pass, in one command.",
 }

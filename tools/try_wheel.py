@@ -26,9 +26,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SOURCES = (
-    *(".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
-    *("MANIFEST.in", "Makefile", "README.md", "README.zh.md", "SECURITY.md", "benchmarks"),
-    *("constraints.txt", "docs", "examples", "pretraining", "pyproject.toml", "recipes"),
+    *(".ci", ".dockerignore", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
+    *("Containerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "README.zh.md"),
+    *(
+        "SECURITY.md",
+        "benchmarks",
+        "constraints.txt",
+        "docs",
+        "examples",
+        "pretraining",
+        "pyproject.toml",
+        "recipes",
+    ),
     *("setup.py", "src", "tests", "tools"),
 )
 """What a checkout holds; everything else in its folder was made there."""

@@ -33,6 +33,25 @@ def test_a_sound_card_is_fine() -> None:
     assert "bf16" in only(found, "card").what
 
 
+def test_a_card_without_a_compiler_is_a_fault_where_triton_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphics.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert graphics.gather({"PATH": str(tmp_path)}, tmp_path).unbuilt == (
+        "C compiler",
+        "Python.h",
+    )
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "clang").touch(mode=0o755)
+    assert graphics.gather({"PATH": str(tmp_path)}, tmp_path).unbuilt == ()
+    assert graphics.gather({"PATH": "", "CC": "tcc"}, tmp_path).unbuilt == ()
+    triton = packages.Installed("triton", "3.7.1", tmp_path)
+    bare = replace(DRIVEN, unbuilt=("C compiler",))
+    found = graphics.judge(bare, CUDA, replace(NONE, found={"triton": (triton,)}), {})
+    assert "apt install gcc" in only(found, "no-compiler").remedy
+    assert codes(graphics.judge(bare, CUDA, NONE, {})) == []
+
+
 def test_no_card_is_no_fault() -> None:
     assert codes(judged(BARE, CPU)) == []
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ CROWDED = 0.1
 
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
+COMPILERS = ("gcc", "clang")
+"""That Triton looks for where CC is not set."""
+
 
 @dataclass(frozen=True, slots=True)
 class Graphics:
@@ -38,7 +42,7 @@ class Graphics:
     loaded kernel module, `driver_cuda` the newest CUDA (major, minor) that its library takes,
     `visible` the variable that hides cards, None where it is not set; `system` is the ID of
     os-release, `contained` whether this is a container, `users` what computes on the cards, as far
-    as nvidia-smi sees it."""
+    as nvidia-smi sees it, `unbuilt` what is missing for Triton to build its part of a kernel."""
 
     on_bus: int
     driver: str | None
@@ -48,6 +52,7 @@ class Graphics:
     system: str
     contained: bool
     users: tuple[str, ...] = ()
+    unbuilt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,16 @@ def gather(environment: Mapping[str, str], root: Path = Path("/")) -> Graphics:
         visible=environment.get(CUDA_VISIBLE),
         system=entries.get("ID", "").strip('"'),
         contained=(root / ".dockerenv").exists() or (root / "run" / ".containerenv").exists(),
+        unbuilt=tuple(_unbuilt(environment)),
     )
+
+
+def _unbuilt(environment: Mapping[str, str]) -> Iterator[str]:
+    path = environment.get("PATH")
+    if not environment.get("CC") and not any(shutil.which(cc, path=path) for cc in COMPILERS):
+        yield "C compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        yield "Python.h"
 
 
 def _on_bus(root: Path) -> int:
@@ -164,7 +178,7 @@ def judge(
     found += [*_shadowed(torch, packages), *_packages_broken(torch)]
     if torch.cards:
         found += [one for index in range(len(torch.cards)) for one in _card(index, graphics, torch)]
-        return [*found, *_without_smi(graphics)]
+        return [*found, *_without_builder(graphics, packages), *_without_smi(graphics)]
     return [*found, _no_card(graphics, torch)]
 
 
@@ -220,6 +234,25 @@ def _card(index: int, graphics: Graphics, torch: Torch) -> list[Finding]:
     if taken > CROWDED:
         found.append(_crowded(index, taken, graphics, torch))
     return found
+
+
+def _without_builder(graphics: Graphics, packages: Packages) -> Iterator[Finding]:
+    """A module in C starts Triton's kernels; it is built when the first of them runs."""
+    if not graphics.unbuilt or "triton" not in packages.found:
+        return
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    steps = {
+        "debian": f"sudo apt install gcc libc6-dev python{version}-dev",
+        "ubuntu": f"sudo apt install gcc libc6-dev python{version}-dev",
+        "fedora": f"sudo dnf install gcc python{version}-devel",
+        "arch": "sudo pacman -S gcc",
+    }
+    yield fault(
+        "no-compiler",
+        f"no {' and no '.join(graphics.unbuilt)}: Triton builds with them what starts its kernels",
+        why="what computes on a card ends at its first kernel",
+        remedy=steps.get(graphics.system, "conda install -c conda-forge c-compiler"),
+    )
 
 
 def _crowded(index: int, taken: float, graphics: Graphics, torch: Torch) -> Finding:

@@ -131,6 +131,13 @@ def test_a_number_sign_within_a_word_begins_no_comment(tmp_path):
     ]
 
 
+def test_texts_in_a_script_are_no_commands(tmp_path):
+    script = (
+        f"cat > note.md <<'EOF' && date\ndon't\nswift sft --model a\nEOF\n{START} --dataset b.jsonl"
+    )
+    assert from_script(tmp_path, script).imports == ("finesight data import b.jsonl samples/b",)
+
+
 def test_what_only_the_caller_knows_is_told(tmp_path):
     done = from_script(tmp_path, f'{START} --dataset "$1" --output_dir o "$@"')
     assert set(told(done, "unknown")) == {"dataset", "words without an option"}

@@ -17,6 +17,11 @@ _INSIDE = re.compile(r"(\w+)(?:\[([@*]|\d+)\])?(?::?([-=?])(.*))?", re.DOTALL)
 _COMPUTED = re.compile(r"\$\(\([^()]*\)\)|\$\([^()]*\)|`[^`\n]*`")
 _EXPORTING = ("export", "declare")
 _BEFORE = {*_EXPORTING, "-x", "env", "nohup", "exec", "time", "sudo", "then", "else", "do"}
+_HERE = re.compile(
+    r"<<-?[ \t]*(['\"]?)(\w+)\1([^\n]*)\n.*?^[ \t]*\2[ \t]*$", re.DOTALL | re.MULTILINE
+)
+"""A text that is written in the script, for a command to read: none of its lines is a command."""
+
 _OPERATOR = re.compile(r"[();<>|&{}]+")
 
 BRANCHING = ("if", "case", "for", "while", "until")
@@ -126,6 +131,7 @@ class _Variables:
 def _simple(text: str, where: str) -> Iterator[list[str]]:
     """The words between line ends and operators, still with their variables; of a list (`NAME=(`
     to `)`, over several lines) `NAME=(` and its words."""
+    text = _HERE.sub(r"<<\2\3", text)
     # In a comment, the end of the line is one whatever stands before it.
     joined = re.sub(r"(?m)^([ \t]*#.*?)\\+[ \t\r]*$", r"\1", text)
     joined = sums.kept(re.sub(r"\\\r?\n", " ", joined))

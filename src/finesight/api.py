@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from finesight.errors import Interrupted, UserError
 
@@ -55,10 +55,10 @@ UNLEARNED = -100
 by default."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Encoding:
-    """A sample as the model reads it. Printed, it is a table of its tokens, with a star at each
-    that is learned."""
+    """A sample as the model reads it. Printed, or the last line of a notebook's cell, it is a table
+    of its tokens, with a star at each that is learned."""
 
     encoded: Encoded
     tokenizer: TextTokenizer
@@ -98,7 +98,7 @@ class Encoding:
         """All pictures in patches, end to end, not yet normalised, of shape (N, D)."""
         return self.encoded.patches_ND
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         from finesight.encode.show import as_lines
 
         return "\n".join(as_lines(self.encoded.outline, self.tokenizer))
@@ -110,7 +110,7 @@ class Model:
     that belong to it."""
 
     name: str
-    answerer: Answerer
+    answerer: Answerer = field(repr=False)
 
     def generate(
         self, pictures: FileName | Sequence[FileName], prompt: str, *, max_new_tokens: int = 512
@@ -193,9 +193,14 @@ def load(
     with them; nf4, fp8, int8 and int4 are made while they are loaded. Raises UserError for what is
     missing, half-written, or not the base that a run or adapter was trained on.
     """
+    from finesight.config import Device, Precision, Weights
     from finesight.infer.load import load_answerer
 
-    return Model(str(model), load_answerer(str(model), device, precision, weights))
+    _check_choice("device", device, Device)
+    _check_choice("precision", precision, Precision)
+    _check_choice("weights", weights, Weights)
+    name = _named(model)
+    return Model(name, load_answerer(name, device, precision, weights))
 
 
 def question(pictures: FileName | Sequence[FileName], prompt: str) -> Located:
@@ -236,7 +241,7 @@ def read(*files: FileName, limit: int | None = None, answered: bool = True) -> l
     from finesight.data.sources import load_sources
 
     _check_counts(limit=limit)
-    sources = [HeldOutFile(path=str(file), limit=limit) for file in files]
+    sources = [HeldOutFile(path=_named(file), limit=limit) for file in files]
     return load_sources(sources, answered=answered).read()
 
 
@@ -365,8 +370,8 @@ def evaluate(
 
     _check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
     samples, settings = held_out(
-        model.name if isinstance(model, Model) else str(model),
-        data=None if data is None else Path(data),
+        model.name if isinstance(model, Model) else _named(model),
+        data=None if data is None else Path(_named(data)),
         metric=metric,
         limit=limit,
         batch=batch,
@@ -381,8 +386,30 @@ def evaluate(
 
 def _paths(names: FileName | Sequence[FileName]) -> list[Path]:
     """One file or several, `~` being the user's home."""
-    listed = [names] if isinstance(names, str | Path) else names
-    return [Path(os.path.expanduser(name)) for name in listed]
+    several = isinstance(names, Iterable) and not isinstance(names, str | bytes | os.PathLike)
+    listed: Iterable[object] = names if several else [names]  # type: ignore[assignment]
+    return [Path(os.path.expanduser(_named(name))) for name in listed]
+
+
+def _named(name: object) -> str:
+    """The name of a file, a run or a model."""
+    if isinstance(name, str | os.PathLike):
+        return str(name)
+    raise UserError(
+        f"a {type(name).__name__} in place of a file's name",
+        expected="a str or a Path",
+        remedy='save what is in memory, a picture by image.save("picture.png"), and name the file',
+    )
+
+
+def _check_choice(name: str, value: object, kind: object) -> None:
+    if value not in get_args(kind):
+        raise UserError(
+            f"{name} is {value!r}",
+            where=name,
+            expected=f"one of {', '.join(get_args(kind))}",
+            remedy="choose one of these",
+        )
 
 
 def _check_counts(**counts: int | None) -> None:

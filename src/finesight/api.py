@@ -7,13 +7,13 @@ defaults and the same errors: `UserError` says where, what, what was expected an
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
+from finesight.arguments import FileName, check_choice, check_counts, named, paths
 from finesight.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ __all__ = [
     "read",
     "train",
 ]
-
-FileName = str | Path
 
 UNLEARNED = -100
 """The label of a token that carries no loss, which `torch.nn.functional.cross_entropy` passes over
@@ -136,7 +134,7 @@ class Model:
         """
         from finesight.infer.predict import predict
 
-        _check_counts(max_new_tokens=max_new_tokens, batch=batch)
+        check_counts(max_new_tokens=max_new_tokens, batch=batch)
         model, renderer = self.answerer.model, self.answerer.renderer
         return predict(model, renderer, questions, max_new_tokens=max_new_tokens, batch=batch)
 
@@ -196,10 +194,10 @@ def load(
     from finesight.config import Device, Precision, Weights
     from finesight.infer.load import load_answerer
 
-    _check_choice("device", device, Device)
-    _check_choice("precision", precision, Precision)
-    _check_choice("weights", weights, Weights)
-    name = _named(model)
+    check_choice("device", device, Device)
+    check_choice("precision", precision, Precision)
+    check_choice("weights", weights, Weights)
+    name = named(model)
     return Model(name, load_answerer(name, device, precision, weights))
 
 
@@ -208,8 +206,8 @@ def question(pictures: FileName | Sequence[FileName], prompt: str) -> Located:
     `Model.generate_all`. Raises UserError for what is missing or no picture."""
     from finesight.infer.predict import question as asked
 
-    paths = _paths(pictures)
-    return asked(paths, prompt, str(paths[0]) if len(paths) == 1 else prompt)
+    files = paths(pictures)
+    return asked(files, prompt, str(files[0]) if len(files) == 1 else prompt)
 
 
 def draw(answer: Prediction, picture: int = 0) -> Image.Image:
@@ -240,8 +238,8 @@ def read(*files: FileName, limit: int | None = None, answered: bool = True) -> l
     from finesight.config import HeldOutFile
     from finesight.data.sources import load_sources
 
-    _check_counts(limit=limit)
-    sources = [HeldOutFile(path=_named(file), limit=limit) for file in files]
+    check_counts(limit=limit)
+    sources = [HeldOutFile(path=named(file), limit=limit) for file in files]
     return load_sources(sources, answered=answered).read()
 
 
@@ -299,7 +297,7 @@ def check_data(
     from finesight.check.subjects import of_files
     from finesight.data.opening import Request
 
-    return check_sources(of_files(_paths(data), _paths(held_out), Request()))
+    return check_sources(of_files(paths(data), paths(held_out), Request()))
 
 
 def train(
@@ -368,10 +366,10 @@ def evaluate(
     from finesight.evaluate.held_out import held_out
     from finesight.train.progress import Screen
 
-    _check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
+    check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
     samples, settings = held_out(
-        model.name if isinstance(model, Model) else _named(model),
-        data=None if data is None else Path(_named(data)),
+        model.name if isinstance(model, Model) else named(model),
+        data=None if data is None else Path(named(data)),
         metric=metric,
         limit=limit,
         batch=batch,
@@ -382,42 +380,3 @@ def evaluate(
     with Screen(Console(stderr=True)).stage("answers", total) as advance:
         answers = None if out is None else Path(out)
         return measure(answerer.model, answerer.renderer, samples, settings, answers, advance)
-
-
-def _paths(names: FileName | Sequence[FileName]) -> list[Path]:
-    """One file or several, `~` being the user's home."""
-    several = isinstance(names, Iterable) and not isinstance(names, str | bytes | os.PathLike)
-    listed: Iterable[object] = names if several else [names]  # type: ignore[assignment]
-    return [Path(os.path.expanduser(_named(name))) for name in listed]
-
-
-def _named(name: object) -> str:
-    """The name of a file, a run or a model."""
-    if isinstance(name, str | os.PathLike):
-        return str(name)
-    raise UserError(
-        f"a {type(name).__name__} in place of a file's name",
-        expected="a str or a Path",
-        remedy='save what is in memory, a picture by image.save("picture.png"), and name the file',
-    )
-
-
-def _check_choice(name: str, value: object, kind: object) -> None:
-    if value not in get_args(kind):
-        raise UserError(
-            f"{name} is {value!r}",
-            where=name,
-            expected=f"one of {', '.join(get_args(kind))}",
-            remedy="choose one of these",
-        )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(
-                f"{name} is {count}",
-                where=name,
-                expected="a whole number from 1 upwards",
-                remedy="correct it, or leave it out",
-            )

@@ -190,6 +190,8 @@ def test_read_takes_several_files_and_questions(task, tmp_path):
         (lambda *_: api.train("missing.yaml"), "missing.yaml"),
         (lambda *_: api.train({"model": "m"}), "recipe"),
         (lambda *_: api.import_data("missing.csv", "out"), "missing.csv"),
+        (lambda *_: api.import_data("missing.csv", "out", limit=0), "limit"),
+        (lambda *_: api.import_data("missing.csv", "out", eval_last=0), "eval_last"),
         (lambda *_: api.check_data("missing.jsonl"), "missing.jsonl"),
     ],
 )

@@ -263,12 +263,14 @@ def import_data(
     the share of rows to train on, `eval_last` how many rows at the end are held out; no picture is
     in both files. The format is detected where `format` does not name it. What else there is to
     say about a source, `finesight data import` has options for. Raises UserError, and leaves no
-    folder, for rows that cannot be used.
+    folder, for rows that cannot be used; where it names that command's options, `--map image=path`
+    is `columns={"image": "path"}`.
     """
     from finesight.data.importing import import_file
     from finesight.data.opening import Request
     from finesight.data.origins import brought
 
+    check_counts(limit=limit, eval_last=eval_last)
     request = Request(
         format=format,
         columns=columns or {},

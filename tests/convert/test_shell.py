@@ -136,6 +136,14 @@ def test_texts_in_a_script_are_no_commands(tmp_path):
         f"cat > note.md <<'EOF' && date\ndon't\nswift sft --model a\nEOF\n{START} --dataset b.jsonl"
     )
     assert from_script(tmp_path, script).imports == ("finesight data import b.jsonl samples/b",)
+    from_script(tmp_path, f"echo 'a <<b'\n{START} --dataset c.jsonl --lora_rank 4\n")
+    assert recipe_of(tmp_path).tune.lora.rank == 4
+
+
+def test_values_that_grow_without_end_are_left(tmp_path):
+    doubling = "A=$A$A\n" * 60
+    from_script(tmp_path, f"A=aa\n{doubling}{START} --dataset a.jsonl --lora_rank 4\n")
+    assert recipe_of(tmp_path).tune.lora.rank == 4
 
 
 def test_what_only_the_caller_knows_is_told(tmp_path):

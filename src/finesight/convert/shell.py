@@ -17,11 +17,7 @@ _INSIDE = re.compile(r"(\w+)(?:\[([@*]|\d+)\])?(?::?([-=?])(.*))?", re.DOTALL)
 _COMPUTED = re.compile(r"\$\(\([^()]*\)\)|\$\([^()]*\)|`[^`\n]*`")
 _EXPORTING = ("export", "declare")
 _BEFORE = {*_EXPORTING, "-x", "env", "nohup", "exec", "time", "sudo", "then", "else", "do"}
-_HERE = re.compile(
-    r"<<-?[ \t]*(['\"]?)(\w+)\1([^\n]*)\n.*?^[ \t]*\2[ \t]*$", re.DOTALL | re.MULTILINE
-)
-"""A text that is written in the script, for a command to read: none of its lines is a command."""
-
+_HERE = re.compile(r"(?<!<)<<-?[ \t]*(['\"]?)([A-Za-z_]\w*)\1")
 _OPERATOR = re.compile(r"[();<>|&{}]+")
 
 BRANCHING = ("if", "case", "for", "while", "until")
@@ -29,6 +25,9 @@ BRANCHING = ("if", "case", "for", "while", "until")
 
 _WITHIN = "\ue000"
 """For `#` within a word; Unicode keeps this character for private use."""
+
+_LONGEST = 100_000
+"""Characters of a value: one that doubles itself line by line is not followed for ever."""
 
 NAMELESS = "words without an option"
 """The key of what a command was told without a name."""
@@ -99,7 +98,8 @@ class _Variables:
 
     def filled(self, word: str) -> str:
         """A word with the variables that are known; the others stay."""
-        return _VARIABLE.sub(self._value, word)
+        filled = _VARIABLE.sub(self._value, word)
+        return filled if len(filled) <= _LONGEST else word
 
     def _value(self, found: re.Match[str]) -> str:
         if found[1] is None and (found[2] or "").startswith("="):
@@ -131,9 +131,8 @@ class _Variables:
 def _simple(text: str, where: str) -> Iterator[list[str]]:
     """The words between line ends and operators, still with their variables; of a list (`NAME=(`
     to `)`, over several lines) `NAME=(` and its words."""
-    text = _HERE.sub(r"<<\2\3", text)
     # In a comment, the end of the line is one whatever stands before it.
-    joined = re.sub(r"(?m)^([ \t]*#.*?)\\+[ \t\r]*$", r"\1", text)
+    joined = re.sub(r"(?m)^([ \t]*#.*?)\\+[ \t\r]*$", r"\1", _without_texts(text))
     joined = sums.kept(re.sub(r"\\\r?\n", " ", joined))
     while (left := _COMPUTED.sub(UNKNOWN, joined)) != joined:
         joined = left
@@ -156,6 +155,24 @@ def _simple(text: str, where: str) -> Iterator[list[str]]:
         if words and not in_list:
             yield words
             words = []
+
+
+def _without_texts(script: str) -> str:
+    """The script without texts that are written in it for a command to read (`<<EOF` to `EOF`):
+    none of their lines is a command."""
+    lines = script.split("\n")
+    last = {line.strip(): number for number, line in enumerate(lines)}
+    kept: list[str] = []
+    until = None
+    for number, line in enumerate(lines):
+        if until is None:
+            kept.append(line)
+            found = _HERE.search(line)
+            if found and last.get(found[2], 0) > number:
+                until = found[2]
+        elif line.strip() == until:
+            until = None
+    return "\n".join(kept)
 
 
 def _lines(text: str, where: str) -> Iterator[list[str]]:

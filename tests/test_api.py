@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from docs_blocks import DOCS, blocks
+from PIL import Image
 from small_run import make_task
 
 from finesight import api
@@ -179,10 +182,16 @@ def test_read_takes_several_files_and_questions(task, tmp_path):
         (lambda *_: api.read("missing.jsonl", limit=0), "limit"),
         (lambda *_: api.load("./missing"), "model"),
         (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
-        (lambda *_: api.evaluate("./missing", "missing.jsonl"), "--metric"),
+        (lambda *_: api.evaluate("./missing", "missing.jsonl"), "metric"),
+        (lambda *_: api.evaluate("./missing", metric="qa"), "data"),
+        (lambda *_: api.load("finesight-tiny", device="cuda:1"), "device"),
+        (lambda *_: api.load("finesight-tiny", precision="bfloat16"), "precision"),
+        (lambda *_: api.load("finesight-tiny", weights="int3"), "weights"),
         (lambda *_: api.train("missing.yaml"), "missing.yaml"),
         (lambda *_: api.train({"model": "m"}), "recipe"),
         (lambda *_: api.import_data("missing.csv", "out"), "missing.csv"),
+        (lambda *_: api.import_data("missing.csv", "out", limit=0), "limit"),
+        (lambda *_: api.import_data("missing.csv", "out", eval_last=0), "eval_last"),
         (lambda *_: api.check_data("missing.jsonl"), "missing.jsonl"),
     ],
 )
@@ -193,6 +202,73 @@ def test_mistakes_are_told(model, picture, tmp_path, monkeypatch, call, where):
     assert where in caught.value.where
     assert caught.value.remedy or "settings are wrong" in caught.value.what
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_no_option_of_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = [
+        lambda: api.evaluate("./missing", "missing.jsonl"),
+        lambda: api.evaluate("./missing", metric="qa"),
+        lambda: api.import_data("missing.csv", "out", split=2),
+        lambda: api.import_data("missing.csv", "out", split=0.5, eval_last=2),
+    ]
+    for call in calls:
+        with pytest.raises(UserError) as caught:
+            call()
+        assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.new("RGB", (40, 40)),
+        [Image.new("RGB", (40, 40))],
+        np.zeros((40, 40, 3), np.uint8),
+        b"\x89PNG",
+        None,
+        3,
+    ],
+    ids=lambda picture: type(picture).__name__,
+)
+def test_pictures_in_memory_are_to_be_saved(model, picture):
+    with pytest.raises(UserError, match="in place of a file's name") as caught:
+        model.generate(picture, "Hi")
+    assert "image.save(" in caught.value.remedy
+
+
+def test_lists_in_place_of_a_name_are_told(model):
+    for call in (api.read, api.load, lambda names: api.evaluate(model, names, "qa")):
+        with pytest.raises(UserError, match="a list in place"):
+            call(["a.jsonl"])
+
+
+def test_a_cell_of_a_notebook_shows_a_line_and_a_table(model, picture):
+    assert repr(model) == f"Model(name={model.name!r})"
+    encoded = model.encode(api.question(picture, "Hi"))
+    assert repr(encoded) == str(encoded)
+    assert "token" in str(encoded).splitlines()[1]
+
+
+def test_one_model_answers_in_several_threads(model, task):
+    pictures = sorted(Path(task["model"]).parent.glob("train*.png"))[:3]
+
+    def answer(one):
+        return model.generate(one, "Which colour?", max_new_tokens=8)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(answer, pictures)) == [answer(one) for one in pictures]
+
+
+def test_a_run_trains_in_a_loop_that_runs_and_beside_it(task, tmp_path):
+    """As in a notebook, whose kernel is such a loop, and in a thread, which gets no signals."""
+    recipe = recipe_of(task | {"output": str(tmp_path / "run")}, {"train.epochs": 1})
+
+    async def both():
+        inside = api.train(recipe)
+        return inside, await asyncio.to_thread(api.train, recipe, {"output": tmp_path / "other"})
+
+    first, second = asyncio.run(both())
+    assert first.after.held_out_loss == second.after.held_out_loss
 
 
 def test_a_recipe_is_the_same_as_file_settings_and_object(task, tmp_path):

@@ -7,13 +7,13 @@ defaults and the same errors: `UserError` says where, what, what was expected an
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finesight.arguments import FileName, check_choice, check_counts, named, paths
 from finesight.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -48,17 +48,15 @@ __all__ = [
     "train",
 ]
 
-FileName = str | Path
-
 UNLEARNED = -100
 """The label of a token that carries no loss, which `torch.nn.functional.cross_entropy` passes over
 by default."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Encoding:
-    """A sample as the model reads it. Printed, it is a table of its tokens, with a star at each
-    that is learned."""
+    """A sample as the model reads it. Printed, or the last line of a notebook's cell, it is a table
+    of its tokens, with a star at each that is learned."""
 
     encoded: Encoded
     tokenizer: TextTokenizer
@@ -98,7 +96,7 @@ class Encoding:
         """All pictures in patches, end to end, not yet normalised, of shape (N, D)."""
         return self.encoded.patches_ND
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         from finesight.encode.show import as_lines
 
         return "\n".join(as_lines(self.encoded.outline, self.tokenizer))
@@ -110,7 +108,7 @@ class Model:
     that belong to it."""
 
     name: str
-    answerer: Answerer
+    answerer: Answerer = field(repr=False)
 
     def generate(
         self, pictures: FileName | Sequence[FileName], prompt: str, *, max_new_tokens: int = 512
@@ -136,7 +134,7 @@ class Model:
         """
         from finesight.infer.predict import predict
 
-        _check_counts(max_new_tokens=max_new_tokens, batch=batch)
+        check_counts(max_new_tokens=max_new_tokens, batch=batch)
         model, renderer = self.answerer.model, self.answerer.renderer
         return predict(model, renderer, questions, max_new_tokens=max_new_tokens, batch=batch)
 
@@ -193,9 +191,14 @@ def load(
     with them; nf4, fp8, int8 and int4 are made while they are loaded. Raises UserError for what is
     missing, half-written, or not the base that a run or adapter was trained on.
     """
+    from finesight.config import Device, Precision, Weights
     from finesight.infer.load import load_answerer
 
-    return Model(str(model), load_answerer(str(model), device, precision, weights))
+    check_choice("device", device, Device)
+    check_choice("precision", precision, Precision)
+    check_choice("weights", weights, Weights)
+    name = named(model)
+    return Model(name, load_answerer(name, device, precision, weights))
 
 
 def question(pictures: FileName | Sequence[FileName], prompt: str) -> Located:
@@ -203,8 +206,8 @@ def question(pictures: FileName | Sequence[FileName], prompt: str) -> Located:
     `Model.generate_all`. Raises UserError for what is missing or no picture."""
     from finesight.infer.predict import question as asked
 
-    paths = _paths(pictures)
-    return asked(paths, prompt, str(paths[0]) if len(paths) == 1 else prompt)
+    files = paths(pictures)
+    return asked(files, prompt, str(files[0]) if len(files) == 1 else prompt)
 
 
 def draw(answer: Prediction, picture: int = 0) -> Image.Image:
@@ -235,8 +238,8 @@ def read(*files: FileName, limit: int | None = None, answered: bool = True) -> l
     from finesight.config import HeldOutFile
     from finesight.data.sources import load_sources
 
-    _check_counts(limit=limit)
-    sources = [HeldOutFile(path=str(file), limit=limit) for file in files]
+    check_counts(limit=limit)
+    sources = [HeldOutFile(path=named(file), limit=limit) for file in files]
     return load_sources(sources, answered=answered).read()
 
 
@@ -260,12 +263,14 @@ def import_data(
     the share of rows to train on, `eval_last` how many rows at the end are held out; no picture is
     in both files. The format is detected where `format` does not name it. What else there is to
     say about a source, `finesight data import` has options for. Raises UserError, and leaves no
-    folder, for rows that cannot be used.
+    folder, for rows that cannot be used; where it names that command's options, `--map image=path`
+    is `columns={"image": "path"}`.
     """
     from finesight.data.importing import import_file
     from finesight.data.opening import Request
     from finesight.data.origins import brought
 
+    check_counts(limit=limit, eval_last=eval_last)
     request = Request(
         format=format,
         columns=columns or {},
@@ -294,7 +299,7 @@ def check_data(
     from finesight.check.subjects import of_files
     from finesight.data.opening import Request
 
-    return check_sources(of_files(_paths(data), _paths(held_out), Request()))
+    return check_sources(of_files(paths(data), paths(held_out), Request()))
 
 
 def train(
@@ -363,10 +368,10 @@ def evaluate(
     from finesight.evaluate.held_out import held_out
     from finesight.train.progress import Screen
 
-    _check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
+    check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
     samples, settings = held_out(
-        model.name if isinstance(model, Model) else str(model),
-        data=None if data is None else Path(data),
+        model.name if isinstance(model, Model) else named(model),
+        data=None if data is None else Path(named(data)),
         metric=metric,
         limit=limit,
         batch=batch,
@@ -377,20 +382,3 @@ def evaluate(
     with Screen(Console(stderr=True)).stage("answers", total) as advance:
         answers = None if out is None else Path(out)
         return measure(answerer.model, answerer.renderer, samples, settings, answers, advance)
-
-
-def _paths(names: FileName | Sequence[FileName]) -> list[Path]:
-    """One file or several, `~` being the user's home."""
-    listed = [names] if isinstance(names, str | Path) else names
-    return [Path(os.path.expanduser(name)) for name in listed]
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(
-                f"{name} is {count}",
-                where=name,
-                expected="a whole number from 1 upwards",
-                remedy="correct it, or leave it out",
-            )

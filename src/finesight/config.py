@@ -280,7 +280,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both set: give one of them")
+            raise ValueError("epochs and steps are both set: give one, and null for the other")
         return self
 
 

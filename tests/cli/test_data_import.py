@@ -117,12 +117,12 @@ def test_the_help_names_every_format() -> None:
         (["--map", "image"], "--map"),
         (["--map", "image="], "--map"),
         (["--map", "image=a", "--map", "image=b"], "--map"),
-        (["--map", "foto=image"], "--map"),
+        (["--map", "foto=image"], "columns"),
         (["--rows", "5"], "--rows"),
         (["--rows", "a:b"], "--rows"),
         (["--format", "csv"], "--format"),
         (["--map", "image=image", "--ask", "grounding"], "--ask"),
-        (["--map", "image=image", "--split", "2"], "--split"),
+        (["--map", "image=image", "--split", "2"], "split"),
     ],
 )
 def test_refused(source: Path, tmp_path: Path, arguments: list[str], where: str) -> None:

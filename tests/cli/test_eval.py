@@ -102,10 +102,10 @@ def test_a_function_of_the_users_own_scores_and_is_named(tiny, data, tmp_path):
     assert f"scored by the program {tmp_path / 'mine.py'}:length" in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--metric", "--data"])
-def test_without_a_recipe_both_are_needed(tiny, data, option):
-    given = {"--metric": "ocr", "--data": data}
-    del given[option]
-    result = _run(tiny, *(piece for pair in given.items() for piece in pair))
+@pytest.mark.parametrize("needed", ["metric", "data"])
+def test_without_a_recipe_both_are_needed(tiny, data, needed):
+    given = {"metric": "ocr", "data": data}
+    del given[needed]
+    result = _run(tiny, *(piece for name, value in given.items() for piece in (f"--{name}", value)))
     assert isinstance(result.exception, UserError)
-    assert option in str(result.exception)
+    assert result.exception.where == needed

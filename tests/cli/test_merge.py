@@ -246,6 +246,8 @@ def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Pa
     assert result.exit_code == 0, result.exception
     lines = result.output.splitlines()
     assert lines[0] == f"written to {out}, fp32"
+    assert any(line.startswith("  in four bits, and in full") for line in lines)
+    assert "adapter" not in result.output
     assert lines[-1].startswith("14 layers were published in four bits and are written in fp32")
     models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
@@ -295,9 +297,13 @@ def test_a_run_that_trained_parts_whole_is_written_with_all_that_belongs_to_a_mo
     result = run_command(run, out)
     assert result.exit_code == 0, result.exception
     assert result.output.splitlines()[0] == f"written to {out}, fp32"
+    card = (out / "README.md").read_text()
+    assert "adapter" not in result.output + card.partition("## Written equals trained")[2]
+    told = json.loads(run_command(run, tmp_path / "told", "--json").output)
+    assert told["parity"]["adapter"] is told["parity"]["summed"] is None
     written = [path / "model.safetensors" for path in (run / "model", out)]
     assert written[0].read_bytes() == written[1].read_bytes()
-    assert "language (full)" in (out / "README.md").read_text()
+    assert "language (full)" in card
     settings = json.loads((out / "preprocessor_config.json").read_text())
     assert settings["max_pixels"] == 7840
     assert "has no adapter" in refused(out, tmp_path / "again")

@@ -130,6 +130,22 @@ def test_a_setting_becomes(key: str, tmp_path: Path) -> None:
     try_example(SWIFT, tmp_path, *EXAMPLES[key])
 
 
+def test_adapters_beside_a_whole_tower(tmp_path):
+    """`lora_llm` hands on rank and alpha alone, and heeds nothing that is frozen."""
+    settings = {"tuner_type": "lora_llm", "vit_lr": 1e-5, "freeze_vit": True, "lora_dropout": 0.1}
+    done = from_settings(tmp_path, SWIFT | settings)
+    made = recipe_of(tmp_path)
+    assert (made.tune.vision, made.tune.merger, made.tune.language) == ("full", "full", "lora")
+    assert (made.tune.lora.rank, made.tune.lora.alpha, made.tune.lora.dropout) == (8, 32.0, 0.0)
+    assert (made.train.learning_rate.default, made.train.learning_rate.vision) == (1e-4, 1e-5)
+    assert set(told(done, "note")) == {"lora_dropout", "batch"}
+
+
+def test_deepspeed_in_a_word(tmp_path):
+    inside = '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
+    assert recipe(tmp_path, deepspeed=inside).train.parallel == "fsdp_offload"
+
+
 def test_targets_are_found_in_all_of_the_model(tmp_path):
     """peft compares ends of names, whatever is frozen: Qwen2.5-VL's tower has a gate_proj, too."""
     made = recipe(tmp_path, target_modules=["gate_proj"])
@@ -234,6 +250,7 @@ def test_a_finished_run(tmp_path):
         ({"model_kwargs": "{"}, "model_kwargs"),
         ({"ENV": {"NPROC_PER_NODE": "all"}}, "NPROC_PER_NODE"),
         ({"freeze_llm": True}, "every part is frozen"),
+        ({"model": ""}, "no model is named"),
         ({"system": "missing.txt"}, "system"),
     ],
 )

@@ -301,16 +301,16 @@ def said(question: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("request_", "where"),
     [
-        (Request(columns={"picture": "image"}), "--map"),
+        (Request(columns={"picture": "image"}), "columns"),
         (Request(format="table"), "--format table"),
         (Request(format="query", columns={"image": "image"}), "--map"),
         (Request(format="samples", prompt="?"), "--prompt"),
         (Request(format="samples", box_format="xywh"), "--box-format or --box-units"),
-        (Request(columns={"image": "image"}, prompt="?", split=1.0), "--split"),
-        (Request(columns={"image": "image"}, prompt="?", split=0.5, eval_last=1), "--split"),
+        (Request(columns={"image": "image"}, prompt="?", split=1.0), "split"),
+        (Request(columns={"image": "image"}, prompt="?", split=0.5, eval_last=1), "split"),
         (
             Request(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "--eval-last",
+            "the last rows, held out",
         ),
     ],
 )

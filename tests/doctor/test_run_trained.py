@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from finesight import storage
 from finesight.cli.app import run
 from finesight.doctor import run_course, run_end
 from finesight.doctor.findings import Finding
-from finesight.errors import UserError
+from finesight.errors import Interrupted, UserError
 from finesight.report.record import read_record
 
 SHORT = ("train.epochs=null", "train.steps=16", "train.save_every=16", "train.pack_tokens=1000")
@@ -106,9 +107,44 @@ def test_a_recipe_that_cannot_be_read_is_told(stopped: Path, tmp_path: Path, end
 def test_a_run_that_was_killed_goes_on(task: Task) -> None:
     folder = task.unfinished()
     found = only(judged(folder), "unfinished")
-    assert "killed or crashed: 2 steps" in found.why
+    assert "was killed" in found.why
+    assert "; 2 steps are done again" in found.why
     typed_in(found.remedy)
     assert codes(judged(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("interrupted", "it was interrupted: for a test"), ("failed", "it failed")]
+)
+def test_why_a_run_ended_is_what_it_noted(
+    stopped: Path, tmp_path: Path, how: str, said: str
+) -> None:
+    """A run that was started again since has not ended by that."""
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped, folder)
+    end = {"step": 6, "ended": "2026-01-01T00:00:00+00:00", "how": how, "why": "for a test"}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(end) + "\n")
+        file.flush()
+        found = only(judged(folder), "unfinished")
+        assert said in found.why
+        assert "for a test; 2 steps" in found.why
+        file.write(json.dumps({"step": 6, "started": "2026-01-02T00:00:00+00:00"}) + "\n")
+    assert "was killed" in only(judged(folder), "unfinished").why
+
+
+def test_an_interrupted_run_says_itself_what_stopped_it(task: Task) -> None:
+    class Stopping(storage.Disk):
+        def rename(self, source: Path, target: Path) -> None:
+            super().rename(source, target)
+            if target.name == "step-2":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with storage.using(Stopping()), pytest.raises(Interrupted):
+        task.run()
+    found = only(judged(task.folder / "run"), "unfinished")
+    assert "it was interrupted: stopped by SIGTERM" in found.why
+    assert "done again" not in found.why
 
 
 def test_a_damaged_checkpoint_is_told_and_resuming_passes_it_by(task: Task) -> None:

@@ -61,9 +61,9 @@ def test_options_come_before_the_recipe(run):
 
 def test_without_a_recipe_data_and_metric_are_asked_for(tmp_path):
     data = _data(tmp_path / "train.jsonl", 1)
-    with pytest.raises(UserError, match="--metric"):
+    with pytest.raises(UserError, match=r"metric: .* is no run with a recipe"):
         held_out(str(tmp_path), data=data)
-    with pytest.raises(UserError, match="--data"):
+    with pytest.raises(UserError, match=r"data: .* is no run with a recipe"):
         held_out(str(tmp_path), metric="ocr")
     assert held_out(str(tmp_path), data=data, metric="ocr")[1].metric == "ocr"
 
@@ -79,3 +79,14 @@ def test_a_metric_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no metric 'latx'[\s\S]*did you mean latex\?"):
         held_out(str(tmp_path), data=data, metric="latx")
     assert held_out(str(tmp_path), data=data, metric="a/b.py:f")[1].metric == "a/b.py:f"
+
+
+def test_a_recipe_without_measuring_and_counts_out_of_bounds_are_told(run, tmp_path):
+    (run / "recipe.yaml").write_text("model: m\ndata: {train: a.jsonl}\noutput: o\n")
+    with pytest.raises(UserError, match=r"metric: .* has a recipe without it"):
+        held_out(str(run))
+    data = _data(tmp_path / "train.jsonl", 1)
+    with pytest.raises(UserError, match="max_new_tokens is 9000000"):
+        held_out("finesight-tiny", data=data, metric="ocr", max_new_tokens=9_000_000)
+    with pytest.raises(UserError, match="no metric '<function"):
+        held_out("finesight-tiny", data=data, metric=_data)

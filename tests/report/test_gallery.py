@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 from run_folders import answer_line
 
+from finesight.report import gallery
 from finesight.report.examples import Example
 from finesight.report.formulas import Formulas
 from finesight.report.gallery import LONGEST, MOST_BOXES, Gallery, boxes_of
+from finesight.vision.picture import open_picture
 
 
 def example(before: Any = None, after: Any = None) -> Example:
@@ -53,6 +55,36 @@ def test_a_picture_is_held_once_and_boxes_stay_in_its_pixels(picture: str) -> No
     assert [one["pictures"] for one in data["examples"]] == [[0, 0], [0, 0]]
     assert (data["pictures"][0]["width"], data["pictures"][0]["height"]) == (80, 40)
     assert data["pictures"][0]["src"].startswith("data:image/png;base64,")
+
+
+def test_a_later_page_makes_only_the_pictures_that_are_new(
+    picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = str(tmp_path / "other.png")
+    Image.new("RGB", (20, 20), "blue").save(other)
+    opened: list[str] = []
+
+    def noted(path: Path, **kwargs: Any) -> Image.Image:
+        opened.append(path.name)
+        return open_picture(path, **kwargs)
+
+    monkeypatch.setattr(gallery, "open_picture", noted)
+    missing = str(tmp_path / "later.png")
+    known: gallery.Thumbnails = {}
+
+    def shown(*paths: str) -> Any:
+        lines = [answer_line("s", "", "", 1.0, image=path) for path in paths]
+        found = Gallery((), None, known).data([example(after=line) for line in lines])
+        return [one.get("src") for one in found["pictures"]]
+
+    first, _ = shown(picture, missing)
+    Image.new("RGB", (9, 9), "green").save(missing)
+    again, new, late = shown(picture, other, missing)
+    assert first == again
+    assert opened == ["p.png", "other.png", "later.png"]
+    assert None not in (new, late)
+    shown(other)
+    assert {Path(path).name for path, _ in known} == {"other.png"}
 
 
 def test_relative_paths_are_looked_for_where_the_run_began(picture: str, tmp_path: Path) -> None:

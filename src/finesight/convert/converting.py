@@ -141,8 +141,7 @@ def _equal(word: str, other: object) -> bool:
 
 
 def _of_environment(given: Given) -> Iterator[Remark]:
-    for other in given.also:
-        yield Remark("unknown", "also in the file", other, "only the first training was converted")
+    yield from given.aside
     for name, value in given.environment.items():
         if any(word in name.upper() for word in _ABOUT_VIDEO):
             text = "videos are read as pictures of their frames: import them so"

@@ -87,6 +87,8 @@ _BY_NAME = (
 def family_of(model: str, told: tuple[str | None, ...], where: str) -> Family:
     """The family of a model's name or folder; `told` are the types and templates that the program
     was given for it. Raises UserError for a model of no Qwen-VL family, and where nothing tells."""
+    if not model:
+        raise _refused("no model is named", where)
     configured = _configured(Path(model).expanduser())
     if configured is not None:
         if configured in _BY_TYPE:

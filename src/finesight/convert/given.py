@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from finesight.convert.rules import Remark
+from finesight.convert.shell import is_open
 from finesight.errors import UserError
 
 Program = Literal["ms-swift", "LLaMA-Factory"]
@@ -20,7 +22,7 @@ class Given:
     """A configuration: `values` as they were written, `defaults` the program's own, `environment`
     the variables that were set for it.
 
-    `finished`: it was recorded by a run, with each default. `also`: what else the file starts.
+    `finished`: it was recorded by a run, with each default. `aside`: what else is in the file.
     """
 
     program: Program
@@ -29,7 +31,7 @@ class Given:
     defaults: Mapping[str, object]
     environment: Mapping[str, str]
     finished: bool = False
-    also: tuple[str, ...] = ()
+    aside: tuple[Remark, ...] = ()
 
     @property
     def scripted(self) -> bool:
@@ -118,11 +120,13 @@ class Given:
 
     def refused(self, key: str, expected: str) -> UserError:
         """What a value of a wrong kind is told."""
+        value = self.value(key)
+        unsaid = self.scripted and is_open(value)
         return UserError(
-            f"{key} is {shown(self.value(key))!r}",
+            f"{key} is {shown(value)!r}",
             where=self.where,
             expected=expected,
-            remedy=f"correct {key}",
+            remedy=f"write what {key} was into a copy" if unsaid else f"correct {key}",
         )
 
 

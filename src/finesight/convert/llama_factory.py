@@ -16,6 +16,7 @@ from finesight.convert.parts import (
     tune_adapters,
     tune_full,
 )
+from finesight.convert.shell import is_open
 from finesight.convert.sources import HeldOut, set_apart, set_data
 from finesight.errors import UserError
 
@@ -160,15 +161,14 @@ def _set_bits(given: Given, draft: Draft) -> None:
 
 
 def _set_batch(given: Given, draft: Draft) -> None:
-    each, nodes = given.variable("NPROC_PER_NODE"), given.variable("NNODES")
-    told = ""
-    if each is None:
+    gpus, told = trainer.processes(given)
+    if gpus is None and not told:
         visible = given.environment.get("CUDA_VISIBLE_DEVICES", "")
-        each = len([d for d in visible.split(",") if d.strip()]) or None
-    if each is None:
-        told = " (the file does not say how many: for N, set N times as much)"
+        each = 0 if is_open(visible) else len([d for d in visible.split(",") if d.strip()])
+        gpus = each * (given.variable("NNODES") or 1) or None
+        told = "" if gpus else trainer.UNTOLD
     accumulation = given.count("gradient_accumulation_steps") or 0
-    trainer.batch(given, draft, accumulation, (each or 1) * (nodes or 1), told)
+    trainer.batch(given, draft, accumulation, gpus or 1, told)
 
 
 def _set_precision(given: Given, draft: Draft) -> None:

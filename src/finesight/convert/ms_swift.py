@@ -22,7 +22,7 @@ from finesight.convert.parts import (
 )
 from finesight.convert.sources import HeldOut, Source, set_apart, set_data
 
-_METHODS = {"lora": "lora", "full": "full"}
+_METHODS = {"lora": "lora", "full": "full", "lora_llm": "lora_llm"}
 _REASONS = dict.fromkeys(
     ("longlora", "adalora", "llamapro", "adapter", "vera", "boft", "fourierft", "reft", "bone"),
     "a kind of adapter that finesight does not have",
@@ -166,6 +166,9 @@ def _set_tune(given: Given, draft: Draft, family: Family, method: str) -> None:
     if method == "full":
         tune_full(draft, free)
         return
+    if method == "lora_llm":
+        _set_lora_llm(given, draft)
+        return
     # Names are looked for in all of the model there, whatever is frozen.
     names = tuple(piece for word in given.words("target_modules") for piece in word.split())
     if "all-linear" in names or not names:
@@ -175,6 +178,21 @@ def _set_tune(given: Given, draft: Draft, family: Family, method: str) -> None:
         set_targets(draft, family, everything, "target_modules", names, whole=True)
     if whole := [p for word in given.words("modules_to_save") for p in word.split()]:
         modules_to_save(draft, "modules_to_save", tuple(whole))
+    set_lora(given, draft, given.number("lora_alpha") or 0.0)
+    _set_bits(given, draft)
+
+
+def _set_lora_llm(given: Given, draft: Draft) -> None:
+    """Adapters in the language model, the tower and its merger whole, whatever else is frozen."""
+    draft.set("tune.vision", "full", "lora_llm")
+    draft.set("tune.merger", "full", "lora_llm")
+    draft.set("tune.language", "lora")
+    # It hands on rank and alpha alone.
+    plain = {"use_rslora": False, "lora_dropout": 0.0}
+    for key in plain:
+        if given.has(key):
+            draft.note(key, given.text(key), "`lora_llm` takes rank and alpha alone")
+    given = replace(given, values={**given.values, **plain})
     set_lora(given, draft, given.number("lora_alpha") or 0.0)
     _set_bits(given, draft)
 
@@ -204,13 +222,13 @@ def _set_bits(given: Given, draft: Draft) -> None:
 
 
 def _set_batch(given: Given, draft: Draft) -> None:
-    gpus = given.count("global_world_size") if given.has("global_world_size") else None
-    told = ""
+    gpus, told = trainer.processes(given)
+    if given.has("global_world_size"):
+        gpus, told = given.count("global_world_size"), ""
     if gpus is None:
-        each, nodes = given.variable("NPROC_PER_NODE"), given.variable("NNODES")
-        gpus = (each or 1) * (nodes or 1)
-        if each is None:
-            told = " (NPROC_PER_NODE is not set: one process)"
+        nodes = None if told else given.variable("NNODES")
+        gpus = nodes or 1
+        told = told or " (NPROC_PER_NODE is not set: one process)"
     apart = given.count("sequence_parallel_size") or 1
     shared = max(1, max(gpus, 1) // max(apart, 1))
     size = given.count("per_device_train_batch_size") or 0
@@ -218,7 +236,8 @@ def _set_batch(given: Given, draft: Draft) -> None:
     if accumulation is None:
         # Until a step has 16 samples.
         accumulation = max(1, math.ceil(16 / max(size, 1) / shared))
-        told += "; accumulated by ms-swift's default, up to 16"
+        # However many GPUs there are, then.
+        told = told.replace(trainer.UNTOLD, "") + "; accumulated by ms-swift's default, up to 16"
     trainer.batch(given, draft, accumulation, shared, told)
 
 

@@ -11,7 +11,16 @@ import yaml
 
 from finesight.convert import llama_factory_keys, ms_swift_keys
 from finesight.convert.given import Given, Program
-from finesight.convert.shell import Command, commands, options
+from finesight.convert.rules import Remark
+from finesight.convert.shell import (
+    ARGUMENTS,
+    BRANCHING,
+    NAMELESS,
+    UNKNOWN,
+    Command,
+    commands,
+    options,
+)
 from finesight.errors import UserError, look_beside
 from finesight.yaml_text import parsed
 
@@ -134,9 +143,7 @@ def _of_content(content: dict[str, object], path: Path, environment: Mapping[str
     if any(name in content for name in ("model", "model_id_or_path")) and any(
         name in content for name in ms_swift_keys.TELLING
     ):
-        inner = content.pop("ENV", None)
-        own = {str(k): str(v) for k, v in inner.items()} if isinstance(inner, dict) else {}
-        return _given("ms-swift", content, path, own | dict(environment))
+        return _given("ms-swift", content, path, environment)
     raise _unknown(path, f"is no configuration that is known: {', '.join(list(content)[:6])}")
 
 
@@ -148,6 +155,9 @@ def _given(
 ) -> Given:
     aliases = _ALIASES[program]
     values = {aliases.get(key, key): value for key, value in content.items()}
+    if program == "ms-swift" and isinstance(inner := values.pop("ENV", None), dict):
+        # What is set already holds there, too.
+        environment = {str(k): str(v) for k, v in inner.items()} | dict(environment)
     finished = program == "ms-swift" and "swift_version" in values
     return Given(program, str(path), values, _DEFAULTS[program], environment, finished)
 
@@ -155,16 +165,26 @@ def _given(
 def _of_script(text: str, path: Path) -> Given:
     given: Given | None = None
     others: list[str] = []
+    aside: list[Remark] = []
     for command in commands(text, str(path)):
-        program, name, rest = _started(command.words)
+        if command.words[0] in BRANCHING:
+            told = "conditions and loops are not followed: see whether the values are those meant"
+            aside.append(Remark("unknown", command.words[0], " ".join(command.words[1:]), told))
+        if command.words[0].startswith("--"):
+            told = "not a part of the command: the line before it does not end in a backslash"
+            first, *rest = command.words
+            aside.append(Remark("unknown", first, " ".join(rest), told))
+        program, name, place = _started(command.words)
         if program is None:
             continue
         if given is None and name in _TRAINING:
-            given = _of_command(program, rest, command, path)
+            given = _of_command(program, command, place, path)
         else:
             others.append(f"{program}'s {name}: {_NO_TRAINING.get(name, 'one more training')}")
     if given is not None:
-        return dataclasses.replace(given, also=tuple(others))
+        told = "only the first training was converted"
+        aside += [Remark("unknown", "also in the file", other, told) for other in others]
+        return dataclasses.replace(given, aside=tuple(aside))
     if others:
         raise UserError(
             others[0],
@@ -175,33 +195,31 @@ def _of_script(text: str, path: Path) -> Given:
     raise _unknown(path, "no command of ms-swift or LLaMA-Factory in it")
 
 
-def _started(words: tuple[str, ...]) -> tuple[Program | None, str, tuple[str, ...]]:
-    """The program that a command starts, the name of what it does, and the words after that."""
+def _started(words: tuple[str, ...]) -> tuple[Program | None, str, int]:
+    """The program that a command starts, the name of what it does, and the place of the words for
+    it."""
     for place, word in enumerate(words):
         last, rest = word.rpartition("/")[2], words[place + 1 :]
         name = rest[0].replace("_", "-") if rest else ""
         if last == "megatron" and name in (*_TRAINING, *_NO_TRAINING):
-            return "ms-swift", f"megatron {name}", ()
+            return "ms-swift", f"megatron {name}", len(words)
         if last in _PROGRAMS and name in (*_TRAINING, *_NO_TRAINING):
-            return _PROGRAMS[last], name, rest[1:]
+            return _PROGRAMS[last], name, place + 2
         if word == "swift.cli.sft" or word.endswith("swift/cli/sft.py"):
-            return "ms-swift", "sft", rest
+            return "ms-swift", "sft", place + 1
         if word.endswith(("src/train.py", "llamafactory/launcher.py")):
-            return "LLaMA-Factory", "train", rest
-    return None, "", ()
+            return "LLaMA-Factory", "train", place + 1
+    return None, "", len(words)
 
 
-def _of_command(program: Program, rest: tuple[str, ...], command: Command, path: Path) -> Given:
+def _of_command(program: Program, command: Command, place: int, path: Path) -> Given:
     """What the command was told: by a file, if its first word is one, and by its options."""
-    environment = dict(command.environment)
-    if processes := options(command.words).get("nproc_per_node"):
-        first = processes[0] if isinstance(processes, list) else processes
-        environment.setdefault("NPROC_PER_NODE", str(first))
+    rest = tuple(word for word in command.words[place:] if word not in ARGUMENTS)
     content: dict[str, object] = {}
     if rest and rest[0].endswith((".yaml", ".yml", ".json")):
         named = Path(rest[0])
         inner = named if named.exists() else path.parent / named
-        content = dict(_of_content(_content(_text(inner), inner), inner, {}).values)
+        content = _content(_text(inner), inner)
         rest = rest[1:]
         # LLaMA-Factory takes name=value behind a file.
         pairs = [word.partition("=") for word in rest if "=" in word and word[0] != "-"]
@@ -210,4 +228,32 @@ def _of_command(program: Program, rest: tuple[str, ...], command: Command, path:
     content |= options(rest)
     if not content:
         raise _unknown(path, f"{program}'s command has no settings")
-    return _given(program, content, path, environment)
+    if len(rest) < len(command.words) - place and any(w in ARGUMENTS for w in command.words):
+        content.setdefault(NAMELESS, ARGUMENTS[0])
+    launched = _launched(command.words[:place])
+    return _given(program, content, path, {**command.environment, **launched})
+
+
+def _launched(words: tuple[str, ...]) -> dict[str, str]:
+    """How many processes a launcher starts, as the variables that both programs have for it:
+    torchrun, deepspeed or accelerate."""
+    names = [word.rpartition("/")[2] for word in words]
+    told = {key: _first(value) for key, value in options(words).items()}
+    if "torchrun" in names or any(name.startswith("torch.distributed.") for name in names):
+        each, nodes = told.get("nproc_per_node", "1"), told.get("nnodes", "1")
+    elif "deepspeed" in names:
+        _, _, listed = told.get("include", "").partition(":")
+        one = listed and "@" not in listed
+        each = str(len(listed.split(","))) if one else told.get("num_gpus", UNKNOWN)
+        nodes = told.get("num_nodes", "1")
+    elif "accelerate" in names:
+        # Over all machines.
+        each, nodes = told.get("num_processes", UNKNOWN), "1"
+    else:
+        return {}
+    counts = {"NPROC_PER_NODE": each, "NNODES": nodes}
+    return {name: count if count.isdecimal() else UNKNOWN for name, count in counts.items()}
+
+
+def _first(value: object) -> str:
+    return str(value[0] if isinstance(value, list) else value)

@@ -5,22 +5,38 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from finesight.convert import sums
 from finesight.errors import UserError
 
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+_LIST = re.compile(r"([A-Za-z_]\w*)(\+?)=\(")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\}|[@*#?])")
+_INSIDE = re.compile(r"(\w+)(?:\[([@*]|\d+)\])?(?::?([-=?])(.*))?", re.DOTALL)
 _COMPUTED = re.compile(r"\$\(\([^()]*\)\)|\$\([^()]*\)|`[^`\n]*`")
 _EXPORTING = ("export", "declare")
-_BEFORE = {*_EXPORTING, "-x", "env", "nohup", "exec", "time", "sudo"}
+_BEFORE = {*_EXPORTING, "-x", "env", "nohup", "exec", "time", "sudo", "then", "else", "do"}
+_HERE = re.compile(r"(?<!<)<<-?[ \t]*(['\"]?)([A-Za-z_]\w*)\1")
 _OPERATOR = re.compile(r"[();<>|&{}]+")
+
+BRANCHING = ("if", "case", "for", "while", "until")
+"""What begins a part of a script that is done sometimes, or several times."""
+
+_WITHIN = "\ue000"
+"""For `#` within a word; Unicode keeps this character for private use."""
+
+_LONGEST = 100_000
+"""Characters of a value: one that doubles itself line by line is not followed for ever."""
 
 NAMELESS = "words without an option"
 """The key of what a command was told without a name."""
 
 UNKNOWN = "${what_a_command_prints}"
 """In place of what only running the script could tell."""
+
+ARGUMENTS = ("$@", "$*", "${@}", "${*}")
+"""All that a script was called with."""
 
 
 @dataclass(frozen=True)
@@ -34,47 +50,129 @@ class Command:
 def commands(text: str, where: str) -> Iterator[Command]:
     """Each simple command of a script, in order, with the variables that the script has set by
     then filled in. Loops and conditions are not followed, and what other commands would print is
-    left open. Raises UserError for quotes without an end."""
-    known: dict[str, str] = {}
-    exported: dict[str, str] = {}
+    left open, but for sums of whole numbers. Raises UserError for quotes without an end."""
+    known, exported = _Variables(), dict[str, str]()
     for words in _simple(text, where):
+        if found := _LIST.fullmatch(words[0]):
+            before = known.lists.get(found[1], ()) if found[2] else ()
+            known.lists[found[1]] = before + known.expanded(words[1:])
+            continue
         own: dict[str, str] = {}
         first = words[0]
         while words and (words[0] in _BEFORE or _ASSIGNED.fullmatch(words[0])):
             if found := _ASSIGNED.fullmatch(words[0]):
-                own[found[1]] = _filled(found[2], known | own)
+                own[found[1]] = _Variables(known.texts | own, known.lists).filled(found[2])
             words = words[1:]
         if first in _EXPORTING:
-            own |= {name: known[name] for name in words if name in known}
+            own |= {name: known.texts[name] for name in words if name in known.texts}
             exported |= own
         if not words or first in _EXPORTING:
-            known |= own
+            known.texts |= own
             # A variable of the environment stays one.
             exported |= {name: value for name, value in own.items() if name in exported}
             continue
-        yield Command(_expanded(words, known), exported | own)
+        yield Command(known.expanded(words), exported | own)
+
+
+@dataclass
+class _Variables:
+    """What a script has set: texts, and lists of words."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def expanded(self, words: list[str]) -> tuple[str, ...]:
+        """Words with their variables filled in. One that is a list, or that stands alone and holds
+        blanks, is several words, as in a shell (there without quotes)."""
+        result: list[str] = []
+        for word in words:
+            filled, alone = self.filled(word), _VARIABLE.fullmatch(word)
+            name = (alone[1] or alone[2] or "") if alone else ""
+            if name[-3:] in ("[@]", "[*]") and name[:-3] in self.lists:
+                result += self.lists[name[:-3]]
+            elif alone and filled != word and " " in filled:
+                result += filled.split()
+            else:
+                result.append(filled)
+        return tuple(result)
+
+    def filled(self, word: str) -> str:
+        """A word with the variables that are known; the others stay."""
+        filled = _VARIABLE.sub(self._value, word)
+        return filled if len(filled) <= _LONGEST else word
+
+    def _value(self, found: re.Match[str]) -> str:
+        if found[1] is None and (found[2] or "").startswith("="):
+            return self._sum(found[2][1:])
+        inside = _INSIDE.fullmatch(found[1] or found[2] or "")
+        if inside is None:
+            return found[0]
+        name, place, how, otherwise = inside.groups()
+        value = self._one(name, place)
+        if value is None and how in ("-", "="):
+            value = self.filled(otherwise)
+            if how == "=":
+                self.texts[name] = value
+        return found[0] if value is None else value
+
+    def _one(self, name: str, place: str | None) -> str | None:
+        items = self.lists.get(name, ())
+        if place in ("@", "*"):
+            return " ".join(items) if items else None
+        number = int(place or 0)
+        return items[number] if number < len(items) else None if place else self.texts.get(name)
+
+    def _sum(self, text: str) -> str:
+        filled = re.sub(r"[A-Za-z_]\w*", lambda name: self._one(name[0], None) or name[0], text)
+        value = sums.value(filled)
+        return UNKNOWN if value is None else str(value)
 
 
 def _simple(text: str, where: str) -> Iterator[list[str]]:
-    """The words between line ends and operators, still with their variables."""
-    joined = re.sub(r"\\\r?\n", " ", text)
+    """The words between line ends and operators, still with their variables; of a list (`NAME=(`
+    to `)`, over several lines) `NAME=(` and its words."""
+    # In a comment, the end of the line is one whatever stands before it.
+    joined = re.sub(r"(?m)^([ \t]*#.*?)\\+[ \t\r]*$", r"\1", _without_texts(text))
+    joined = sums.kept(re.sub(r"\\\r?\n", " ", joined))
     while (left := _COMPUTED.sub(UNKNOWN, joined)) != joined:
         joined = left
     joined = re.sub(r"(?<=\s)[012](?=>)", "", joined)
+    words: list[str] = []
+    in_list = False
     for line in _lines(joined, where):
-        words: list[str] = []
         line_words = iter(line)
         for word in line_words:
             if not _OPERATOR.fullmatch(word):
                 words.append(word)
+            elif not in_list and word[0] == "(" and words and _LIST.fullmatch(f"{words[-1]}("):
+                words, in_list = [f"{words[-1]}("], ")" not in word
             elif word.startswith(("<", ">")) or word in ("&>", "&>>"):
                 next(line_words, "")  # the file that is read or written
-            else:
+            elif not in_list or ")" in word:
                 if words:
                     yield words
-                words = []
-        if words:
+                words, in_list = [], False
+        if words and not in_list:
             yield words
+            words = []
+
+
+def _without_texts(script: str) -> str:
+    """The script without texts that are written in it for a command to read (`<<EOF` to `EOF`):
+    none of their lines is a command."""
+    lines = script.split("\n")
+    last = {line.strip(): number for number, line in enumerate(lines)}
+    kept: list[str] = []
+    until = None
+    for number, line in enumerate(lines):
+        if until is None:
+            kept.append(line)
+            found = _HERE.search(line)
+            if found and last.get(found[2], 0) > number:
+                until = found[2]
+        elif line.strip() == until:
+            until = None
+    return "\n".join(kept)
 
 
 def _lines(text: str, where: str) -> Iterator[list[str]]:
@@ -98,31 +196,12 @@ def _lines(text: str, where: str) -> Iterator[list[str]]:
 
 
 def _split(line: str) -> list[str]:
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
-    lexer.commenters = "#"
-    # As in a shell: whatever is neither a blank nor an operator belongs to the word.
+    # As in a shell: whatever is neither a blank nor an operator belongs to the word, and `#` within
+    # one begins no comment.
+    held = re.sub(r"(?<=[^\s();<>|&])#", _WITHIN, line)
+    lexer = shlex.shlex(held, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split = True
-    return list(lexer)
-
-
-def _expanded(words: list[str], known: Mapping[str, str]) -> tuple[str, ...]:
-    """A variable that stands alone may hold several words, as in a shell without quotes."""
-    result: list[str] = []
-    for word in words:
-        filled = _filled(word, known)
-        if filled != word and _VARIABLE.fullmatch(word) and " " in filled:
-            result += filled.split()
-        else:
-            result.append(filled)
-    return tuple(result)
-
-
-def _filled(word: str, known: Mapping[str, str]) -> str:
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        return known.get(name, found[3] if found[3] is not None else found[0])
-
-    return _VARIABLE.sub(value, word)
+    return [word.replace(_WITHIN, "#") for word in lexer]
 
 
 def is_open(value: object) -> bool:

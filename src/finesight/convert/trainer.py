@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finesight.convert.draft import Draft, Value
 from finesight.convert.given import Given
+from finesight.convert.shell import is_open
 from finesight.errors import UserError
 
 _SCHEDULES = {
@@ -29,6 +30,8 @@ _OPTIMIZERS = {
 }
 _SAVED = "checkpoints are written four times in the run here, and after the last step"
 _TRACKERS = ("swanlab", "tensorboard", "wandb", "mlflow", "trackio")
+_COUNTS = ("NPROC_PER_NODE", "NNODES")
+UNTOLD = " (the file does not say how many: for N, set N times as much)"
 _NO_TRACKER = ("none", "all", "[]")
 
 
@@ -116,6 +119,15 @@ def optimisation(given: Given, draft: Draft) -> None:
         draft.set("train.device", "cpu")
 
 
+def processes(given: Given) -> tuple[int | None, str]:
+    """How many processes run on all machines, by the variables that both programs have for it, and
+    what is told where the script works that out."""
+    if any(is_open(given.environment.get(name, "")) for name in _COUNTS):
+        return None, UNTOLD
+    each, nodes = (given.variable(name) for name in _COUNTS)
+    return None if each is None else each * (nodes or 1), ""
+
+
 def batch(given: Given, draft: Draft, accumulation: int, gpus: int, told: str) -> None:
     """Samples of one step over all GPUs."""
     each = given.count("per_device_train_batch_size")
@@ -173,9 +185,10 @@ def _stage(deepspeed: object) -> tuple[int | None, bool]:
     memory takes a part."""
     name = str(deepspeed)
     content: object = deepspeed
-    if isinstance(deepspeed, str) and Path(deepspeed).suffix == ".json":
+    if isinstance(deepspeed, str) and (name.endswith(".json") or name.startswith("{")):
         try:
-            content = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+            inside = name if name.startswith("{") else Path(name).read_text(encoding="utf-8")
+            content = json.loads(inside)
         except (OSError, ValueError, RecursionError):
             content = None
     if isinstance(content, dict):

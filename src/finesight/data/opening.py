@@ -181,23 +181,23 @@ def _check(request: Request) -> None:
         near = difflib.get_close_matches(unknown[0], table_format.COLUMNS, n=1)
         raise UserError(
             f"unknown role {unknown[0]!r}",
-            where="--map",
+            where="columns",
             expected=f"one of {', '.join(table_format.COLUMNS)}",
             remedy=f"did you mean {near[0]}?" if near else "leave the column out",
         )
     if request.split is not None and request.eval_last is not None:
         raise UserError(
-            f"{request.split:g} is given together with --eval-last {request.eval_last}",
-            where="--split",
+            f"a split of {request.split:g} and the last {request.eval_last} rows held out",
+            where="split",
             expected="one way to hold rows out",
             remedy="leave one of the two out",
         )
     if request.split is not None and not 0 < request.split < 1:
         raise UserError(
-            f"{request.split:g}",
-            where="--split",
+            f"a split of {request.split:g}",
+            where="split",
             expected="the share of the rows to train on, above 0 and below 1",
-            remedy="for example --split 0.9",
+            remedy="for example 0.9",
         )
 
 

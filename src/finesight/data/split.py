@@ -24,7 +24,7 @@ def hold_out_last(rows: Sequence[Keys], count: int) -> tuple[list[int], list[int
     if first < 0:
         raise UserError(
             f"{count} rows of {len(rows)}",
-            where="--eval-last",
+            where="the last rows, held out",
             expected=f"at most {len(rows)}",
             remedy="hold out fewer rows",
         )
@@ -33,9 +33,9 @@ def hold_out_last(rows: Sequence[Keys], count: int) -> tuple[list[int], list[int
     if first and not train:
         raise UserError(
             f"each of the other {first} rows shows a picture of the last {count}",
-            where="--eval-last",
+            where="the last rows, held out",
             expected="rows with pictures of their own to train on",
-            remedy="hold out another number of rows, or use --split",
+            remedy="hold out another number of rows, or a share of them",
         )
     return train, list(range(first, len(rows)))
 
@@ -55,7 +55,7 @@ def split_by_picture(rows: Sequence[Keys], share: float, seed: int) -> tuple[lis
     if not held_out or len(held_out) == len(rows):
         raise UserError(
             f"{len(rows)} rows in {len(groups)} groups that share no picture",
-            where=f"--split {share:g}",
+            where=f"split {share:g}",
             expected=f"enough groups to train on and {wanted} rows to measure on",
             remedy="import more rows, or choose another share",
         )

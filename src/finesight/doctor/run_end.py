@@ -17,6 +17,7 @@ from finesight.hub import ModelFolder, named
 from finesight.recipe import load_recipe
 from finesight.report.facts import done, left_out, remarks, state, training_samples
 from finesight.report.record import Record
+from finesight.report.standing import standing
 from finesight.run_folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
 
 IN_A_ROW = 5
@@ -87,29 +88,29 @@ def _unfinished(record: Record, found: list[Finding]) -> Iterator[Finding]:
     if any(one.code == "not-finite" and one.severity == "fault" for one in found):
         return
     steps = _checkpoints(record.folder)
-    if not steps:
-        yield fault(
-            "unfinished",
-            f"the run is {state(record)}, and no checkpoint was written",
-            why="it was ended before the first one: by a signal, by an error that its screen shows,"
-            " or by the system for want of memory (journalctl -k -g 'out of memory')",
-            remedy=resume(record),
-        )
-        return
-    missing = done(record) - steps[-1]
-    how = (
-        "it was asked to stop, or had to (a full memory, a reading process that died), and wrote a"
-        " checkpoint of its last step"
-        if missing <= 0
-        else f"it was killed or crashed: {missing} steps after the checkpoint are done again"
-    )
+    newest = f"its newest checkpoint is that of step {steps[-1]}" if steps else "it has none"
     yield fault(
         "unfinished",
-        f"the run is {state(record)}; its newest checkpoint is that of step {steps[-1]}",
-        why=how,
+        f"the run is {state(record)}; {newest}",
+        why=_why(record, steps),
         remedy=resume(record),
     )
-    yield from _checkpoint(record, steps)
+    if steps:
+        yield from _checkpoint(record, steps)
+
+
+def _why(record: Record, checkpoints: list[int]) -> str:
+    """What ended a run, as it noted itself; one that was killed could not."""
+    stands = standing(record)
+    missing = done(record) - checkpoints[-1] if checkpoints else done(record)
+    lost = f"; {missing} steps are done again" if missing > 0 else ""
+    if stands.kind in ("interrupted", "failed"):
+        how = "it was interrupted" if stands.kind == "interrupted" else "it failed"
+        return f"{how}: {stands.why or 'no reason was noted'}{lost}"
+    return (
+        "its process was killed (by a signal, or by the system for want of memory: journalctl -k"
+        f" -g 'out of memory'), or its machine went down{lost}"
+    )
 
 
 def _checkpoints(folder: Path) -> list[int]:

@@ -49,29 +49,42 @@ def held_out(
         kept = own.found(recipe.eval.metric, path.parent, copy_first=True)
         settings = recipe.eval.model_dump() | {"metric": kept} | settings
     if "metric" not in settings:
-        raise _missing("--metric", METRICS, run_or_model)
+        raise _missing("metric", METRICS, run_or_model)
     if data is not None:
         samples = [Located(sample, data.parent) for sample in read_samples(data)]
     elif recipe is not None and recipe.data.eval:
         samples = load_sources(recipe.data.eval).read()
     else:
-        raise _missing("--data", "a JSONL file of held-out samples", run_or_model)
+        raise _missing("data", "a JSONL file of held-out samples", run_or_model)
     try:
         return samples, Eval.model_validate(settings)
     except ValidationError as error:
-        near = difflib.get_close_matches(settings["metric"], TASKS, n=1)
-        raise UserError(
-            f"no metric {settings['metric']!r}",
-            where="--metric",
-            expected=METRICS,
-            remedy=f"did you mean {near[0]}?" if near else "choose one of these",
-        ) from error
+        raise _wrong(error, settings) from error
 
 
-def _missing(option: str, expected: str, run_or_model: str) -> UserError:
+def _missing(what: str, expected: str, run_or_model: str) -> UserError:
+    """No metric or no data is named."""
+    is_run = (Path(run_or_model) / RECIPE).is_file()
     return UserError(
-        f"{run_or_model} has no recipe that says it",
-        where=option,
+        f"{run_or_model} {'has a recipe without it' if is_run else 'is no run with a recipe'}",
+        where=what,
         expected=expected,
-        remedy=f"give {option}",
+        remedy=f"say which {what}" if is_run else f"say which {what}, or correct the run's folder",
+    )
+
+
+def _wrong(error: ValidationError, settings: dict[str, Any]) -> UserError:
+    """What the settings of an evaluation are told."""
+    wrong = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
+    if "metric" not in wrong:
+        name, expected = next(iter(wrong.items()))
+        what, remedy = f"{name} is {settings[name]}", "correct it, or leave it out"
+        return UserError(what, where=name, expected=expected, remedy=remedy)
+    metric = str(settings["metric"])
+    near = difflib.get_close_matches(metric, TASKS, n=1)
+    return UserError(
+        f"no metric {metric!r}",
+        where="metric",
+        expected=METRICS,
+        remedy=f"did you mean {near[0]}?" if near else "choose one of these",
     )

@@ -59,7 +59,7 @@ def write_card(folder: Path, told: Told) -> None:
         *_questions(record),
         *_scores(record),
         *_recipe(record),
-        _parity(told.parity),
+        _parity(told),
         _serving(ModelFolder(folder), told),
         _licence(told.parts.folder, folder),
     ]
@@ -198,11 +198,13 @@ def _without_places(value: Any) -> Any:
     return value
 
 
-def _parity(parity: Parity) -> str:
-    shown = "\n".join(parity.as_lines())
+def _parity(told: Told) -> str:
+    shown = "\n".join(told.parity.as_lines())
+    whole = told.parts.adapter is None
     return (
-        "## Merged equals trained\n\nThe folder, loaded anew from the disk, against the adapter on"
-        f" its base:\n\n```\n{shown}\n```"
+        f"## {'Written' if whole else 'Merged'} equals trained\n\nThe folder, loaded anew from the"
+        f" disk, against {'the trained model' if whole else 'the adapter on its base'}:"
+        f"\n\n```\n{shown}\n```"
     )
 
 

@@ -254,6 +254,7 @@ def _compare(
     def changed(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         return compare.difference(found, expected) / largest
 
+    made = written.layers or written.thawed
     against = None
     if trained is not None:
         theirs = compare.weighed(model, prompts, trained.answers)
@@ -265,8 +266,8 @@ def _compare(
         tokens=sum(map(len, inside.answers)),
         computed=_name(machine.dtype),
         stored=kept,
-        adapter=changed(inside.logits, written.plain),
-        summed=changed(written.summed, inside.logits),
+        adapter=changed(inside.logits, written.plain) if written.layers else None,
+        summed=changed(written.summed, inside.logits) if made else None,
         rounded=None if written.rounded is None else changed(written.rounded, written.summed),
         reloaded=changed(after.logits, last),
         equal=equal,

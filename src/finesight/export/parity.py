@@ -61,13 +61,17 @@ class Parting:
         return self.gap <= 2 * self.noise
 
 
+_BESIDE = "adapter beside, and added in"
+
+
 @dataclass(frozen=True, slots=True)
 class Parity:
     """What was compared and what came out. Differences of logits are relative to the largest logit
-    of the adapter on its base.
+    of the trained model: of the adapter on its base, where there is one.
 
     `questions` says where they come from; `computed` and `stored` are precisions. `adapter` is what
-    the adapter changes at all, `summed` what adding it into the weights changed, `rounded` what
+    the adapter changes at all (None without one), `summed` what adding it into the weights changed,
+    or writing weights of four bits in full (None where neither was done), `rounded` what
     their rounding to `stored` changed (None where it is none) and `reloaded` by how much the folder
     on the disk differs from the model that was written. `as_trained` compares with the base in few
     bits, which the adapter was trained on: its logits and the share of equal answers.
@@ -78,8 +82,8 @@ class Parity:
     tokens: int
     computed: str
     stored: str
-    adapter: float
-    summed: float
+    adapter: float | None
+    summed: float | None
     rounded: float | None
     reloaded: float
     equal: int
@@ -98,12 +102,15 @@ class Parity:
             f"{self.prompts} questions about {self.questions}, {self.tokens} tokens of answers,"
             f" computed in {self.computed}",
             "largest difference of logits, as a share of the largest logit:",
-            f"  base and adapter              {self.adapter:.1e}",
-            f"  adapter beside, and added in  {self.summed:.1e}",
         ]
-        if self.rounded is not None:
-            lines.append(f"  {f'rounded to {self.stored}':30}{self.rounded:.1e}")
-        lines.append(f"  written, and read again       {self.reloaded:.1e}")
+        beside = "in four bits, and in full" if self.adapter is None else _BESIDE
+        steps = {
+            "base and adapter": self.adapter,
+            beside: self.summed,
+            f"rounded to {self.stored}": self.rounded,
+            "written, and read again": self.reloaded,
+        }
+        lines += [f"  {step:30}{n:.1e}" for step, n in steps.items() if n is not None]
         lines.append(f"{self.equal} of {self.prompts} answers are equal, token by token")
         lines += [
             f"  {one.question} parts after {one.token} tokens: a gap of {one.gap:.1e} between the"
@@ -212,7 +219,7 @@ def refuse_unlike(parity: Parity, bound: float) -> None:
     """Raise UserError for a difference that neither rounding nor the order of additions makes."""
     # Rounding may change what it will, but not into what is no number: fp16 ends at 65504.
     checks = (
-        ("adding the adapter into the weights", parity.summed, bound),
+        ("writing it as one model in full", parity.summed or 0.0, bound),
         (f"rounding to {parity.stored}", parity.rounded or 0.0, sys.float_info.max),
         ("writing the folder and reading it again", parity.reloaded, bound),
     )

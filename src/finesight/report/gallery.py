@@ -43,16 +43,26 @@ LONGEST_ID = 200
 
 Data = dict[str, Any]
 
+Thumbnails = dict[tuple[str, int], Data]
+"""By the path of the picture, and the pixels that they were made for."""
+
 
 class Gallery:
     """Makes data of examples; a picture that several of them ask about is held once.
 
     `folders` are tried in turn for paths that are not absolute. `formulas` is None where answers
-    are no formulas.
+    are no formulas. `known` are the thumbnails of an earlier page, and then those of this one: they
+    are not made again.
     """
 
-    def __init__(self, folders: Sequence[Path], formulas: Formulas | None) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        formulas: Formulas | None,
+        known: Thumbnails | None = None,
+    ) -> None:
         self._folders, self._formulas = folders, formulas
+        self._known: Thumbnails = {} if known is None else known
 
     def data(self, examples: Sequence[Example]) -> Data:
         """`examples`, and the `pictures` that they name by number."""
@@ -68,12 +78,17 @@ class Gallery:
         number = {path: i for i, path in enumerate(paths)}
         pixels = min(MOST_PIXELS, max(LEAST_PIXELS, ALL_PIXELS // max(1, len(paths))))
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(partial(self._picture, pixels, LARGE), paths))
+            found = list(pool.map(partial(self._once, pixels, LARGE), paths))
         shown = [
-            self._picture(pixels, MAX_PIXELS, path) if one is None else one
+            self._once(pixels, MAX_PIXELS, path) if one is None else one
             for path, one in zip(paths, found, strict=True)
         ]
+        self._known.clear()
+        self._known |= {(one["path"], pixels): one for one in shown if one and "src" in one}
         return shown, number
+
+    def _once(self, pixels: int, largest: int, name: str) -> Data | None:
+        return self._known.get((name, pixels)) or self._picture(pixels, largest, name)
 
     def _picture(self, pixels: int, largest: int, name: str) -> Data | None:
         """A thumbnail of so many pixels at most, or why there is none. None, at once, of a picture

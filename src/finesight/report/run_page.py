@@ -28,7 +28,7 @@ from finesight.report.figures import (
     signed_between,
 )
 from finesight.report.formulas import Formulas
-from finesight.report.gallery import Data, Gallery
+from finesight.report.gallery import Data, Gallery, Thumbnails
 from finesight.report.language import Language, preferred, say, speaking
 from finesight.report.page import render, write_page
 from finesight.report.record import Line, Record, read_record
@@ -56,11 +56,12 @@ ONCE_WORDS: dict[Kind, str] = {"wrong": "wrong", "right": "right"}
 
 @dataclass
 class Live:
-    """The pages of a run that goes on: a new one comes every `again` seconds, and examples are
-    drawn anew only where there are other answers."""
+    """The pages of a run that goes on: a new one comes every `again` seconds, examples are drawn
+    anew only where there are other answers, and their pictures once."""
 
     again: float
     _key: Hashable = None
+    _thumbnails: Thumbnails = field(default_factory=dict)
     _drawn: tuple[Examples, Data] = field(default_factory=lambda: (Examples([], {}, "", False), {}))
 
     def drawn(self, record: Record, most: int) -> tuple[Examples, Data]:
@@ -68,7 +69,7 @@ class Live:
         about = [(str(path), path.stat().st_mtime_ns) for path in record.answers]
         key = most, _headline(record), tuple(about)
         if key != self._key:
-            self._drawn = _drawn(record, most)
+            self._drawn = _drawn(record, most, self._thumbnails)
             self._key = key
         return self._drawn
 
@@ -278,10 +279,10 @@ def _examples(record: Record, most: int) -> Examples:
     return read_examples(first, last, _headline(record), most)
 
 
-def _drawn(record: Record, most: int) -> tuple[Examples, Data]:
+def _drawn(record: Record, most: int, known: Thumbnails | None = None) -> tuple[Examples, Data]:
     examples = _examples(record, most)
     formulas = Formulas() if _metric(record) == "latex" else None
-    return examples, Gallery(_folders(record), formulas).data(examples.shown)
+    return examples, Gallery(_folders(record), formulas, known).data(examples.shown)
 
 
 def _headline(record: Record) -> str | None:

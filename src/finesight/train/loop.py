@@ -259,6 +259,8 @@ class Loop:
             progress.best = found
             self.save()
         if progress.step < self.total:
+            # Here and not in the page's thread: processes that read data may be forked next, and
+            # would inherit the locks of a thread that decodes pictures.
             self.page.write()
 
     def save(self) -> None:

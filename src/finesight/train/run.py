@@ -62,8 +62,9 @@ class Run:
             raise UserError(
                 f"{self.folder.name} holds another run",
                 where=str(self.folder),
-                expected="a new folder, or --resume to go on with that run",
-                remedy=f"add --resume, or choose another one: output={self.folder}-2",
+                expected="a new folder, or a run that is resumed",
+                remedy=f"add --resume (from Python resume=True) to go on with it, or choose another"
+                f" one: output={self.folder}-2",
             )
         if self.folder.is_symlink() and not self.folder.exists():
             raise UserError(

@@ -64,6 +64,16 @@ def test_each_file_is_hashed_once_and_each_content_decoded_once(folder):
     assert album[str(folder / "gone.png")].fault == "picture-missing"
 
 
+def test_where_processes_cannot_speak_to_each_other_there_are_none(folder, monkeypatch):
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Lock", refused)
+    monkeypatch.setattr("multiprocessing.context.BaseContext.BoundedSemaphore", refused)
+    with processes(WORTH_IT) as pool:
+        assert pool.submit(os.getpid).result() == os.getpid()
+
+
 def test_other_processes_give_the_same(folder):
     groups = names(folder)
     with processes(WORTH_IT) as pool:

@@ -34,12 +34,10 @@ def processes(samples: int) -> Iterator[Executor]:
     The processes are started afresh, not forked, so that nothing of this one is copied. One that
     dies, mostly for want of memory, becomes a UserError here.
     """
-    if samples < WORTH_IT:
+    pool = _pool() if samples >= WORTH_IT else None
+    if pool is None:
         yield _Here()
         return
-    pool = ProcessPoolExecutor(
-        _cores(), multiprocessing.get_context("spawn"), initializer=_leave_interrupts_alone
-    )
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -51,6 +49,15 @@ def processes(samples: int) -> Iterator[Executor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool() -> ProcessPoolExecutor | None:
+    """None where processes cannot speak to each other, as without a /dev/shm to write to."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        return ProcessPoolExecutor(_cores(), context, initializer=_leave_interrupts_alone)
+    except OSError:
+        return None
 
 
 def ahead(

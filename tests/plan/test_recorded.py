@@ -54,7 +54,7 @@ def load_of(batch: PackedBatch) -> Load:
 def test_rooms_are_those_of_a_run(batch: PackedBatch, tune: dict[str, object]) -> None:
     model = tuned(tune)
     features = model.see(batch.patches_ND, batch.grids)
-    held = Held.room(Kind.of(batch, len(features)), batch, features)
+    held = Held.room(Kind.of(batch), batch, features)
     found = recording(model, CARD, 0.0, load_of(batch))
     assert found is not None
     assert found.kind == held.kind

@@ -3,9 +3,11 @@ launches would."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ CPU = torch.device("cpu")
 LORA = Tune.model_validate({"lora": {"rank": 8, "dropout": 0.1}})
 PARTS = "vision", "merger", "language"
 SEEING = Tune.model_validate(dict.fromkeys(PARTS, "lora") | {"lora": {"rank": 8}})
+DROPPING = SEEING.model_copy(update={"lora": LORA.lora})
 ALL = Tune.model_validate(dict.fromkeys((*PARTS, "embeddings"), "full"))
 
 
@@ -63,8 +66,7 @@ def test_what_fills_a_pack_up_changes_nothing(folder: Path) -> None:
     samples = encoded(folder)
     batch = pack(samples[:5])
     features = seen(model, batch)
-    places = 0 if features is None else len(features)
-    held = Held.room(Kind.of(batch, places), batch, features)
+    held = Held.room(Kind.of(batch), batch, features)
     # Another one was there before.
     other = pack(samples[5:9])
     held.lay(other, seen(model, other), torch.tensor(2.0))
@@ -86,10 +88,10 @@ def test_what_fills_a_pack_up_changes_nothing(folder: Path) -> None:
 def test_kinds_are_few(folder: Path) -> None:
     samples = encoded(folder)
     packs = [pack(samples[start : start + 4]) for start in range(8)]
-    kinds = {Kind.of(batch, len(batch.visual_at_M)) for batch in packs}
+    kinds = {Kind.of(batch) for batch in packs}
     assert len(kinds) < len({len(batch.ids_T) for batch in packs})
     for batch in packs:
-        kind = Kind.of(batch, len(batch.visual_at_M))
+        kind = Kind.of(batch)
         assert kind.tokens > len(batch.ids_T)
         assert kind.sequences > len(batch.lengths)
         assert kind.longest >= max(batch.lengths)
@@ -98,14 +100,19 @@ def test_kinds_are_few(folder: Path) -> None:
 
 
 class Full:
-    """Recordings for which there is no memory."""
+    """Recordings for which there is no memory: what was computed by then waits in the error."""
 
     def __init__(self, device: torch.device) -> None:
         self.asked = 0
 
     def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
         self.asked += 1
+        held = torch.zeros(1)
+        WAITING.append(weakref.ref(held))
         raise torch.OutOfMemoryError("no room for a recording")
+
+
+WAITING: list[weakref.ref[Tensor]] = []
 
 
 def test_where_there_is_no_memory_for_recordings_all_is_launched(
@@ -117,6 +124,13 @@ def test_where_there_is_no_memory_for_recordings_all_is_launched(
     learning = list(trainable(model).values())
     passes, plain = Passes(model, learning), Passes(model, learning)
     plain.forget()
+    launch = passes._launch
+
+    def launched(*inputs: Any) -> Tensor:
+        assert [one() for one in WAITING] == [None] * len(WAITING), "memory is not given back yet"
+        return launch(*inputs)
+
+    monkeypatch.setattr(passes, "_launch", launched)
     full = passes._recorded
     batch, share = pack(encoded(folder)[:4]), torch.tensor(0.25)
     found = []
@@ -133,6 +147,43 @@ def test_where_there_is_no_memory_for_recordings_all_is_launched(
     for loss_1, grads_1 in others:
         assert torch.equal(loss, loss_1)
         assert all(torch.equal(one, other) for one, other in zip(grads, grads_1, strict=True))
+
+
+def test_texts_teach_a_tower_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among pictured packs there may be one of texts alone."""
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Full)
+    tune = Tune.model_validate({"vision": "lora", "language": "frozen"})
+    model = tuned(torch.float32, CPU, tune)
+    learning = list(trainable(model).values())
+    passes = Passes(model, learning)
+    texts = replace(
+        pack(encoded(folder)[:2]),
+        grids=(),
+        patches_ND=torch.empty(0, 588, dtype=torch.uint8),
+        visual_at_M=torch.empty(0, dtype=torch.int64),
+    )
+    for _ in range(recorded.LAUNCHED + 2):
+        assert passes.learn(texts, None, torch.tensor(1.0)) > 0
+    assert all(parameter.grad is None for parameter in learning)
+    assert isinstance(passes._recorded, Full)
+    assert passes._recorded.asked == 0
+    passes.learn(pack(encoded(folder)[:2]), None, torch.tensor(1.0))
+    assert any(parameter.grad is not None for parameter in learning)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_drop_outs_are_the_same_recorded_or_not(folder: Path) -> None:
+    """The tower draws first, whoever asks it, and then the seed of the decoder."""
+    cuda = torch.device("cuda")
+    model = tuned(torch.bfloat16, cuda, DROPPING)
+    batch = pack(encoded(folder)[:3]).to(cuda)
+    torch.manual_seed(5)
+    inside = model(batch)
+    torch.manual_seed(5)
+    features = model.see(batch.patches_ND, batch.grids)
+    torch.testing.assert_close(model(batch, features), inside)
 
 
 def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +227,7 @@ def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
     model = tuned(torch.float32, CPU, ALL)
     batch = pack(encoded(folder)[:5])
     features = model.see(batch.patches_ND, batch.grids)
-    held = Held.room(Kind.of(batch, len(features)), batch, features)
+    held = Held.room(Kind.of(batch), batch, features)
     held.lay(batch, features, torch.tensor(1.0))
     ((laid, back),) = held.learned
     assert torch.equal(laid[: len(features)], features)
@@ -213,6 +264,8 @@ def test_a_recording_learns_what_its_launches_would(
     model.recompute = recompute
     samples = encoded(folder)
     monkeypatch.setattr(recorded, "LAUNCHED", 0)
+    # So that some take their way by the hooks, and others not.
+    monkeypatch.setattr(recorded, "LARGE", 10_000)
     packs = [pack(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable(model).values())
     passes = Passes(model, learning)

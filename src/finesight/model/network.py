@@ -157,6 +157,8 @@ class VisionLanguageModel(nn.Module):
         """A pack to the normed hidden states [L, D] of the tokens that predict learned ones;
         `features_MKD` are those of its pictures where they are known. `seed_1` (int32, on the
         device) is what drop-outs are a function of on a GPU; by default it is drawn."""
+        # Before a seed is drawn: who knows the features has had the tower draw first, too.
+        features_MKD = self._features(batch, features_MKD)
         segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         if seed_1 is None and self.training and batch.ids_T.is_cuda:
             seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)

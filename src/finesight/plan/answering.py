@@ -43,7 +43,8 @@ def answering(
     # The held-out loss: forwards only, of about a third of a training step's work.
     batch = recipe.train.batch
     groups = [held_out[at : at + batch] for at in range(0, len(held_out), batch)]
-    loss = sum(sized.clock.step([load_of(group)], 0.0).in_all for group in groups) / 3
+    times_of = (sized.clock.step([load_of(group)], 0.0, recorded=False) for group in groups)
+    loss = sum(time.in_all for time in times_of) / 3
     if settings is None:
         return Answering(times, len(held_out), times * loss, 0)
     asked = held_out[: settings.limit]
@@ -58,7 +59,7 @@ def _generation(settings: Eval, sized: Sized, on: Target, asked: Sequence[Glance
     steps = learned / min(settings.batch, len(asked))
     each = max(STEP_S if on.computing.cuda else 0.0, sized.stays.weights / on.bandwidth)
     prompts = sum(
-        sized.clock.step([load_of(asked[at : at + settings.batch])], 0.0).in_all
+        sized.clock.step([load_of(asked[at : at + settings.batch])], 0.0, recorded=False).in_all
         for at in range(0, len(asked), settings.batch)
     )
     return steps * each + prompts / 3

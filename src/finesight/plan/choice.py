@@ -154,8 +154,8 @@ class Chooser:
         )
         seen = None
         if sized.tower_is_frozen:
-            known = [sized.clock.step(s, setting.recompute, True, recorded) for s in loads]
-            seen = fmean(time.in_all for time in known)
+            known = {"seen": True, "recorded": recorded}
+            seen = fmean(sized.clock.step(s, setting.recompute, **known).in_all for s in loads)
         packs = fmean(len(step) for step in loads)
         return Estimate(setting, peak, mean, seen, packs, self._room)
 

@@ -164,10 +164,9 @@ class Clock:
         pace, model = self._pace, self._model
         adapted = {path for path, _, _ in adapters(model)}
         found = 0.0
-        known = replace(load, grids=()) if seen else load
         computing = self._target.computing
         # Nothing starts the layers of a recording one by one.
-        if not (recorded and recording(model, computing, recompute, known)):
+        if not (recorded and recording(model, computing, recompute, load)):
             tuned = any(path.startswith("model.") for path in adapted)
             for layer in model.model.layers:
                 few = computing.fused and isinstance(layer, DecoderLayer) and layer.fusible

@@ -63,7 +63,7 @@ class Budget(BaseModel):
     def unlike(self, old: Budget) -> str:
         """What is other than before, for people, with what makes the next run begin so."""
         if self == old:
-            return "the same packs, none of them recorded any more"
+            return "the same packs, not recorded where memory was full"
         if self.pack_tokens != old.pack_tokens:
             return (
                 f"packs of at most {self.pack_tokens:,} tokens instead of {old.pack_tokens:,}"

@@ -22,7 +22,8 @@ if KERNELS:
     from finesight.train import step_kernels
 
 LARGE = 1 << 20
-"""From so many numbers on, a gradient is added to its sum as soon as autograd has made it."""
+"""From so many numbers on, a gradient is added to its sum as soon as autograd has made it, and of a
+recording laid where it stays (`train.recorded`)."""
 
 
 @dataclass(frozen=True)

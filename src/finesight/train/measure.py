@@ -126,6 +126,7 @@ def _answered(
     metric, ranks = own.found(settings.metric, session.run.folder), session.machine.ranks
 
     def fewer(batch: int) -> None:
+        session.passes.forget()
         screen.say(f"the GPU's memory is full: going on with {batch} answers at once (eval.batch)")
 
     with screen.stage(f"answers {name}", len(ranks.own(samples))) as advance:
@@ -227,7 +228,8 @@ def held_out_loss(session: Session, budget: Budget, advance: Advance, stop: Stop
                     try:
                         total += _loss(session, packed, one)
                     except torch.OutOfMemoryError as error:
-                        raise too_much(error, packed, budget, learning=False) from None
+                        freed = session.passes.forget()
+                        raise too_much(error, packed, budget, learning=False, freed=freed) from None
                     count += packed.supervised
                 dropped += step.dropped
                 advance(step.samples + len(step.dropped))

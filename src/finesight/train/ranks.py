@@ -294,7 +294,7 @@ class Ranks:
     @contextmanager
     def confirmed(self) -> Iterator[None]:
         """A block that all processes go through. Raises ShareFailed where it came to its end here,
-        and not in another one; and FullMemory in all of them where a smaller budget would do."""
+        and not in another one; and FullMemory in all of them where another try would do."""
         full, well = None, False
         try:
             yield

@@ -13,6 +13,7 @@ predict a learned one.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,8 @@ MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
 MOST_KINDS = 16
-"""Recordings that are kept: each holds the features of a pack, and some hundred kilobytes for every
-thousand of its kernels."""
+"""Recordings that are kept: each holds the features of a pack, twice where they learn, and some
+hundred kilobytes for every thousand of its kernels."""
 
 LAUNCHED = 3
 """Packs of a kind that are launched first: to record one takes as long as a few save."""
@@ -56,9 +57,9 @@ class Kind(NamedTuple):
     labels: int
 
     @classmethod
-    def of(cls, batch: PackedBatch, places: int) -> Kind:
+    def of(cls, batch: PackedBatch) -> Kind:
         """That of this pack."""
-        return cls.around(batch.lengths, places, len(batch.predict_L))
+        return cls.around(batch.lengths, len(batch.visual_at_M), len(batch.predict_L))
 
     @classmethod
     def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
@@ -131,9 +132,8 @@ class Held:
         _fill(held.predict_L, batch.predict_L, 0)
         _fill(held.target_L, batch.target_L, -1)
         if features_MKD is not None and self.features_MKD is not None:
-            # What is left there of an earlier pack goes to a token of nothing.
             _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
-            self.features_MKD[: len(features_MKD)].copy_(features_MKD)
+            _fill(self.features_MKD, features_MKD, 0)
         self.share.copy_(share)
         self.seed_1.random_(2**31 - 1)
 
@@ -157,7 +157,7 @@ def learns_little(model: nn.Module) -> bool:
 
 
 def pays(model: VisionLanguageModel, tokens: int, labels: int, recompute: float) -> bool:
-    """Whether a pack of so many, the features of its pictures known, is quicker as a recording."""
+    """Whether a pack of so many is quicker as a recording."""
     if recompute and not _all_fused(model):
         # What torch draws again cannot be recorded.
         return False
@@ -199,18 +199,20 @@ class _Left:
         hooks = [self._hook(number) for number in self._large]
         ends = [*self._learning, *(tensor for tensor, _ in beside)]
         try:
-            made = dict(enumerate(torch.autograd.grad(loss, ends, allow_unused=True)))
+            made = torch.autograd.grad(loss, ends, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
-        for number, (_, place) in enumerate(beside, start=len(self._learning)):
-            place.copy_(made.pop(number))
-        small = {n: one for n, one in made.items() if one is not None and n not in self._large}
+        own, others = made[: len(self._learning)], made[len(self._learning) :]
+        for (_, place), gradient in zip(beside, others, strict=True):
+            place.copy_(gradient)
+        came = enumerate(own)
+        small = {n: one for n, one in came if one is not None and n not in self._large}
         if small:
             torch._foreach_copy_([self._place(n) for n in small], [*small.values()])
 
     def hand_over(self) -> None:
-        """Give them to the parameters."""
+        """Give them to the parameters: whatever is recorded reaches the same ones."""
         for number, parameter in enumerate(self._learning):
             parameter.grad = self._places.get(number)
 
@@ -257,17 +259,26 @@ class Passes:
         if held is None:
             return self._launch(batch, features_MKD, share)
         held.lay(batch, features_MKD, share)
-        number = [*self._held].index(held.kind)
-        try:
-            loss = self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
-        except RuntimeError:
-            # A recording wants memory of its own, of which there may be none left. Nothing was
-            # learned yet: what is really wrong with the pack shows when it is launched.
+        loss = self._replay(held)
+        if loss is None:
+            # Here, where the error is gone and with it what its frames held.
             self.forget()
             return self._launch(batch, features_MKD, share)
         self._left.hand_over()
         held.lead_back(features_MKD)
         return loss
+
+    def _replay(self, held: Held) -> Tensor | None:
+        """The loss by a recording; None where it fails. It wants memory of its own, of which there
+        may be none left. Nothing was learned then: what is really wrong with the pack shows when it
+        is launched."""
+        assert self._recorded is not None, "recordings were given back"
+        number = [*self._held].index(held.kind)
+        try:
+            return self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
+        except RuntimeError as error:
+            logging.getLogger(__name__).debug("packs are no longer recorded: %s", error)
+            return None
 
     def rehearse(self, batch: PackedBatch) -> None:
         """Take a pack all ways that packs of its kind go, where kernels only compile."""
@@ -277,11 +288,12 @@ class Passes:
             return
         features_MKD = self._seen(batch, None)
         if self._pays(batch, features_MKD):
-            kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
-            held = Held.room(kind, batch, features_MKD)
+            held = Held.room(Kind.of(batch), batch, features_MKD)
             held.lay(batch, features_MKD, share)
-            self._forth_and_back(held)
-            self._left.clear()
+            try:
+                self._forth_and_back(held)
+            finally:
+                self._left.clear()
 
     def forget(self) -> bool:
         """Give all recordings and their memory back, and make none any more. Whether there was
@@ -298,7 +310,7 @@ class Passes:
         """Where a recording reads the pack, if it is one of a kind that has come several times."""
         if not self._pays(batch, features_MKD):
             return None
-        kind = Kind.of(batch, 0 if features_MKD is None else len(features_MKD))
+        kind = Kind.of(batch)
         self._met[kind] += 1
         if kind not in self._held:
             if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
@@ -309,23 +321,25 @@ class Passes:
     def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
         """The features of the pack's pictures, with what made them where that learns."""
         model = self._model
-        if (
-            features_MKD is not None
-            or not batch.grids
-            or not isinstance(model, VisionLanguageModel)
-        ):
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        if features_MKD is not None or not batch.grids:
             return features_MKD
         return model.see(batch.patches_ND, batch.grids)
 
     def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        learned = features_MKD is not None and features_MKD.requires_grad
+        if not (learned or any(p.requires_grad for p in model.model.parameters())):
+            # Texts, where only the tower learns.
+            return False
         return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)
         loss = label_loss(h_LD, self._model.head_weight, batch.target_L, share)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not of texts, where only the tower learns
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _forth_and_back(self, held: Held) -> Tensor:

@@ -189,7 +189,9 @@ def _accumulate(
             freed = session.passes.forget()
             processes = 1 if session.most_alone is None else ranks.count
             budget = session.progress.budget
-            raise too_much(error, packed, budget, True, processes, freed=freed) from None
+            raise too_much(
+                error, packed, budget, learning=True, processes=processes, freed=freed
+            ) from None
     return total
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -87,6 +88,12 @@ def _is_of_a_recipe(block: Block) -> bool:
 def test_settings_of_a_block_are_those_of_a_recipe(block: Block) -> None:
     least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output": "runs/a"}
     recipe_of(least | yaml.safe_load(block.text))
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
+def test_json_of_a_page_can_be_read(block: Block) -> None:
+    """Of several programs and kinds: what each means is typed by `make test-docs`."""
+    json.loads(block.text)
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def _of_command(program: Program, command: Command, place: int, path: Path) -> G
     content |= options(rest)
     if not content:
         raise _unknown(path, f"{program}'s command has no settings")
-    if len(rest) < len(command.words) - place and any(w in ARGUMENTS for w in command.words):
+    if any(word in ARGUMENTS for word in command.words[place:]):
         content.setdefault(NAMELESS, ARGUMENTS[0])
     launched = _launched(command.words[:place])
     return _given(program, content, path, {**command.environment, **launched})

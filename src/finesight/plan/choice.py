@@ -143,7 +143,11 @@ class Chooser:
         loads = self._steps.timed(setting.pack_tokens)
         peak = self._peak(setting)
         recorded = peak.recordings > 0
-        times = [sized.clock.step(step, setting.recompute, recorded=recorded) for step in loads]
+
+        def timed(step: Sequence[Load], seen: bool = False) -> StepTime:
+            return sized.clock.step(step, setting.recompute, seen=seen, recorded=recorded)
+
+        times = [timed(step) for step in loads]
         mean = replace(
             times[0],
             products=fmean(time.products for time in times),
@@ -154,8 +158,7 @@ class Chooser:
         )
         seen = None
         if sized.tower_is_frozen:
-            known = {"seen": True, "recorded": recorded}
-            seen = fmean(sized.clock.step(s, setting.recompute, **known).in_all for s in loads)
+            seen = fmean(timed(step, seen=True).in_all for step in loads)
         packs = fmean(len(step) for step in loads)
         return Estimate(setting, peak, mean, seen, packs, self._room)
 
@@ -175,7 +178,7 @@ class Chooser:
         return peak_of(sized.stays, activations, loads, *sizes, several=several, recorded=recorded)
 
     def _fits(self, setting: Setting) -> bool:
-        return self._peak(setting).in_all <= self._room
+        return self._peak_of(setting, recorded=False).in_all <= self._room
 
     def best(self, written: Setting) -> Setting:
         """Nothing recomputed where packs of a sensible size fit; else as few layers as that takes;

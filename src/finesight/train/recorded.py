@@ -81,14 +81,14 @@ def _up(number: int, multiple: int) -> int:
 @dataclass(frozen=True)
 class Held:
     """What a recording reads: a pack of its kind, the features of its pictures, the factor of its
-    loss, and the seed of its drop-outs. Features that learn have room for their gradient."""
+    loss, and the seed of its drop-outs; and where it leaves the gradient of features that learn."""
 
     kind: Kind
     batch: PackedBatch
     features_MKD: Tensor | None
     share: Tensor
     seed_1: Tensor
-    back_MKD: Tensor | None = None
+    back_MKD: Tensor | None
 
     @classmethod
     def room(cls, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> Held:

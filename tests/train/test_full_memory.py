@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,9 +94,8 @@ def test_results_stay_the_same_up_to_rounding(task: Task) -> None:
         assert loss == pytest.approx(other, rel=1e-4)
 
 
-def test_memory_of_recordings_is_given_back_before_packs_become_smaller(
-    task: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Let there be recordings, as on a card; the list is empty once they are given back."""
     real, held = Passes.forget, [True]
 
     def forget(passes: Passes) -> bool:
@@ -104,6 +103,13 @@ def test_memory_of_recordings_is_given_back_before_packs_become_smaller(
         return held.pop() if held else False
 
     monkeypatch.setattr(Passes, "forget", forget)
+    return held
+
+
+def test_memory_of_recordings_is_given_back_before_packs_become_smaller(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings(monkeypatch)
     refused: list[int] = []
 
     def once(batch: PackedBatch, model: VisionLanguageModel) -> bool:
@@ -264,13 +270,14 @@ def test_a_sample_that_never_fits_ends_the_run_and_nothing_is_lost(
 
 
 @contextmanager
-def no_room_to_measure(tokens: int) -> Iterator[None]:
-    """Within the block there is no room for more tokens at once, where nothing is learned."""
+def no_room_to_measure(tokens: int, while_held: Sequence[bool] = (True,)) -> Iterator[None]:
+    """Within the block there is no room for more tokens at once, where nothing is learned, as long
+    as there is something in `while_held`."""
 
     def refuse(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, VisionLanguageModel) and not torch.is_grad_enabled():
             batch = inputs[0]
-            if sum(batch.lengths) > tokens:
+            if while_held and sum(batch.lengths) > tokens:
                 raise torch.OutOfMemoryError(FULL)
 
     hook = register_module_forward_pre_hook(refuse)
@@ -291,6 +298,21 @@ def test_the_held_out_loss_takes_smaller_packs(task: Task) -> None:
     assert plain.before is not None
     assert result.before.held_out_loss == pytest.approx(plain.before.held_out_loss, rel=1e-5)
     assert losses(task.folder / "run") == losses(task.folder / "plain")
+
+
+def test_measuring_may_have_the_memory_of_recordings(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = recordings(monkeypatch)
+    with no_room_to_measure(0, while_held=held):
+        result = task.run()
+    assert held == []
+    assert task.screen.count("the GPU's memory is full") == 1
+    assert "going on with the same packs, not recorded where memory was full" in task.screen
+    plain = task.run(name="plain")
+    assert result.before is not None
+    assert plain.before is not None
+    assert result.before.held_out_loss == plain.before.held_out_loss
 
 
 def test_a_held_out_sample_that_is_too_much_ends_the_run_with_a_checkpoint(task: Task) -> None:

@@ -37,6 +37,8 @@ def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "false",
         "use_liger_kernel": str(setting["liger"]).lower(),
+        # It asks its hub about the files of a local model otherwise, and waits where there is none.
+        "check_model": "false",
         "max_steps": job.steps,
         "learning_rate": RATE,
         "dataloader_num_workers": job.workers,

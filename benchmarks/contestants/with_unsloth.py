@@ -7,8 +7,8 @@ from typing import Any
 
 # First: it changes the packages below as they are imported.
 import unsloth  # noqa: F401  isort: skip
+from datasets import Dataset
 from PIL import Image
-from torch.utils.data import Dataset
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastVisionModel
 from unsloth.trainer import UnslothVisionDataCollator
@@ -17,26 +17,27 @@ from contestants.clock import Clock
 from contestants.job import ALPHA, DROPOUT, RANK, RATE, Job, told
 
 
-class Conversations(Dataset[dict[str, Any]]):
+def conversations(job: Job) -> Dataset:
     """Each sample as its collator wants it, the picture opened when it is asked for."""
+    names = "picture", "question", "answer"
+    rows = [dict(zip(names, row, strict=True)) for row in job.rows()]
+    return Dataset.from_list(rows).with_transform(opened)
 
-    def __init__(self, job: Job) -> None:
-        self._rows = job.rows()
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path, question, answer = self._rows[index]
+def opened(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """The messages of some rows, with their pictures."""
+    found = []
+    for path, question, answer in zip(*rows.values(), strict=True):
         with Image.open(path) as file:
             picture = file.convert("RGB")
         said = {"type": "text", "text": question}
-        return {
-            "messages": [
+        found.append(
+            [
                 {"role": "user", "content": [{"type": "image", "image": picture}, said]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ]
-        }
+        )
+    return {"messages": found}
 
 
 def main() -> None:
@@ -58,11 +59,14 @@ def main() -> None:
         lora_alpha=ALPHA,
         lora_dropout=DROPOUT,
         bias="none",
+        use_gradient_checkpointing=setting["checkpointing"],
     )
-    FastVisionModel.for_training(model)
+    FastVisionModel.for_training(model, use_gradient_checkpointing=setting["checkpointing"])
     arguments = SFTConfig(
         output_dir=job.target,
         per_device_train_batch_size=job.batch,
+        # Its own default is two batches a step.
+        gradient_accumulation_steps=1,
         max_steps=job.steps,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
@@ -90,7 +94,7 @@ def main() -> None:
             instruction_part="<|im_start|>user\n",
             response_part="<|im_start|>assistant\n",
         ),
-        train_dataset=Conversations(job),
+        train_dataset=conversations(job),
         args=arguments,
         callbacks=[Clock(job)],
     )

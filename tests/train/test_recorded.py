@@ -115,6 +115,63 @@ class Full:
 WAITING: list[weakref.ref[Tensor]] = []
 
 
+class Counted:
+    """Recordings that are launched, and how often."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.asked = 0
+
+    def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
+        self.asked += 1
+        return function()
+
+
+class Card:
+    """Whether it is through with what was launched, and whether half of its memory is free."""
+
+    through, half_free = True, True
+
+    def query(self) -> bool:
+        return self.through
+
+
+def test_larger_packs_are_recorded_where_the_card_waits_for_launches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card()
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Counted)
+    monkeypatch.setattr(recorded, "_mark", lambda device: card)
+    monkeypatch.setattr(recorded, "_half_free", lambda device: card.half_free)
+    model = tuned(torch.float32, CPU).eval()
+    samples = encoded(folder)
+    batch, longer = pack(samples[:4]), pack(samples[:12])
+    monkeypatch.setattr(recorded, "MOST_TOKENS", len(batch.ids_T))
+    monkeypatch.setattr(recorded, "MOST_WHERE_LATE", len(longer.ids_T) - 1)
+    share = torch.tensor(0.25)
+
+    def asked(packs: list[PackedBatch]) -> int:
+        passes = Passes(model, list(trainable(model).values()))
+        # Segments of nothing, as a recording has, are for a card alone.
+        monkeypatch.setattr(passes, "_forth_and_back", lambda held: share)
+        found = passes._recorded
+        for one in packs:
+            passes.learn(one, None, share)
+        assert isinstance(found, Counted)
+        return found.asked
+
+    larger = pack(samples[:8])
+    assert len(batch.ids_T) < len(larger.ids_T) < len(longer.ids_T)
+    several = recorded.LATE + recorded.LAUNCHED + 2
+    assert asked([batch] * (recorded.LAUNCHED + 2)) == 2
+    assert asked([larger] * several) == 2
+    assert asked([longer] * several) == 0, "too large for any card"
+    card.half_free = False
+    assert asked([larger] * several) == 0
+    card.half_free, card.through = True, False
+    assert asked([larger] * several) == 0, "the processor was ahead"
+
+
 def test_where_there_is_no_memory_for_recordings_all_is_launched(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

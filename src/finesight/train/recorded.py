@@ -36,6 +36,13 @@ from finesight.train.loss import label_loss
 MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
+MOST_WHERE_LATE = 16384
+"""Of a pack where launches are seen to come too late: on a slower host, or with less left to
+compute."""
+
+LATE = 8
+"""Launches in a row that a card had to wait for: the first ones of a run are always late."""
+
 MOST_KINDS = 16
 """Recordings that are kept: each holds the features of a pack, twice where they learn, and some
 hundred kilobytes for every thousand of its kernels."""
@@ -64,8 +71,9 @@ class Kind(NamedTuple):
     @classmethod
     def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
         """That of a pack of these sequences, with room for at least one token of nothing."""
+        tokens = sum(lengths) + 1
         return cls(
-            tokens=_up(sum(lengths) + 1, EVEN),
+            tokens=_up(tokens, EVEN if tokens <= MOST_TOKENS else 4 * EVEN),
             sequences=_up(len(lengths) + 1, 8),
             longest=_up(max(lengths), 4 * EVEN),
             places=_up(places, 4 * EVEN),
@@ -156,12 +164,14 @@ def learns_little(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in learned) <= MOST_LEARNED
 
 
-def pays(model: VisionLanguageModel, tokens: int, labels: int, recompute: float) -> bool:
-    """Whether a pack of so many is quicker as a recording."""
+def pays(
+    model: VisionLanguageModel, tokens: int, labels: int, recompute: float, most: int = MOST_TOKENS
+) -> bool:
+    """Whether a pack of so many is quicker as a recording, where one of `most` tokens is."""
     if recompute and not _all_fused(model):
         # What torch draws again cannot be recorded.
         return False
-    return tokens <= MOST_TOKENS and labels > 0
+    return tokens <= most and labels > 0
 
 
 def _all_fused(model: VisionLanguageModel) -> bool:
@@ -176,6 +186,20 @@ def _recordable(model: AnyModel, device: torch.device) -> bool:
         return False
     width, kind = model.geometry.language.head_width, model.model.embed_tokens.weight.dtype
     return has_varlen(torch.empty(1, 1, width, dtype=kind, device=device))
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event that happens when a card has done all it was given so far; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _half_free(device: torch.device) -> bool:
+    free, whole = torch.cuda.mem_get_info(device)
+    return 2 * free > whole
 
 
 def _fill(room: Tensor, values: Tensor, rest: int) -> None:
@@ -246,6 +270,8 @@ class Passes:
         self._met: Counter[Kind] = Counter()
         self._held: dict[Kind, Held] = {}
         self._left = _Left(self._learning)
+        self._launched: torch.cuda.Event | None = None
+        self._late = 0
         device = self._learning[0].device
         records = alone and _recordable(model, device) and learns_little(model)
         self._recorded = Recorded(device) if records else None
@@ -254,6 +280,7 @@ class Passes:
         """The loss of a pack on the device, times `share`."""
         if self._recorded is None or batch.share is not None:
             return self._launch(batch, features_MKD, share)
+        self._look_back()
         features_MKD = self._seen(batch, features_MKD)
         held = self._room(batch, features_MKD)
         if held is None:
@@ -308,15 +335,26 @@ class Passes:
 
     def _room(self, batch: PackedBatch, features_MKD: Tensor | None) -> Held | None:
         """Where a recording reads the pack, if it is one of a kind that has come several times."""
+        kind = Kind.of(batch)
+        if kind in self._held:
+            return self._held[kind]
         if not self._pays(batch, features_MKD):
             return None
-        kind = Kind.of(batch)
         self._met[kind] += 1
-        if kind not in self._held:
-            if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
-                return None
-            self._held[kind] = Held.room(kind, batch, features_MKD)
+        if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
+            return None
+        if kind.tokens > MOST_TOKENS and not _half_free(batch.ids_T.device):
+            # What they save is less than what they hold would cost elsewhere.
+            return None
+        self._held[kind] = Held.room(kind, batch, features_MKD)
         return self._held[kind]
+
+    def _look_back(self) -> None:
+        """Whether the card is through with the pack that was launched last: then it waits."""
+        if self._launched is not None:
+            through = self._launched.query()  # type: ignore[no-untyped-call]
+            self._late = self._late + 1 if through else 0
+            self._launched = None
 
     def _seen(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
         """The features of the pack's pictures, with what made them where that learns."""
@@ -333,13 +371,16 @@ class Passes:
         if not (learned or any(p.requires_grad for p in model.model.parameters())):
             # Texts, where only the tower learns.
             return False
-        return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute)
+        most = MOST_WHERE_LATE if self._late >= LATE else MOST_TOKENS
+        return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute, most)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
         h_LD = self._model(batch, features_MKD)
         loss = label_loss(h_LD, self._model.head_weight, batch.target_L, share)
         if loss.requires_grad:  # not of texts, where only the tower learns
             loss.backward()  # type: ignore[no-untyped-call]
+        if self._recorded is not None:
+            self._launched = _mark(loss.device)
         return loss.detach()
 
     def _forth_and_back(self, held: Held) -> Tensor:

@@ -7,7 +7,6 @@ help stays quick.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -34,6 +33,7 @@ from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
 from finesight.cli.report import report
 from finesight.cli.serve import serve
+from finesight.cli.spinning import set_spinning
 from finesight.cli.train import train
 from finesight.cli.web import web
 from finesight.errors import Interrupted, UserError
@@ -102,10 +102,7 @@ app.command(short_help="Upload a model, convert it, or print how to serve it.")(
 
 def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
     """Carry out one command line; gives the exit code. Only our own faults raise."""
-    # Threads of a CPU run that wait for each other spin for a moment only, and then sleep. By
-    # default they spin so long that two programs on the same cores slow each other down thirty
-    # times over; a moment costs nothing where the cores are free. Read when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    set_spinning()
     try:
         commands(args=list(arguments), prog_name="finesight")
     except UserError as error:

@@ -6,7 +6,7 @@ one length, L that length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -118,7 +118,7 @@ def attend(
     if keys is not None:
         assert causal, "the last ones of what nobody is before"
         return _attend_last(q_THD, k_TKD, v_TKD, segments, keys)
-    if q_THD.device.type == "cpu" and q_THD.dtype == torch.bfloat16 and segments.longest <= LONGEST:
+    if _is_short(q_THD, segments):
         runs = segments.padded if causal else segments.runs
         return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
     if not has_varlen(q_THD):
@@ -129,6 +129,21 @@ def attend(
     if not (causal or torch.is_grad_enabled()) and len(set(segments.lengths)) == 1:
         return _attend_alike(q_THD, k_TKD, v_TKD, len(segments.lengths))
     return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
+
+
+def _is_short(q_THD: Tensor, segments: Segments) -> bool:
+    """Whether plain products are quicker than torch's fused kernel. With tiles for bf16 its way
+    forwards is the quicker one (two to three times, on a Xeon), and there may be no way back."""
+    if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
+        return False
+    return segments.longest <= LONGEST and (torch.is_grad_enabled() or not _has_tiles())
+
+
+@lru_cache
+def _has_tiles() -> bool:
+    # Releases that do not tell are older than what was measured.
+    tell: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(tell().get("amx_bf16"))
 
 
 def _attend_alike(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:

@@ -118,13 +118,14 @@ class _Turn(torch.autograd.Function):
 def _turned(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
     if has_kernels(x_THD):
         return elementwise.turned(x_THD, cos_T1D, sin_T1D, sign)
-    straight_THD = x_THD * cos_T1D
-    y_THD = x_THD.new_empty(x_THD.shape)
-    halves = (x.chunk(2, dim=-1) for x in (straight_THD, x_THD, sin_T1D, y_THD))
-    (straight_1, straight_2), (x_1, x_2), (sin_1, sin_2), (y_1, y_2) = halves
-    torch.addcmul(straight_1, x_2, sin_1, value=sign, out=y_1)
-    torch.addcmul(straight_2, x_1, sin_2, value=sign, out=y_2)
-    return y_THD
+    # Widened once: numbers of different types are widened in every operation.
+    wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
+    y_THD = wide_THD * cos_T1D
+    halves = (x.chunk(2, dim=-1) for x in (wide_THD, sin_T1D, y_THD))
+    (wide_1, wide_2), (sin_1, sin_2), (y_1, y_2) = halves
+    y_1.addcmul_(wide_2, sin_1, value=sign)
+    y_2.addcmul_(wide_1, sin_2, value=sign)
+    return y_THD.to(x_THD.dtype)
 
 
 class _QuickGelu(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finesight.model.any_family import AnyModel
 from finesight.model.network import VisionLanguageModel
 
-VERSION = 2
+VERSION = 3
 """To be raised when towers, or what they are fed of a picture, come to be computed otherwise."""
 
 _THREADS = 8

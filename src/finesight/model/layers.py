@@ -169,8 +169,10 @@ class PatchEmbed(nn.Module):
         scale, mean, std = self.pixels.scale, self.pixels.mean, self.pixels.std
         channels = patches_ND.chunk(len(mean), dim=1)
         # Python numbers turn the bytes into fp32, and nothing has to travel to the device.
-        wide = [(x * (scale / std[c])).sub_(mean[c] / std[c]) for c, x in enumerate(channels)]
-        normal = [x.to(self.proj.weight.dtype) for x in wide]
+        kind = self.proj.weight.dtype
+        normal = [
+            (x * (scale / std[c])).sub_(mean[c] / std[c]).to(kind) for c, x in enumerate(channels)
+        ]
         frames = self.proj.in_features // patches_ND.shape[1]
         y_ND: Tensor = self.proj(torch.cat([x for x in normal for _ in range(frames)], 1))
         return y_ND

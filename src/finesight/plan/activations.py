@@ -289,16 +289,15 @@ class Activations:
         return 1 + max(map(sum, zip(held, came, strict=True)))
 
     def _embedding(self, load: Load) -> int:
-        """Bytes of a patch on its way into the tower: one frame of it, where all are alike, and all
-        of them in fp32, then in the model's type, then what is made of these."""
+        """Bytes of a patch on its way into the tower: one frame of it, where all are alike, all of
+        them, and what is made of these."""
         tower, number = self._model.visual, self._computing.number
         geometry, whole = tower.geometry, tower.geometry.patch_numbers
         stills = all(frames == 1 for frames, _, _ in load.grids)
         one = geometry.channels * geometry.patch**2 if stills else whole
         # Windows are put together while patches are bytes.
-        one *= WIDE + isinstance(tower, WindowedTower)
-        cast = whole * (WIDE + (number if number < WIDE else 0))
-        return one + max(cast, (whole + geometry.width) * number)
+        bytes_ = one * isinstance(tower, WindowedTower)
+        return bytes_ + (one + whole + geometry.width) * number
 
     def _mlps(self) -> Iterator[nn.Module]:
         """Of the tower's blocks."""

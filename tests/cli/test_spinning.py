@@ -33,7 +33,8 @@ def test_what_runs_now_decides(
     if loadavg is not None:
         (tmp_path / "loadavg").write_text(loadavg)
     monkeypatch.setattr(spinning, "RUNNING", tmp_path / "loadavg")
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(spinning, "_cores", lambda: cores)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     set_spinning()
@@ -44,3 +45,12 @@ def test_who_has_chosen_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     set_spinning()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+def test_processes_of_one_run_do_not_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spinning, "_running", lambda: 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    set_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == str(SHORT)

@@ -7,6 +7,7 @@ import torch
 from oracle import CPU, distance
 from torch import Tensor
 
+from finesight.model import attention
 from finesight.model.attention import Segments, attend, attend_by_segment
 from finesight.model.runs import Runs, alike, padded
 from finesight.model.short_attention import LONGEST, attend_short
@@ -87,3 +88,21 @@ def test_padding_is_refused_where_queries_would_look_at_it() -> None:
             Runs(((2, 2),), None, None, torch.zeros(4)),
             causal=False,
         )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_forwards_alone_the_fused_kernel_where_there_are_tiles(
+    tiles: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "has_tiles", lambda: tiles)
+    segments = Segments.of([40, 70, 40], CPU)
+    inputs = drawn(150, 4, 2, torch.bfloat16)
+    fused = attend_by_segment(*inputs, segments.runs, causal)
+    runs = segments.padded if causal else segments.runs
+    short = attend_short(*inputs, runs, causal=causal)
+    assert not torch.equal(fused, short)
+    assert torch.equal(attend(*inputs, segments, causal=causal), short)
+    with torch.no_grad():
+        found = attend(*inputs, segments, causal=causal)
+    assert torch.equal(found, fused if tiles else short)

@@ -127,12 +127,16 @@ class Counted:
 
 
 class Card:
-    """Whether it is through with what was launched, and whether half of its memory is free."""
+    """Through with what was launched whenever it is asked, but for every so-manieth time; and
+    whether half of its memory is free."""
 
-    through, half_free = True, True
+    half_free = True
+    ahead = 1_000_000
+    asked = 0
 
     def query(self) -> bool:
-        return self.through
+        self.asked += 1
+        return self.asked % self.ahead > 0
 
 
 def test_larger_packs_are_recorded_where_the_card_waits_for_launches(
@@ -168,8 +172,9 @@ def test_larger_packs_are_recorded_where_the_card_waits_for_launches(
     assert asked([longer] * several) == 0, "too large for any card"
     card.half_free = False
     assert asked([larger] * several) == 0
-    card.half_free, card.through = True, False
-    assert asked([larger] * several) == 0, "the processor was ahead"
+    assert asked([batch] * (recorded.LAUNCHED + 2)) == 2
+    card.half_free, card.ahead, card.asked = True, recorded.LATE, 0
+    assert asked([larger] * 4 * several) == 0, "not so often in a row"
 
 
 def test_where_there_is_no_memory_for_recordings_all_is_launched(

@@ -15,14 +15,24 @@ RUNNING = Path("/proc/loadavg")
 
 
 def set_spinning() -> None:
-    """Choose for this process and those that it starts, unless somebody has chosen."""
-    os.environ.setdefault("GOMP_SPINCOUNT", str(spins(_running(), os.cpu_count() or 1)))
+    """Choose for this process and those that it starts, unless somebody has chosen. Whoever starts
+    in the same moment on the same cores is not seen, but for the processes of one run."""
+    beside = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    chosen = SHORT if beside else spins(_running(), _cores())
+    os.environ.setdefault("GOMP_SPINCOUNT", str(chosen))
 
 
 def spins(running: int | None, cores: int) -> int:
     """LONG where the `running` others leave most cores free; SHORT where not, or where nobody
     knows."""
     return LONG if running is not None and 2 * running < cores else SHORT
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _running() -> int | None:

@@ -1,7 +1,8 @@
 """Attention over short sequences in plain products: for bf16 on a CPU.
 
 There torch's fused kernel is several times slower than products (on Zen 5, 3 times forwards and
-backwards at 125 tokens), as long as the scores of a sequence fit the caches. As in that kernel,
+backwards at 125 tokens), as long as the scores of a sequence fit the caches; forwards alone, only
+where the processor has no tiles for bf16. As in that kernel,
 scores and their softmax are fp32: in bf16 they would cost a sixth less, and sharp weights would
 lose several times as much to rounding. What the values are summed with is rounded to bf16.
 

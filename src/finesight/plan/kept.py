@@ -161,7 +161,8 @@ class Look:
 
 
 def is_short(lengths: Sequence[int], computing: Computing) -> bool:
-    """Whether attention over these sequences is in plain products (`model.attention.attend`)."""
+    """Whether attention over these sequences, with a gradient, is in plain products
+    (`model.attention.attend`)."""
     return not computing.cuda and computing.number == 2 and max(lengths) <= LONGEST
 
 

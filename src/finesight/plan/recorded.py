@@ -1,5 +1,5 @@
 """Packs that a run learns from by recordings (`train.recorded`): which they are, and what a
-recording holds."""
+recording holds. Larger ones, recorded only where half of a card is free, are not counted."""
 
 from __future__ import annotations
 

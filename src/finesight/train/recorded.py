@@ -37,11 +37,12 @@ MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
 MOST_WHERE_LATE = 16384
-"""Of a pack where launches are seen to come too late: on a slower host, or with less left to
-compute."""
+"""Of a pack where the card is through with all it has when the next one comes: on a slower host, or
+with less left to compute. `plan` does not count these."""
 
 LATE = 8
-"""Launches in a row that a card had to wait for: the first ones of a run are always late."""
+"""Packs in a row before which the card had nothing left to do: the first ones of a run are always
+late, and one that comes after a checkpoint is."""
 
 MOST_KINDS = 16
 """Recordings that are kept: each holds the features of a pack, twice where they learn, and some
@@ -73,7 +74,7 @@ class Kind(NamedTuple):
         """That of a pack of these sequences, with room for at least one token of nothing."""
         tokens = sum(lengths) + 1
         return cls(
-            tokens=_up(tokens, EVEN if tokens <= MOST_TOKENS else 4 * EVEN),
+            tokens=_up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
             sequences=_up(len(lengths) + 1, 8),
             longest=_up(max(lengths), 4 * EVEN),
             places=_up(places, 4 * EVEN),
@@ -343,14 +344,14 @@ class Passes:
         self._met[kind] += 1
         if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
             return None
-        if kind.tokens > MOST_TOKENS and not _half_free(batch.ids_T.device):
+        if len(batch.ids_T) > MOST_TOKENS and not _half_free(batch.ids_T.device):
             # What they save is less than what they hold would cost elsewhere.
             return None
         self._held[kind] = Held.room(kind, batch, features_MKD)
         return self._held[kind]
 
     def _look_back(self) -> None:
-        """Whether the card is through with the pack that was launched last: then it waits."""
+        """Whether the card is through with the pack that was launched last."""
         if self._launched is not None:
             through = self._launched.query()  # type: ignore[no-untyped-call]
             self._late = self._late + 1 if through else 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.model.any_family import AnyModel
+from finesight.model.attention import has_tiles
 from finesight.model.network import VisionLanguageModel
 
 VERSION = 3
@@ -36,6 +37,7 @@ def fingerprint(tower: nn.Module, settings: Mapping[str, Any], device: torch.dev
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads",
+        "tiles": device.type != "cuda" and has_tiles(),
         "products": torch.get_float32_matmul_precision(),
     }
     weights = [

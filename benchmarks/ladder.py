@@ -138,7 +138,7 @@ def without(*missing: str) -> Iterator[None]:
         "attention": (attention, "SHORT", 0),
         "layers": (fused_layer, "takes", lambda *_: False),
         "tower": (layers, "has_kernels", lambda *_: False),
-        "alike": (attention, "_attend_alike", _varlen),
+        "look": (attention.look_kernels, "look", _varlen),
         "recordings": (recorded, "MOST_TOKENS", 0),
     }
     kept = {name: getattr(module, entry) for name, (module, entry, _) in switches.items()}
@@ -153,18 +153,18 @@ def without(*missing: str) -> Iterator[None]:
             setattr(module, entry, kept[name])
 
 
-def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
-    segments = Segments.of([len(q_THD) // number] * number, q_THD.device)
+def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Any) -> Tensor:
+    segments = Segments((), *bounds)
     return attention._attend_varlen(q_THD, k_THD, v_THD, segments, segments, causal=False)
 
 
-ALL = ("layers", "attention", "tower", "alike", "recordings")
+ALL = ("layers", "attention", "tower", "look", "recordings")
 RUNGS = (
     ("one step after the other", ALL),
     ("decoder layers in few kernels", ALL[1:]),
     ("attention of short segments", ALL[2:]),
     ("sums and norms, turns of the tower", ALL[3:]),
-    ("attention of pictures of one size", ALL[4:]),
+    ("attention of pictures", ALL[4:]),
     ("small packs recorded", ()),
 )
 

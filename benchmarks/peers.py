@@ -69,8 +69,8 @@ PEERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "with_llama_factory",
         [
             {"attention": "fa2", "packed": True, "liger": True},
+            {"attention": "fa2", "packed": True, "liger": False},
             {"attention": "fa2", "packed": False, "liger": True},
-            {"attention": "sdpa", "packed": False, "liger": False},
         ],
     ),
     "unsloth": ("with_unsloth", [{"checkpointing": kept} for kept in (False, "unsloth")]),
@@ -117,12 +117,18 @@ def fastest(options: argparse.Namespace, name: str, job: Job) -> tuple[Job, list
         if str(told.get("failed", "")).startswith("not installed"):
             break
         rate = None if "failed" in told else figures.rate(told)
-        why = {"failed": told["failed"].splitlines()[-1:]} if "failed" in told else {}
+        why = {"failed": _reason(told["failed"])} if "failed" in told else {}
         tried.append({"setting": setting, "samples_per_s": rate} | why)
         say(f"{name}, batch {job.batch}, {setting}: {why or round(rate or 0, 1)}")
         if rate is not None and rate > most:
             best, most = replace(job, setting=setting), rate
     return best, tried
+
+
+def _reason(words: str) -> str:
+    """The last of a failed process's lines that tells of an error: a progress bar may follow."""
+    lines = words.splitlines() or [""]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
 
 
 def say(text: str) -> None:

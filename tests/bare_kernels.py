@@ -27,6 +27,7 @@ NAMES = {
     "model.kernels.gate": "gate_kernels",
     "model.kernels.turn": "turn_kernels",
     "model.kernels.attention": "attention_kernels",
+    "model.kernels.look": "look_kernels",
     "train.loss_kernels": "loss_kernels",
 }
 """Modules of kernels, and what those that hold them call them."""
@@ -77,8 +78,7 @@ def launch_nothing(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(owner, "has_kernels", lambda x: True)
     patch.setattr(attention, "KERNELS", True)
     patch.setattr(attention, "has_varlen", lambda q_THD: True)
-    for name in ("_attend_alike", "_attend_varlen"):
-        patch.setattr(attention, name, lambda q_THD, *rest: torch.empty(q_THD.shape))
+    patch.setattr(attention, "_attend_varlen", lambda q_THD, *rest: torch.empty(q_THD.shape))
     for owner in (fp8, layers):
         patch.setattr(owner, "quantised", _quantised)
     patch.setattr(fp8, "multiplied", _multiplied)

@@ -17,6 +17,8 @@ def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
     import torch
 
     packed = setting["packed"]
+    # Its collator pads packs to multiples of 8 after it has counted their positions.
+    pack_tokens = -(-job.pack_tokens // 8) * 8
     return {
         "stage": "sft",
         "do_train": True,
@@ -33,7 +35,7 @@ def arguments(job: Job, setting: Mapping[str, Any]) -> dict[str, object]:
         "freeze_multi_modal_projector": True,
         "flash_attn": setting["attention"],
         "neat_packing": packed,
-        "cutoff_len": job.pack_tokens if packed else 8192,
+        "cutoff_len": pack_tokens if packed else 8192,
         "per_device_train_batch_size": 1 if packed else job.batch,
         "gradient_accumulation_steps": 1,
         "disable_gradient_checkpointing": True,

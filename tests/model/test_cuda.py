@@ -150,11 +150,16 @@ def test_nothing_waits_for_the_card(
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7]], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 40, 72, 80, 104, 128])
+@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]], ids=str)
 def test_attention_of_a_frozen_tower_is_that_of_the_processor_in_32(
-    lengths: list[int], dtype: torch.dtype
+    lengths: list[int], width: int, dtype: torch.dtype
 ) -> None:
-    inputs = [x.repeat(3, 1, 1)[: sum(lengths)] for x in heads(4, 80, dtype)]
+    # Side by side, as in a joint product, and in the midst of what must not be read.
+    joint = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)
+    inputs = [*joint[64:-64].chunk(3, dim=1)]
+    for own, drawn in zip(inputs, heads(4, width, dtype), strict=True):
+        own.copy_(drawn.repeat(3, 1, 1)[: sum(lengths)])
     segments = Segments.of(lengths, CUDA)
     with torch.no_grad():
         found = attend(*inputs, segments, causal=False)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finesight.model.frozen import KERNELS
 from finesight.model.runs import Runs, alike, padded, upload
@@ -24,6 +23,7 @@ from finesight.model.short_attention import LONGEST, attend_short
 
 if KERNELS:
     from finesight.model.kernels import attention as attention_kernels
+    from finesight.model.kernels import look as look_kernels
 
 SHORT = 256
 """Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""
@@ -124,10 +124,9 @@ def attend(
     if not has_varlen(q_THD):
         return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
     if KERNELS and causal and segments.longest <= SHORT:
-        bounds = attention_kernels.Bounds(segments.bounds_S1, segments.longest)
-        return _short(q_THD, k_TKD, v_TKD, bounds)
-    if not (causal or torch.is_grad_enabled()) and len(set(segments.lengths)) == 1:
-        return _attend_alike(q_THD, k_TKD, v_TKD, len(segments.lengths))
+        return _short(q_THD, k_TKD, v_TKD, _bounds(segments))
+    if KERNELS and not (causal or torch.is_grad_enabled()):
+        return look_kernels.look(q_THD, k_TKD, v_TKD, _bounds(segments))
     return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
 
 
@@ -145,16 +144,8 @@ def has_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _attend_alike(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, number: int) -> Tensor:
-    """Segments of one length: launched more quickly than those of any. cuDNN's kernel is not worth
-    the 60 ms that it is planned for, anew for each number of segments."""
-
-    def lined(x_THD: Tensor) -> Tensor:
-        return torch.unflatten(x_THD, 0, (number, -1)).transpose(1, 2)
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        o_NHLD = F.scaled_dot_product_attention(lined(q_THD), lined(k_THD), lined(v_THD))
-    return o_NHLD.transpose(1, 2).flatten(0, 1)
+def _bounds(segments: Segments) -> attention_kernels.Bounds:
+    return attention_kernels.Bounds(segments.bounds_S1, segments.longest)
 
 
 class _Short(torch.autograd.Function):

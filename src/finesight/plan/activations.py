@@ -118,7 +118,7 @@ class Activations:
             yield Moment(before + rotations + sum(layers[: number + 1]), working)
         ends = labels * (self._ends() + self._width)
         kept = before + rotations + sum(layers) + ends
-        yield Moment(kept, self._head_work(), self._logits(labels))
+        yield Moment(kept, self._head_work(labels), self._logits(labels))
 
     def _back(self, load: Load, before: int, come: Come) -> Iterator[Moment]:
         """The decoder backwards: what the layers after the one that is gone through kept is free
@@ -145,7 +145,7 @@ class Activations:
         """Bytes that a pack keeps for its backward pass, the gradients that the loss makes too."""
         seen = self._tower(load) if load.patches else 0
         layers = sum(self._layers.kept(self._places(load)))
-        ends = load.supervised * self._ends() + self._head_gradient()
+        ends = load.supervised * self._ends() + self._of_head(load.supervised)
         return seen + layers + self._rotations(load) + ends
 
     @property
@@ -179,25 +179,38 @@ class Activations:
         return norm + self._width * (self._layers.leaves or learns(decoder.norm))
 
     def _head_gradient(self) -> int:
-        """Of a head that learns, the loss keeps the gradient (`train.loss`)."""
+        """Of a head that learns."""
         return sum(p.numel() for p in _head(self._model)) * self._number_if(self._trains_head)
 
-    def _head_work(self) -> int:
-        """In fp32 while it is summed up, with the share of a chunk beside it. A head in few bits is
-        made in full."""
+    def _of_head(self, labels: int) -> int:
+        """What the loss keeps for the way back (`train.loss`): the gradient by all logits and the
+        hidden states, or that by the head, where logits come in chunks."""
+        if labels > self._rows:
+            return self._head_gradient()
+        row = self._model.geometry.language.vocabulary * self._computing.number + self._width
+        return labels * row * self._trains_head
+
+    def _head_work(self, labels: int) -> int:
+        """The gradient by the head: in fp32 while it is summed up, with the share of a chunk beside
+        it. A head in few bits is made in full."""
         numbers = self._model.geometry.language.vocabulary * self._model.geometry.language.width
         head = self._model.lm_head
         few = head is not None and not isinstance(head.weight, nn.Parameter)
-        summed = (WIDE + self._computing.number) * self._trains_head
+        summed = (WIDE * (labels > self._rows) + self._computing.number) * self._trains_head
         return numbers * (summed + self._number_if(few))
 
     def _number_if(self, wanted: bool) -> int:
         return self._computing.number if wanted else 0
 
+    @property
+    def _rows(self) -> int:
+        """Of a chunk of logits."""
+        return max(1, LOGITS_BYTES // (WIDE * self._model.geometry.language.vocabulary))
+
     def _logits(self, labels: int) -> int:
         """Of a chunk, in the model's type, and without a kernel in fp32, too (`train.loss`)."""
         vocabulary, number = self._model.geometry.language.vocabulary, self._computing.number
-        rows = min(labels, max(1, LOGITS_BYTES // (WIDE * vocabulary)))
+        rows = min(labels, self._rows)
         if self._computing.kernels:
             return rows * vocabulary * number
         return rows * vocabulary * (WIDE + (number if number < WIDE else 0))

@@ -81,9 +81,13 @@ class _LabelLoss(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         needs_h, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        # One chunk's logits are less than the head's gradient, which waits for the way back then.
+        at_once = needs_head and 0 < len(h_LD) <= rows
         total = scale.new_zeros(())
         grad_LD = torch.empty_like(h_LD) if needs_h else None
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
+        grad_VD, kept_LV = None, None
+        if needs_head and not at_once:
+            grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         for at in range(0, len(h_LD), rows):
             h_CD, target_T = h_LD[at : at + rows], target_L[at : at + rows]
             loss, grad_CV = _chunk(h_CD, head_VD, target_T, scale, needs_h or needs_head)
@@ -92,10 +96,13 @@ class _LabelLoss(torch.autograd.Function):
                 torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])
             if grad_VD is not None:
                 grad_VD += grad_CV.T @ h_CD
+            if at_once:
+                kept_LV = grad_CV
             # Or it would be there until the next one is.
             del grad_CV
         narrow_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
-        ctx.save_for_backward(grad_LD, narrow_VD)  # type: ignore[arg-type]
+        kept = grad_LD, narrow_VD, kept_LV, h_LD if at_once else None
+        ctx.save_for_backward(*kept)  # type: ignore[arg-type]
         return total * scale
 
     @staticmethod
@@ -103,12 +110,10 @@ class _LabelLoss(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, outer: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_LD, grad_VD = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_LD, grad_VD, kept_LV, h_LD = ctx.saved_tensors  # type: ignore[attr-defined]
         by = outer.to(torch.float32)
-        return (
-            None if grad_LD is None else grad_LD.mul_(by),
-            None if grad_VD is None else grad_VD.mul_(by),
-            None,
-            None,
-            None,
-        )
+        if kept_LV is not None:
+            grad_VD = kept_LV.mul_(by).T @ h_LD
+        elif grad_VD is not None:
+            grad_VD.mul_(by)
+        return None if grad_LD is None else grad_LD.mul_(by), grad_VD, None, None, None

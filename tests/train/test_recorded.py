@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_run import make_task
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from finesight.config import DataFile, PixelRange, Tune
 from finesight.data.sources import load_sources
@@ -20,9 +21,12 @@ from finesight.encode.encoded import Encoded
 from finesight.encode.pack import PackedBatch, pack
 from finesight.encode.render import Renderer
 from finesight.hub import locate
+from finesight.model import wide
+from finesight.model.linear import GroupedLinear
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.weights import load_model
+from finesight.model.wide import Wide
 from finesight.train import recorded
 from finesight.train.recorded import Held, Kind, Passes
 
@@ -283,6 +287,44 @@ def test_gradients_are_left_where_the_next_recording_leaves_its_own() -> None:
     loss = large.sum()
     loss.backward()
     assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was left behind"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose way back is that of layers in few kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: Wide) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.wide = wide
+        return wide.forth(x, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
+        return None, ctx.wide.gradients(dy, *ctx.saved_tensors)[0], None
+
+
+def test_the_gradient_of_a_large_weight_is_made_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorded, "LARGE", 20)
+    large, small = (GroupedLinear(5, {"up": rows}, bias=False) for rows in (4, 3))
+    weights = [group.weight for group in (large, small)]
+    came: list[int] = []
+    for weight in weights:
+        assert isinstance(weight, nn.Parameter)
+        torch.nn.init.normal_(weight)
+        weight.register_hook(lambda gradient: came.append(gradient.data_ptr()))
+    left, x = recorded._Left(weights), torch.randn(6, 5)
+    for _ in range(2):
+        products = [_Product.apply(x, g.weight, Wide.of(g)).sum() for g in (large, small)]
+        left.go_back(sum(products), [])
+        left.hand_over()
+        for weight in weights:
+            torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
+    assert large.weight.grad.data_ptr() in came, "made elsewhere, and copied"
+    assert small.weight.grad.data_ptr() not in came
+    assert wide._PLACES == []
 
 
 def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:

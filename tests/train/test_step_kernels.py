@@ -155,3 +155,27 @@ def test_a_gradient_that_begins_anywhere_is_read() -> None:
         side.step()
     for found, expected in zip(*(side.whole() for side in sides), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=["even", "odd"])
+def test_squares_are_those_of_every_gradient_that_came(
+    sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    side = Side((*sizes, 4096), dtype, False, "cuda")
+    assert side.gradients.squares() == 0
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    for number, gradient in enumerate(given):
+        side.receive(number, gradient)
+    expected = sum(float(gradient.double().square().sum()) for gradient in given)
+    assert side.gradients.squares().item() == pytest.approx(expected, rel=1e-5)
+    # Once summed up with those of another micro-batch, too.
+    side.gradients.add_up()
+    side.receive(0, given[0])
+    expected += 3 * float(given[0].double().square().sum())
+    assert side.gradients.squares().item() == pytest.approx(expected, rel=1e-5)
+    given[-1][-1] = math.inf
+    side.gradients.used_up()
+    side.receive(len(sizes) - 1, given[-1])
+    assert side.gradients.squares() == math.inf

@@ -7,7 +7,8 @@ a layer, J columns of an input and of what is joined to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,20 @@ from finesight.model.frozen import FrozenWeight
 from finesight.model.joined import Joined, joined
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
+
+_PLACES: list[Callable[[Tensor], Tensor | None]] = []
+"""Of all threads: autograd goes back in its own."""
+
+
+@contextmanager
+def gradients_laid(place: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within the block, gradients by weights are written where `place` says for the weight; None
+    for one that gets a tensor of its own."""
+    _PLACES.append(place)
+    try:
+        yield
+    finally:
+        _PLACES.pop()
 
 
 def joined_of(group: GroupedLinear) -> Joined | None:
@@ -122,6 +137,12 @@ class Wide(NamedTuple):
         """Those of `inputs`: dy^T x, and the sum of dy."""
         weight, bias = self.inputs
         assert weight is None or x_TI is not None, "a weight learns of an input that is not kept"
-        dw_OI = None if weight is None or x_TI is None else dy_TO.T @ x_TI
+        dw_OI = None if weight is None or x_TI is None else _weights(weight, dy_TO, x_TI)
         # As a product: torch's sum of many rows takes more memory than the rows.
         return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
+
+
+def _weights(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """The gradient by a weight, in its place if it has one."""
+    place_OI = _PLACES[-1](weight) if _PLACES else None
+    return torch.mm(dy_TO.T, x_TI, out=place_OI)

@@ -162,6 +162,17 @@ class Gradients:
             return [s if came else None for s, came in zip(self._sums, self._came, strict=True)]
         return [piece.parameter.grad for piece in self.pieces]
 
+    def squares(self) -> Tensor:
+        """The sum of the squares of all of them, a scalar on the device in fp32 or wider."""
+        of_each = self.of_each()
+        came = [gradient for gradient in of_each if gradient is not None]
+        if not came:
+            return torch.zeros((), device=self.device)
+        if self.tiles is not None:
+            return step_kernels.squares(self.tiles, of_each)
+        norms = torch._foreach_norm(came, 2, torch.promote_types(came[0].dtype, torch.float32))
+        return torch.stack(norms).square_().sum()
+
     def stretch(self, place: slice) -> Tensor:
         """What `of_each` gave, of a stretch of the group in fp32 [N], zeros where no gradient came;
         to be used up."""

@@ -158,12 +158,9 @@ class Masters:
 
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients, a scalar on the device."""
-        came = [g for group in self.groups for g in group.gradients.of_each() if g is not None]
-        if not came:
-            return torch.zeros((), device=self.groups[0].gradients.device)
-        norms = torch._foreach_norm(came, 2, torch.promote_types(came[0].dtype, torch.float32))
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
-        return total
+        device = self.groups[0].gradients.device
+        squares = [group.gradients.squares().to(device) for group in self.groups]
+        return torch.stack(squares).sum().sqrt().float()
 
     def step(self, factor: float, norm: Tensor, grad_scale: float = 1.0) -> None:
         """One step at `factor` times the groups' learning rates; then the gradients are gone.

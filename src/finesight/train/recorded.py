@@ -30,6 +30,7 @@ from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_varlen
 from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
+from finesight.model.wide import gradients_laid
 from finesight.train.gradients import LARGE
 from finesight.train.loss import label_loss
 
@@ -210,21 +211,22 @@ def _fill(room: Tensor, values: Tensor, rest: int) -> None:
 
 class _Left:
     """Gradients where recordings leave them, all in the same places: they are summed up before the
-    next one runs. Those of large parameters go there as soon as they are made, so that there never
-    is memory for all of them twice."""
+    next one runs. Those of large parameters are made there, or go there as soon as they are made,
+    so that there never is memory for all of them twice."""
 
     def __init__(self, learning: Sequence[nn.Parameter]) -> None:
         self._learning = learning
-        self._large = [n for n, one in enumerate(learning) if one.numel() >= LARGE]
+        self._large = {id(one): n for n, one in enumerate(learning) if one.numel() >= LARGE}
         self._places: dict[int, Tensor] = {}
 
     def go_back(self, loss: Tensor, beside: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From a loss to the parameters and to what learns beside them, each with the place that
         its gradient goes to."""
-        hooks = [self._hook(number) for number in self._large]
+        hooks = [self._hook(number) for number in self._large.values()]
         ends = [*self._learning, *(tensor for tensor, _ in beside)]
         try:
-            made = torch.autograd.grad(loss, ends, allow_unused=True)
+            with gradients_laid(self._place_of):
+                made = torch.autograd.grad(loss, ends, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -232,7 +234,8 @@ class _Left:
         for (_, place), gradient in zip(beside, others, strict=True):
             place.copy_(gradient)
         came = enumerate(own)
-        small = {n: one for n, one in came if one is not None and n not in self._large}
+        large = set(self._large.values())
+        small = {n: one for n, one in came if one is not None and n not in large}
         if small:
             torch._foreach_copy_([self._place(n) for n in small], [*small.values()])
 
@@ -250,7 +253,12 @@ class _Left:
         return register(partial(self._leave, number))
 
     def _leave(self, number: int, gradient: Tensor) -> Tensor:
-        return self._place(number).copy_(gradient)
+        place = self._place(number)
+        return place if place.data_ptr() == gradient.data_ptr() else place.copy_(gradient)
+
+    def _place_of(self, weight: Tensor) -> Tensor | None:
+        number = self._large.get(id(weight))
+        return None if number is None else self._place(number)
 
     def _place(self, number: int) -> Tensor:
         if number not in self._places:

@@ -114,6 +114,27 @@ def add_up(
 
 
 @triton.jit
+def _squares(parameter_T, table_P3, gradients_P, sums_T, like, even: tl.constexpr,
+             rows: tl.constexpr):  # fmt: skip
+    p, first, _, at_RN, inside_RN = _tile(parameter_T, table_P3, even, rows)
+    grad_RN = _gradient(gradients_P, p, first, at_RN, inside_RN, like)
+    tl.store(sums_T + tl.program_id(0), tl.sum(tl.sum(grad_RN * grad_RN, 1), 0))
+
+
+def squares(tiles: Tiles, gradients: Sequence[Tensor | None]) -> Tensor:
+    """The sum of the squares of all gradients, of which there is one at least; a scalar in fp32,
+    always summed in the same order."""
+    gradients = _aligned(gradients)
+    like = next(gradient for gradient in gradients if gradient is not None)
+    sums_T = torch.empty(len(tiles.parameter_T), device=like.device)
+    _squares[(len(sums_T),)](
+        tiles.parameter_T, tiles.table_P3, tiles.addresses(gradients), sums_T, like,
+        even=tiles.even, rows=ROWS, num_warps=WARPS,
+    )  # fmt: skip
+    return sums_T.sum()
+
+
+@triton.jit
 def _decoded(codes, scale, signed: tl.constexpr):
     """What codes stand for; see `moments.levels`. Evenly spread, the levels of a decade lie on a
     line over their codes. Lines rise the steeper the higher the decade: the highest one holds."""

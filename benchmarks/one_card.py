@@ -69,7 +69,6 @@ CASES = (
         (*ALL, "train.recompute=true", "train.optimizer=adamw8bit"),
     ),
     Case("3B full", THREE, 196, 130, 8, ALL),
-    Case("3B full, 8 bit", THREE, 196, 130, 8, (*ALL, "train.optimizer=adamw8bit")),
     Case("32B QLoRA", "32B", 644, 1024, 1, (LORA, FEW_BITS, "train.recompute=true")),
 )
 

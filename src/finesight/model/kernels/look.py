@@ -23,6 +23,9 @@ LOOK, LAST = Blocks(64, 64, 4, 3), 16
 """Queries and keys of a tile, and keys of those at a segment's end: the quickest of twelve on an
 H200 for segments of 64, 400 and 2116 rows."""
 
+NARROW = 80
+"""Numbers of a head for which a small card has room for as many tiles at once."""
+
 
 @triton.jit
 def _piece(x: Ptr, at: tl.tensor, first: tl.tensor, length: tl.tensor, stride: int,
@@ -112,12 +115,13 @@ def look(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Bounds) -> Tensor:
     rows, heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, heads, width)
     wide = 1 << (width.bit_length() - 1)
+    stages = LOOK.stages if width <= NARROW else 2
     segments = len(bounds.bounds_S1) - 1
     _look[(segments, triton.cdiv(bounds.longest, LOOK.rows), heads)](
         q_THD, k_TKD, v_TKD, o_THD, bounds.bounds_S1, q_THD.stride(0), k_TKD.stride(0),
         v_TKD.stride(0), heads, heads // k_TKD.shape[1], width**-0.5 / math.log(2), width=width,
         wide=wide, block_w=max(16, wide), block_l=max(16, triton.next_power_of_2(width - wide)),
         block_m=LOOK.rows, block_n=LOOK.columns, last=LAST,
-        num_warps=LOOK.warps, num_stages=LOOK.stages,
+        num_warps=LOOK.warps, num_stages=stages,
     )  # fmt: skip
     return o_THD

@@ -28,7 +28,8 @@ _PLACES: list[Callable[[Tensor], Tensor | None]] = []
 @contextmanager
 def gradients_laid(place: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within the block, gradients by weights are written where `place` says for the weight; None
-    for one that gets a tensor of its own."""
+    for one that gets a tensor of its own. No weight may be read by two products of a pass: the
+    second gradient would stand where the first one is."""
     _PLACES.append(place)
     try:
         yield

@@ -81,7 +81,7 @@ class _LabelLoss(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         needs_h, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        # One chunk's logits are less than the head's gradient, which waits for the way back then.
+        # One chunk's logits are kept until then: the head's gradient is made once, on the way back.
         at_once = needs_head and 0 < len(h_LD) <= rows
         total = scale.new_zeros(())
         grad_LD = torch.empty_like(h_LD) if needs_h else None

@@ -1,9 +1,10 @@
 """A Triton kernel of attention without a way back, in which every row of a segment sees all of it:
 that of frozen towers (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
-Heads of towers have 72, 80 or 104 numbers. General kernels fill them up to 96 or 128, and segments
-to tiles of 128 rows; here a head is two pieces, of 64 numbers and of what is left, and the last
-keys of a segment come in small tiles. Sums are fp32. Shapes: T rows, H query heads, K key heads, D
+Heads of towers have 72 or 80 numbers. General kernels fill them up to 96 or 128, and segments to
+tiles of 128 rows; here a head is two pieces, of as many numbers as a power of two has and of what
+is left, filled up to another one, and the last keys of a segment come in small tiles. Sums are
+fp32. Shapes: T rows, H query heads, K key heads, D
 numbers of a head, M queries and N keys of a tile, C numbers of a piece.
 """
 

@@ -1,11 +1,17 @@
-"""The memory that this machine has and has left, within the limit of a container."""
+"""The memory that this machine has and has left, within a container's limit, and its cores."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def allowed_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def whole_memory(group: Path = _CGROUP) -> int:

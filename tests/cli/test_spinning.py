@@ -33,7 +33,7 @@ def test_what_runs_now_decides(
     if loadavg is not None:
         (tmp_path / "loadavg").write_text(loadavg)
     monkeypatch.setattr(spinning, "RUNNING", tmp_path / "loadavg")
-    monkeypatch.setattr(spinning, "_cores", lambda: cores)
+    monkeypatch.setattr(spinning, "allowed_cores", lambda: cores)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
@@ -47,9 +47,13 @@ def test_who_has_chosen_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
-def test_processes_of_one_run_do_not_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", ["2", "", "two"])
+def test_processes_of_one_run_do_not_wait_for_long(
+    count: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts them says how many there are; what is no number is told of later."""
     monkeypatch.setattr(spinning, "_running", lambda: 0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", count)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     set_spinning()

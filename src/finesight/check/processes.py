@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from finesight.errors import UserError
+from finesight.memory import allowed_cores
 
 Item = TypeVar("Item")
 Begun = TypeVar("Begun")
@@ -55,7 +54,7 @@ def _pool() -> ProcessPoolExecutor | None:
     """None where processes cannot speak to each other, as without a /dev/shm to write to."""
     context = multiprocessing.get_context("spawn")
     try:
-        return ProcessPoolExecutor(_cores(), context, initializer=_leave_interrupts_alone)
+        return ProcessPoolExecutor(allowed_cores(), context, initializer=_leave_interrupts_alone)
     except OSError:
         return None
 
@@ -86,10 +85,6 @@ class _Here(Executor):
         future: Future[Done] = Future()
         future.set_result(work(*args, **kwargs))
         return future
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _leave_interrupts_alone() -> None:

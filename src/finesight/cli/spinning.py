@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from finesight.memory import allowed_cores
+
 LONG, SHORT = 20_000, 2_000
 """Turns. On two cores of a Xeon a step of LoRA takes a fifth less time with LONG. Two such runs on
 the same cores take twice as long with it as with SHORT, and by the library's default, 300,000, many
@@ -17,8 +19,8 @@ RUNNING = Path("/proc/loadavg")
 def set_spinning() -> None:
     """Choose for this process and those that it starts, unless somebody has chosen. Whoever starts
     in the same moment on the same cores is not seen, but for the processes of one run."""
-    beside = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    chosen = SHORT if beside else spins(_running(), _cores())
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    chosen = spins(_running(), allowed_cores()) if alone else SHORT
     os.environ.setdefault("GOMP_SPINCOUNT", str(chosen))
 
 
@@ -26,13 +28,6 @@ def spins(running: int | None, cores: int) -> int:
     """LONG where the `running` others leave most cores free; SHORT where not, or where nobody
     knows."""
     return LONG if running is not None and 2 * running < cores else SHORT
-
-
-def _cores() -> int:
-    """Those that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _running() -> int | None:

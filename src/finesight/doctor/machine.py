@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.doctor.findings import Finding, fault, fine, hint, typed
-from finesight.memory import free_memory, whole_memory
+from finesight.memory import allowed_cores, free_memory, whole_memory
 
 GB = 1_000_000_000
 FULL = 50_000_000
@@ -73,7 +73,7 @@ def gather(environment: Mapping[str, str], here: Path) -> Machine:
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)) if _can_count() else os.cpu_count() or 1,
+        cores=allowed_cores(),
         memory=whole_memory(),
         available=free_memory(),
         shared=shutil.disk_usage(shared).free if shared.is_dir() else None,
@@ -81,10 +81,6 @@ def gather(environment: Mapping[str, str], here: Path) -> Machine:
         places=tuple(places),
         roomiest=_roomiest(places),
     )
-
-
-def _can_count() -> bool:
-    return platform.system() == "Linux"
 
 
 def _cache(environment: Mapping[str, str]) -> Path:

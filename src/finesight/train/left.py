@@ -37,9 +37,8 @@ class Left:
         own, others = made[: len(self._learning)], made[len(self._learning) :]
         for (_, place), gradient in zip(beside, others, strict=True):
             place.copy_(gradient)
-        came = enumerate(own)
-        large = set(self._large.values())
-        small = {n: one for n, one in came if one is not None and n not in large}
+        large = self._large.values()
+        small = {n: one for n, one in enumerate(own) if one is not None and n not in large}
         if small:
             torch._foreach_copy_([self._place(n) for n in small], [*small.values()])
 

@@ -346,13 +346,16 @@ def joined() -> Iterator[Ranks]:
     """Within the block, the processes that a launcher has started can speak to each other; one that
     was started by itself is alone. Raises UserError where the launcher has said too little."""
     found = {name: os.environ[name] for name in NEEDED if name in os.environ}
-    if int(found.get("WORLD_SIZE", "1")) == 1:
+    if found.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     missing = [name for name in NEEDED if name not in found]
-    if missing:
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    odd = [name for name in numbers if not found.get(name, "0").isdecimal()]
+    if missing or odd:
+        wrong = f"{', '.join(missing)} is not set" if missing else f"{', '.join(odd)} is no number"
         raise UserError(
-            f"WORLD_SIZE is {found['WORLD_SIZE']}, and {', '.join(missing)} is not set",
+            f"WORLD_SIZE is {found['WORLD_SIZE']}, and {wrong}",
             where="the environment",
             expected=f"what torchrun sets: {', '.join(NEEDED)}",
             remedy="start with torchrun --nproc-per-node N -m finesight train RECIPE",

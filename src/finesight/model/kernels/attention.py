@@ -33,6 +33,17 @@ class Bounds(NamedTuple):
 
 
 @triton.jit
+def own_tile(bounds: Ptr, block: tl.constexpr,
+             ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Of a program: where its segment begins and how long it is, its tile's first row there, and
+    its head."""
+    segment = tl.program_id(0)
+    first = tl.load(bounds + segment)
+    length = tl.load(bounds + segment + 1) - first
+    return first, length, tl.program_id(1) * block, tl.program_id(2)
+
+
+@triton.jit
 def _rows_of(x: tl.tensor, first: tl.tensor, at: tl.tensor, stride: tl.tensor, head: tl.tensor,
              width: tl.tensor, length: tl.tensor, d: tl.tensor) -> tl.tensor:  # fmt: skip
     """Rows `at` [M] of a segment that begins at `first`, of one head: [M, D], zero beyond."""
@@ -46,10 +57,7 @@ def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int,
            v_stride: int, heads: int, group: int, rows: int, width: int, by: float,
            causal: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
            block_d: tl.constexpr) -> None:  # fmt: skip
-    segment, head = tl.program_id(0), tl.program_id(2)
-    first = tl.load(bounds + segment)
-    length = tl.load(bounds + segment + 1) - first
-    start_m = tl.program_id(1) * block_m
+    first, length, start_m, head = own_tile(bounds, block_m)
     if start_m >= length:
         return
     m, d = start_m + tl.arange(0, block_m), tl.arange(0, block_d)
@@ -85,10 +93,7 @@ def _back_q(q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: P
             q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
             width: int, by: float, scale: float, causal: tl.constexpr, block_m: tl.constexpr,
             block_n: tl.constexpr, block_d: tl.constexpr) -> None:  # fmt: skip
-    segment, head = tl.program_id(0), tl.program_id(2)
-    first = tl.load(bounds + segment)
-    length = tl.load(bounds + segment + 1) - first
-    start_m = tl.program_id(1) * block_m
+    first, length, start_m, head = own_tile(bounds, block_m)
     if start_m >= length:
         return
     m, d = start_m + tl.arange(0, block_m), tl.arange(0, block_d)
@@ -121,10 +126,7 @@ def _back_k(q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: 
             q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
             width: int, by: float, scale: float, causal: tl.constexpr, block_m: tl.constexpr,
             block_n: tl.constexpr, block_d: tl.constexpr) -> None:  # fmt: skip
-    segment, key_head = tl.program_id(0), tl.program_id(2)
-    first = tl.load(bounds + segment)
-    length = tl.load(bounds + segment + 1) - first
-    start_n = tl.program_id(1) * block_n
+    first, length, start_n, key_head = own_tile(bounds, block_n)
     if start_n >= length:
         return
     n, d = start_n + tl.arange(0, block_n), tl.arange(0, block_d)
@@ -165,10 +167,10 @@ def forth(
     rows, heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, heads, width)
     lse_HT = q_THD.new_empty(heads, rows, dtype=torch.float32)
-    _forth[_grid(bounds, FORTH.rows, heads)](
+    _forth[grid(bounds, FORTH.rows, heads)](
         q_THD, k_TKD, v_TKD, o_THD, lse_HT, bounds.bounds_S1,
         q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), heads, heads // k_TKD.shape[1], rows,
-        width, _scale(width) / math.log(2), causal=causal, block_m=FORTH.rows,
+        width, scale_of(width) / math.log(2), causal=causal, block_m=FORTH.rows,
         block_n=FORTH.columns, block_d=_head_block(width),
         num_warps=FORTH.warps, num_stages=FORTH.stages,
     )  # fmt: skip
@@ -186,13 +188,13 @@ def back(
     dq_THD, do_THD = torch.empty_like(o_THD), do_THD.contiguous()
     dk_TKD, dv_TKD = (x.new_empty(x.shape) for x in (k_TKD, v_TKD))
     strides = q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0)
-    sizes = heads, group, rows, width, _scale(width) / math.log(2), _scale(width)
-    _back_q[_grid(bounds, BACK_Q.rows, heads)](
+    sizes = heads, group, rows, width, scale_of(width) / math.log(2), scale_of(width)
+    _back_q[grid(bounds, BACK_Q.rows, heads)](
         q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT, delta_HT, dq_THD, bounds.bounds_S1,
         *strides, *sizes, causal=causal, block_m=BACK_Q.rows, block_n=BACK_Q.columns,
         block_d=_head_block(width), num_warps=BACK_Q.warps, num_stages=BACK_Q.stages,
     )  # fmt: skip
-    _back_k[_grid(bounds, BACK_K.columns, heads // group)](
+    _back_k[grid(bounds, BACK_K.columns, heads // group)](
         q_THD, k_TKD, v_TKD, do_THD, lse_HT, delta_HT, dk_TKD, dv_TKD, bounds.bounds_S1,
         *strides, *sizes, causal=causal, block_m=BACK_K.rows, block_n=BACK_K.columns,
         block_d=_head_block(width), num_warps=BACK_K.warps, num_stages=BACK_K.stages,
@@ -200,7 +202,8 @@ def back(
     return dq_THD, dk_TKD, dv_TKD
 
 
-def _scale(width: int) -> float:
+def scale_of(width: int) -> float:
+    """Of the products of queries and keys."""
     return 1.0 / math.sqrt(width)
 
 
@@ -208,5 +211,6 @@ def _head_block(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def _grid(bounds: Bounds, tile: int, heads: int) -> tuple[int, int, int]:
+def grid(bounds: Bounds, tile: int, heads: int) -> tuple[int, int, int]:
+    """A program for each segment, tile of so many rows, and head."""
     return len(bounds.bounds_S1) - 1, triton.cdiv(bounds.longest, tile), heads

@@ -4,8 +4,8 @@ that of frozen towers (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 Heads of towers have 72 or 80 numbers. General kernels fill them up to 96 or 128, and segments to
 tiles of 128 rows; here a head is two pieces, of as many numbers as a power of two has and of what
 is left, filled up to another one, and the last keys of a segment come in small tiles. Sums are
-fp32. Shapes: T rows, H query heads, K key heads, D
-numbers of a head, M queries and N keys of a tile, C numbers of a piece.
+fp32. Shapes: T rows, H query heads, K key heads, D numbers of a head, M queries and N keys of a
+tile, C numbers of a piece.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.attention import Bounds
+from finesight.model.kernels.attention import Bounds, grid, own_tile, scale_of
 from finesight.model.kernels.programs import Ptr
 from finesight.model.kernels.sizes import Blocks
 
 LOOK, LAST = Blocks(64, 64, 4, 3), 16
 """Queries and keys of a tile, and keys of those at a segment's end: the quickest of twelve on an
 H200 for segments of 64, 400 and 2116 rows."""
-
-NARROW = 80
-"""Numbers of a head for which a small card has room for as many tiles at once."""
 
 
 @triton.jit
@@ -74,10 +71,7 @@ def _look(q: Ptr, k: Ptr, v: Ptr, o: Ptr, bounds: Ptr, q_stride: int, k_stride: 
           block_w: tl.constexpr, block_l: tl.constexpr, block_m: tl.constexpr,
           block_n: tl.constexpr, last: tl.constexpr) -> None:  # fmt: skip
     left: tl.constexpr = width - wide
-    segment, head = tl.program_id(0), tl.program_id(2)
-    first = tl.load(bounds + segment)
-    length = tl.load(bounds + segment + 1) - first
-    start_m = tl.program_id(1) * block_m
+    first, length, start_m, head = own_tile(bounds, block_m)
     if start_m >= length:
         return
     m = start_m + tl.arange(0, block_m)
@@ -116,13 +110,11 @@ def look(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Bounds) -> Tensor:
     rows, heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, heads, width)
     wide = 1 << (width.bit_length() - 1)
-    stages = LOOK.stages if width <= NARROW else 2
-    segments = len(bounds.bounds_S1) - 1
-    _look[(segments, triton.cdiv(bounds.longest, LOOK.rows), heads)](
+    _look[grid(bounds, LOOK.rows, heads)](
         q_THD, k_TKD, v_TKD, o_THD, bounds.bounds_S1, q_THD.stride(0), k_TKD.stride(0),
-        v_TKD.stride(0), heads, heads // k_TKD.shape[1], width**-0.5 / math.log(2), width=width,
+        v_TKD.stride(0), heads, heads // k_TKD.shape[1], scale_of(width) / math.log(2), width=width,
         wide=wide, block_w=max(16, wide), block_l=max(16, triton.next_power_of_2(width - wide)),
         block_m=LOOK.rows, block_n=LOOK.columns, last=LAST,
-        num_warps=LOOK.warps, num_stages=stages,
+        num_warps=LOOK.warps, num_stages=LOOK.stages,
     )  # fmt: skip
     return o_THD

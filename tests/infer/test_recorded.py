@@ -51,6 +51,8 @@ def test_an_error_while_recording_closes_it_and_is_the_one_told(monkeypatch, spo
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(area, "_recording_stream", lambda device: stream)
+    cleared: list[tuple[object, ...]] = []
+    monkeypatch.setattr(area, "_clear_away", lambda *what: cleared.append(what))
     ids_R = torch.zeros(2, dtype=torch.int64)
 
     def grow() -> torch.Tensor:
@@ -63,6 +65,44 @@ def test_an_error_while_recording_closes_it_and_is_the_one_told(monkeypatch, spo
     with pytest.raises(torch.OutOfMemoryError, match="the first error"):
         recorded.run(2, grow)
     assert not graph.open
+    assert cleared == ([(CARD, (0, 0))] if spoiled else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("told", [True, False])
+def test_after_a_spoiled_recording_all_goes_on(told):
+    """Who waits for the card in it spoils it, whether or not he hears of that."""
+    torch.manual_seed(7)
+    expected = [torch.rand(3, device=CARD) for _ in range(3)]
+    torch.manual_seed(7)
+    drawn = [torch.rand(3, device=CARD)]
+    recorded, numbers = Recorded(CARD), torch.ones(3, device=CARD)
+
+    def wait() -> torch.Tensor:
+        with contextlib.nullcontext() if told else contextlib.suppress(RuntimeError):
+            numbers.sum().item()
+        return numbers * 2
+
+    assert recorded.run(1, wait).tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError):
+        recorded.run(1, wait)
+    drawn.append(torch.rand(3, device=CARD))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    # What another stream has used comes back once that is through.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        lent = torch.empty(1 << 26, dtype=torch.uint8, device=CARD)
+    lent.record_stream(torch.cuda.current_stream())
+    del lent
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + (1 << 26)
+    again = Recorded(CARD)
+    for _ in range(3):
+        assert again.run(1, lambda: numbers * 3).tolist() == [3, 3, 3]
+    drawn.append(torch.rand(3, device=CARD))
+    assert torch.equal(torch.stack(drawn), torch.stack(expected))
 
 
 @pytest.mark.gpu

@@ -49,11 +49,31 @@ class Recorded:
                 # While a recording is open, the device refuses everything else. One that the error
                 # has spoiled is closed with an error of its own, which says nothing more.
                 with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
+                    self._close(graph)
                 raise
-            graph.capture_end()
+            self._close(graph)
         torch.cuda.current_stream().wait_stream(stream)
         return graph, result
+
+    def _close(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _clear_away(self._device, self._pool)
+            raise
+
+
+def _clear_away(device: torch.device, pool: tuple[int, int]) -> None:
+    """What torch leaves of a recording that is spoiled: a generator for which every draw is still
+    a part of it, and an allocator that keeps what several streams have used until it has ended."""
+    with torch.cuda.device(device):
+        number = torch.cuda.current_device()
+    generator, same = torch.cuda.default_generators[number], torch.Generator(device)
+    same.set_state(generator.get_state())
+    generator.graphsafe_set_state(same.graphsafe_get_state())
+    # An error says that it knows already.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(number, pool)
 
 
 @lru_cache

@@ -12,6 +12,9 @@ from torch import Tensor
 Ptr: TypeAlias = tl.tensor
 """Where a tensor begins, as a kernel sees it."""
 
+FEW = 1 << 16
+"""Sums that are too few for all of an H200's programs where one takes 1,024 of them."""
+
 
 def rank_block(ranks: int) -> int:
     """What a kernel takes at once of so many ranks."""
@@ -19,13 +22,17 @@ def rank_block(ranks: int) -> int:
 
 
 @triton.jit
-def _folded(partial: Ptr, y: Ptr, total: int, chunks: int, block: tl.constexpr) -> None:
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < total
-    sums = tl.zeros((block,), tl.float32)
-    for chunk in range(chunks):
-        sums += tl.load(partial + chunk * total + at, mask=inside, other=0.0)
-    tl.store(y + at, sums, mask=inside)
+def _folded(partial: Ptr, y: Ptr, total: int, chunks: int, tall: tl.constexpr,
+            block: tl.constexpr) -> None:  # fmt: skip
+    at_N = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside_N = at_N < total
+    sums_N = tl.zeros((block,), tl.float32)
+    for first in range(0, chunks, tall):
+        chunk_C = tl.cast(first, tl.int64) + tl.arange(0, tall)
+        from_CN = partial + chunk_C[:, None] * total + at_N[None, :]
+        inside = (chunk_C < chunks)[:, None] & inside_N[None, :]
+        sums_N += tl.sum(tl.load(from_CN, mask=inside, other=0.0), 0)
+    tl.store(y + at_N, sums_N, mask=inside_N)
 
 
 def folded(partial: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,5 +40,7 @@ def folded(partial: Tensor, dtype: torch.dtype) -> Tensor:
     chunks, *shape = partial.shape
     y = torch.empty(shape, dtype=dtype, device=partial.device)
     total = y.numel()
-    _folded[(triton.cdiv(total, 1024),)](partial, y, total, chunks, block=1024)
+    # Of few numbers a program takes fewer, and several chunks at once.
+    tall, block = (1, 1024) if total > FEW else (64, 16)
+    _folded[(triton.cdiv(total, block),)](partial, y, total, chunks, tall=tall, block=block)
     return y

@@ -9,9 +9,8 @@ PROGRAMS = 2048
 """Of a kernel that fill a large card."""
 
 
-SUMS = 128
-"""Programs that each have a sum for the weight of a norm, which one program adds up for a column.
-"""
+SUMS = 512
+"""Most programs that each have a sum for the weight of a norm; these are added up afterwards."""
 
 
 class Blocks(NamedTuple):

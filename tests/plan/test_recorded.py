@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from finesight.config import DataFile, PixelRange, Train, Tune
 from finesight.data.sources import load_sources
 from finesight.encode.pack import PackedBatch, pack
 from finesight.encode.render import Renderer
-from finesight.hub import locate
+from finesight.hub import ModelFolder, locate
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning
+from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 from finesight.plan.activations import Activations
 from finesight.plan.kept import Computing
@@ -24,11 +26,14 @@ from finesight.plan.memory import CONTEXT, LIBRARIES, Peak, peak_of, standing
 from finesight.plan.recorded import recording
 from finesight.train import recorded as train_recorded
 from finesight.train.recorded import MOST_KINDS, MOST_TOKENS, Held, Kind
+from finesight.train.sight import SightKind
 
 CPU = torch.device("cpu")
 CARD = Computing(cuda=True, number=2, flash=True)
 LORA = {"language": "lora", "lora": {"rank": 8}}
 SEEING = LORA | {"vision": "lora"}
+WATCHING = SEEING | {"lora": {"rank": 8, "dropout": 0.0}}
+"""Of a tower that draws nothing, and is recorded, too."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def load_of(batch: PackedBatch) -> Load:
 def test_rooms_are_those_of_a_run(batch: PackedBatch, tune: dict[str, object]) -> None:
     model = tuned(tune)
     features = model.see(batch.patches_ND, batch.grids)
-    held = Held.room(Kind.of(batch), batch, features)
+    held = Held.room(Kind.of(batch), batch, features, model.visual)
     found = recording(model, CARD, 0.0, load_of(batch))
     assert found is not None
     assert found.kind == held.kind
@@ -64,6 +69,27 @@ def test_rooms_are_those_of_a_run(batch: PackedBatch, tune: dict[str, object]) -
         value for value in (*values, held.features_MKD, held.back_MKD) if isinstance(value, Tensor)
     ]
     assert found.room == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_so_are_those_of_a_tower_that_is_recorded(
+    batch: PackedBatch, family: str, tmp_path: Path
+) -> None:
+    make_tiny(tmp_path / family, family)
+    model = load_model(ModelFolder(tmp_path / family), torch.bfloat16, CPU).train()
+    apply_tuning(model, Tune.model_validate(WATCHING), 0)
+    kind = Kind.of(batch, SightKind.of(batch, model.visual))
+    held = Held.room(kind, batch, None, model.visual)
+    found = recording(model, CARD, 0.0, load_of(batch))
+    assert found is not None
+    assert found.kind == kind
+    assert held.sight is not None
+    assert (found.load.tokens, found.load.patches) == (kind.tokens, held.sight.kind.patches)
+    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
+    own = held.sight.route
+    ways = {id(way): way.bounds_S1 for way in own.segments}.values()
+    values += [held.sight.patches_NB, own.positions_N2, own.order_M, own.back_M, *ways]
+    assert found.room == sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def test_only_small_packs_are_recorded(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +140,15 @@ def test_a_tower_that_learns_is_beside_the_recording(batch: PackedBatch) -> None
     found = peak(seeing, [load], 0.0)
     assert found.activations + found.working >= kept
     assert found.recordings < 1.05 * peak(frozen, [load], 0.0).recordings
+
+
+def test_a_tower_that_is_recorded_is_in_the_recording(batch: PackedBatch) -> None:
+    load = load_of(batch)
+    beside, inside = tuned(SEEING), tuned(WATCHING)
+    kept = Activations(inside, CARD, 0.0).seen(load)
+    both = [peak(model, [load], 0.0) for model in (beside, inside)]
+    assert both[1].recordings > both[0].recordings + 0.9 * kept
+    assert both[1].activations + both[1].working == pytest.approx(both[1].recordings, rel=0.2)
 
 
 def test_later_kinds_are_launched(batch: PackedBatch) -> None:

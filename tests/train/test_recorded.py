@@ -66,11 +66,11 @@ def test_what_fills_a_pack_up_changes_nothing(folder: Path) -> None:
     samples = encoded(folder)
     batch = pack(samples[:5])
     features = seen(model, batch)
-    held = Held.room(Kind.of(batch), batch, features)
+    held = Held.room(Kind.of(batch), batch, features, model.visual)
     # Another one was there before.
     other = pack(samples[5:9])
-    held.lay(other, seen(model, other), torch.tensor(2.0))
-    held.lay(batch, features, torch.tensor(0.5))
+    held.lay(other, seen(model, other), torch.tensor(2.0), model.visual)
+    held.lay(batch, features, torch.tensor(0.5), model.visual)
     lengths = held.batch.bounds_S1.diff().tolist()
     assert len(lengths) == held.kind.sequences
     assert lengths[: len(batch.lengths)] == list(batch.lengths)
@@ -259,8 +259,8 @@ def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
     model = tuned(torch.float32, CPU, ALL)
     batch = pack(encoded(folder)[:5])
     features = model.see(batch.patches_ND, batch.grids)
-    held = Held.room(Kind.of(batch), batch, features)
-    held.lay(batch, features, torch.tensor(1.0))
+    held = Held.room(Kind.of(batch), batch, features, model.visual)
+    held.lay(batch, features, torch.tensor(1.0), model.visual)
     ((laid, back),) = held.learned
     assert torch.equal(laid[: len(features)], features)
     # What a pack of nothing was filled up with has no way back.

@@ -38,16 +38,15 @@ class WindowedTower(VisionTower):
 
     def route(self, grids: Sequence[Grid], device: torch.device) -> Route:
         """Squares of a window next to each other; frames stay whole in that order."""
-        merge, orders, lengths, positions, seen = self.geometry.merge, [], [], [], 0
+        merge, orders, positions, seen = self.geometry.merge, [], [], 0
         for grid in grids:
-            order, squares = windows(grid, merge, self.window)
+            order, _ = windows(grid, merge, self.window)
             positions.append(positions_by_square(grid, merge)[order])
             orders.append(order + seen)
-            lengths.append(squares * merge**2)
             seen += len(order)
         order = np.concatenate(orders)
         frames = frame_segments(grids, device)
-        inside = Segments.of(np.concatenate(lengths).tolist(), device)
+        inside = Segments.of(self.inside(grids), device)
         depth = range(self.geometry.depth)
         return Route(
             upload(np.concatenate(positions).reshape(-1, 2), device),
@@ -55,6 +54,12 @@ class WindowedTower(VisionTower):
             upload(order, device),
             upload(np.argsort(order), device),
         )
+
+    def inside(self, grids: Sequence[Grid]) -> list[int]:
+        """Patches of each window."""
+        merge = self.geometry.merge
+        squares = [windows(grid, merge, self.window)[1] for grid in grids]
+        return (np.concatenate(squares) * merge**2).tolist() if squares else []
 
 
 @lru_cache(maxsize=256)

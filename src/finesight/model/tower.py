@@ -42,6 +42,9 @@ class VisionTower(nn.Module):
     `route`, positions that are added to patches (`placed`), and blocks that are merged on the way.
     """
 
+    recordable = True
+    """Whether of a pass nothing but the `route` hangs on the pictures' sizes."""
+
     def __init__(
         self,
         geometry: VisionGeometry,
@@ -88,13 +91,21 @@ class VisionTower(nn.Module):
         mergers |= {id(p) for p in self.deepstack_merger_list.parameters()}
         return any(p.requires_grad for p in self.parameters() if id(p) not in mergers)
 
-    def forward(self, patches_ND: Tensor, grids: Sequence[Grid], recompute: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        patches_ND: Tensor,
+        grids: Sequence[Grid],
+        recompute: float = 0.0,
+        route: Route | None = None,
+    ) -> Tensor:
         """uint8 patches of pictures end to end to their features [M, K, out_width]: that of the
         last block, then those of the blocks `deepstack`. `recompute` is the share of blocks whose
-        inner activations are made again in the backward pass, the first ones."""
-        expected = sum(t * h * w for t, h, w in grids)
-        assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
-        route = self.route(grids, patches_ND.device)
+        inner activations are made again in the backward pass, the first ones. With a `route`, that
+        of pictures whose grids nobody has to know (see `recordable`)."""
+        if route is None:
+            expected = sum(t * h * w for t, h, w in grids)
+            assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
+            route = self.route(grids, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             # Reordered as bytes, where a patch is smallest.
             x_ND = self.patch_embed(self._by_square(patches_ND, route.order_M))

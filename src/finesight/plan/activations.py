@@ -12,7 +12,7 @@ from torch import nn
 
 from finesight.model.layers import VisionBlock
 from finesight.model.network import VisionLanguageModel
-from finesight.model.qwen2_5_vl import WindowedTower, windows
+from finesight.model.qwen2_5_vl import WindowedTower
 from finesight.model.qwen_language import QwenDecoder
 from finesight.model.qwen_vl import Block, SquareTower
 from finesight.model.tower import VisionTower
@@ -237,12 +237,7 @@ class Activations:
         frames, patches = load.frames, load.patches
         if not isinstance(tower, WindowedTower):
             return [(frames, patches)] * len(tower.blocks)
-        merge = tower.geometry.merge
-        inside = tuple(
-            int(squares) * merge**2
-            for grid in load.grids
-            for squares in windows(grid, merge, tower.window)[1]
-        )
+        inside = tuple(tower.inside(load.grids))
         whole = tower.whole_frame
         return [(frames if n in whole else inside, patches) for n in range(len(tower.blocks))]
 

@@ -203,6 +203,8 @@ class _Recordings:
         self.gradients = self._all.at_end
         within = [*self._activations.moments(found.load, self._come)]
         self.pool = max(self.pool, *(moment.in_all for moment in within))
+        if found.kind.sight is not None:
+            return within
         seen = self._activations.seen(load)
         there = [replace(moment, kept=moment.kept + seen) for moment in within]
         return [*there, *self._activations.of_tower(load, self._come)]

@@ -6,9 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finesight.model.network import VisionLanguageModel
+from finesight.model.qwen2_5_vl import WindowedTower
+from finesight.model.tower import VisionTower
 from finesight.plan.kept import INDEX, Computing
 from finesight.plan.load import Load
 from finesight.train.recorded import Kind, learns_little, pays
+from finesight.train.sight import SightKind, sees, watches
 
 BOUND = 4
 """Bytes of where a sequence begins."""
@@ -16,8 +19,8 @@ BOUND = 4
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Of packs of a kind: one of them filled up, whose pictures' features are known, and the bytes
-    of the tensors that it reads and leaves."""
+    """Of packs of a kind: one of them filled up, with pictures where the tower is recorded, too,
+    and the bytes of the tensors that it reads and leaves."""
 
     kind: Kind
     load: Load
@@ -33,12 +36,29 @@ def recording(
         return None
     if not pays(model, load.tokens, load.supervised, recompute):
         return None
-    places = load.patches // tower.geometry.merge**2
-    kind = Kind.around(load.lengths, places, load.supervised)
+    merge = tower.geometry.merge
+    inside = watches(model) and sees(load.patches, recompute)
+    sight = _sight(tower, load) if inside else None
+    kind = Kind.around(load.lengths, load.patches // merge**2, load.supervised, sight)
     # Ids, three positions and places of tokens; tokens that predict, and what they predict.
     room = INDEX * (4 * kind.tokens + kind.places + 2 * kind.labels) + BOUND * (kind.sequences + 1)
-    features = kind.places * tower.features * tower.geometry.out_width * computing.number
-    learned = any(parameter.requires_grad for parameter in tower.parameters())
-    room += features * (2 if learned else 1)
-    filling = kind.tokens - load.tokens
-    return Recording(kind, Load((*load.lengths, filling), (), kind.labels), room)
+    lengths = *load.lengths, kind.tokens - load.tokens
+    if sight is None:
+        features = kind.places * tower.features * tower.geometry.out_width * computing.number
+        learned = any(parameter.requires_grad for parameter in tower.parameters())
+        room += features * (2 if learned else 1)
+        return Recording(kind, Load(lengths, (), kind.labels), room)
+    # Bytes, and the row and column of each; squares in another order, and back.
+    room += sight.patches * (sight.bytes + 2 * BOUND)
+    room += 2 * INDEX * kind.places * isinstance(tower, WindowedTower)
+    room += sum(BOUND * (count + 1) for count, _ in sight.ways)
+    rest = sight.patches - load.patches
+    grids = (*load.grids, (1, merge, rest // merge)) if rest else load.grids
+    return Recording(kind, Load(lengths, grids, kind.labels), room)
+
+
+def _sight(tower: VisionTower, load: Load) -> SightKind:
+    geometry = tower.geometry
+    stills = all(frames == 1 for frames, _, _ in load.grids)
+    numbers = geometry.channels * geometry.patch**2 if stills else geometry.patch_numbers
+    return SightKind.around(tower, load.grids, load.patches, numbers)

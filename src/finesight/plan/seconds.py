@@ -166,13 +166,14 @@ class Clock:
         found = 0.0
         computing = self._target.computing
         # Nothing starts the layers of a recording one by one.
-        if not (recorded and recording(model, computing, recompute, load)):
+        inside = recording(model, computing, recompute, load) if recorded else None
+        if inside is None:
             tuned = any(path.startswith("model.") for path in adapted)
             for layer in model.model.layers:
                 few = computing.fused and isinstance(layer, DecoderLayer) and layer.fusible
                 found += (pace.few if few else (pace.back, pace.adapted))[tuned]
             found *= 1 + AGAIN * recompute
-        if load.patches and not seen:
+        if load.patches and not seen and (inside is None or inside.kind.sight is None):
             tower = model.visual
             each = pace.forward
             if tower.trains:

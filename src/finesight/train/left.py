@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -42,10 +42,11 @@ class Left:
         if small:
             torch._foreach_copy_([self._place(n) for n in small], [*small.values()])
 
-    def hand_over(self) -> None:
-        """Give them to the parameters: whatever is recorded reaches the same ones."""
+    def hand_over(self, but: Collection[int] = ()) -> None:
+        """Give them to the parameters, but for those of these numbers, which the recording that has
+        run does not reach: what lies in their places is another's."""
         for number, parameter in enumerate(self._learning):
-            parameter.grad = self._places.get(number)
+            parameter.grad = None if number in but else self._places.get(number)
 
     def clear(self) -> None:
         """Give their memory back."""

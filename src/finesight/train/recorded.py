@@ -4,8 +4,8 @@ kernels faster than a processor launches them.
 A recording is of a kind of pack: sizes are rounded up to those of few kinds, and what fills a pack
 up is a sequence of nothing after its own. Everything that changes from pack to pack lies in tensors
 that the recording reads, the seed of its drop-outs included. It goes from the features of pictures
-to the loss and back to them: where a tower learns, its kernels are launched while the card is busy
-with what was recorded.
+to the loss and back to them; where a tower learns, from the pictures themselves (`train.sight`), or
+else its kernels are launched while the card is busy with what was recorded.
 
 Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
 predict a learned one.
@@ -28,8 +28,10 @@ from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_varlen
 from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
+from finesight.model.tower import VisionTower
 from finesight.train.left import Left
 from finesight.train.loss import label_loss
+from finesight.train.sight import Sight, SightKind, sees, up, watches
 
 MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
@@ -61,45 +63,54 @@ class Kind(NamedTuple):
     longest: int
     places: int
     labels: int
+    sight: SightKind | None
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> Kind:
+    def of(cls, batch: PackedBatch, sight: SightKind | None = None) -> Kind:
         """That of this pack."""
-        return cls.around(batch.lengths, len(batch.visual_at_M), len(batch.predict_L))
+        return cls.around(batch.lengths, len(batch.visual_at_M), len(batch.predict_L), sight)
 
     @classmethod
-    def around(cls, lengths: Sequence[int], places: int, labels: int) -> Kind:
-        """That of a pack of these sequences, with room for at least one token of nothing."""
+    def around(
+        cls, lengths: Sequence[int], places: int, labels: int, sight: SightKind | None = None
+    ) -> Kind:
+        """That of a pack of these sequences, with room for at least one token of nothing; `sight`
+        that of its pictures, where the tower is recorded."""
         tokens = sum(lengths) + 1
         return cls(
-            tokens=_up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
-            sequences=_up(len(lengths) + 1, 8),
-            longest=_up(max(lengths), 4 * EVEN),
-            places=_up(places, 4 * EVEN),
+            tokens=up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
+            sequences=up(len(lengths) + 1, 8),
+            longest=up(max(lengths), 4 * EVEN),
+            places=up(places, EVEN if sight else 4 * EVEN),
             # Up to the next quarter of a power of two: their share of the work is small.
-            labels=_up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
+            labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
+            sight=sight,
         )
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a recording reads: a pack of its kind, the features of its pictures, the factor of its
-    loss, and the seed of its drop-outs; and where it leaves the gradient of features that learn."""
+    """What a recording reads: a pack of its kind, the features of its pictures, or what a tower
+    makes them of; the factor of its loss, and the seed of its drop-outs; and where it leaves the
+    gradient of features that learn elsewhere."""
 
     kind: Kind
     batch: PackedBatch
+    sight: Sight | None
     features_MKD: Tensor | None
     share: Tensor
     seed_1: Tensor
     back_MKD: Tensor | None
 
     @classmethod
-    def room(cls, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> Held:
-        """Room for packs of this kind."""
+    def room(
+        cls,
+        kind: Kind,
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        tower: VisionTower,
+    ) -> Held:
+        """Room for packs of this kind, of which this is one."""
         device = batch.ids_T.device
 
         def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -124,10 +135,20 @@ class Held:
             if features_MKD.requires_grad:
                 back = torch.zeros_like(features)
                 features.requires_grad_()
-        return cls(kind, room, features, torch.zeros((), device=device), whole(1).int(), back)
+        sight = None
+        if kind.sight is not None:
+            sight = Sight.room(kind.sight, batch, tower)
+        share, seed_1 = torch.zeros((), device=device), whole(1).int()
+        return cls(kind, room, sight, features, share, seed_1, back)
 
     @torch.no_grad()
-    def lay(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> None:
+    def lay(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        share: Tensor,
+        tower: VisionTower,
+    ) -> None:
         """Put a pack where the recording reads it; nothing waits."""
         held, tokens = self.batch, len(batch.ids_T)
         own = torch.arange(self.kind.tokens - tokens, device=batch.ids_T.device)
@@ -138,9 +159,12 @@ class Held:
         _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
         _fill(held.predict_L, batch.predict_L, 0)
         _fill(held.target_L, batch.target_L, -1)
-        if features_MKD is not None and self.features_MKD is not None:
+        if batch.grids or features_MKD is not None:
             _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
+        if features_MKD is not None and self.features_MKD is not None:
             _fill(self.features_MKD, features_MKD, 0)
+        if self.sight is not None:
+            self.sight.lay(batch, tower)
         self.share.copy_(share)
         self.seed_1.random_(2**31 - 1)
 
@@ -220,7 +244,10 @@ class Passes:
         self._left = Left(self._learning)
         self._launched: torch.cuda.Event | None = None
         self._late = 0
+        of_tower = {id(p) for n, p in model.named_parameters() if n.startswith("visual.")}
+        self._of_tower = frozenset(n for n, p in enumerate(self._learning) if id(p) in of_tower)
         device = self._learning[0].device
+        self._watches = isinstance(model, VisionLanguageModel) and watches(model)
         records = alone and _recordable(model, device) and learns_little(model)
         self._recorded = Recorded(device) if records else None
 
@@ -229,17 +256,19 @@ class Passes:
         if self._recorded is None or batch.share is not None:
             return self._launch(batch, features_MKD, share)
         self._look_back()
-        features_MKD = self._seen(batch, features_MKD)
-        held = self._room(batch, features_MKD)
+        held = self._room(self._sighted(batch, features_MKD), batch, None)
+        if held is None:
+            features_MKD = self._seen(batch, features_MKD)
+            held = self._room(Kind.of(batch), batch, features_MKD)
         if held is None:
             return self._launch(batch, features_MKD, share)
-        held.lay(batch, features_MKD, share)
+        held.lay(batch, features_MKD, share, self._tower)
         loss = self._replay(held)
         if loss is None:
             # Here, where the error is gone and with it what its frames held.
             self.forget()
             return self._launch(batch, features_MKD, share)
-        self._left.hand_over()
+        self._left.hand_over(self._of_tower if held.sight is None else ())
         held.lead_back(features_MKD)
         return loss
 
@@ -261,14 +290,18 @@ class Passes:
         self._launch(batch, None, share)
         if self._recorded is None:
             return
-        features_MKD = self._seen(batch, None)
-        if self._pays(batch, features_MKD):
-            held = Held.room(Kind.of(batch), batch, features_MKD)
-            held.lay(batch, features_MKD, share)
-            try:
-                self._forth_and_back(held)
-            finally:
-                self._left.clear()
+        self._rehearse(self._sighted(batch, None), batch, None)
+        self._rehearse(Kind.of(batch), batch, self._seen(batch, None))
+
+    def _rehearse(self, kind: Kind | None, batch: PackedBatch, features_MKD: Tensor | None) -> None:
+        if kind is None or not self._pays(kind, batch, features_MKD):
+            return
+        held = Held.room(kind, batch, features_MKD, self._tower)
+        held.lay(batch, features_MKD, torch.zeros((), device=batch.ids_T.device), self._tower)
+        try:
+            self._forth_and_back(held)
+        finally:
+            self._left.clear()
 
     def forget(self) -> bool:
         """Give all recordings and their memory back, and make none any more. Whether there was
@@ -281,12 +314,30 @@ class Passes:
         self._held.clear()
         return held
 
-    def _room(self, batch: PackedBatch, features_MKD: Tensor | None) -> Held | None:
-        """Where a recording reads the pack, if it is one of a kind that has come several times."""
-        kind = Kind.of(batch)
+    @property
+    def _tower(self) -> VisionTower:
+        assert isinstance(self._model, VisionLanguageModel), "only native models are recorded"
+        return self._model.visual
+
+    def _sighted(self, batch: PackedBatch, features_MKD: Tensor | None) -> Kind | None:
+        """The pack's kind with the tower in it; None of one that is recorded without, if at all."""
+        model = self._model
+        assert isinstance(model, VisionLanguageModel), "only native models are recorded"
+        if features_MKD is not None or not self._watches:
+            return None
+        if not sees(len(batch.patches_ND), model.recompute):
+            return None
+        return Kind.of(batch, SightKind.of(batch, model.visual))
+
+    def _room(
+        self, kind: Kind | None, batch: PackedBatch, features_MKD: Tensor | None
+    ) -> Held | None:
+        """Where a recording of this kind reads the pack, if it has come several times."""
+        if kind is None:
+            return None
         if kind in self._held:
             return self._held[kind]
-        if not self._pays(batch, features_MKD):
+        if not self._pays(kind, batch, features_MKD):
             return None
         self._met[kind] += 1
         if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
@@ -294,7 +345,7 @@ class Passes:
         if len(batch.ids_T) > MOST_TOKENS and not _half_free(batch.ids_T.device):
             # What they save is less than what they hold would cost elsewhere.
             return None
-        self._held[kind] = Held.room(kind, batch, features_MKD)
+        self._held[kind] = Held.room(kind, batch, features_MKD, self._tower)
         return self._held[kind]
 
     def _look_back(self) -> None:
@@ -312,10 +363,11 @@ class Passes:
             return features_MKD
         return model.see(batch.patches_ND, batch.grids)
 
-    def _pays(self, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
+    def _pays(self, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
-        learned = features_MKD is not None and features_MKD.requires_grad
+        learned = kind.sight is not None
+        learned = learned or (features_MKD is not None and features_MKD.requires_grad)
         if not (learned or any(p.requires_grad for p in model.model.parameters())):
             # Texts, where only the tower learns.
             return False
@@ -335,7 +387,9 @@ class Passes:
         """As `_launch`, but what it makes lies where a recording can leave it."""
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
-        h_LD = model(held.batch, held.features_MKD, held.seed_1)
+        sight, features_MKD = held.sight, held.features_MKD
+        features_MKD = features_MKD if sight is None else sight.features(model.visual)
+        h_LD = model(held.batch, features_MKD, held.seed_1)
         loss = label_loss(h_LD, model.head_weight, held.batch.target_L, held.share)
         self._left.go_back(loss, held.learned)
         return loss.detach()

@@ -391,11 +391,9 @@ def test_on_a_gpu_that_is_really_full(task: Task, monkeypatch: pytest.MonkeyPatc
     task.run(*settings, picture=large, tune=tune)
     assert len(taking_all) == 1
     taking_all.clear()
-    # For whoever shares the card with this process.
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # others may share the card
     budgets = [line["pack_tokens"] for line in steps_of(task)]
-    assert budgets[:2] == [16384] * 2
-    assert budgets[-1] < 8192
+    assert budgets[0] == budgets[1] == 16384 > 2 * budgets[-1]
     roomy = losses(task.folder / "roomy")
     # Kernels that add in no fixed order.
     for (step, loss), (_, expected) in zip(losses(task.folder / "run"), roomy, strict=True):

@@ -23,9 +23,9 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.qwen2_5_vl import WindowedTower
 from finesight.model.tower import Route, VisionTower
 
-MOST_PATCHES = 8192
-"""Of a pack whose kernels in a tower take no longer than their launches, on an H200 and its
-host."""
+MOST_PATCHES = 4096
+"""Of a pack whose kernels in a tower take no longer than their launches, on an H200 and a quick
+host. With more there is little to gain, and a recording holds all that the tower keeps."""
 
 HEADS = 8
 """Of which the numbers of a head are a multiple where `model.attention.has_varlen`."""

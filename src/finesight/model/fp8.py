@@ -26,6 +26,7 @@ from finesight.errors import UserError
 from finesight.model.frozen import KERNELS, FrozenMatrix, FrozenWeight
 from finesight.model.fused import has_kernels, quick_gelu
 from finesight.model.rowwise import Fp8Matrix
+from finesight.model.updates import Update
 
 if KERNELS:
     from finesight.model.kernels import fp8 as fp8_kernels
@@ -176,6 +177,23 @@ class Fp8Weight(FrozenWeight):
             multiplied(rows, layer.codes_OI, layer.scales_O, some, dtype)
             for layer, some in zip(self._layers, self.split(bias), strict=True)
         )
+
+    def updated(
+        self,
+        x_TI: Tensor,
+        bias: Tensor | None,
+        updates: Sequence[Update],
+    ) -> tuple[Tensor, ...]:
+        """x W_i^T + bias_i of each layer in FP8 with its update, without a way back. Products come
+        in fp32 from a CPU, and rounded from a card: there small updates are lost."""
+        rows, wide = quantised(x_TI), x_TI.dtype if x_TI.is_cuda else torch.float32
+        ys_TO = [
+            multiplied(rows, layer.codes_OI, layer.scales_O, some, wide)
+            for layer, some in zip(self._layers, self.split(bias), strict=True)
+        ]
+        for number, low_TR, b_OR, scale in updates:
+            ys_TO[number].addmm_(low_TR.to(wide), b_OR.T.to(wide), alpha=scale)
+        return tuple(y_TO.to(x_TI.dtype) for y_TO in ys_TO)
 
     def joint(self, x_TI: Tensor | Rows, bias: Tensor | None) -> Tensor:
         """x W^T + bias of all layers side by side, without a way back."""

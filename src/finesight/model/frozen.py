@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finesight.model.updates import add_product
+
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The types of dense numbers by their name in the header of a safetensors file, and what a user
 calls them."""
@@ -208,6 +210,15 @@ class FrozenWeight(nn.Module):
         """x W_i^T + bias_i of each layer, [..., I] to [..., O] each, with a way back."""
         pairs = zip(self.matrices, self.split(bias), strict=True)
         return tuple(matrix(x, some) for matrix, some in pairs)
+
+    def add_products(self, ys_TO: Sequence[Tensor], x_TI: Tensor, bias: Tensor | None) -> None:
+        """Add x W_i^T + bias_i of each layer to its update, without a way back."""
+        for matrix, y_TO, some in zip(self.matrices, ys_TO, self.split(bias), strict=True):
+            few_TO = matrix.few(x_TI, some)
+            if few_TO is None:
+                add_product(y_TO, x_TI, matrix.dense(self.dtype), some)
+            else:
+                y_TO.add_(few_TO)
 
     def add_back(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         """Add the sum of dy_i W_i, what goes back from each layer, to `dx`."""

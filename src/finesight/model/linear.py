@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
+from finesight.model.updates import Update, add_product
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -94,6 +95,30 @@ def products(
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
     weights = torch.split(weight, list(widths))
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def updated_products(
+    x_TI: Tensor,
+    weight: Tensor | FrozenWeight,
+    bias: Tensor | None,
+    widths: Sequence[int],
+    updates: Sequence[Update],
+) -> tuple[Tensor, ...]:
+    """`products` and the updates of some layers, without a way back."""
+    if isinstance(weight, Fp8Weight) and weight.training:
+        return weight.updated(x_TI, bias, updates)
+    made = {update.layer: update.made() for update in updates}
+    ys_TO = tuple(
+        made[layer] if layer in made else x_TI.new_zeros(len(x_TI), width)
+        for layer, width in enumerate(widths)
+    )
+    if isinstance(weight, FrozenWeight):
+        weight.add_products(ys_TO, x_TI, bias)
+        return ys_TO
+    biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
+    for y_TO, w_OI, some in zip(ys_TO, torch.split(weight, list(widths)), biases, strict=True):
+        add_product(y_TO, x_TI, w_OI, some)
+    return ys_TO
 
 
 def add_products_back(

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from finesight.model.frozen import FrozenWeight
 from finesight.model.fused import drop, dropped_product
 from finesight.model.joined import Beside
-from finesight.model.linear import GroupedLinear, add_products_back, products
+from finesight.model.linear import GroupedLinear, add_products_back, updated_products
+from finesight.model.updates import Update
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _seed_of(seed: int, name: str) -> int:
 class _AdaptedProduct(torch.autograd.Function):
     """y_i = x W_i^T + bias_i + scale_i drop(x) A_i^T B_i^T for the layers i of a group.
 
-    One node for base and update: the update is added into the product in place, forwards and
+    One node for base and update: one is added into the other in place, forwards and
     backwards, so that neither the outputs nor the gradient of the input are copied; and the
     outputs' gradients come in one by one, so that they need not be joined first. W in few bits is
     made anew for the way back.
@@ -171,13 +172,15 @@ class _AdaptedProduct(torch.autograd.Function):
         dropout: float,
         *bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
-        ys_TO = products(x_TI, weight, bias_O, layout.widths)
-        dropped: Tensor | None = None
+        whole_TI, dropped = x_TI, None
         if dropout > 0.0:
             x_TI, dropped = drop(x_TI.contiguous(), dropout)
         low_TS = F.linear(x_TI, a_SI)
-        for band, b_OR in zip(layout.bands, bs_OR, strict=True):
-            ys_TO[band.output].addmm_(low_TS[:, band.rows], b_OR.T, alpha=band.scale)
+        updates = [
+            Update(band.output, low_TS[:, band.rows], b_OR, band.scale)
+            for band, b_OR in zip(layout.bands, bs_OR, strict=True)
+        ]
+        ys_TO = updated_products(whole_TI, weight, bias_O, layout.widths, updates)
         ctx.save_for_backward(x_TI, dropped, low_TS, a_SI, *bs_OR)
         # The weight is frozen: nothing changes it until the way back.
         ctx.weight, ctx.layout, ctx.dropout = weight, layout, dropout

@@ -1,0 +1,102 @@
+"""What adapters add to a product is not lost in its last digit, however small it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_lora import make_group
+from torch import Tensor
+
+from finesight.model.fp8 import Fp8Weight
+from finesight.model.frozen import FrozenWeight
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup, LowRank
+from finesight.model.rowwise import Fp8Matrix, Int8Matrix
+from finesight.model.wide import Wide
+
+WIDTHS = {"gate_proj": 320, "up_proj": 192}
+SMALL = 2.0**-12
+"""Of an update beside the product that it is added to: a bf16 has eight digits."""
+
+
+def few_bits(group: GroupedLinear) -> None:
+    values_OI = group.weight.data.split(list(WIDTHS.values()))
+    group.freeze_as(Int8Matrix)
+    fill(group, values_OI)
+
+
+def in_fp8(group: GroupedLinear) -> None:
+    values_OI = group.weight.data.split(list(WIDTHS.values()))
+    group.freeze_as(Fp8Matrix, Fp8Weight)
+    fill(group, values_OI)
+
+
+def fill(group: GroupedLinear, values_OI: tuple[Tensor, ...]) -> None:
+    assert isinstance(group.weight, FrozenWeight)
+    for matrix, some in zip(group.weight.matrices, values_OI, strict=True):
+        matrix.pieces()[0].fill(some)
+
+
+def adapted(names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None):
+    """A group of layers, of which these carry an adapter whose updates are small, and an input."""
+    group = make_group(WIDTHS, 256, torch.bfloat16)
+    if not bias:
+        group.bias = None
+    if kind is not None:
+        kind(group)
+    adapter = LoraGroup(group, dict.fromkeys(names, LowRank(16, 16.0)), 0.0, torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter.data.normal_(generator=generator)
+    for b_OR in adapter.b.values():
+        b_OR.data.mul_(SMALL / 4.0)
+    group.adapter = adapter
+    return group.train(), torch.randn(400, 256, generator=generator).bfloat16()
+
+
+def share_kept(group: GroupedLinear, x_TI: Tensor, found: list[Tensor]) -> float:
+    """Of all updates: 1 where what a product with them has more than one without is what they say,
+    0 where nothing of them is there."""
+    adapter = group.adapter
+    assert isinstance(adapter, LoraGroup)
+    group.adapter = None
+    bare = dict(zip(group.outputs, group(x_TI), strict=True))
+    mine = dict(zip(group.outputs, found, strict=True))
+    along = whole = 0.0
+    for name, (a_RI, b_OR) in adapter.factors().items():
+        update_TO = (x_TI @ a_RI.T).double() @ b_OR.double().T
+        assert update_TO.abs().mean() < 2**-8 * bare[name].abs().mean(), "no small update"
+        along += float(((mine[name].double() - bare[name].double()) * update_TO).sum())
+        whole += float((update_TO * update_TO).sum())
+    return along / whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["gate_proj", "up_proj"], ["up_proj"]], ids=len)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, few_bits, in_fp8])
+def test_nothing_of_a_small_update_is_lost(
+    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None
+) -> None:
+    group, x_TI = adapted(names, bias, kind)
+    found = group(x_TI)
+    assert share_kept(group, x_TI, list(found)) == pytest.approx(1.0, abs=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", [None, few_bits])
+def test_nor_where_layers_lie_side_by_side(
+    apart: bool, kind: Callable[[GroupedLinear], None] | None
+) -> None:
+    group, x_TI = adapted(list(WIDTHS), True, kind)
+    group.apart = apart
+    adapter = group.adapter
+    assert isinstance(adapter, LoraGroup)
+    wide, low_TS = Wide.of(group), x_TI @ adapter.a.T
+    x_TJ = torch.nn.functional.pad(torch.cat([x_TI, low_TS], 1), (0, wide.room - low_TS.shape[1]))
+    y_TO = wide.forth(x_TJ if wide.room else x_TI, low_TS)
+    found = list(y_TO.split(list(WIDTHS.values()), 1))
+    assert share_kept(group, x_TI, found) == pytest.approx(1.0, abs=0.1)

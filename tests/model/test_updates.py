@@ -86,6 +86,17 @@ def test_nothing_of_a_small_update_is_lost(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [None, few_bits, in_fp8])
+def test_a_layer_without_an_adapter_gives_what_it_gave(
+    kind: Callable[[GroupedLinear], None] | None,
+) -> None:
+    group, x_TI = adapted(["up_proj"], True, kind)
+    gate_TO, _ = group(x_TI)
+    group.adapter = None
+    assert torch.equal(gate_TO, group(x_TI)[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", [None, few_bits])
 def test_nor_where_layers_lie_side_by_side(

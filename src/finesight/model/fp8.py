@@ -92,7 +92,7 @@ def multiplied(
     """x W^T + bias [T, O] for W of codes and a scale for each output, summed in fp32."""
     if not len(x.codes_TI):
         return w_OI.new_empty(0, len(w_OI), dtype=dtype)
-    # With a scale for each row, cards give bf16 alone.
+    # With a scale for each row, not all cards give more than bf16.
     plain = dtype == torch.float32 and not w_OI.is_cuda
     given = torch.float32 if plain else torch.bfloat16
     y_TO = torch._scaled_mm(
@@ -185,7 +185,7 @@ class Fp8Weight(FrozenWeight):
         updates: Sequence[Update],
     ) -> tuple[Tensor, ...]:
         """x W_i^T + bias_i of each layer in FP8 with its update, without a way back. Products come
-        in fp32 from a CPU, and rounded from a card: there small updates are lost."""
+        in fp32 from a CPU, and are rounded on a card: there small updates are lost."""
         rows, wide = quantised(x_TI), x_TI.dtype if x_TI.is_cuda else torch.float32
         ys_TO = [
             multiplied(rows, layer.codes_OI, layer.scales_O, some, wide)

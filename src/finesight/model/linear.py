@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
-from finesight.model.updates import Update, add_product
+from finesight.model.updates import Update, added_product
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -108,17 +108,14 @@ def updated_products(
     if isinstance(weight, Fp8Weight) and weight.training:
         return weight.updated(x_TI, bias, updates)
     made = {update.layer: update.made() for update in updates}
-    ys_TO = tuple(
-        made[layer] if layer in made else x_TI.new_zeros(len(x_TI), width)
-        for layer, width in enumerate(widths)
-    )
     if isinstance(weight, FrozenWeight):
-        weight.add_products(ys_TO, x_TI, bias)
-        return ys_TO
+        return weight.added(made, x_TI, bias)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
-    for y_TO, w_OI, some in zip(ys_TO, torch.split(weight, list(widths)), biases, strict=True):
-        add_product(y_TO, x_TI, w_OI, some)
-    return ys_TO
+    weights = torch.split(weight, list(widths))
+    return tuple(
+        added_product(made[layer], x_TI, w, b) if layer in made else F.linear(x_TI, w, b)
+        for layer, (w, b) in enumerate(zip(weights, biases, strict=True))
+    )
 
 
 def add_products_back(

@@ -25,6 +25,8 @@ class WindowedTower(VisionTower):
     """`window` is the side of a window in squares of merged patches; the blocks numbered in
     `whole_frame` attend over frames instead."""
 
+    recordable = True
+
     def __init__(
         self, geometry: VisionGeometry, pixels: Pixels, window: int, whole_frame: tuple[int, ...]
     ) -> None:

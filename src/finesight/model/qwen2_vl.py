@@ -46,7 +46,9 @@ def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:
     def block() -> VisionBlock:
         return VisionBlock(geometry, _norm, Mlp(geometry.width, mlp_width))
 
-    return VisionTower(geometry, pixels, block, PatchMerger(geometry, _norm(geometry.width)))
+    tower = VisionTower(geometry, pixels, block, PatchMerger(geometry, _norm(geometry.width)))
+    tower.recordable = True
+    return tower
 
 
 ARCHITECTURE = Architecture(read_language, vision_tower)

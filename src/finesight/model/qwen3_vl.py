@@ -73,8 +73,6 @@ class DeepstackTower(VisionTower):
     """Adds to each patch what a square table of `side` x `side` learned places says of its own, and
     merges the outputs of the blocks `deepstack` as well as the last one's."""
 
-    recordable = False
-
     def __init__(
         self, geometry: VisionGeometry, pixels: Pixels, side: int, deepstack: tuple[int, ...]
     ) -> None:

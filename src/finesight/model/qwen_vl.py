@@ -176,8 +176,6 @@ class Resampler(nn.Module):
 class SquareTower(VisionTower):
     """Pictures of one size, `side` patches each way, to `queries` features each."""
 
-    recordable = False
-
     def __init__(self, geometry: VisionGeometry, pixels: Pixels, side: int, queries: int) -> None:
         resampler = Resampler(geometry, side, queries)
         super().__init__(geometry, pixels, partial(Block, geometry), resampler)

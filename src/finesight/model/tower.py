@@ -42,8 +42,9 @@ class VisionTower(nn.Module):
     `route`, positions that are added to patches (`placed`), and blocks that are merged on the way.
     """
 
-    recordable = True
-    """Whether of a pass nothing but the `route` hangs on the pictures' sizes."""
+    recordable = False
+    """Whether of a pass nothing but the `route` hangs on the pictures' sizes: `placed` reads no
+    grids, and segments are frames or windows (see `train.sight`)."""
 
     def __init__(
         self,

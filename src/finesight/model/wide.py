@@ -20,7 +20,7 @@ from finesight.model.frozen import FrozenWeight
 from finesight.model.joined import Joined, joined
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
-from finesight.model.updates import add_product
+from finesight.model.updates import added_product
 
 _PLACES: list[Callable[[Tensor], Tensor | None]] = []
 """Of all threads: autograd goes back in its own."""
@@ -103,8 +103,7 @@ class Wide(NamedTuple):
         y_TO = x_TJ.new_empty(len(x_TJ), len(whole_OI))
         for y, low_TR, b_OR in self._layers(y_TO, low_TS):
             y.addmm_(low_TR, b_OR.T, beta=0)
-        add_product(y_TO, x_TJ, whole_OI, self.bias)
-        return y_TO
+        return added_product(y_TO, x_TJ, whole_OI, self.bias)
 
     def added(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
         """x plus what `forth` gives for `h`."""

@@ -17,6 +17,7 @@ from finesight.model.rowwise import Fp8Matrix, Int8Matrix
 from finesight.model.wide import Wide
 
 WIDTHS = {"gate_proj": 320, "up_proj": 192}
+RANK = 16
 SMALL = 2.0**-12
 """Of an update beside the product that it is added to: a bf16 has eight digits."""
 
@@ -39,19 +40,22 @@ def fill(group: GroupedLinear, values_OI: tuple[Tensor, ...]) -> None:
         matrix.pieces()[0].fill(some)
 
 
-def adapted(names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None):
+def adapted(
+    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None
+) -> tuple[GroupedLinear, Tensor]:
     """A group of layers, of which these carry an adapter whose updates are small, and an input."""
     group = make_group(WIDTHS, 256, torch.bfloat16)
     if not bias:
         group.bias = None
     if kind is not None:
         kind(group)
-    adapter = LoraGroup(group, dict.fromkeys(names, LowRank(16, 16.0)), 0.0, torch.bfloat16)
+    low = dict.fromkeys(names, LowRank(RANK, float(RANK)))
+    adapter = LoraGroup(group, low, 0.0, torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data.normal_(generator=generator)
     for b_OR in adapter.b.values():
-        b_OR.data.mul_(SMALL / 4.0)
+        b_OR.data.mul_(SMALL * RANK**-0.5)
     group.adapter = adapter
     return group.train(), torch.randn(400, 256, generator=generator).bfloat16()
 

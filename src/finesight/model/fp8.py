@@ -172,25 +172,21 @@ class Fp8Weight(FrozenWeight):
 
     def each(self, x_TI: Tensor | Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
         """x W_i^T + bias_i of each layer in FP8, without a way back."""
-        rows, dtype = self._read(x_TI)
+        return self._each(*self._read(x_TI), bias)
+
+    def _each(self, rows: Rows, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(
             multiplied(rows, layer.codes_OI, layer.scales_O, some, dtype)
             for layer, some in zip(self._layers, self.split(bias), strict=True)
         )
 
     def updated(
-        self,
-        x_TI: Tensor,
-        bias: Tensor | None,
-        updates: Sequence[Update],
+        self, x_TI: Tensor, bias: Tensor | None, updates: Sequence[Update]
     ) -> tuple[Tensor, ...]:
         """x W_i^T + bias_i of each layer in FP8 with its update, without a way back. Products come
         in fp32 from a CPU, and are rounded on a card: there small updates are lost."""
-        rows, wide = quantised(x_TI), x_TI.dtype if x_TI.is_cuda else torch.float32
-        ys_TO = [
-            multiplied(rows, layer.codes_OI, layer.scales_O, some, wide)
-            for layer, some in zip(self._layers, self.split(bias), strict=True)
-        ]
+        wide = x_TI.dtype if x_TI.is_cuda else torch.float32
+        ys_TO = self._each(quantised(x_TI), wide, bias)
         for number, low_TR, b_OR, scale in updates:
             ys_TO[number].addmm_(low_TR.to(wide), b_OR.T.to(wide), alpha=scale)
         return tuple(y_TO.to(x_TI.dtype) for y_TO in ys_TO)

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import Architecture
-from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_language, read_vision
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.runs import upload
-from finesight.model.tower import Route, VisionTower, frame_segments, positions_by_square
+from finesight.model.tower import Route, VisionTower, frames, positions_by_square
 
 _norm = partial(RmsNorm, eps=1e-6)
 
@@ -47,21 +46,21 @@ class WindowedTower(VisionTower):
             orders.append(order + seen)
             seen += len(order)
         order = np.concatenate(orders)
-        frames = frame_segments(grids, device)
-        inside = Segments.of(self.inside(grids), device)
-        depth = range(self.geometry.depth)
         return Route(
             upload(np.concatenate(positions).reshape(-1, 2), device),
-            tuple(frames if block in self.whole_frame else inside for block in depth),
+            self.segments(grids, device),
             upload(order, device),
             upload(np.argsort(order), device),
         )
 
-    def inside(self, grids: Sequence[Grid]) -> list[int]:
-        """Patches of each window."""
+    def divided(self, grids: Sequence[Grid]) -> tuple[tuple[int, ...], ...]:
+        """Windows, and frames for the blocks that attend over them."""
         merge = self.geometry.merge
         squares = [windows(grid, merge, self.window)[1] for grid in grids]
-        return (np.concatenate(squares) * merge**2).tolist() if squares else []
+        inside = tuple((np.concatenate(squares) * merge**2).tolist()) if squares else ()
+        whole = frames(grids)
+        depth = range(self.geometry.depth)
+        return tuple(whole if block in self.whole_frame else inside for block in depth)
 
 
 @lru_cache(maxsize=256)

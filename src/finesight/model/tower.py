@@ -5,9 +5,10 @@ Shapes: N patches, D width, M squares of merged patches, K features of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.layers import PatchEmbed, recomputed, run_layer
 from finesight.model.rope import vision_rotation
 from finesight.model.runs import upload
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,18 @@ class VisionTower(nn.Module):
         """Frame by frame, in the order of the pack."""
         merge = self.geometry.merge
         positions = np.concatenate([positions_by_square(grid, merge) for grid in grids])
-        frames = frame_segments(grids, device)
-        return Route(upload(positions.reshape(-1, 2), device), (frames,) * self.geometry.depth)
+        return Route(upload(positions.reshape(-1, 2), device), self.segments(grids, device))
+
+    def divided(self, grids: Sequence[Grid]) -> tuple[tuple[int, ...], ...]:
+        """Patches of the segments that each block looks at: here each frame of each picture or
+        video on its own. Blocks that look alike have the very same."""
+        return (frames(grids),) * self.geometry.depth
+
+    def segments(self, grids: Sequence[Grid], device: torch.device) -> tuple[Segments, ...]:
+        """What `divided` says, on the device."""
+        divided = self.divided(grids)
+        made = {id(own): Segments.of(own, device) for own in each_once(divided)}
+        return tuple(made[id(own)] for own in divided)
 
     def placed(self, x_ND: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Embedded patches with what the family adds for their places: here nothing."""
@@ -133,9 +146,14 @@ class VisionTower(nn.Module):
         return squares.index_select(0, order_M).flatten(0, 1)
 
 
-def frame_segments(grids: Sequence[Grid], device: torch.device) -> Segments:
-    """Each frame of each picture or video on its own."""
-    return Segments.of((h * w for t, h, w in grids for _ in range(t)), device)
+def frames(grids: Sequence[Grid]) -> tuple[int, ...]:
+    """Patches of each frame of each picture or video."""
+    return tuple(h * w for t, h, w in grids for _ in range(t))
+
+
+def each_once(things: Iterable[Thing]) -> list[Thing]:
+    """The very same ones once, in their order."""
+    return [*{id(thing): thing for thing in things}.values()]
 
 
 @lru_cache(maxsize=256)

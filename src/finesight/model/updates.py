@@ -2,7 +2,7 @@
 
 An update comes first, and the product is added to it: so both are summed up in fp32, and rounded
 once. The other way round, what is smaller than half of the product's last digit is lost: of updates
-of 1/4,000 of a product six sevenths, in bf16. A bias is added last, to what is rounded by chance.
+of 1/4,000 of a product six sevenths, in bf16. A bias is added last, and the sum rounded again.
 
 Shapes: T rows, I inputs, O outputs of one layer, R its rank.
 """

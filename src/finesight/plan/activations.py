@@ -233,13 +233,8 @@ class Activations:
 
     def _seats(self, load: Load) -> list[Place]:
         """Of the tower's blocks."""
-        tower = self._model.visual
-        frames, patches = load.frames, load.patches
-        if not isinstance(tower, WindowedTower):
-            return [(frames, patches)] * len(tower.blocks)
-        inside = tuple(tower.inside(load.grids))
-        whole = tower.whole_frame
-        return [(frames if n in whole else inside, patches) for n in range(len(tower.blocks))]
+        patches = load.patches
+        return [(lengths, patches) for lengths in self._model.visual.divided(load.grids)]
 
     def _tower(self, load: Load) -> int:
         """What the tower and its mergers keep."""
@@ -297,12 +292,11 @@ class Activations:
         return 1 + max(map(sum, zip(held, came, strict=True)))
 
     def _embedding(self, load: Load) -> int:
-        """Bytes of a patch on its way into the tower: one frame of it, where all are alike, all of
-        them, and what is made of these."""
+        """Bytes of a patch on its way into the tower: as the pack holds it, all of its frames, and
+        what is made of these."""
         tower, number = self._model.visual, self._computing.number
         geometry, whole = tower.geometry, tower.geometry.patch_numbers
-        stills = all(frames == 1 for frames, _, _ in load.grids)
-        one = geometry.channels * geometry.patch**2 if stills else whole
+        one = load.numbers(geometry)
         # Windows are put together while patches are bytes.
         bytes_ = one * isinstance(tower, WindowedTower)
         return bytes_ + (one + whole + geometry.width) * number

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from finesight.encode.encoded import Grid
 from finesight.encode.pack import plan_packs
+from finesight.model.geometry import VisionGeometry
 from finesight.train.course import Members
 from finesight.train.survey import Glance
 
@@ -32,10 +33,10 @@ class Load:
         """Of all pictures."""
         return sum(t * h * w for t, h, w in self.grids)
 
-    @property
-    def frames(self) -> tuple[int, ...]:
-        """Patches of each frame: what a tower's attention looks over."""
-        return tuple(h * w for t, h, w in self.grids for _ in range(t))
+    def numbers(self, geometry: VisionGeometry) -> int:
+        """Of a patch as a pack holds it: of one of its frames, where all of them are alike."""
+        stills = all(frames == 1 for frames, _, _ in self.grids)
+        return geometry.channels * geometry.patch**2 if stills else geometry.patch_numbers
 
 
 def load_of(samples: Sequence[Glance]) -> Load:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from finesight.model.network import VisionLanguageModel
 from finesight.model.qwen2_5_vl import WindowedTower
-from finesight.model.tower import VisionTower
 from finesight.plan.kept import INDEX, Computing
 from finesight.plan.load import Load
 from finesight.train.recorded import Kind, learns_little, pays
@@ -38,7 +37,8 @@ def recording(
         return None
     merge = tower.geometry.merge
     inside = watches(model) and sees(load.patches, recompute)
-    sight = _sight(tower, load) if inside else None
+    numbers = load.numbers(tower.geometry)
+    sight = SightKind.around(tower, load.grids, load.patches, numbers) if inside else None
     kind = Kind.around(load.lengths, load.patches // merge**2, load.supervised, sight)
     # Ids, three positions and places of tokens; tokens that predict, and what they predict.
     room = INDEX * (4 * kind.tokens + kind.places + 2 * kind.labels) + BOUND * (kind.sequences + 1)
@@ -55,10 +55,3 @@ def recording(
     rest = sight.patches - load.patches
     grids = (*load.grids, (1, merge, rest // merge)) if rest else load.grids
     return Recording(kind, Load(lengths, grids, kind.labels), room)
-
-
-def _sight(tower: VisionTower, load: Load) -> SightKind:
-    geometry = tower.geometry
-    stills = all(frames == 1 for frames, _, _ in load.grids)
-    numbers = geometry.channels * geometry.patch**2 if stills else geometry.patch_numbers
-    return SightKind.around(tower, load.grids, load.patches, numbers)

@@ -135,9 +135,7 @@ class Held:
             if features_MKD.requires_grad:
                 back = torch.zeros_like(features)
                 features.requires_grad_()
-        sight = None
-        if kind.sight is not None:
-            sight = Sight.room(kind.sight, batch, tower)
+        sight = None if kind.sight is None else Sight.room(kind.sight, batch, tower)
         share, seed_1 = torch.zeros((), device=device), whole(1).int()
         return cls(kind, room, sight, features, share, seed_1, back)
 
@@ -159,8 +157,7 @@ class Held:
         _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
         _fill(held.predict_L, batch.predict_L, 0)
         _fill(held.target_L, batch.target_L, -1)
-        if batch.grids or features_MKD is not None:
-            _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
+        _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
         if features_MKD is not None and self.features_MKD is not None:
             _fill(self.features_MKD, features_MKD, 0)
         if self.sight is not None:
@@ -290,18 +287,16 @@ class Passes:
         self._launch(batch, None, share)
         if self._recorded is None:
             return
-        self._rehearse(self._sighted(batch, None), batch, None)
-        self._rehearse(Kind.of(batch), batch, self._seen(batch, None))
-
-    def _rehearse(self, kind: Kind | None, batch: PackedBatch, features_MKD: Tensor | None) -> None:
-        if kind is None or not self._pays(kind, batch, features_MKD):
-            return
-        held = Held.room(kind, batch, features_MKD, self._tower)
-        held.lay(batch, features_MKD, torch.zeros((), device=batch.ids_T.device), self._tower)
-        try:
-            self._forth_and_back(held)
-        finally:
-            self._left.clear()
+        seen = Kind.of(batch), self._seen(batch, None)
+        for kind, features_MKD in ((self._sighted(batch, None), None), seen):
+            if kind is None or not self._pays(kind, batch, features_MKD):
+                continue
+            held = Held.room(kind, batch, features_MKD, self._tower)
+            held.lay(batch, features_MKD, share, self._tower)
+            try:
+                self._forth_and_back(held)
+            finally:
+                self._left.clear()
 
     def forget(self) -> bool:
         """Give all recordings and their memory back, and make none any more. Whether there was
@@ -366,9 +361,8 @@ class Passes:
     def _pays(self, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
-        learned = kind.sight is not None
-        learned = learned or (features_MKD is not None and features_MKD.requires_grad)
-        if not (learned or any(p.requires_grad for p in model.model.parameters())):
+        seen = features_MKD is not None and features_MKD.requires_grad
+        if not (kind.sight or seen or any(p.requires_grad for p in model.model.parameters())):
             # Texts, where only the tower learns.
             return False
         most = MOST_WHERE_LATE if self._late >= LATE else MOST_TOKENS
@@ -387,8 +381,8 @@ class Passes:
         """As `_launch`, but what it makes lies where a recording can leave it."""
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
-        sight, features_MKD = held.sight, held.features_MKD
-        features_MKD = features_MKD if sight is None else sight.features(model.visual)
+        sight = held.sight
+        features_MKD = held.features_MKD if sight is None else sight.features(model.visual)
         h_LD = model(held.batch, features_MKD, held.seed_1)
         loss = label_loss(h_LD, model.head_weight, held.batch.target_L, held.share)
         self._left.go_back(loss, held.learned)

@@ -20,8 +20,7 @@ from finesight.encode.pack import EVEN, PackedBatch
 from finesight.model.attention import Segments
 from finesight.model.lora import LoraGroup
 from finesight.model.network import VisionLanguageModel
-from finesight.model.qwen2_5_vl import WindowedTower
-from finesight.model.tower import Route, VisionTower
+from finesight.model.tower import Route, VisionTower, each_once
 
 MOST_PATCHES = 4096
 """Of a pack whose kernels in a tower take no longer than their launches, on an H200 and a quick
@@ -74,26 +73,11 @@ class SightKind(NamedTuple):
     ) -> SightKind:
         """That of pictures of these grids, which have so many patches of so many bytes."""
         step, ways = EVEN * tower.geometry.merge**2, []
-        for lengths in _divided(tower, grids):
+        for lengths in each_once(tower.divided(grids)):
             longest = up(max(lengths), EVEN)
             most = len(lengths) + -(-step // longest)
             ways.append((up(most, max(8, (1 << most.bit_length()) // 16)), longest))
         return cls(up(patches, step), numbers, tuple(ways))
-
-
-def _divided(tower: VisionTower, grids: Sequence[Grid]) -> list[Sequence[int]]:
-    """Patches of the segments that the blocks of a tower look at, of each way once, in the order in
-    which the blocks meet them."""
-    frames = [h * w for t, h, w in grids for _ in range(t)]
-    if not isinstance(tower, WindowedTower):
-        return [frames]
-    whole = dict.fromkeys(block in tower.whole_frame for block in range(tower.geometry.depth))
-    return [frames if of_frame else tower.inside(grids) for of_frame in whole]
-
-
-def _ways(route: Route) -> list[Segments]:
-    """Those that the blocks of a tower go, each once."""
-    return [*{id(segments): segments for segments in route.segments}.values()]
 
 
 @dataclass(frozen=True)
@@ -113,11 +97,10 @@ class Sight:
             Segments((longest,) * count, _whole(count + 1, device, torch.int32), longest)
             for count, longest in kind.ways
         ]
-        places = [id(segments) for segments in _ways(route)]
+        places = [id(segments) for segments in each_once(route.segments)]
         order_M = None
         if route.order_M is not None:
-            squares = patches * len(route.order_M) // len(batch.patches_ND)
-            order_M = _whole(squares, device, torch.int64)
+            order_M = _whole(patches // tower.geometry.merge**2, device, torch.int64)
         return cls(
             kind,
             batch.patches_ND.new_zeros(patches, kind.bytes),
@@ -137,7 +120,8 @@ class Sight:
         self.patches_NB[patches:].zero_()
         self.route.positions_N2[:patches].copy_(route.positions_N2)
         self.route.positions_N2[patches:].zero_()
-        for held, own in zip(_ways(self.route), _ways(route), strict=True):
+        ways = each_once(self.route.segments), each_once(route.segments)
+        for held, own in zip(*ways, strict=True):
             _divide(held, own, patches, self.kind.patches)
         pairs = (self.route.order_M, route.order_M), (self.route.back_M, route.back_M)
         for room, order_M in pairs:

@@ -14,10 +14,15 @@ from finesight.model.frozen import FrozenWeight
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.rowwise import Fp8Matrix, Int8Matrix
+from finesight.model.updates import add_update
 from finesight.model.wide import Wide
 
 WIDTHS = {"gate_proj": 320, "up_proj": 192}
 RANK = 16
+ON_CARD = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 SMALL = 2.0**-12
 """Of an update beside the product that it is added to: a bf16 has eight digits."""
 
@@ -41,7 +46,7 @@ def fill(group: GroupedLinear, values_OI: tuple[Tensor, ...]) -> None:
 
 
 def adapted(
-    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None
+    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None, device: str
 ) -> tuple[GroupedLinear, Tensor]:
     """A group of layers, of which these carry an adapter whose updates are small, and an input."""
     group = make_group(WIDTHS, 256, torch.bfloat16)
@@ -57,7 +62,8 @@ def adapted(
     for b_OR in adapter.b.values():
         b_OR.data.mul_(SMALL * RANK**-0.5)
     group.adapter = adapter
-    return group.train(), torch.randn(400, 256, generator=generator).bfloat16()
+    x_TI = torch.randn(400, 256, generator=generator).bfloat16()
+    return group.train().to(device), x_TI.to(device)
 
 
 def share_kept(group: GroupedLinear, x_TI: Tensor, found: list[Tensor]) -> float:
@@ -81,10 +87,11 @@ def share_kept(group: GroupedLinear, x_TI: Tensor, found: list[Tensor]) -> float
 @pytest.mark.parametrize("names", [["gate_proj", "up_proj"], ["up_proj"]], ids=len)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, few_bits, in_fp8])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CARD)])
 def test_nothing_of_a_small_update_is_lost(
-    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None
+    names: list[str], bias: bool, kind: Callable[[GroupedLinear], None] | None, device: str
 ) -> None:
-    group, x_TI = adapted(names, bias, kind)
+    group, x_TI = adapted(names, bias, kind, device)
     found = group(x_TI)
     assert share_kept(group, x_TI, list(found)) == pytest.approx(1.0, abs=0.1)
 
@@ -94,19 +101,21 @@ def test_nothing_of_a_small_update_is_lost(
 def test_a_layer_without_an_adapter_gives_what_it_gave(
     kind: Callable[[GroupedLinear], None] | None,
 ) -> None:
-    group, x_TI = adapted(["up_proj"], True, kind)
+    group, x_TI = adapted(["up_proj"], True, kind, "cpu")
     gate_TO, _ = group(x_TI)
     group.adapter = None
     assert torch.equal(gate_TO, group(x_TI)[0])
 
 
 @torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("kind", [None, few_bits])
+@pytest.mark.parametrize("kind", [None, few_bits, in_fp8])
 def test_nor_where_layers_lie_side_by_side(
     apart: bool, kind: Callable[[GroupedLinear], None] | None
 ) -> None:
-    group, x_TI = adapted(list(WIDTHS), True, kind)
+    group, x_TI = adapted(list(WIDTHS), True, kind, "cuda")
     group.apart = apart
     adapter = group.adapter
     assert isinstance(adapter, LoraGroup)
@@ -115,3 +124,28 @@ def test_nor_where_layers_lie_side_by_side(
     y_TO = wide.forth(x_TJ if wide.room else x_TI, low_TS)
     found = list(y_TO.split(list(WIDTHS.values()), 1))
     assert share_kept(group, x_TI, found) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chance_hangs_on_a_number_and_its_column_alone(dtype: torch.dtype) -> None:
+    """Rows give what they give alone; what is not finite stays so, and what gets nothing."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    y_TO, low_TR, b_OR = (
+        torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+        for shape in ((200, 300), (200, 24), (300, 24))
+    )
+    y_TO[:3, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    alone_TO = torch.cat(
+        [add_update(y_TO[t : t + 1].clone(), low_TR[t : t + 1], b_OR, 0.5) for t in range(200)]
+    )
+    # Parts of wider tensors, as a group's layers and ranks are.
+    wide_TO, wide_TR, wide_OR = (torch.cat([part] * 2, 1) for part in (y_TO, low_TR, b_OR))
+    found_TO = add_update(wide_TO[:, :300], wide_TR[:, 24:], wide_OR[:, 24:], 0.5)
+    torch.testing.assert_close(found_TO, alone_TO, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(wide_TO[:, 300:], y_TO, rtol=0, atol=0, equal_nan=True)
+    assert not alone_TO[:3, 0].isfinite().any()
+    assert alone_TO[:, 1:].isfinite().all()
+    nothing_TR = torch.zeros_like(low_TR[1:])
+    assert torch.equal(add_update(y_TO[1:, 1:].clone(), nothing_TR, b_OR[1:]), y_TO[1:, 1:])

@@ -24,6 +24,7 @@ from finesight.model.layers import GatedMlp, RmsNorm
 from finesight.model.linear import GroupedLinear, only
 from finesight.model.network import VisionLanguageModel
 from finesight.model.rope import Rotation
+from finesight.model.updates import add_update
 from finesight.model.words import Norm, WordMatrix, laid_out_for
 
 _TRITON = find_spec("triton") is not None
@@ -129,7 +130,7 @@ def _updated(group: GroupedLinear, x_RI: Tensor, y_RO: Tensor) -> Tensor:
     bank = group.adapter
     if not isinstance(bank, AdapterBank):
         return y_RO
-    return y_RO.addmm_(F.linear(x_RI, bank.a_SI) * bank.shares_TS, bank.b_OS.T)
+    return add_update(y_RO, F.linear(x_RI, bank.a_SI) * bank.shares_TS, bank.b_OS)
 
 
 def _one(
@@ -151,7 +152,7 @@ def _one(
     if isinstance(group.weight, FrozenWeight):
         y_1O = _words(group.weight, x_1I, group.bias, norm, to)
         if update is not None:
-            y_1O.addmm_(update.low_1S, update.ups_OS.T)
+            add_update(y_1O, update.low_1S, update.ups_OS)
         return quick_kernels.gate(y_1O) if gated else y_1O
     one: Tensor = quick_kernels.product(
         x_1I, group.weight, bias_O=group.bias, update=update, added_1O=to, gated=gated, **normed

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model.frozen import FrozenWeight
-from finesight.model.linear import GroupedLinear, products
+from finesight.model.linear import GroupedLinear, updated_products
 from finesight.model.lora import LoraGroup, adapters
+from finesight.model.updates import Update
 
 
 class Readers:
@@ -104,13 +105,14 @@ class AdapterBank(nn.Module):
     ) -> tuple[Tensor, ...]:
         """[..., I] to one [..., O] for each layer of the group, the base product included."""
         x_TI = x.reshape(-1, x.shape[-1])
-        ys_TO = products(x_TI, weight, bias, self._widths)
         low_TS = F.linear(x_TI, self.a_SI) * self.shares_TS
-        for y_TO, b_OS, ranks in zip(
-            ys_TO, torch.split(self.b_OS, list(self._widths)), self._ranks, strict=True
-        ):
-            if ranks is not None:
-                y_TO.addmm_(low_TS[:, ranks], b_OS[:, ranks].T)
+        bs_OS = torch.split(self.b_OS, list(self._widths))
+        updates = [
+            Update(layer, low_TS[:, ranks], b_OS[:, ranks], 1.0)
+            for layer, (b_OS, ranks) in enumerate(zip(bs_OS, self._ranks, strict=True))
+            if ranks is not None
+        ]
+        ys_TO = updated_products(x_TI, weight, bias, self._widths, updates)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys_TO)
 
 

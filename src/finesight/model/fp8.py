@@ -183,12 +183,11 @@ class Fp8Weight(FrozenWeight):
     def updated(
         self, x_TI: Tensor, bias: Tensor | None, updates: Sequence[Update]
     ) -> tuple[Tensor, ...]:
-        """x W_i^T + bias_i of each layer in FP8 with its update, without a way back. Products come
-        in fp32 from a CPU, and are rounded on a card: there small updates are lost."""
-        wide = x_TI.dtype if x_TI.is_cuda else torch.float32
-        ys_TO = self._each(quantised(x_TI), wide, bias)
+        """x W_i^T + bias_i of each layer in FP8 with its update, summed in fp32 as processors do;
+        without a way back."""
+        ys_TO = self._each(quantised(x_TI), torch.float32, bias)
         for number, low_TR, b_OR, scale in updates:
-            ys_TO[number].addmm_(low_TR.to(wide), b_OR.T.to(wide), alpha=scale)
+            ys_TO[number].addmm_(low_TR.float(), b_OR.float().T, alpha=scale)
         return tuple(y_TO.to(x_TI.dtype) for y_TO in ys_TO)
 
     def joint(self, x_TI: Tensor | Rows, bias: Tensor | None) -> Tensor:

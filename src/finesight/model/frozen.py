@@ -7,7 +7,7 @@ Shapes: O outputs, I inputs of one layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from finesight.model.updates import added_product
 
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """The types of dense numbers by their name in the header of a safetensors file, and what a user
@@ -111,15 +109,6 @@ class FrozenMatrix(nn.Module, ABC):
         """As `forward`, without a way back."""
         y = self.few(x, bias)
         return F.linear(x, self.dense(x.dtype), bias) if y is None else y
-
-    def added(self, y_TO: Tensor | None, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        """`product`, added to an update if there is one."""
-        if y_TO is None:
-            return self.product(x_TI, bias)
-        few_TO = self.few(x_TI, bias)
-        if few_TO is not None:
-            return y_TO.add_(few_TO)
-        return added_product(y_TO, x_TI, self.dense(x_TI.dtype), bias)
 
 
 def _has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
@@ -219,14 +208,6 @@ class FrozenWeight(nn.Module):
         """x W_i^T + bias_i of each layer, [..., I] to [..., O] each, with a way back."""
         pairs = zip(self.matrices, self.split(bias), strict=True)
         return tuple(matrix(x, some) for matrix, some in pairs)
-
-    def added(
-        self, updates: Mapping[int, Tensor], x_TI: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """x W_i^T + bias_i of each layer, added to its update where it has one; without a way
-        back."""
-        pairs = enumerate(zip(self.matrices, self.split(bias), strict=True))
-        return tuple(matrix.added(updates.get(n), x_TI, some) for n, (matrix, some) in pairs)
 
     def add_back(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         """Add the sum of dy_i W_i, what goes back from each layer, to `dx`."""

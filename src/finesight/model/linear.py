@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
-from finesight.model.updates import Update, added_product
+from finesight.model.updates import Update, add_update, added_product
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -105,13 +105,16 @@ def updated_products(
     updates: Sequence[Update],
 ) -> tuple[Tensor, ...]:
     """`products` and the updates of some layers, without a way back."""
+    if x_TI.is_cuda:
+        ys_TO = products(x_TI, weight, bias, widths)
+        for layer, low_TR, b_OR, scale in updates:
+            add_update(ys_TO[layer], low_TR, b_OR, scale)
+        return ys_TO
     if isinstance(weight, Fp8Weight) and weight.training:
         return weight.updated(x_TI, bias, updates)
     made = {update.layer: update.made() for update in updates}
-    if isinstance(weight, FrozenWeight):
-        return weight.added(made, x_TI, bias)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
-    weights = torch.split(weight, list(widths))
+    weights = torch.split(weight, list(widths)) if isinstance(weight, Tensor) else weight.dense()
     return tuple(
         added_product(made[layer], x_TI, w, b) if layer in made else F.linear(x_TI, w, b)
         for layer, (w, b) in enumerate(zip(weights, biases, strict=True))

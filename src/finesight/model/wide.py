@@ -20,7 +20,7 @@ from finesight.model.frozen import FrozenWeight
 from finesight.model.joined import Joined, joined
 from finesight.model.linear import GroupedLinear, joint_product, joint_product_back
 from finesight.model.lora import LoraGroup
-from finesight.model.updates import added_product
+from finesight.model.updates import add_update
 
 _PLACES: list[Callable[[Tensor], Tensor | None]] = []
 """Of all threads: autograd goes back in its own."""
@@ -93,17 +93,10 @@ class Wide(NamedTuple):
         """x W^T + bias of all layers side by side, and what the adapter adds."""
         if self.joined_OJ is not None and isinstance(x_TJ, Tensor):
             return F.linear(x_TJ, self.joined_OJ, self.bias)
-        if not self.ups_OR or self.takes_rows or isinstance(x_TJ, Rows):
-            y_TO = joint_product(x_TJ, self.weight, self.bias)
-            for y, low_TR, b_OR in self._layers(y_TO, low_TS):
-                y.addmm_(low_TR, b_OR.T)
-            return y_TO
-        # Updates first: see `model.updates`.
-        whole_OI = self.weight if isinstance(self.weight, Tensor) else self.weight.whole()
-        y_TO = x_TJ.new_empty(len(x_TJ), len(whole_OI))
+        y_TO = joint_product(x_TJ, self.weight, self.bias)
         for y, low_TR, b_OR in self._layers(y_TO, low_TS):
-            y.addmm_(low_TR, b_OR.T, beta=0)
-        return added_product(y_TO, x_TJ, whole_OI, self.bias)
+            add_update(y, low_TR, b_OR)
+        return y_TO
 
     def added(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
         """x plus what `forth` gives for `h`."""

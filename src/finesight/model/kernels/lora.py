@@ -1,20 +1,22 @@
 """What low-rank adapters need beside products: the gradient by a dropped input, and copies of what
 was learned.
 
-Sums are fp32. Shapes: T rows (tokens), I inputs, S ranks of a group end to end, P matrices.
+Sums are fp32. Shapes: T rows (tokens), I inputs, O outputs of a layer, R its rank, S ranks of a
+group end to end, P matrices.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.drop import Drop, kept
+from finesight.model.kernels.drop import Drop, kept, mixed
 from finesight.model.kernels.programs import Ptr, rank_block
 from finesight.model.kernels.sizes import Blocks
 
-LOWERED_BACK = Blocks(64, 64, 4, 2)
+LOWERED_BACK, RAISED = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""
 
 
@@ -56,6 +58,57 @@ def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Te
         num_stages=tile.stages,
     )  # fmt: skip
     return dx_TI
+
+
+@triton.jit
+def _by_chance(y_MN: tl.tensor, total_MN: tl.tensor, c: tl.tensor,
+               lost: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """A sum of so many digits less than fp32 has, up or down as often as it is nearer to either: of
+    what was added to `y`, in 16 bits, nothing is lost then on average, however small it is. Chance
+    is a function of `y` and its column: what a sample gives hangs on nothing else."""
+    bits_MN = total_MN.to(tl.uint32, bitcast=True)
+    own_MN = y_MN.to(tl.uint16, bitcast=True).to(tl.uint32)
+    # Multiples of the golden ratio, whose neighbours lie far apart, from a start of the column.
+    start_N = mixed(c.to(tl.uint32) * 0x85EBCA77 + 0x7FEB352D)
+    chance_MN = (own_MN * 0x9E3779B1 + start_N[None, :]) >> (32 - lost)
+    near_MN = (((bits_MN + chance_MN) >> lost) << lost).to(tl.float32, bitcast=True)
+    # What is not finite stays so: all bits of one such number may be ones.
+    return tl.where(tl.abs(total_MN) < float("inf"), near_MN, total_MN)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _raised(y: Ptr, low: Ptr, b: Ptr, rows: int, width: int, ranks: int, y_stride: int,
+            low_stride: int, b_stride: int, times: float, lost: tl.constexpr,
+            block_m: tl.constexpr, block_n: tl.constexpr,
+            block_r: tl.constexpr) -> None:  # fmt: skip
+    m = tl.program_id(1) * block_m + tl.arange(0, block_m)
+    c = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    inside_M, inside_N, at_M = m < rows, c < width, m.to(tl.int64)
+    at, inside = y + at_M[:, None] * y_stride + c[None, :], inside_M[:, None] & inside_N[None, :]
+    y_MN = tl.load(at, mask=inside, other=0.0)
+    more_MN = tl.zeros((block_m, block_n), tl.float32)
+    for start in range(0, ranks, block_r):
+        r = start + tl.arange(0, block_r)
+        inside_R = r < ranks
+        low_MR = tl.load(low + at_M[:, None] * low_stride + r[None, :],
+                         mask=inside_M[:, None] & inside_R[None, :], other=0.0)  # fmt: skip
+        b_NR = tl.load(b + c[:, None] * b_stride + r[None, :],
+                       mask=inside_N[:, None] & inside_R[None, :], other=0.0)  # fmt: skip
+        more_MN += tl.dot(low_MR, tl.trans(b_NR))
+    total_MN = y_MN.to(tl.float32) + more_MN * times
+    tl.store(at, _by_chance(y_MN, total_MN, c, lost), mask=inside)
+
+
+def raised(y_TO: Tensor, low_TR: Tensor, b_OR: Tensor, times: float) -> None:
+    """Add times low B^T to a product that is rounded to 16 bits already, and round the sum by
+    chance (see `model.updates`); rows of each may lie apart."""
+    (rows, width), ranks, tile = y_TO.shape, b_OR.shape[1], RAISED
+    _raised[(triton.cdiv(width, tile.columns), triton.cdiv(rows, tile.rows))](
+        y_TO, low_TR, b_OR, rows, width, ranks, y_TO.stride(0), low_TR.stride(0),
+        b_OR.stride(0), times, lost=16 if y_TO.dtype == torch.bfloat16 else 13,
+        block_m=tile.rows, block_n=tile.columns, block_r=min(64, rank_block(ranks)),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -22,6 +22,9 @@ from finesight.infer.pages import picture_digests
 from finesight.infer.request import Event, Finish, Request, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.model.attention import PackedAttention, Segments
+from finesight.model.bank import Bank
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.network import VisionLanguageModel
 
 
@@ -116,6 +119,30 @@ class Grown:
 
 
 @torch.inference_mode()
+def adapt(model: VisionLanguageModel) -> None:
+    """Adapters as one trains them, on every layer of the decoder: the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    model.requires_grad_(False)
+    for path, group in list(model.named_modules()):
+        if isinstance(group, GroupedLinear) and path.startswith("model.layers"):
+            layers = dict.fromkeys(group.outputs, LowRank(4, 4.0))
+            group.adapter = LoraGroup(group, layers, 0.0, model.head_weight.dtype)
+            for parameter in group.adapter.parameters():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.data = drawn.to(parameter)
+    model.eval()
+
+
+def adapt_by_request(model: VisionLanguageModel) -> None:
+    """The same, as one of those that are chosen for each question; it is for the next pass."""
+    adapt(model)
+    bank = Bank(model)
+    bank.take()
+    model.readers = bank.install()
+    assert model.readers is not None
+    model.readers.choose(model.readers.mask(0))
+
+
 def grow(
     model: VisionLanguageModel,
     prompts: Sequence[Encoded],
@@ -125,15 +152,17 @@ def grow(
     drop_after: int | None = None,
     spoken: Sequence[Sequence[int]] | None = None,
 ) -> list[Grown]:
-    """Answers by the cache, all at once: prompts are read `chunk` tokens at a time; after
+    """Answers by the cache, all at once, with the model's first adapter, if it has some by request:
+    prompts are read `chunk` tokens at a time; after
     `drop_after` steps every second row leaves; `spoken` tokens are said in place of the most
     probable ones."""
     needed = [-(-(prompt.outline.tokens + steps) // SMALL_PAGE) for prompt in prompts]
     rows = Rows(model, rows=len(prompts), pages=sum(needed) + 1, page=SMALL_PAGE)
     # In no order: what belongs together lies anywhere.
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
+    adapter = None if model.readers is None else 0
     asked = [
-        Prompt(prompt, [free.pop() for _ in range(number)], None, picture_digests(prompt))
+        Prompt(prompt, [free.pop() for _ in range(number)], adapter, picture_digests(prompt))
         for prompt, number in zip(prompts, needed, strict=True)
     ]
     found = [Grown() for _ in prompts]

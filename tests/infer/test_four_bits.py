@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from asking import grow, mixed_questions
+from asking import adapt_by_request, grow, mixed_questions
 from gptq import Way, packed, publish, with_a_head
 from oracle import CPU, distance
 from torch import Tensor
@@ -64,18 +64,24 @@ def spoken(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", [1, ROWS, TILE_ROWS])
 @pytest.mark.parametrize("way", [Way(), Way(64, act_order=True, symmetric=False)], ids=str)
+@pytest.mark.parametrize("change", [None, adapt_by_request])
 def test_recorded_steps_on_a_card_are_those_of_the_dense_numbers(
-    family: TinyFamily, rows: int, way: Way, tmp_path: Path
+    family: TinyFamily,
+    rows: int,
+    way: Way,
+    change: Callable[[VisionLanguageModel], None] | None,
+    tmp_path: Path,
 ) -> None:
     four, dense = twins(tmp_path, family, way)
     prompts = [prompts_of(four, tmp_path)[0]] * rows
     tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(rows)]
     card = torch.device("cuda")
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        found, expected = (
-            spoken(load_model(folder, dtype, card).eval(), prompts, tokens)
-            for folder in (four, dense)
-        )
+        models = [load_model(folder, dtype, card).eval() for folder in (four, dense)]
+        if change is not None:
+            for model in models:
+                change(model)
+        found, expected = (spoken(model, prompts, tokens) for model in models)
         for ours, theirs in zip(found, expected, strict=True):
             assert distance(ours.float(), theirs.float()) <= bound
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from asking import generate_uncached, mixed_questions
+from asking import adapt, adapt_by_request, generate_uncached, mixed_questions
 
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
@@ -15,7 +16,6 @@ from finesight.hub import ModelFolder
 from finesight.infer.engine import Engine
 from finesight.infer.quick import is_quick
 from finesight.infer.request import Request
-from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.network import VisionLanguageModel
 from finesight.model.rope import Rotation, rotate
 from finesight.model.tiny import make_tiny
@@ -134,23 +134,15 @@ def test_attention_to_pages_is_attention_to_their_tokens(
         assert near(found[row], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
 
 
-def adapted(model: VisionLanguageModel) -> None:
-    """Adapters as one trains them, on every layer of the decoder."""
-    model.requires_grad_(False)
-    for path, group in list(model.named_modules()):
-        if path.endswith(("_proj",)) and path.startswith("model.layers"):
-            layers = {name: LowRank(4, 4) for name in group.outputs}  # type: ignore[union-attr]
-            group.adapter = LoraGroup(group, layers, 0.0)  # type: ignore[assignment,arg-type]
-            for parameter in group.adapter.parameters():  # type: ignore[union-attr]
-                parameter.data.normal_(0, 0.2)
-    model.eval()
-
-
 def said(
     model: VisionLanguageModel, prompts: list[Encoded], rows: int, record: bool = True
 ) -> list[list[int]]:
     engine = Engine(model, (), rows=rows, tokens=5000, record=record)
-    tickets = [engine.add(Request(prompt=prompt, max_new_tokens=STEPS)) for prompt in prompts]
+    number = None if model.readers is None else 0
+    tickets = [
+        engine.add(Request(prompt=prompt, max_new_tokens=STEPS, adapter=number))
+        for prompt in prompts
+    ]
     answers: dict[int, list[int]] = {ticket: [] for ticket in tickets}
     while engine.busy:
         for event in engine.step():
@@ -162,15 +154,18 @@ def said(
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("with_adapters", [False, True])
+@pytest.mark.parametrize("change", [None, adapt, adapt_by_request])
 def test_answers_are_those_of_the_whole_model_run_anew_for_each_token(
-    family: str, dtype: torch.dtype, with_adapters: bool, tmp_path: Path
+    family: str,
+    dtype: torch.dtype,
+    change: Callable[[VisionLanguageModel], None] | None,
+    tmp_path: Path,
 ) -> None:
     """Equal in fp32; in 16 bits up to a first token that was as good as tied."""
     tiny = ModelFolder(make_tiny(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
-    if with_adapters:
-        adapted(model)
+    if change is not None:
+        change(model)
     assert is_quick(model) == (dtype != torch.float32 and family != "qwen")
     prompts = [Renderer(tiny).prompt(question) for question in mixed_questions(tmp_path)]
     wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]

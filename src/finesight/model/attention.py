@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.model.frozen import KERNELS
+from finesight.model.frozen import KERNELS, has_tensor_cores
 from finesight.model.runs import Runs, alike, padded, upload
 from finesight.model.short_attention import LONGEST, attend_short
 
@@ -215,14 +215,7 @@ def _attend_last(
 def has_varlen(q_THD: Tensor) -> bool:
     """Whether variable-length flash attention takes these queries: 16-bit numbers, heads of a
     multiple of 8, and a card of compute capability 8.0 or newer."""
-    if q_THD.device.type != "cuda" or q_THD.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return q_THD.shape[-1] % 8 == 0 and _capability(q_THD.device) >= (8, 0)
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return q_THD.shape[-1] % 8 == 0 and has_tensor_cores(q_THD.dtype, q_THD.device)
 
 
 def attend_by_segment(

@@ -93,8 +93,7 @@ def multiplied(
     if not len(x.codes_TI):
         return w_OI.new_empty(0, len(w_OI), dtype=dtype)
     # With a scale for each row, not all cards give more than bf16.
-    plain = dtype == torch.float32 and not w_OI.is_cuda
-    given = torch.float32 if plain else torch.bfloat16
+    given = torch.bfloat16 if w_OI.is_cuda or dtype == torch.bfloat16 else torch.float32
     y_TO = torch._scaled_mm(
         x.codes_TI,
         w_OI.t(),
@@ -183,7 +182,7 @@ class Fp8Weight(FrozenWeight):
     def updated(
         self, x_TI: Tensor, bias: Tensor | None, updates: Sequence[Update]
     ) -> tuple[Tensor, ...]:
-        """x W_i^T + bias_i of each layer in FP8 with its update, summed in fp32 as processors do;
+        """x W_i^T + bias_i of each layer in FP8 with its update, summed in fp32 by a processor;
         without a way back."""
         ys_TO = self._each(quantised(x_TI), torch.float32, bias)
         for number, low_TR, b_OR, scale in updates:

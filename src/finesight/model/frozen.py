@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -93,7 +94,7 @@ class FrozenMatrix(nn.Module, ABC):
         number = x.numel() // self.inputs
         if not (x.is_cuda and self.fits()) or not 0 < number <= TILE_ROWS:
             return None
-        tiled = number > 1 and _has_tensor_cores(x.dtype, x.device)
+        tiled = number > 1 and has_tensor_cores(x.dtype, x.device)
         if not tiled and number > ROWS:
             return None
         x_RI = x.reshape(number, self.inputs).contiguous()
@@ -111,9 +112,11 @@ class FrozenMatrix(nn.Module, ABC):
         return F.linear(x, self.dense(x.dtype), bias) if y is None else y
 
 
-def _has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Those that Triton uses."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
+@lru_cache
+def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device multiplies such numbers in the units that Triton and flash attention use:
+    16-bit numbers on a card of compute capability 8.0 or newer."""
+    narrow = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return narrow and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.fp8 import Fp8Weight, Rows, takes_rows
 from finesight.model.frozen import FrozenMatrix, FrozenWeight
-from finesight.model.updates import Update, add_update, added_product
+from finesight.model.updates import Update, add_update, updated_product
 
 
 def only(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -104,7 +104,8 @@ def updated_products(
     widths: Sequence[int],
     updates: Sequence[Update],
 ) -> tuple[Tensor, ...]:
-    """`products` and the updates of some layers, without a way back."""
+    """`products` and the updates of some layers, without a way back: on a card product by product,
+    on a processor updates first."""
     if x_TI.is_cuda:
         ys_TO = products(x_TI, weight, bias, widths)
         for layer, low_TR, b_OR, scale in updates:
@@ -112,11 +113,11 @@ def updated_products(
         return ys_TO
     if isinstance(weight, Fp8Weight) and weight.training:
         return weight.updated(x_TI, bias, updates)
-    made = {update.layer: update.made() for update in updates}
+    of = {update.layer: update for update in updates}
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
     weights = torch.split(weight, list(widths)) if isinstance(weight, Tensor) else weight.dense()
     return tuple(
-        added_product(made[layer], x_TI, w, b) if layer in made else F.linear(x_TI, w, b)
+        updated_product(of[layer], x_TI, w, b) if layer in of else F.linear(x_TI, w, b)
         for layer, (w, b) in enumerate(zip(weights, biases, strict=True))
     )
 

@@ -1,5 +1,5 @@
-"""What low-rank adapters need beside products: the gradient by a dropped input, and copies of what
-was learned.
+"""What low-rank adapters need beside products: the gradient by a dropped input, the sum with a
+product that is rounded already, and copies of what was learned.
 
 Sums are fp32. Shapes: T rows (tokens), I inputs, O outputs of a layer, R its rank, S ranks of a
 group end to end, P matrices.
@@ -64,8 +64,9 @@ def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Te
 def _by_chance(y_MN: tl.tensor, total_MN: tl.tensor, c: tl.tensor,
                lost: tl.constexpr) -> tl.tensor:  # fmt: skip
     """A sum of so many digits less than fp32 has, up or down as often as it is nearer to either: of
-    what was added to `y`, in 16 bits, nothing is lost then on average, however small it is. Chance
-    is a function of `y` and its column: what a sample gives hangs on nothing else."""
+    what was added to `y`, in 16 bits, nothing is lost then on average, down to what fp32 loses (in
+    fp16, not below its least normal number). Chance is a function of `y` and its column: what a
+    sample gives hangs on nothing else."""
     bits_MN = total_MN.to(tl.uint32, bitcast=True)
     own_MN = y_MN.to(tl.uint16, bitcast=True).to(tl.uint32)
     # Multiples of the golden ratio, whose neighbours lie far apart, from a start of the column.
@@ -103,6 +104,9 @@ def raised(y_TO: Tensor, low_TR: Tensor, b_OR: Tensor, times: float) -> None:
     """Add times low B^T to a product that is rounded to 16 bits already, and round the sum by
     chance (see `model.updates`); rows of each may lie apart."""
     (rows, width), ranks, tile = y_TO.shape, b_OR.shape[1], RAISED
+    assert low_TR.shape == (rows, ranks), f"{tuple(low_TR.shape)}, not {rows, ranks}"
+    assert len(b_OR) == width, f"{len(b_OR)} outputs, not {width}"
+    assert all(t.stride(1) == 1 for t in (y_TO, low_TR, b_OR)), "numbers of a row lie apart"
     _raised[(triton.cdiv(width, tile.columns), triton.cdiv(rows, tile.rows))](
         y_TO, low_TR, b_OR, rows, width, ranks, y_TO.stride(0), low_TR.stride(0),
         b_OR.stride(0), times, lost=16 if y_TO.dtype == torch.bfloat16 else 13,

@@ -377,9 +377,12 @@ def cache_tokens(model: VisionLanguageModel, most_bytes: int = CACHE_BYTES) -> i
     return most_bytes // token_bytes(model.geometry.language, model.model.embed_tokens.weight.dtype)
 
 
-def room_together(model: VisionLanguageModel, needed: Sequence[int], rows: int) -> int:
-    """Tokens of a cache for answers that need so many each, with their prompts, `rows` of them at
-    once: for the longest ones, as far as `cache_tokens` go, but for one of them in any case."""
+def room_together(
+    model: VisionLanguageModel, prompts: Sequence[int], max_new_tokens: int, rows: int
+) -> int:
+    """Tokens of a cache for prompts of so many tokens and their answers, `rows` of them at once:
+    for the longest ones, as far as `cache_tokens` go, but for one of them in any case."""
+    answer = min(max_new_tokens, model.geometry.language.positions)
     # What fills up the last page of each.
-    longest = sorted((tokens + PAGE for tokens in needed), reverse=True)[:rows]
+    longest = sorted((tokens + answer + PAGE for tokens in prompts), reverse=True)[:rows]
     return max(min(sum(longest), cache_tokens(model)), longest[0])

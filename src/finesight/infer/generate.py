@@ -20,21 +20,22 @@ def generate(
 ) -> list[list[int]]:
     """The most probable next token, again and again: the token ids of each answer.
 
-    An answer ends with one of `end_ids`, which is part of it, or after `max_new_tokens` (at least
-    1). The answers do not depend on which are made together (but for rounding). `ended` is told
-    after each step how many answers ended with it, often 0: what it raises stops the generation.
+    An answer ends with one of `end_ids`, which is part of it, after `max_new_tokens` (at least 1),
+    or where the model's positions end. The answers do not depend on which are made together (but
+    for rounding). `ended` is told after each step how many answers ended with it, often 0: what it
+    raises stops the generation.
     Raises UserError for a prompt beyond the model's positions and for numbers that overflow.
     """
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
     if not prompts:
         return []
-    needed = [prompt.outline.tokens + max_new_tokens for prompt in prompts]
-    tokens = room_together(model, needed, len(prompts))
+    lengths = [prompt.outline.tokens for prompt in prompts]
+    tokens = room_together(model, lengths, max_new_tokens, len(prompts))
     engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
-    tickets = {
-        engine.add(Request(prompt=prompt, max_new_tokens=max_new_tokens)): number
-        for number, prompt in enumerate(prompts)
-    }
+    tickets = {}
+    for number, prompt in enumerate(prompts):
+        longest = min(max_new_tokens, engine.room_for(prompt))
+        tickets[engine.add(Request(prompt=prompt, max_new_tokens=longest))] = number
     answers: list[list[int]] = [[] for _ in prompts]
     while engine.busy:
         done = 0

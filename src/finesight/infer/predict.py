@@ -187,11 +187,11 @@ def _by_engine(
     advance: Callable[[int], None] | None,
 ) -> Answered:
     """As many at once as `batch` and the cache allow: where one ends, the next one begins."""
-    needed = [outline.tokens + max_new_tokens for outline in reader.left.values()]
-    if not needed:
+    lengths = [outline.tokens for outline in reader.left.values()]
+    if not lengths:
         return
-    rows = min(batch, len(needed))
-    tokens = room_together(model, needed, rows)
+    rows = min(batch, len(lengths))
+    tokens = room_together(model, lengths, max_new_tokens, rows)
     engine = Engine(model, renderer.end_ids, rows=rows, tokens=tokens)
     prompts = reader.prompts(batch)
     asked: dict[int, tuple[int, Outline, list[int]]] = {}
@@ -202,7 +202,8 @@ def _by_engine(
             more = following is not None
             if following is not None:
                 i, prompt = following
-                request = Request(prompt=prompt, max_new_tokens=max_new_tokens)
+                longest = min(max_new_tokens, engine.room_for(prompt))
+                request = Request(prompt=prompt, max_new_tokens=longest)
                 asked[engine.add(request)] = (i, prompt.outline, [])
         done = 0
         for event in engine.step():

@@ -118,7 +118,6 @@ class Grown:
     logits: list[Tensor] = field(default_factory=list)
 
 
-@torch.inference_mode()
 def adapt(model: VisionLanguageModel) -> None:
     """Adapters as one trains them, on every layer of the decoder: the same ones each time."""
     generator = torch.Generator().manual_seed(0)
@@ -143,6 +142,7 @@ def adapt_by_request(model: VisionLanguageModel) -> None:
     model.readers.choose(model.readers.mask(0))
 
 
+@torch.inference_mode()
 def grow(
     model: VisionLanguageModel,
     prompts: Sequence[Encoded],
@@ -153,9 +153,8 @@ def grow(
     spoken: Sequence[Sequence[int]] | None = None,
 ) -> list[Grown]:
     """Answers by the cache, all at once, with the model's first adapter, if it has some by request:
-    prompts are read `chunk` tokens at a time; after
-    `drop_after` steps every second row leaves; `spoken` tokens are said in place of the most
-    probable ones."""
+    prompts are read `chunk` tokens at a time; after `drop_after` steps every second row leaves;
+    `spoken` tokens are said in place of the most probable ones."""
     needed = [-(-(prompt.outline.tokens + steps) // SMALL_PAGE) for prompt in prompts]
     rows = Rows(model, rows=len(prompts), pages=sum(needed) + 1, page=SMALL_PAGE)
     # In no order: what belongs together lies anywhere.

@@ -10,12 +10,12 @@ Shapes: E numbers of a group of parameters end to end, N matrices of R rows and 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from finesight.model.frozen import has_tensor_cores
 from finesight.train.wide import Wide
 
 MOMENTUM = 0.95
@@ -118,11 +118,6 @@ def _together(places: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
     return [places[start : start + number] for start in range(0, len(places), number)]
 
 
-@lru_cache
-def _has_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def orthogonal(x_NRC: Tensor) -> Tensor:
     """About U V^T of each U S V^T by Newton and Schulz's iteration: singular values above a
     hundredth of the matrix's norm come to between 0.6 and 1.3. Fp32, computed in bf16 on cards that
@@ -130,7 +125,7 @@ def orthogonal(x_NRC: Tensor) -> Tensor:
     wide = x_NRC.shape[1] <= x_NRC.shape[2]
     y = x_NRC if wide else x_NRC.mT
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
-    y = y.bfloat16() if y.is_cuda and _has_bf16(y.device) else y
+    y = y.bfloat16() if has_tensor_cores(torch.bfloat16, y.device) else y
     for _ in range(ROUNDS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)

@@ -4,17 +4,15 @@
 
 CONFIG is a folder with a model's configuration; its weights are random. A step is LoRA of rank 64
 on all seven projections of the decoder with drop-out 0.05, over made samples of the caption recipe:
-a picture of 280 x 280 pixels (400 patches, 100 tokens), 24 tokens of questions, answers of 10 to
-19, in one pack. Nothing is read from files here, so a row tells of the card and of what launches
-its kernels alone. `gb` is the most that is allocated, in 10^9 bytes.
+15 tokens that all begin with, a picture of 280 x 280 pixels (400 patches, 100 tokens), 9 tokens of
+questions, answers of 10 to 19, in one pack. Nothing is read from files here, so a row tells of the
+card and of what launches its kernels alone. `gb` is the most that is allocated, in 10^9 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peer_figures import head
 from torch import Tensor
 
 from finesight.config import Train, Tune
-from finesight.encode.pack import PackedBatch
+from finesight.encode.encoded import Encoded, Outline, Span
+from finesight.encode.pack import PackedBatch, pack, shareable
 from finesight.hub import locate
 from finesight.model import attention, fp8, fused_layer, layers
 from finesight.model.attention import Segments
@@ -49,36 +49,30 @@ LORA = Tune.model_validate({"lora": {"rank": 64, "alpha": 16.0, "dropout": 0.05}
 WARM = 4
 
 
-def made(samples: int, channels: int) -> PackedBatch:
-    """Samples of random tokens and patches, end to end on the card."""
-    rng = random.Random(samples)
+def made(samples: int, channels: int, *, share: bool = True) -> PackedBatch:
+    """Samples of random tokens and patches in one pack on the card; all begin with the same ones,
+    which they `share` or not."""
+    rng = np.random.default_rng(samples)
     places = GRID[1] * GRID[2] // 4
-    ids: list[int] = []
-    at, predict, target, positions, bounds = [], [], [], [], [0]
-    for _ in range(samples):
-        answer = rng.randint(*ANSWER)
-        length = BEFORE + places + AFTER + answer
-        start, own = len(ids), [rng.randrange(1000, 90000) for _ in range(length)]
-        ids += own
-        at += range(start + BEFORE, start + BEFORE + places)
-        predict += range(start + length - answer - 1, start + length - 1)
-        target += own[-answer:]
-        positions += range(length)
-        bounds.append(len(ids))
-    patches = samples * GRID[1] * GRID[2], channels
-    batch = PackedBatch(
-        sample_ids=tuple(map(str, range(samples))),
-        lengths=tuple(stop - start for start, stop in itertools.pairwise(bounds)),
-        grids=(GRID,) * samples,
-        ids_T=torch.tensor(ids),
-        positions_3T=torch.tensor(positions).expand(3, -1).contiguous(),
-        bounds_S1=torch.tensor(bounds, dtype=torch.int32),
-        patches_ND=torch.randint(0, 256, patches, dtype=torch.uint8),
-        visual_at_M=torch.tensor(at),
-        predict_L=torch.tensor(predict),
-        target_L=torch.tensor(target),
-    )
-    return batch.to(CUDA)
+    beginning = rng.integers(1000, 90000, BEFORE)
+    rows = []
+    for number in range(samples):
+        answer = int(rng.integers(ANSWER[0], ANSWER[1], endpoint=True))
+        others = rng.integers(1000, 90000, places + AFTER + answer)
+        ids_T = np.concatenate([beginning, others]).astype(np.int32)
+        at = np.arange(len(ids_T), dtype=np.int32)
+        side = GRID[1] * 14, GRID[2] * 14
+        outline = Outline(
+            id=str(number),
+            ids_T=ids_T,
+            learned_T=at >= len(ids_T) - answer,
+            positions_3T=np.tile(at, (3, 1)),
+            spans=(Span("image", BEFORE, BEFORE + places, GRID, (), side, side),),
+        )
+        patches = rng.integers(0, 256, (GRID[1] * GRID[2], channels), dtype=np.uint8)
+        rows.append(Encoded(outline, patches))
+    outlines = [one.outline for one in rows]
+    return pack(rows, shared=shareable(outlines) if share else 0).to(CUDA)
 
 
 class Learner:
@@ -141,6 +135,7 @@ def without(*missing: str) -> Iterator[None]:
         "look": (attention.look_kernels, "look", _varlen),
         "recordings": (recorded, "MOST_TOKENS", 0),
     }
+    missing = tuple(name for name in missing if name in switches)
     kept = {name: getattr(module, entry) for name, (module, entry, _) in switches.items()}
     for name in missing:
         module, entry, other = switches[name]
@@ -158,14 +153,15 @@ def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Any) -> Tensor:
     return attention._attend_varlen(q_THD, k_THD, v_THD, segments, segments, causal=False)
 
 
-ALL = ("layers", "attention", "tower", "look", "recordings")
+ALL = ("layers", "attention", "tower", "look", "recordings", "beginning")
 RUNGS = (
     ("one step after the other", ALL),
     ("decoder layers in few kernels", ALL[1:]),
     ("attention of short segments", ALL[2:]),
     ("sums and norms, turns of the tower", ALL[3:]),
     ("attention of pictures", ALL[4:]),
-    ("small packs recorded", ()),
+    ("small packs recorded", ALL[5:]),
+    ("what all begin with, once", ()),
 )
 
 
@@ -173,9 +169,9 @@ def measure(config: Path, batches: list[int], steps: int) -> list[dict[str, Any]
     """A row for each rung and batch."""
     rows: list[dict[str, Any]] = []
 
-    def add(rung: str, samples: int, learner: Learner, known: bool) -> None:
+    def add(rung: str, samples: int, learner: Learner, known: bool, share: bool = True) -> None:
         channels = learner.model.visual.patch_embed.proj.in_features // 2
-        batch = made(samples, channels)
+        batch = made(samples, channels, share=share)
         features = learner.seen(batch) if known else None
         torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: learner.step(batch, features), steps)
@@ -188,7 +184,7 @@ def measure(config: Path, batches: list[int], steps: int) -> list[dict[str, Any]
     for samples in batches:
         for rung, missing in RUNGS:
             with without(*missing):
-                add(rung, samples, learner, known=False)
+                add(rung, samples, learner, known=False, share="beginning" not in missing)
         add("features kept", samples, learner, known=True)
     del learner
     learner = Learner(config, in_fp8=True)

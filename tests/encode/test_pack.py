@@ -11,8 +11,8 @@ import pytest
 import torch
 from conversations import make_conversation, make_folder, make_pictures
 
-from finesight.encode.encoded import Encoded, Outline
-from finesight.encode.pack import EVEN, filled, pack, plan_packs
+from finesight.encode.encoded import Encoded, Outline, Span
+from finesight.encode.pack import EVEN, filled, pack, plan_packs, shareable, worth
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.model.tiny import make_tiny
@@ -197,3 +197,86 @@ def test_stills_travel_as_one_frame_and_videos_whole(tmp_path: Path) -> None:
     room = np.zeros_like(expected)
     assert pack(mixed, room).patches_ND.data_ptr() == room.ctypes.data
     np.testing.assert_array_equal(room, expected)
+
+
+SPAN = Span("image", 6, 8, (1, 2, 4), (), (28, 56), (28, 56))
+
+
+def beginning_with(same: list[int], others: list[int], learned: int = 2) -> Encoded:
+    """So many tokens at the end are learned."""
+    ids = same + others
+    marks = [False] * (len(ids) - learned) + [True] * learned
+    return plain(str(others), ids, marks)
+
+
+def test_what_samples_share_is_laid_once() -> None:
+    same = [1, 2, 3, 4, 5]
+    samples = [beginning_with(same, [*others, 90, 91]) for others in ([6], [7, 8, 9], [10, 11])]
+    spans = (replace(SPAN, start=5, stop=7),)
+    samples[1] = replace(samples[1], outline=replace(samples[1].outline, spans=spans))
+    outlines = [one.outline for one in samples]
+    assert shareable(outlines) == 5
+    batch = pack(samples, shared=5)
+    assert batch.shared
+    assert batch.lengths == (5, 3, 5, 4)
+    assert batch.bounds_S1.tolist() == [0, 5, 8, 13, 17]
+    assert batch.ids_T.tolist() == [*same, 6, 90, 91, 7, 8, 9, 90, 91, 10, 11, 90, 91]
+    assert batch.positions_3T[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 5, 6, 7, 8]
+    assert batch.visual_at_M.tolist() == [8, 9], "of the second sample"
+    assert batch.predict_L.tolist() == [5, 6, 10, 11, 14, 15]
+    assert batch.target_L.tolist() == [90, 91] * 3
+    assert (batch.samples, batch.tokens, batch.beginning, batch.longest) == (3, 27, 5, 10)
+    alone = pack(samples)
+    assert (alone.samples, alone.tokens, alone.beginning, alone.longest) == (3, 27, 0, 10)
+    assert alone.target_L.tolist() == batch.target_L.tolist()
+    assert not pack(samples[:1], shared=5).shared, "there is nobody to share it with"
+    even = filled(batch, 2)
+    assert (even.shared, even.samples, even.tokens) == (True, 3, 27 + EVEN - 17)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared"),
+    [
+        # Where texts part, a multiple of four.
+        (([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7]), 4),
+        (([1, 2, 3, 4], [1, 2, 3, 4]), 4),
+        (([1, 2, 3], [1, 2, 9]), 0),
+        (([9, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), 0),
+        (([1, 2, 3, 4, 5, 6],), 0),
+        ((), 0),
+    ],
+)
+def test_how_much_is_shared(heads: tuple[list[int], ...], shared: int) -> None:
+    samples = [beginning_with(head, [20 + n, 30, 40]) for n, head in enumerate(heads)]
+    assert shareable([one.outline for one in samples]) == shared
+
+
+def test_what_predicts_a_learned_token_is_not_shared() -> None:
+    """The tokens after it may differ, and so would what is learned there."""
+    same = [1, 2, 3, 4, 5, 6]
+    samples = [beginning_with(same, [7, last]) for last in (8, 9)]
+    assert shareable([one.outline for one in samples]) == 5
+    assert shareable([one.outline for one in (*samples, samples[0])]) == 5
+
+
+def test_pictures_are_not_shared() -> None:
+    """Their placeholders are the same ones, whatever they show."""
+    same = list(range(1, 12))
+    samples = [beginning_with(same, [20, 21, 22]) for _ in range(2)]
+    seen = [replace(one, outline=replace(one.outline, spans=(SPAN,))) for one in samples]
+    assert shareable([one.outline for one in seen]) == 6
+    assert shareable([one.outline for one in samples]) == 11
+
+
+def test_little_is_not_shared() -> None:
+    samples = [beginning_with([1, 2, 3, 4], list(range(10 * n, 10 * n + 200))) for n in (1, 2)]
+    assert shareable([one.outline for one in samples]) == 0
+    assert worth(4, 2, 200) == 4
+    assert worth(4, 2, 201) == 0
+
+
+def test_a_budget_counts_what_is_shared_once() -> None:
+    assert plan_packs([100, 100, 100, 100], 250) == [[0, 1], [2, 3]]
+    assert plan_packs([100, 100, 100, 100], 250, 50) == [[0, 1, 2, 3]]
+    assert plan_packs([100, 100, 100, 100], 249, 50) == [[0, 1, 2], [3]]
+    assert plan_packs([100, 300, 100], 40, 50) == [[0], [1], [2]]

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import CPU, distance
 from torch import Tensor
 
-from finesight.model.attention import PackedAttention, Segments, attend, has_varlen
+from finesight.model.attention import (
+    BranchedAttention,
+    PackedAttention,
+    Segments,
+    attend,
+    has_varlen,
+)
 
 
 def plain(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], causal: bool) -> Tensor:
@@ -19,7 +27,7 @@ def plain(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], causa
             q, k, v = q_THD[at, head], k_TKD[at, head // shared], v_TKD[at, head // shared]
             scores = q @ k.T / q.shape[-1] ** 0.5
             if causal:
-                hidden = torch.ones(length, length).triu(1).bool()
+                hidden = torch.ones(length, length, device=q.device).triu(1).bool()
                 scores = scores.masked_fill(hidden, float("-inf"))
             o_THD[at, head] = scores.softmax(-1) @ v
         start += length
@@ -81,3 +89,74 @@ def test_segments_of_one_length_are_computed_together() -> None:
 
 def test_the_processor_has_no_variable_length_kernel() -> None:
     assert not has_varlen(torch.zeros(1, 1, 8, dtype=torch.bfloat16))
+
+
+ON_CARD = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+
+
+def branched(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    """Each sequence but the first with a copy of that before it, in fp64: attention written out."""
+    trunk, rows, start = lengths[0], [], 0
+    for number, length in enumerate(lengths):
+        before = trunk if number else 0
+        own = [torch.cat([x[:before], x[start : start + length]]) for x in (q_THD, k_TKD, v_TKD)]
+        rows.append(plain(*own, [before + length], causal=True)[before:])
+        start += length
+    return torch.cat(rows)
+
+
+SHORT_ONES = [15, 100, 1, 140, 64, 17]
+LONG_ONES = [40, 300, 1, 129]
+WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "device", "dtype"),
+    [
+        (SHORT_ONES, "cpu", torch.float64),
+        (LONG_ONES, "cpu", torch.float64),
+        ([3, 1], "cpu", torch.float64),
+        (SHORT_ONES, "cpu", torch.bfloat16),
+        *(
+            pytest.param(lengths, "cuda", dtype, marks=ON_CARD)
+            for lengths in (SHORT_ONES, LONG_ONES, WITH_EMPTY_ONES, [256, *WITH_EMPTY_ONES])
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
+        pytest.param(SHORT_ONES, "cuda", torch.float32, marks=ON_CARD),
+    ],
+    ids=str,
+)
+def test_sequences_that_branch_off_the_first_read_it(
+    lengths: list[int], device: str, dtype: torch.dtype
+) -> None:
+    """Forwards and backwards; what comes back to the first one from all is summed up."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(sum(lengths), heads, 32, generator=generator).to(device, dtype)
+        for heads in (4, 2, 2, 4)
+    )
+    segments = Segments.of(lengths, torch.device(device))
+    segments = replace(segments, longest=lengths[0] + max(lengths[1:]))
+    attention = BranchedAttention(segments, rows=sum(lengths))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = attention(0, q, k, v)
+    ours = torch.autograd.grad(found, inputs, weights)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = branched(lengths, *wide)
+    theirs = torch.autograd.grad(expected, wide, weights.double())
+    most = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1.5e-2)
+    for one, other in zip((found, *ours), (expected, *theirs), strict=True):
+        away = one.detach().double() - other.detach()
+        assert float(away.norm() / other.detach().norm()) < most
+
+
+def test_contexts_count_what_is_read_before() -> None:
+    segments = Segments.of([4, 2, 3], CPU)
+    attention = BranchedAttention(segments, rows=9)
+    assert attention.contexts_T.tolist() == [4] * 4 + [6] * 2 + [7] * 3
+    assert attention.whole.lengths == (4, 6, 7)
+    assert attention.whole.bounds_S1.tolist() == [0, 4, 10, 17]
+    assert attention.places.at_M.tolist() == [*range(4), *range(6), *range(4), 6, 7, 8]

@@ -23,7 +23,7 @@ from finesight.model.lora import LoraGroup, LowRank
 from finesight.model.rope import Rotation
 from finesight.model.rowwise import Fp8Matrix, Int8Matrix
 from finesight.plan.fused_layer import FusedLayer
-from finesight.plan.kept import Computing
+from finesight.plan.kept import Computing, Place
 from finesight.plan.stack import layer_of
 
 SMALL = LanguageGeometry(
@@ -112,7 +112,7 @@ CASES = [Case(*of) for of in product(TUNES, (True, False), (True, False))]
 
 
 @dataclass(frozen=True)
-class Place:
+class Counting:
     """Where layers are counted: numbers of this type on this device."""
 
     device: torch.device
@@ -130,15 +130,15 @@ def on_card() -> Iterator[Allocated]:
     found.left = torch.cuda.memory_allocated() - before
 
 
-BARE = Place(torch.device("cpu"), torch.float32, allocated)
-CARD = Place(torch.device("cuda"), torch.bfloat16, on_card)
+BARE = Counting(torch.device("cpu"), torch.float32, allocated)
+CARD = Counting(torch.device("cuda"), torch.bfloat16, on_card)
 
 
 class Layer:
     """One of these sizes, tuned, with packs of these sequences."""
 
     def __init__(
-        self, case: Case, geometry: LanguageGeometry, lengths: tuple[int, ...], on: Place
+        self, case: Case, geometry: LanguageGeometry, lengths: tuple[int, ...], on: Counting
     ) -> None:
         self.case, self.lengths, self.tokens, self.on = case, lengths, sum(lengths), on
         self.shape = self.tokens, geometry.width
@@ -162,11 +162,12 @@ class Layer:
     def planned(self) -> Counted:
         """What a pass is said to take."""
         layer, rows = self.said, self.tokens if self.only is None else len(self.only)
-        kept, entering = layer.of_pack(self.lengths, rows), self.tokens * layer.entering
+        place = Place(self.lengths, self.tokens, rows)
+        kept, entering = layer.of_pack(place), self.tokens * layer.entering
         return Counted(
             kept=kept - entering * layer.enters,
-            forth=kept + layer.going_forth(self.lengths, rows) - entering,
-            back=layer.going_back(self.lengths, rows),
+            forth=kept + layer.going_forth(place) - entering,
+            back=layer.going_back(place),
         )
 
     def passed(self) -> Counted:

@@ -28,7 +28,7 @@ from finesight.model.rowwise import Fp8Matrix
 from finesight.model.tiny import TinyFamily, make_tiny
 from finesight.model.weights import load_model
 from finesight.plan.activations import Activations
-from finesight.plan.kept import Computing
+from finesight.plan.kept import Computing, Place
 from finesight.plan.layer import of_layer
 from finesight.plan.load import Load
 from finesight.plan.mlp import of_mlp, passing
@@ -160,7 +160,7 @@ def test_on_a_card_a_layer_keeps_what_its_steps_need(task: Path) -> None:
     attention = 2 * width + 4 + dropped * width + 2 * 3 * 8
     attention += 2 * (width + 2 * shared) + 2 * width + 4 * size.heads + dropped * width + 2 * 8
     mlp = 2 * width + 4 + dropped * width + 2 * 2 * 8 + 2 * 2 * inner + dropped * inner + 2 * 8
-    assert kept.of_pack((60, 40), tokens) == tokens * (attention + mlp)
+    assert kept.of_pack(Place((60, 40), tokens, tokens)) == tokens * (attention + mlp)
 
 
 def test_in_few_kernels_it_keeps_what_they_read_again(task: Path) -> None:
@@ -170,7 +170,7 @@ def test_in_few_kernels_it_keeps_what_they_read_again(task: Path) -> None:
     width, shared = size.width, size.kv_heads * size.head_width
     attention = 2 * width + 4 + 2 * 3 * 8 + 2 * (width + 2 * shared) + 2 * width + 4 * size.heads
     mlp = 2 * width + 4 + 2 * 2 * size.mlp_width + 2 * 4 * 8
-    place, last = ((60, 40), tokens), ((60, 40), labels)
+    place, last = Place((60, 40), tokens, tokens), Place((60, 40), tokens, labels)
     whole, part = layers.kept([place, last])
     assert whole == tokens * (attention + mlp)
     # Attention's output of those that are labelled, once more.

@@ -14,7 +14,7 @@ from small_run import make_task
 
 from finesight.config import DataFile, PixelRange, Train, Tune
 from finesight.data.sources import load_sources
-from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.pack import PackedBatch, pack, shareable
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.model.frozen import KERNELS
@@ -46,10 +46,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(task: Path) -> PackedBatch:
+def batch_of(task: Path, *, once: bool = False) -> PackedBatch:
+    """What all samples begin with is laid `once`, or as often."""
     renderer = Renderer(ModelFolder(task / "deep"), PixelRange(min_pixels=784, max_pixels=7056))
     corpus = load_sources((DataFile(path=task / "train.jsonl"),))
-    return pack([renderer.encode(sample) for sample in corpus.read()])
+    samples = [renderer.encode(sample) for sample in corpus.read()]
+    return pack(samples, shared=shareable([one.outline for one in samples]) if once else 0)
 
 
 def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguageModel:
@@ -86,7 +88,7 @@ def fullest(
     model.zero_grad(set_to_none=True)
     with allocated() as really:
         learned_from(model, batch)
-    load = Load(batch.lengths, batch.grids, batch.supervised)
+    load = Load(batch.lengths, batch.grids, batch.supervised, batch.shared)
     activations = Activations(model, computing, share)
     moments = activations.moments(load, activations.come())
     return max(moment.in_all for moment in moments), really.most
@@ -95,11 +97,12 @@ def fullest(
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("once", [False, True])
 def test_the_fullest_moment_of_a_pack_is_within_an_eighth(
-    task: Path, dtype: torch.dtype, tune: dict[str, Any], share: float
+    task: Path, once: bool, dtype: torch.dtype, tune: dict[str, Any], share: float
 ) -> None:
     computing = Computing(cuda=False, number=dtype.itemsize, flash=False)
-    said, really = fullest(task, batch_of(task), computing, tune, share)
+    said, really = fullest(task, batch_of(task, once=once), computing, tune, share)
     assert said == pytest.approx(really, rel=0.125)
 
 
@@ -121,12 +124,13 @@ def test_so_it_is_where_scores_of_a_long_sequence_are_the_most(
 @pytest.mark.skipif(KERNELS, reason="where Triton is, kernels are launched")
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL_BUT_VISION], ids=["lora", "all but vision"])
+@pytest.mark.parametrize("once", [False, True])
 def test_so_it_is_in_few_kernels(
-    task: Path, tune: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch
+    task: Path, once: bool, tune: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch_nothing(monkeypatch)
     computing = InFewKernels(cuda=True, number=4, flash=True)
-    said, really = fullest(task, batch_of(task), computing, tune, share)
+    said, really = fullest(task, batch_of(task, once=once), computing, tune, share)
     assert said == pytest.approx(really, rel=0.02)
 
 

@@ -25,7 +25,8 @@ from finesight.plan.load import Load
 from finesight.plan.memory import CONTEXT, LIBRARIES, Peak, peak_of, standing
 from finesight.plan.recorded import recording
 from finesight.train import recorded as train_recorded
-from finesight.train.recorded import MOST_KINDS, MOST_TOKENS, Held, Kind
+from finesight.train.held import MOST_TOKENS, Held, Kind
+from finesight.train.recorded import MOST_KINDS
 from finesight.train.sight import SightKind
 
 CPU = torch.device("cpu")

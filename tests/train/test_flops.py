@@ -22,6 +22,7 @@ from finesight.hub import ModelFolder
 from finesight.model.parts import apply_tuning
 from finesight.model.tiny import TinyFamily, make_tiny
 from finesight.model.weights import load_model
+from finesight.plan.load import Load
 from finesight.train.flops import Arithmetic, measured_peak
 from finesight.train.loss import label_loss
 
@@ -110,6 +111,21 @@ def test_attention_by_hand(tmp_path: Path) -> None:
             assert counted == 3 * causal + blocks
         else:
             assert 3 * causal + whole < counted <= 3 * causal + 2 * whole
+
+
+def test_what_samples_share_is_counted_once(tmp_path: Path) -> None:
+    """A sequence of 10 tokens that two of 20 and 5 go on from, against copies of it."""
+    make_tiny(tmp_path / "a", "qwen2_vl")
+    model = load_model(ModelFolder(tmp_path / "a"), torch.float32, CPU)
+    apply_tuning(model, Tune(language="lora"), 0)
+    arithmetic = Arithmetic(model)
+    once = arithmetic.by_part(Load((10, 20, 5), (), 4, shared=True))
+    apart = arithmetic.by_part(Load((10, 20, 5), (), 4))
+    assert once.weights == apart.weights
+    # The queries of 20 and 5 tokens see all 10 before them.
+    pairs = 10**2 + (30**2 - 10**2) + (15**2 - 10**2)
+    assert once.tokens == 3 * pairs * 4 * 64 * 2 // 2
+    assert apart.tokens == 3 * (10**2 + 20**2 + 5**2) * 4 * 64 * 2 // 2
 
 
 def test_peak_is_a_speed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,19 @@ def test_every_sample_once_and_within_the_budget(folder: Path) -> None:
     assert sum(step.tokens for step in steps) == sum(
         len(batch.ids_T) for step in steps for batch in step.packs
     )
+
+
+def test_what_a_step_begins_with_is_laid_once_in_each_pack(folder: Path) -> None:
+    alone = [*read_steps(steps_of(folder), 0, 0, pin=False)]
+    steps = [*read_steps(replace(steps_of(folder), shares=True), 0, 0, pin=False)]
+    for step, other in zip(steps, alone, strict=True):
+        assert sorted(sum(step.members, ())) == sorted(sum(other.members, ()))
+        assert (step.samples, step.supervised) == (other.samples, other.supervised)
+        assert step.tokens == other.tokens, "of samples, whatever they share"
+        assert {batch.beginning for batch in step.packs if batch.samples > 1} == {15}
+        assert {batch.beginning for batch in step.packs if batch.samples == 1} <= {0}
+        assert all(len(batch.ids_T) <= 100 for batch in step.packs)
+        assert sum(len(batch.ids_T) for batch in step.packs) < step.tokens
 
 
 def test_parcel_gives_back_what_was_put_in_as_views_of_two_blocks(folder: Path) -> None:

@@ -4,7 +4,7 @@ launches would."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor
 from finesight.config import DataFile, PixelRange, Tune
 from finesight.data.sources import load_sources
 from finesight.encode.encoded import Encoded
-from finesight.encode.pack import PackedBatch, pack
+from finesight.encode.pack import PackedBatch, pack, shareable
 from finesight.encode.render import Renderer
 from finesight.hub import locate
+from finesight.model import attention
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import apply_tuning, trainable
 from finesight.model.weights import load_model
 from finesight.train import left, recorded
-from finesight.train.recorded import Held, Kind, Passes
+from finesight.train.held import Held, Kind
+from finesight.train.recorded import Passes
 
 CPU = torch.device("cpu")
 LORA = Tune.model_validate({"lora": {"rank": 8, "dropout": 0.1}})
@@ -61,14 +63,26 @@ def seen(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:
         return model.see(batch.patches_ND, batch.grids) if batch.grids else None
 
 
-def test_what_fills_a_pack_up_changes_nothing(folder: Path) -> None:
+def once(samples: Sequence[Encoded]) -> PackedBatch:
+    """What all of them begin with is laid once."""
+    shared = shareable([one.outline for one in samples])
+    assert shared, "they begin with nothing"
+    return pack(samples, shared=shared)
+
+
+@pytest.mark.parametrize("packed", [pack, once])
+def test_what_fills_a_pack_up_changes_nothing(
+    folder: Path, packed: Callable[[Sequence[Encoded]], PackedBatch]
+) -> None:
     model = tuned(torch.float32, CPU).eval()
     samples = encoded(folder)
-    batch = pack(samples[:5])
+    batch = packed(samples[:5])
     features = seen(model, batch)
     held = Held.room(Kind.of(batch), batch, features, model.visual)
+    assert held.batch.longest == held.kind.longest >= batch.longest
+    assert held.batch.beginning == batch.beginning
     # Another one was there before.
-    other = pack(samples[5:9])
+    other = packed(samples[5:9])
     held.lay(other, seen(model, other), torch.tensor(2.0), model.visual)
     held.lay(batch, features, torch.tensor(0.5), model.visual)
     lengths = held.batch.bounds_S1.diff().tolist()
@@ -277,19 +291,31 @@ def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("tune", "known", "recompute"),
+    ("tune", "known", "recompute", "packed", "short"),
     [
-        (LORA, True, 0.0),
-        (LORA, False, 0.0),
-        (LORA, True, 1.0),
-        (LORA, False, 1.0),
-        (SEEING, False, 0.0),
-        (SEEING, False, 1.0),
-        (ALL, False, 0.0),
+        (LORA, True, 0.0, pack, 256),
+        (LORA, False, 0.0, pack, 256),
+        (LORA, True, 1.0, pack, 256),
+        (LORA, False, 1.0, pack, 256),
+        (SEEING, False, 0.0, pack, 256),
+        (SEEING, False, 1.0, pack, 256),
+        (ALL, False, 0.0, pack, 256),
+        (LORA, True, 0.0, once, 256),
+        (LORA, True, 1.0, once, 256),
+        (ALL, False, 0.0, once, 256),
+        # With the kernels of long sequences.
+        (LORA, True, 0.0, once, 0),
+        (LORA, True, 1.0, once, 0),
     ],
 )
 def test_a_recording_learns_what_its_launches_would(
-    folder: Path, tune: Tune, known: bool, recompute: float, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tune: Tune,
+    known: bool,
+    recompute: float,
+    packed: Callable[[Sequence[Encoded]], PackedBatch],
+    short: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = torch.device("cuda")
     model = tuned(torch.bfloat16, cuda, tune)
@@ -298,7 +324,8 @@ def test_a_recording_learns_what_its_launches_would(
     monkeypatch.setattr(recorded, "LAUNCHED", 0)
     # So that some take their way by the hooks, and others not.
     monkeypatch.setattr(left, "LARGE", 10_000)
-    packs = [pack(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
+    monkeypatch.setattr(attention, "SHORT", short)
+    packs = [packed(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable(model).values())
     passes = Passes(model, learning)
 
@@ -315,11 +342,11 @@ def test_a_recording_learns_what_its_launches_would(
                 parameter.grad = None
         return results
 
-    launched, once, again = learned(0), learned(6144), learned(6144)
+    launched, first, again = learned(0), learned(6144), learned(6144)
     assert passes._recorded is not None, "recording failed"
     assert passes._recorded._graphs, "nothing was recorded"
     for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
-        launched, once, again, strict=True
+        launched, first, again, strict=True
     ):
         torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
         assert len(grads) == len(grads_1)

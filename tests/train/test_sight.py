@@ -24,8 +24,9 @@ from finesight.model.parts import apply_tuning, trainable
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 from finesight.train import recorded, sight
+from finesight.train.held import Held, Kind
 from finesight.train.loss import label_loss
-from finesight.train.recorded import Held, Kind, Passes
+from finesight.train.recorded import Passes
 from finesight.train.sight import SightKind, sees, watches
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from small_run import make_task
 from finesight.config import Data, DataFile, PixelRange
 from finesight.data.headers import DamagedPicture
 from finesight.data.sources import load_sources
+from finesight.encode.pack import shareable
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
@@ -44,6 +45,23 @@ def test_all_are_kept_and_counted(tmp_path: Path) -> None:
         (outline.id, outline.tokens, outline.supervised) for outline in outlines
     ]
     assert [glance.patches for glance in found.glances] == [o.patches for o in outlines]
+
+
+def test_what_all_begin_with_is_found(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    renderer = Renderer(ModelFolder(tmp_path / "tiny"), RULE)
+    outlines = [
+        renderer.outline(sample)
+        for sample in load_sources((DataFile(path=tmp_path / "train.jsonl"),)).read()
+    ]
+    found = look(tmp_path)
+    assert found.shared == shareable(outlines) == outlines[0].spans[0].start
+    table = tmp_path / "train.jsonl"
+    first, *others = table.read_text().splitlines()
+    row = json.loads(first)
+    row["messages"].insert(0, {"role": "system", "content": "Other words."})
+    table.write_text("\n".join([json.dumps(row), *others]) + "\n")
+    assert look(tmp_path).shared < found.shared
 
 
 def test_over_long_and_unreadable_samples_are_dropped_with_their_reasons(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.encode.encoded import Encoded, Grid
+from finesight.encode.encoded import Encoded, Grid, Outline
 from finesight.vision.patches import end_to_end
 
 if TYPE_CHECKING:
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
 EVEN = 64
 """What `filled` makes sizes multiples of."""
 
+FEW = 4
+"""Where texts part, samples share a multiple of so many tokens, so that packs are of few kinds."""
+
+WORTH = 50
+"""A beginning is shared where that spares at least one of so many tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Sequences end to end, with the patches of all their pictures in the order of the tokens.
 
-    `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32).
+    `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32). Where
+    `shared`, the first sequence is what all samples begin with, and each of the others goes on from
+    there: it is computed once.
     `visual_at_M` says where in the pack the placeholder tokens stand, one for each merged feature.
     `patches_ND` holds one frame of each patch where all its frames are alike, as a still's are.
     `predict_L` says which tokens predict a learned token and `target_L` which token that is. What
@@ -48,11 +57,27 @@ class PackedBatch:
     target_L: Tensor
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     share: Slice | None = None
+    shared: bool = False
 
     @property
     def samples(self) -> int:
         """Of those that several processes share, the first one's."""
-        return len(self.lengths) if self.share is None or self.share.number == 0 else 0
+        return len(self.sample_ids) if self.share is None or self.share.number == 0 else 0
+
+    @property
+    def beginning(self) -> int:
+        """Tokens that are shared."""
+        return self.lengths[0] if self.shared else 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples, each with what it shares."""
+        return sum(self.lengths) + self.beginning * max(0, len(self.sample_ids) - 1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with what it shares."""
+        return self.beginning + max(self.lengths[self.shared :])
 
     @property
     def supervised(self) -> int:
@@ -73,9 +98,41 @@ class PackedBatch:
         )
 
 
-def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -> PackedBatch:
+def beginning(outline: Outline) -> NDArray[np.int32]:
+    """The tokens [P] of a sample that others may share: those before its first picture, and before
+    those that predict learned ones."""
+    learned = int(outline.learned_T.argmax()) if outline.learned_T.any() else outline.tokens
+    picture = outline.spans[0].start if outline.spans else outline.tokens
+    return outline.ids_T[: max(0, min(learned - 1, picture))]
+
+
+def common(one_P: NDArray[np.int32], other_P: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What both begin with. Where they part, a multiple of `FEW`."""
+    end = min(len(one_P), len(other_P))
+    unlike = np.flatnonzero(one_P[:end] != other_P[:end])
+    return one_P[: unlike[0] // FEW * FEW if len(unlike) else end]
+
+
+def worth(shared: int, samples: int, tokens: int) -> int:
+    """`shared`, or 0 where sharing it spares next to nothing of so many samples and tokens."""
+    return shared if shared * (samples - 1) * WORTH >= tokens else 0
+
+
+def shareable(outlines: Sequence[Outline]) -> int:
+    """How many tokens all these samples share."""
+    if not outlines:
+        return 0
+    # Positions of text before the first picture hang on nothing but the place.
+    shared = len(reduce(common, map(beginning, outlines)))
+    return worth(shared, len(outlines), sum(outline.tokens for outline in outlines))
+
+
+def pack(
+    encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None, shared: int = 0
+) -> PackedBatch:
     """Lay samples end to end, in the order given, on the CPU; their patches into the array
-    `patches` of their common shape, where there is one.
+    `patches` of their common shape, where there is one. Of several samples, the first `shared`
+    tokens are laid once (`shareable`).
 
     A learned token is predicted by the token before it in its own sequence; the first token of a
     sequence has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32
@@ -85,12 +142,17 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
     first = encoded[0]
     assert len(encoded) == 1 or not first.inputs, f"{first.outline.id} has to stand alone"
     outlines = [one.outline for one in encoded]
-    lengths = [outline.tokens for outline in outlines]
+    shared = shared if len(outlines) > 1 else 0
+    stretches = [(outline, slice(shared, None)) for outline in outlines]
+    if shared:
+        stretches.insert(0, (outlines[0], slice(shared)))
+    lengths = [len(outline.ids_T[own]) for outline, own in stretches]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    starts = bounds[:-1]
-    ids_T = np.concatenate([outline.ids_T for outline in outlines]).astype(np.int64)
-    learned_T = np.concatenate([outline.learned_T for outline in outlines])
-    learned_T[starts] = False
+    # Where a sample's first token would lie, if what it shares lay right before its own.
+    starts = bounds[-len(outlines) - 1 : -1] - shared
+    ids_T = np.concatenate([outline.ids_T[own] for outline, own in stretches]).astype(np.int64)
+    learned_T = np.concatenate([outline.learned_T[own] for outline, own in stretches])
+    learned_T[bounds[:-1]] = False
     targets_at = np.flatnonzero(learned_T)
     visual_at = [
         np.arange(start + span.start, start + span.stop)
@@ -98,7 +160,7 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
         for span in outline.spans
     ]
     none = np.empty(0, dtype=np.int64)
-    positions_3T = np.concatenate([outline.positions_3T for outline in outlines], axis=1)
+    positions_3T = np.concatenate([outline.positions_3T[:, own] for outline, own in stretches], 1)
     return PackedBatch(
         sample_ids=tuple(outline.id for outline in outlines),
         lengths=tuple(lengths),
@@ -111,6 +173,7 @@ def pack(encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None) -
         predict_L=torch.from_numpy(targets_at - 1),
         target_L=torch.from_numpy(ids_T[targets_at]),
         inputs=first.inputs,
+        shared=shared > 0,
     )
 
 
@@ -184,8 +247,9 @@ def evened(
     return F.pad(patches_ND, (0, 0, 0, squares * merge**2)), grids + blank
 
 
-def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int], budget: int, shared: int = 0) -> list[list[int]]:
     """Share samples of these lengths out to packs of at most `budget` tokens: lists of indices.
+    The first `shared` tokens of all samples of a pack count once.
 
     First fit: each sample, in order, joins the first pack with room for it. A pure function of
     its arguments; within a pack the order is kept, and packs are in the order of their first
@@ -193,7 +257,8 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     room: list[int] = []
-    for index, length in enumerate(lengths):
+    budget -= shared
+    for index, length in enumerate(length - shared for length in lengths):
         fitting = (pack for pack, left in enumerate(room) if left >= length)
         chosen = next(fitting, len(packs))
         if chosen == len(packs):

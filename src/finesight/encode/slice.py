@@ -33,6 +33,11 @@ class Alone(NamedTuple):
     grids: tuple[Grid, ...]
     supervised: int
 
+    @property
+    def beginning(self) -> int:
+        """It shares none."""
+        return 0
+
 
 class _Frame(NamedTuple):
     """What a tower looks at by itself: one point in time of the picture number `picture`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -99,6 +99,96 @@ class PackedAttention:
         return attend(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
 
+class Places(NamedTuple):
+    """Where rows of a pack stand whose sequences branch off the first one, of P rows, once each has
+    them before its own: M rows. `at_M` is the row of each place, `own_T` the place of each row, and
+    `trunk_SP` has the places of the first one's."""
+
+    at_M: Tensor
+    own_T: Tensor
+    trunk_SP: Tensor
+
+
+class _Branched(torch.autograd.Function):
+    """Rows [T, ...] in their places [M, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TX: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return x_TX.index_select(0, places.at_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MX: Tensor) -> tuple[Tensor, None]:
+        _, own_T, trunk_SP = ctx.places
+        dx_TX, shape = dy_MX.index_select(0, own_T), (*trunk_SP.shape, *dy_MX.shape[1:])
+        # What comes back from every sequence is summed up wide and rounded once.
+        theirs_SPX = dy_MX.index_select(0, trunk_SP.flatten()).view(shape)
+        wide = torch.promote_types(dy_MX.dtype, torch.float32)
+        dx_TX[: shape[1]] = theirs_SPX.sum(0, dtype=wide)
+        return dx_TX, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchedAttention(PackedAttention):
+    """The same of sequences that go on from the first one, which each of the others reads before
+    its own tokens, and which is computed once; of so many `rows` in all. `segments.longest` counts
+    it, too."""
+
+    rows: int
+
+    @property
+    def contexts_T(self) -> Tensor:
+        """`Attention`: what stands before is read, too; of the first sequence, itself."""
+        lengths_S = self.whole.bounds_S1.diff()
+        own_S = self.segments.bounds_S1.diff()
+        return lengths_S.repeat_interleave(own_S, output_size=self.rows)
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """`Attention`, the same for every layer."""
+        own, whole = self.segments, self.whole
+        if _takes_short(q_THD, own):
+            return _short(q_THD, k_TKD, v_TKD, _bounds(own, self.trunk))
+        k_MKD, v_MKD = self._branched(k_TKD), self._branched(v_TKD)
+        if has_varlen(q_THD):
+            return _attend_varlen(q_THD, k_MKD, v_MKD, own, whole, causal=True)
+        o_MHD = attend(self._branched(q_THD), k_MKD, v_MKD, whole, causal=True)
+        return o_MHD.index_select(0, self.places.own_T)
+
+    def _branched(self, x_TX: Tensor) -> Tensor:
+        y_MX: Tensor = _Branched.apply(x_TX, self.places)  # type: ignore[no-untyped-call]
+        return y_MX
+
+    @property
+    def trunk(self) -> int:
+        """Tokens of the first sequence."""
+        return self.segments.lengths[0]
+
+    @cached_property
+    def whole(self) -> Segments:
+        """Each sequence with what it reads before its own tokens."""
+        first, *others = self.segments.lengths
+        bounds_S1 = self.segments.bounds_S1
+        before_S1 = torch.arange(-1, len(others) + 1, device=bounds_S1.device).clamp_(min=0)
+        whole_S1 = (bounds_S1 + before_S1 * first).to(bounds_S1.dtype)
+        return Segments((first, *(first + n for n in others)), whole_S1, self.segments.longest)
+
+    @cached_property
+    def places(self) -> Places:
+        """Made on the device: of a recording's sequences the lengths are known there alone."""
+        (own_S1, whole_S1), trunk = (self.segments.bounds_S1, self.whole.bounds_S1), self.trunk
+        row_T = torch.arange(self.rows, device=own_S1.device, dtype=own_S1.dtype)
+        own_T = row_T + trunk * torch.searchsorted(own_S1[1:], row_T, right=True)
+        trunk_SP = whole_S1[:-1, None] + row_T[:trunk]
+        places = self.rows + trunk * (len(own_S1) - 2)
+        place_M = torch.arange(places, device=own_S1.device, dtype=own_S1.dtype)
+        sequence_M = torch.searchsorted(whole_S1[1:], place_M, right=True)
+        inside_M = place_M - whole_S1[sequence_M]
+        after_M = own_S1[sequence_M] + inside_M - trunk * (sequence_M > 0)
+        at_M = torch.where(inside_M < trunk, inside_M, after_M)
+        return Places(at_M, own_T, trunk_SP)
+
+
 def attend(
     q_THD: Tensor,
     k_TKD: Tensor,
@@ -123,7 +213,7 @@ def attend(
         return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
     if not has_varlen(q_THD):
         return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
-    if KERNELS and causal and segments.longest <= SHORT:
+    if causal and _takes_short(q_THD, segments):
         return _short(q_THD, k_TKD, v_TKD, _bounds(segments))
     if KERNELS and not (causal or torch.is_grad_enabled()):
         return look_kernels.look(q_THD, k_TKD, v_TKD, _bounds(segments))
@@ -144,8 +234,13 @@ def has_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _bounds(segments: Segments) -> attention_kernels.Bounds:
-    return attention_kernels.Bounds(segments.bounds_S1, segments.longest)
+def _takes_short(q_THD: Tensor, segments: Segments) -> bool:
+    """Whether `attention_kernels` take these."""
+    return KERNELS and segments.longest <= SHORT and has_varlen(q_THD)
+
+
+def _bounds(segments: Segments, trunk: int = 0) -> attention_kernels.Bounds:
+    return attention_kernels.Bounds(segments.bounds_S1, segments.longest, trunk)
 
 
 class _Short(torch.autograd.Function):

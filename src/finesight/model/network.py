@@ -18,7 +18,7 @@ from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 from finesight.model import fused_layer, qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
 from finesight.model.architecture import Architecture
-from finesight.model.attention import Attention, PackedAttention, Segments
+from finesight.model.attention import Attention, BranchedAttention, PackedAttention, Segments
 from finesight.model.bank import Readers
 from finesight.model.experts import waits
 from finesight.model.frozen import FrozenWeight
@@ -159,19 +159,24 @@ class VisionLanguageModel(nn.Module):
         device) is what drop-outs are a function of on a GPU; by default it is drawn."""
         # Before a seed is drawn: who knows the features has had the tower draw first, too.
         features_MKD = self._features(batch, features_MKD)
-        segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
         if seed_1 is None and self.training and batch.ids_T.is_cuda:
             seed_1 = torch.randint(2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32)
-        attention = (
-            PackedAttention(segments, seed_1)
-            if batch.share is None
-            else SharedAttention(segments, seed_1, share=batch.share)
-        )
+        attention = _attention(batch, seed_1)
         if fused_layer.takes(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             groups = (group for layer in layers for group in layer.fusible)
             self._laying.lay(fused_layer.joined_groups(groups))
         return self.normed(self.read(batch, attention, batch.predict_L, features_MKD))
+
+
+def _attention(batch: PackedBatch, seed_1: Tensor | None) -> PackedAttention:
+    """How the tokens of a pack look at each other."""
+    segments = Segments(batch.lengths, batch.bounds_S1, batch.longest)
+    if batch.shared:
+        return BranchedAttention(segments, seed_1, rows=len(batch.ids_T))
+    if batch.share is not None:
+        return SharedAttention(segments, seed_1, share=batch.share)
+    return PackedAttention(segments, seed_1)
 
 
 @contextmanager

@@ -17,17 +17,12 @@ from finesight.model.qwen_language import QwenDecoder
 from finesight.model.qwen_vl import Block, SquareTower
 from finesight.model.tower import VisionTower
 from finesight.plan.gradients import Come
-from finesight.plan.kept import (
-    WIDE,
-    Computing,
-    learns,
-    of_norm,
-)
+from finesight.plan.kept import WIDE, Computing, Place, learns, of_norm
 from finesight.plan.load import Load
 from finesight.plan.merger import of_merger, turned_in
 from finesight.plan.mlp import entering, passing, widest
 from finesight.plan.recorded import Recording, recording
-from finesight.plan.stack import Place, Stack
+from finesight.plan.stack import Stack
 from finesight.train.loss import LOGITS_BYTES
 
 
@@ -223,18 +218,19 @@ class Activations:
             wide = isinstance(self._model.model, QwenDecoder)
             number = WIDE if wide else computing.number
             found += 2 * load.tokens * geometry.language.head_width * number
-            found += self._layers.sorting(load.lengths, computing)
+            found += self._layers.sorting(load.contexts, computing)
         return found
 
     def _places(self, load: Load) -> list[Place]:
         """Of the decoder's layers: the last one runs its MLP for the labels alone."""
         rows = [load.tokens] * (len(self._layers.layers) - 1) + [load.supervised]
-        return [(load.lengths, number) for number in rows]
+        return [Place(load.contexts, load.tokens, number) for number in rows]
 
     def _seats(self, load: Load) -> list[Place]:
         """Of the tower's blocks."""
         patches = load.patches
-        return [(lengths, patches) for lengths in self._model.visual.divided(load.grids)]
+        divided = self._model.visual.divided(load.grids)
+        return [Place(lengths, patches, patches) for lengths in divided]
 
     def _tower(self, load: Load) -> int:
         """What the tower and its mergers keep."""
@@ -250,7 +246,7 @@ class Activations:
             found += sum(self._blocks.kept(seats))
             if self._blocks.looks and self._rotates():
                 found += 2 * load.patches * tower.geometry.head_width * WIDE
-            for lengths in {tuple(lengths) for lengths, _ in seats}:
+            for lengths in {tuple(seat.lengths) for seat in seats}:
                 found += self._blocks.sorting(lengths, computing)
         for merger in _mergers(tower):
             found += of_merger(merger, tower.geometry, load.patches, self._sees, computing)

@@ -13,7 +13,8 @@ from finesight.plan.load import Load, packed
 from finesight.plan.memory import FULL, Peak, peak_of
 from finesight.plan.model import Sized
 from finesight.plan.seconds import StepTime
-from finesight.train.recorded import MOST_KINDS, Kind
+from finesight.train.held import Kind
+from finesight.train.recorded import MOST_KINDS
 from finesight.train.survey import Glance
 
 SENSIBLE = 4096
@@ -54,10 +55,11 @@ class Estimate:
 
 
 class Steps:
-    """The steps of a run, packed under any budget."""
+    """The steps of a run, packed under any budget; all samples share so many tokens."""
 
-    def __init__(self, steps: Sequence[Sequence[Glance]]) -> None:
+    def __init__(self, steps: Sequence[Sequence[Glance]], shared: int = 0) -> None:
         self._steps = steps
+        self._shared = shared
         self._fullest: dict[int, list[Load]] = {}
         self._several: dict[int, bool] = {}
 
@@ -75,7 +77,7 @@ class Steps:
         """Packs that may take the most memory: the first of each kind that a run may record, the
         largest by each size, and by all together."""
         if budget not in self._fullest:
-            packs = [packed(step, budget) for step in self._steps]
+            packs = [packed(step, budget, self._shared) for step in self._steps]
             loads = [load for step in packs for load in step]
             self._fullest[budget] = [*_kinds(loads), *_largest(loads)]
             self._several[budget] = any(len(step) > 1 for step in packs)
@@ -89,13 +91,13 @@ class Steps:
     def timed(self, budget: int) -> list[list[Load]]:
         """Steps for timing."""
         every = math.ceil(len(self._steps) / TIMED)
-        return [packed(step, budget) for step in self._steps[::every]]
+        return [packed(step, budget, self._shared) for step in self._steps[::every]]
 
 
 def _kinds(loads: Sequence[Load]) -> list[Load]:
     found: dict[Kind, Load] = {}
     for load in loads:
-        found.setdefault(Kind.around(load.lengths, load.patches, load.supervised), load)
+        found.setdefault(Kind.around(load, load.patches, load.supervised), load)
         if len(found) == MOST_KINDS:
             break
     return list(found.values())
@@ -106,7 +108,7 @@ def _largest(loads: Sequence[Load]) -> Iterator[Load]:
         lambda load: load.tokens,
         lambda load: load.patches,
         lambda load: load.supervised,
-        lambda load: sum(length**2 for length in load.lengths),
+        lambda load: sum(length**2 for length in load.contexts),
     )
     most = [max(map(size, loads)) or 1 for size in sizes]
 

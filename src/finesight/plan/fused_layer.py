@@ -8,7 +8,6 @@ a layer where something before it learns. T are the tokens of a pack, L those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,7 +27,7 @@ from finesight.model.language import DecoderLayer
 from finesight.model.layers import GatedMlp
 from finesight.model.linear import GroupedLinear
 from finesight.model.lora import LoraGroup
-from finesight.plan.kept import WIDE, Computing, learns, turned
+from finesight.plan.kept import WIDE, Computing, Place, learns, turned
 
 FLASH_TILE, FLASH_HEAD = 128, 32
 """Queries of a tile on the way back of torch's attention of any lengths, which adds as many rows
@@ -205,9 +204,9 @@ class FusedLayer:
         """What is there from the first pack on beside the weights."""
         return sum(product.stays for product in (self.into, self.out, self.both, self.down))
 
-    def of_pack(self, lengths: Sequence[int], rows: int) -> int:
-        """What it keeps of a pack of these sequences; `rows` go through its second half."""
-        tokens = sum(lengths)
+    def of_pack(self, place: Place) -> int:
+        """What it keeps of a pack."""
+        _, tokens, rows = place
         return self._entered(tokens) + self._looked(tokens) + self._left(tokens, rows)
 
     def _entered(self, tokens: int) -> int:
@@ -231,11 +230,10 @@ class FusedLayer:
         low = into.low + both.low + self.down.low
         return rows * (copied + both.inputs + WIDE + normed + both.outputs + low) * self.leaves
 
-    def going_forth(self, lengths: Sequence[int], rows: int) -> int:
+    def going_forth(self, place: Place) -> int:
         """The most at once on the way forward, less what it keeps: negative where that is more."""
-        tokens = sum(lengths)
-        most = max(self._going_in(tokens), self._going_out(tokens, rows))
-        return most - self.of_pack(lengths, rows)
+        most = max(self._going_in(place.tokens), self._going_out(place.tokens, place.rows))
+        return most - self.of_pack(place)
 
     def _going_in(self, tokens: int) -> int:
         into = self.into
@@ -266,16 +264,16 @@ class FusedLayer:
         shares = -(-width // columns_of_chunk(rows, width, GATE))
         return shares * rows * max(1, self.down.low // self.number) * WIDE
 
-    def going_back(self, lengths: Sequence[int], rows: int) -> int:
+    def going_back(self, place: Place) -> int:
         """The most at once on the way back beside what it keeps, the output's gradient and those
         of its weights included; less what is gone by then."""
         if not self.leaves:
             return 0
-        tokens = sum(lengths)
+        _, tokens, rows = place
         most = self._coming_out(rows)
         if self.enters:
             gone = self._left(tokens, rows)
-            later = max(self._looking_back(lengths), self._coming_in(tokens))
+            later = max(self._looking_back(place), self._coming_in(tokens))
             most = max(most, later + self._learned_out() - gone)
         return most
 
@@ -313,10 +311,10 @@ class FusedLayer:
         after = self.out.gradients + self.both.gradients + self.down.gradients
         return after + self.norms[1]
 
-    def _looking_back(self, lengths: Sequence[int]) -> int:
+    def _looking_back(self, place: Place) -> int:
         """Attention's way back: the gradients of its output and of what that is added to, and of
         queries, keys and values."""
-        tokens, numbers = sum(lengths), self.heads * self.head
+        lengths, tokens, numbers = place.lengths, place.tokens, self.heads * self.head
         held = tokens * (self.into.inputs + self.out.inputs + self.into.outputs)
         if max(lengths) <= SHORT:
             return held + tokens * WIDE * self.heads

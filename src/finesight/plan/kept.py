@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from finesight.model.attention import SHORT
 from finesight.model.fp8 import Fp8Weight
 from finesight.model.layers import RmsNorm
 from finesight.model.linear import GroupedLinear
@@ -107,6 +109,15 @@ def of_norm(norm: nn.Module, width: int, reached: bool, computing: Computing) ->
     return width * computing.number * copies + WIDE
 
 
+class Place(NamedTuple):
+    """Where a layer meets a pack: the sequences that it looks over, each with what it shares, how
+    many tokens there are, and how many `rows` of them go through its MLP."""
+
+    lengths: Sequence[int]
+    tokens: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """The attention of one layer: so many numbers of a token's queries, keys and values, of `heads`
@@ -119,31 +130,46 @@ class Look:
     made: int
     causal: bool
 
-    def kept(self, lengths: Sequence[int], computing: Computing) -> int:
-        """Bytes for a pack of these sequences (`model.attention.attend`)."""
-        tokens, number = sum(lengths), computing.number
+    def kept(self, place: Place, computing: Computing) -> int:
+        """Bytes for a pack (`model.attention`). Without a kernel for it, each sequence has a copy
+        of what it shares; where sequences are long, of its keys and values."""
+        lengths, tokens, number = place.lengths, sum(place.lengths), computing.number
         if is_short(lengths, computing):
             return self._short(lengths).kept
         scales = WIDE * self.heads * tokens
         if computing.flash:
-            return number * tokens * (self.made + self.queries) + scales
+            copies = (tokens - place.tokens) * (max(lengths) > SHORT)
+            own = place.tokens * (number * (self.made + self.queries) + WIDE * self.heads)
+            return own + 2 * number * copies * self.shared
         if self.queries == self.shared and alike(lengths, CPU).order_T is None:
             return number * tokens * (self.made + self.queries) + scales
         # Grouped heads are repeated, or tokens sorted: copies either way.
         return number * tokens * 4 * self.queries + scales
 
-    def forth(self, lengths: Sequence[int], computing: Computing) -> int:
+    def forth(self, place: Place, computing: Computing) -> int:
         """Bytes on the way forward beside what is kept, queries, keys and values included. Other
         kernels make no scores of all pairs, and take less than an MLP: not counted."""
-        if not is_short(lengths, computing):
-            return 0
-        short = self._short(lengths)
-        return computing.number * self.made * short.tokens + short.forth - short.kept
+        copies = self._copies(place, computing)
+        if not is_short(place.lengths, computing):
+            return copies
+        short = self._short(place.lengths)
+        return computing.number * self.made * place.tokens + copies + short.forth - short.kept
 
-    def back(self, lengths: Sequence[int], computing: Computing) -> int:
-        """Bytes on the way back beside what is kept, the output's gradient included; of other
-        kernels not counted either."""
-        return self._short(lengths).back if is_short(lengths, computing) else 0
+    def back(self, place: Place, computing: Computing) -> int:
+        """Bytes on the way back beside what is kept, the output's gradient included. Other kernels
+        on a processor have as many heads of keys as of queries; of a card's nothing is counted."""
+        copies = self._copies(place, computing)
+        if is_short(place.lengths, computing):
+            return copies + self._short(place.lengths).back
+        heads = 0 if computing.cuda else computing.number * 4 * self.queries
+        return copies + heads * sum(place.lengths)
+
+    def _copies(self, place: Place, computing: Computing) -> int:
+        """Of queries, keys and values in which each sequence has what it shares, or of their
+        gradients."""
+        tokens = sum(place.lengths)
+        once = computing.flash or tokens == place.tokens
+        return 0 if once else computing.number * tokens * (self.queries + 2 * self.shared)
 
     def sorting(self, lengths: Sequence[int], computing: Computing) -> int:
         """Bytes of the places that tokens are sorted by, once for all layers."""
@@ -198,25 +224,26 @@ class Kept:
         """Whether it holds what its attention needs."""
         return self.look is not None
 
-    def of_pack(self, lengths: Sequence[int], rows: int) -> int:
-        """Bytes for a pack of these sequences, of which `rows` go through the MLP."""
-        look = 0 if self.look is None else self.look.kept(lengths, self.computing)
-        return self.beside * sum(lengths) + look + self.mlp * rows + self.copied
+    def of_pack(self, place: Place) -> int:
+        """Bytes for a pack."""
+        look = 0 if self.look is None else self.look.kept(place, self.computing)
+        return self.beside * place.tokens + look + self.mlp * place.rows + self.copied
 
-    def going_forth(self, lengths: Sequence[int], rows: int) -> int:
+    def going_forth(self, place: Place) -> int:
         """Bytes that its attention works with on the way forward, less what is not there yet."""
         if self.look is None:
             return 0
-        return self.look.forth(lengths, self.computing) + self._around(lengths, rows)
+        return self.look.forth(place, self.computing) + self._around(place)
 
-    def going_back(self, lengths: Sequence[int], rows: int) -> int:
+    def going_back(self, place: Place) -> int:
         """Bytes that its MLP or its attention works with on the way back, less what is gone."""
+        rows = place.rows
         mlp = max(rows * self.back, 2 * rows * self.entering + self.gradients) - rows * self.freed
         if self.look is None:
             return mlp
-        return max(mlp, self.look.back(lengths, self.computing) + self._around(lengths, rows))
+        return max(mlp, self.look.back(place, self.computing) + self._around(place))
 
-    def _around(self, lengths: Sequence[int], rows: int) -> int:
+    def _around(self, place: Place) -> int:
         """Bytes around its attention, less those of what comes after it: on the way forward its
         normed input, on the way back the gradient of what its output was added to."""
-        return (self.entering - self.out) * sum(lengths) - self.mlp * rows
+        return (self.entering - self.out) * place.tokens - self.mlp * place.rows

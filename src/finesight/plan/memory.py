@@ -18,10 +18,11 @@ from finesight.plan.kept import WIDE, Computing
 from finesight.plan.load import Load
 from finesight.train.adamw import MOST as STEPPED
 from finesight.train.gradients import LARGE
+from finesight.train.held import Kind
 from finesight.train.moments import BLOCK
 from finesight.train.muon import MOST as TURNED
 from finesight.train.optimizer import Group, Masters
-from finesight.train.recorded import MOST_KINDS, Kind
+from finesight.train.recorded import MOST_KINDS
 
 STEPPED_BYTES = 20
 """Bytes of a number while AdamW steps it without a kernel (`train.adamw`)."""

@@ -16,7 +16,7 @@ from finesight.infer.load import cpu_precision
 from finesight.model.parts import PARTS
 from finesight.plan.answering import Answering, answering
 from finesight.plan.choice import Chooser, Estimate, Setting, Steps
-from finesight.plan.load import load_of, steps_of
+from finesight.plan.load import Load, steps_of
 from finesight.plan.model import Sized, sized
 from finesight.plan.seconds import start_seconds
 from finesight.plan.target import Target, named_target, own_target
@@ -24,7 +24,7 @@ from finesight.train.base import base_of
 from finesight.train.course import Course
 from finesight.train.flops import Arithmetic
 from finesight.train.progress import Screen
-from finesight.train.survey import Glance, Survey
+from finesight.train.survey import Survey
 from finesight.train.texts import texts_of
 from finesight.train.workers import MOST
 
@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
     renderer = base.renderer(recipe)
     train, held_out = texts_of(recipe, renderer, written_on.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
-    steps = Steps(list(steps_of(course, train.glances(renderer, recipe.data))))
+    steps = Steps([*steps_of(course, train.glances(renderer, recipe.data))], train.survey.shared)
     on = _better(recipe, gpu, written_on)
 
     @lru_cache
@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
         target=on,
         precision=on.precision,
         tokens=_tokens(train.survey),
-        operations=_operations(model, train.survey.glances),
+        operations=_operations(model, steps.timed(chosen.setting.pack_tokens)),
         steps=len(course),
         batch=recipe.train.batch,
         samples=course.samples,
@@ -217,16 +217,15 @@ def _round_width(width: float) -> int:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 
-def _operations(model: Sized, glances: Sequence[Glance]) -> dict[str, float]:
-    """Of a mean sample."""
-    arithmetic = Arithmetic(model.model)
-    # Counted one by one: attention goes with the square of each one's tokens.
-    all_of_them = arithmetic.by_part(load_of(glances))
-    number = len(glances)
-    found = {part: all_of_them.weights[part] / number for part in PARTS}
+def _operations(model: Sized, steps: Sequence[Sequence[Load]]) -> dict[str, float]:
+    """Of a mean sample of these steps."""
+    loads = [load for step in steps for load in step]
+    counted = [*map(Arithmetic(model.model).by_part, loads)]
+    number = sum(load.samples for load in loads)
+    found = {part: sum(one.weights[part] for one in counted) / number for part in PARTS}
     attention = {
-        "attention of tokens": all_of_them.tokens,
-        "attention of patches": all_of_them.patches,
+        "attention of tokens": sum(one.tokens for one in counted),
+        "attention of patches": sum(one.patches for one in counted),
     }
     return found | {name: count / number for name, count in attention.items()}
 

@@ -9,7 +9,8 @@ from finesight.model.network import VisionLanguageModel
 from finesight.model.qwen2_5_vl import WindowedTower
 from finesight.plan.kept import INDEX, Computing
 from finesight.plan.load import Load
-from finesight.train.recorded import Kind, learns_little, pays
+from finesight.train.held import Kind
+from finesight.train.recorded import learns_little, pays
 from finesight.train.sight import SightKind, sees, watches
 
 BOUND = 4
@@ -39,7 +40,7 @@ def recording(
     inside = watches(model) and sees(load.patches, recompute)
     numbers = load.numbers(tower.geometry)
     sight = SightKind.around(tower, load.grids, load.patches, numbers) if inside else None
-    kind = Kind.around(load.lengths, load.patches // merge**2, load.supervised, sight)
+    kind = Kind.around(load, load.patches // merge**2, load.supervised, sight)
     # Ids, three positions and places of tokens; tokens that predict, and what they predict.
     room = INDEX * (4 * kind.tokens + kind.places + 2 * kind.labels) + BOUND * (kind.sequences + 1)
     lengths = *load.lengths, kind.tokens - load.tokens
@@ -47,11 +48,11 @@ def recording(
         features = kind.places * tower.features * tower.geometry.out_width * computing.number
         learned = any(parameter.requires_grad for parameter in tower.parameters())
         room += features * (2 if learned else 1)
-        return Recording(kind, Load(lengths, (), kind.labels), room)
+        return Recording(kind, Load(lengths, (), kind.labels, load.shared), room)
     # Bytes, and the row and column of each; squares in another order, and back.
     room += sight.patches * (sight.bytes + 2 * BOUND)
     room += 2 * INDEX * kind.places * isinstance(tower, WindowedTower)
     room += sum(BOUND * (count + 1) for count, _ in sight.ways)
     rest = sight.patches - load.patches
     grids = (*load.grids, (1, merge, rest // merge)) if rest else load.grids
-    return Recording(kind, Load(lengths, grids, kind.labels), room)
+    return Recording(kind, Load(lengths, grids, kind.labels, load.shared), room)

@@ -11,13 +11,10 @@ from torch import nn
 from finesight.model.language import DecoderLayer
 from finesight.model.layers import recomputed
 from finesight.plan.fused_layer import FusedLayer
-from finesight.plan.kept import Computing, Kept
+from finesight.plan.kept import Computing, Kept, Place
 from finesight.plan.layer import of_layer
 
 Layer: TypeAlias = Kept | FusedLayer
-
-Place: TypeAlias = tuple[Sequence[int], int]
-"""The sequences that a layer looks over, and how many rows its MLP has."""
 
 
 def layer_of(layer: nn.Module, reached: bool, computing: Computing) -> Layer:
@@ -69,8 +66,8 @@ class Stack:
     def kept(self, places: Sequence[Place]) -> list[int]:
         """Bytes of each layer."""
         return [
-            sum(lengths) * layer.entering if number < self.again else layer.of_pack(lengths, rows)
-            for number, (layer, (lengths, rows)) in enumerate(zip(self.layers, places, strict=True))
+            place.tokens * layer.entering if number < self.again else layer.of_pack(place)
+            for number, (layer, place) in enumerate(zip(self.layers, places, strict=True))
         ]
 
     def leading(self) -> list[int]:
@@ -88,16 +85,15 @@ class Stack:
 
     def going_forth(self, number: int, places: Sequence[Place]) -> int:
         """Bytes that the forward pass of a layer works with beside what it keeps."""
-        return max(0, self.layers[number].going_forth(*places[number]))
+        return max(0, self.layers[number].going_forth(places[number]))
 
     def going_back(self, number: int, places: Sequence[Place]) -> int:
         """Bytes that the backward pass of a layer works with, less what it has freed by then."""
         layer, place = self.layers[number], places[number]
-        working = layer.going_back(*place)
+        working = layer.going_back(place)
         if number < self.again:
-            lengths, rows = place
-            again = layer.going_forth(*place) + rows * layer.entering
+            again = layer.going_forth(place) + place.rows * layer.entering
             # Its input is there already.
-            anew = layer.of_pack(*place) - sum(lengths) * layer.entering * layer.has_input
+            anew = layer.of_pack(place) - place.tokens * layer.entering * layer.has_input
             working = anew + max(working, again)
         return max(0, working)

@@ -49,7 +49,7 @@ class Budget(BaseModel):
         only when activations are computed twice, which are kept for learning alone, or where one
         of several `processes` that may share it would else have it alone.
         """
-        if len(pack.lengths) > 1:
+        if len(pack.sample_ids) > 1:
             held = min(self.pack_tokens, sum(pack.lengths))
             return self.model_copy(update={"pack_tokens": max(1, held // 2)})
         if learning and self.recompute < 1.0:
@@ -103,7 +103,7 @@ def too_much(
 ) -> FullMemory:
     """What a refusal of memory for a pack means to one of so many `processes` that may share a
     sample. Where memory was `freed` since, the pack may be tried as it was."""
-    samples, first = len(pack.lengths), pack.sample_ids[0]
+    samples, first = len(pack.sample_ids), pack.sample_ids[0]
     held = f"sample {first:.80}" if samples == 1 else f"{samples} samples from {first:.80} on"
     return FullMemory(
         f"the GPU's memory is full: {said(error)}",

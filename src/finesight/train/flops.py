@@ -27,11 +27,14 @@ LAYERS = ("model.layers.", "visual.blocks.")
 
 
 class Sizes(Protocol):
-    """What the arithmetic of a pack hangs on: tokens of each sequence, grids of its pictures, and
-    how many tokens are predicted."""
+    """What the arithmetic of a pack hangs on: tokens of each sequence, how many of them all
+    share, grids of its pictures, and how many tokens are predicted."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
+
+    @property
+    def beginning(self) -> int: ...
 
     @property
     def grids(self) -> Sequence[Grid]: ...
@@ -116,7 +119,7 @@ class Arithmetic:
             part: 2 * (rows[part] * self._per_row[part] + batch.supervised * self._per_label[part])
             for part in PARTS
         }
-        return Operations(of_part, *self._attention(batch.lengths, batch.grids))
+        return Operations(of_part, *self._attention(batch.lengths, batch.grids, batch.beginning))
 
     def again(self, batch: Sizes, share: float) -> float:
         """Operations of making the activations of this share of the layers a second time, of those
@@ -136,12 +139,17 @@ class Arithmetic:
         much again on the way back."""
         return sum(self._attention(lengths, grids))
 
-    def _attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> tuple[int, int]:
+    def _attention(
+        self, lengths: Sequence[int], grids: Sequence[Grid], shared: int = 0
+    ) -> tuple[int, int]:
         """Of tokens, and of patches."""
         language, vision = self._geometry.language, self._geometry.vision
         inside, window = self._windows
         width = language.heads * language.head_width
-        causal = sum(length**2 for length in lengths) * 2 * width * language.depth
+        # What sequences share is a sequence itself, and its queries are its own alone.
+        pairs = sum((length + shared) ** 2 - shared**2 for length in lengths)
+        pairs -= 2 * shared**2
+        causal = pairs * 2 * width * language.depth
         whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
         return causal * self._speaking, 4 * vision.width * (whole + windowed) * self._seeing

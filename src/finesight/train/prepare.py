@@ -237,7 +237,10 @@ def prepare(
         train=train,
         held_out=held_out,
         course=course,
-        data=train.in_steps(renderer, members, recipe.train.pack_tokens, recipe.data),
+        data=train.in_steps(
+            *(renderer, members, recipe.train.pack_tokens, recipe.data),
+            shares=not isinstance(model, FallbackModel),
+        ),
         model=model.train(),
         parallel=parallel,
         masters=masters,

@@ -1,11 +1,10 @@
 """Small packs forwards and backwards, recorded as CUDA graphs: with few tokens a card computes its
 kernels faster than a processor launches them.
 
-A recording is of a kind of pack: sizes are rounded up to those of few kinds, and what fills a pack
-up is a sequence of nothing after its own. Everything that changes from pack to pack lies in tensors
-that the recording reads, the seed of its drop-outs included. It goes from the features of pictures
-to the loss and back to them; where a tower learns, from the pictures themselves (`train.sight`), or
-else its kernels are launched while the card is busy with what was recorded.
+A recording is of a kind of pack (`train.held`): sizes are rounded up to those of few kinds, and
+what fills a pack up is a sequence of nothing after its own. A recording goes from the features of
+pictures to the loss and back to them; where a tower learns, from the pictures themselves
+(`train.sight`), or else its kernels are launched while the card is busy with what was recorded.
 
 Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
 predict a learned one.
@@ -16,25 +15,21 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from finesight.encode.pack import EVEN, PackedBatch
+from finesight.encode.pack import PackedBatch
 from finesight.infer.recorded import Recorded
 from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_varlen
 from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tower import VisionTower
+from finesight.train.held import MOST_TOKENS, Held, Kind
 from finesight.train.left import Left
 from finesight.train.loss import label_loss
-from finesight.train.sight import Sight, SightKind, sees, up, watches
-
-MOST_TOKENS = 6144
-"""Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
+from finesight.train.sight import SightKind, sees, watches
 
 MOST_WHERE_LATE = 16384
 """Of a pack where the card is through with all it has when the next one comes: on a slower host, or
@@ -53,129 +48,6 @@ LAUNCHED = 3
 
 MOST_LEARNED = 4_000_000_000
 """Numbers that learn: recordings have room for their gradients, which stays from step to step."""
-
-
-class Kind(NamedTuple):
-    """Sizes of a recording."""
-
-    tokens: int
-    sequences: int
-    longest: int
-    places: int
-    labels: int
-    sight: SightKind | None
-
-    @classmethod
-    def of(cls, batch: PackedBatch, sight: SightKind | None = None) -> Kind:
-        """That of this pack."""
-        return cls.around(batch.lengths, len(batch.visual_at_M), len(batch.predict_L), sight)
-
-    @classmethod
-    def around(
-        cls, lengths: Sequence[int], places: int, labels: int, sight: SightKind | None = None
-    ) -> Kind:
-        """That of a pack of these sequences, with room for at least one token of nothing; `sight`
-        that of its pictures, where the tower is recorded."""
-        tokens = sum(lengths) + 1
-        return cls(
-            tokens=up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
-            sequences=up(len(lengths) + 1, 8),
-            longest=up(max(lengths), 4 * EVEN),
-            places=up(places, EVEN if sight else 4 * EVEN),
-            # Up to the next quarter of a power of two: their share of the work is small.
-            labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
-            sight=sight,
-        )
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a recording reads: a pack of its kind, the features of its pictures, or what a tower
-    makes them of; the factor of its loss, and the seed of its drop-outs; and where it leaves the
-    gradient of features that learn elsewhere."""
-
-    kind: Kind
-    batch: PackedBatch
-    sight: Sight | None
-    features_MKD: Tensor | None
-    share: Tensor
-    seed_1: Tensor
-    back_MKD: Tensor | None
-
-    @classmethod
-    def room(
-        cls,
-        kind: Kind,
-        batch: PackedBatch,
-        features_MKD: Tensor | None,
-        tower: VisionTower,
-    ) -> Held:
-        """Room for packs of this kind, of which this is one."""
-        device = batch.ids_T.device
-
-        def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        room = replace(
-            batch,
-            sample_ids=(),
-            lengths=(kind.longest,) * kind.sequences,
-            grids=(),
-            ids_T=whole(kind.tokens),
-            positions_3T=whole(3, kind.tokens),
-            bounds_S1=whole(kind.sequences + 1, dtype=torch.int32),
-            patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
-            visual_at_M=whole(kind.places),
-            predict_L=whole(kind.labels),
-            target_L=whole(kind.labels),
-        )
-        features, back = None, None
-        if features_MKD is not None:
-            features = whole(kind.places, *features_MKD.shape[1:], dtype=features_MKD.dtype)
-            if features_MKD.requires_grad:
-                back = torch.zeros_like(features)
-                features.requires_grad_()
-        sight = None if kind.sight is None else Sight.room(kind.sight, batch, tower)
-        share, seed_1 = torch.zeros((), device=device), whole(1).int()
-        return cls(kind, room, sight, features, share, seed_1, back)
-
-    @torch.no_grad()
-    def lay(
-        self,
-        batch: PackedBatch,
-        features_MKD: Tensor | None,
-        share: Tensor,
-        tower: VisionTower,
-    ) -> None:
-        """Put a pack where the recording reads it; nothing waits."""
-        held, tokens = self.batch, len(batch.ids_T)
-        own = torch.arange(self.kind.tokens - tokens, device=batch.ids_T.device)
-        _fill(held.ids_T, batch.ids_T, 0)
-        held.positions_3T[:, :tokens].copy_(batch.positions_3T)
-        held.positions_3T[:, tokens:].copy_(own)
-        # After the sequence of nothing there are empty ones.
-        _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
-        _fill(held.predict_L, batch.predict_L, 0)
-        _fill(held.target_L, batch.target_L, -1)
-        _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
-        if features_MKD is not None and self.features_MKD is not None:
-            _fill(self.features_MKD, features_MKD, 0)
-        if self.sight is not None:
-            self.sight.lay(batch, tower)
-        self.share.copy_(share)
-        self.seed_1.random_(2**31 - 1)
-
-    @property
-    def learned(self) -> list[tuple[Tensor, Tensor]]:
-        """Features that learn, with the place of their gradient."""
-        if self.features_MKD is None or self.back_MKD is None:
-            return []
-        return [(self.features_MKD, self.back_MKD)]
-
-    def lead_back(self, features_MKD: Tensor | None) -> None:
-        """What came back to the features that were laid here, to what made them."""
-        if features_MKD is not None and self.back_MKD is not None:
-            torch.autograd.backward(features_MKD, self.back_MKD[: len(features_MKD)])
 
 
 def learns_little(model: nn.Module) -> bool:
@@ -220,11 +92,6 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 def _half_free(device: torch.device) -> bool:
     free, whole = torch.cuda.mem_get_info(device)
     return 2 * free > whole
-
-
-def _fill(room: Tensor, values: Tensor, rest: int) -> None:
-    room[: len(values)].copy_(values)
-    room[len(values) :].fill_(rest)
 
 
 class Passes:

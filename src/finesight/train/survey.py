@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from finesight.config import Data
@@ -19,6 +20,7 @@ from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Grid
 from finesight.encode.lengths import unfit, usable
+from finesight.encode.pack import beginning, common
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.train.loader import Dropped
@@ -41,7 +43,7 @@ class Survey:
     `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `pictures` counts
     the files of pictures and frames that the kept ones show, `distinct` those that differ in their
     path. `met` are the watched pictures that samples have. `glances` are what was seen of the
-    samples `seen`.
+    samples `seen`, `shared` the tokens that all of them begin with (`encode.pack`).
 
     Where all were looked at, `seen` are those that are kept. Otherwise all are kept, `looked_at` of
     them were looked at, `seen` can be used, sums are estimates, and `pictures` is not known."""
@@ -57,6 +59,7 @@ class Survey:
     glances: tuple[Glance, ...] = ()
     seen: Sequence[int] = ()
     looked_at: int = 0
+    shared: int = 0
 
     @property
     def whole(self) -> bool:
@@ -81,7 +84,14 @@ class Glance(NamedTuple):
         return sum(t * h * w for t, h, w in self.grids)
 
 
-class _Looks(Dataset[list[Glance | UserError] | UserError]):
+class _Look(NamedTuple):
+    """What is seen of a sample, and the tokens [P] that others may share."""
+
+    glance: Glance
+    beginning_P: NDArray[np.int32]
+
+
+class _Looks(Dataset[list[_Look | UserError] | UserError]):
     """Item k is what is seen of the k-th samples of these."""
 
     def __init__(
@@ -90,19 +100,19 @@ class _Looks(Dataset[list[Glance | UserError] | UserError]):
         self._corpus, self._indices = corpus, indices
         self._renderer, self._watched = renderer, watched
 
-    def __getitem__(self, number: int) -> list[Glance | UserError] | UserError:
+    def __getitem__(self, number: int) -> list[_Look | UserError] | UserError:
         chunk = self._indices[number * CHUNK : (number + 1) * CHUNK]
         return [self._guarded(index) for index in chunk]
 
-    def _guarded(self, index: int) -> Glance | UserError:
-        return guarded(lambda: _glance(self._corpus, index, self._renderer, self._watched))
+    def _guarded(self, index: int) -> _Look | UserError:
+        return guarded(lambda: _look(self._corpus, index, self._renderer, self._watched))
 
 
-def _glance(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) -> Glance:
+def _look(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) -> _Look:
     located = corpus.checked(index)
     outline = renderer.outline(located)
     shown = pictures_of(located)
-    return Glance(
+    glance = Glance(
         id=outline.id,
         tokens=outline.tokens,
         supervised=outline.supervised,
@@ -110,6 +120,7 @@ def _glance(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) 
         pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
         met=frozenset(shown & watched),
     )
+    return _Look(glance, beginning(outline))
 
 
 class Glances(dict[int, Glance]):
@@ -121,10 +132,10 @@ class Glances(dict[int, Glance]):
         self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
 
     def __missing__(self, index: int) -> Glance:
-        seen = guarded(lambda: _glance(self._corpus, index, self._renderer, frozenset()))
-        if isinstance(seen, UserError) or unfit(seen, self._max_length) is not None:
+        seen = guarded(lambda: _look(self._corpus, index, self._renderer, frozenset()))
+        if isinstance(seen, UserError) or unfit(seen.glance, self._max_length) is not None:
             return Glance("", 0, 0, (), (), frozenset())
-        return seen
+        return seen.glance
 
 
 def pictures_of(located: Located) -> set[str]:
@@ -154,28 +165,32 @@ def survey(
     indices = range(len(corpus)) if some is None else some
     chunks = range(-(-len(indices) // CHUNK))
     source = _Looks(corpus, indices, renderer, watched)
-    lists: Iterator[list[Glance | UserError]] = read_ahead(
+    lists: Iterator[list[_Look | UserError]] = read_ahead(
         source, chunks, min(workers, len(chunks) // 4), pin=False
     )
     damaged: dict[int, str] = {}
     seen: list[Glance] = []
     met: set[str] = set()
+    shared: NDArray[np.int32] | None = None
 
     def whole() -> Iterator[Glance]:
+        nonlocal shared
         index = 0
-        for glances in lists:
-            for glance in glances:
-                if isinstance(glance, Glance):
-                    seen.append(glance)
-                    met.update(glance.met)
-                    yield glance
-                elif isinstance(glance, DamagedPicture) and data.unusable == "drop":
-                    damaged[index] = str(glance).splitlines()[0]
+        for looks in lists:
+            for look in looks:
+                if isinstance(look, _Look):
+                    own = look.beginning_P
+                    shared = own if shared is None else common(shared, own)
+                    seen.append(look.glance)
+                    met.update(look.glance.met)
+                    yield look.glance
+                elif isinstance(look, DamagedPicture) and data.unusable == "drop":
+                    damaged[index] = str(look).splitlines()[0]
                 else:
-                    raise glance
+                    raise look
                 index += 1
             if advance is not None:
-                advance(len(glances))
+                advance(len(looks))
         if not seen:
             raise UserError(
                 f"not one of {len(indices)} samples has pictures that can be read",
@@ -187,8 +202,10 @@ def survey(
     chosen = usable(whole(), data.max_length, data.unusable)
     readable = [index for place, index in enumerate(indices) if place not in damaged]
     glances = tuple(seen[i] for i in chosen.kept)
+    same = 0 if shared is None else len(shared)
     if some is not None:
-        return _estimated(len(corpus), indices, [readable[i] for i in chosen.kept], glances, met)
+        fit = [readable[i] for i in chosen.kept]
+        return _estimated(len(corpus), indices, fit, glances, met, same)
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
@@ -205,6 +222,7 @@ def survey(
         glances=glances,
         seen=kept,
         looked_at=len(corpus),
+        shared=same,
     )
 
 
@@ -215,7 +233,12 @@ def spread(samples: int) -> Sequence[int]:
 
 
 def _estimated(
-    samples: int, indices: Sequence[int], fit: list[int], glances: tuple[Glance, ...], met: set[str]
+    samples: int,
+    indices: Sequence[int],
+    fit: list[int],
+    glances: tuple[Glance, ...],
+    met: set[str],
+    shared: int,
 ) -> Survey:
     """Of so many samples, when those of these indices were looked at, and those `fit` can be used;
     all of them are kept, as which others cannot be used is not known."""
@@ -230,4 +253,5 @@ def _estimated(
         glances=glances,
         seen=fit,
         looked_at=len(indices),
+        shared=shared,
     )

@@ -37,11 +37,19 @@ class Texts:
         return Glances(self.corpus, self.survey, renderer, data.max_length)
 
     def in_steps(
-        self, renderer: Rendering, members: Members, pack_tokens: int, data: Data
+        self,
+        renderer: Rendering,
+        members: Members,
+        pack_tokens: int,
+        data: Data,
+        *,
+        shares: bool = False,
     ) -> StepData:
-        """The samples in these steps, in packs of at most so many tokens."""
+        """The samples in these steps, in packs of at most so many tokens. Where the model `shares`,
+        what all samples of a step begin with is computed once for each pack."""
         source = self.corpus, renderer, members, pack_tokens, data.unusable
-        return StepData(*source, max_length=None if self.survey.whole else data.max_length)
+        most = None if self.survey.whole else data.max_length
+        return StepData(*source, max_length=most, shares=shares)
 
 
 def texts_of(

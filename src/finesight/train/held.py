@@ -1,0 +1,173 @@
+"""What a recording of packs reads: sizes that are rounded up, so that packs are of few kinds, and
+tensors in which everything lies that changes from pack to pack, the seed of drop-outs included.
+
+Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
+predict a learned one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from finesight.encode.pack import EVEN, PackedBatch
+from finesight.model.tower import VisionTower
+from finesight.train.sight import Sight, SightKind, up
+
+MOST_TOKENS = 6144
+"""Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
+
+
+class Sequences(Protocol):
+    """Tokens of each sequence, those that all share, and those of the longest with what it
+    shares."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    @property
+    def beginning(self) -> int: ...
+
+    @property
+    def longest(self) -> int: ...
+
+
+class Kind(NamedTuple):
+    """Sizes of a recording; `beginning` counts the tokens that its sequences share."""
+
+    tokens: int
+    sequences: int
+    beginning: int
+    longest: int
+    places: int
+    labels: int
+    sight: SightKind | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, sight: SightKind | None = None) -> Kind:
+        """That of this pack."""
+        return cls.around(batch, len(batch.visual_at_M), len(batch.predict_L), sight)
+
+    @classmethod
+    def around(
+        cls, sequences: Sequences, places: int, labels: int, sight: SightKind | None = None
+    ) -> Kind:
+        """That of a pack of these sequences, with room for at least one token of nothing; `sight`
+        that of its pictures, where the tower is recorded."""
+        lengths = sequences.lengths
+        tokens = sum(lengths) + 1
+        return cls(
+            tokens=up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
+            sequences=up(len(lengths) + 1, 8),
+            beginning=sequences.beginning,
+            longest=up(sequences.longest, 4 * EVEN),
+            places=up(places, EVEN if sight else 4 * EVEN),
+            # Up to the next quarter of a power of two: their share of the work is small.
+            labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
+            sight=sight,
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The most that sequences may have. What lengths they have is known on the device alone."""
+        own, shared = self.longest - self.beginning, self.beginning
+        return (shared or own, *(own for _ in range(self.sequences - 1)))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a recording reads: a pack of its kind, the features of its pictures, or what a tower
+    makes them of; the factor of its loss, and the seed of its drop-outs; and where it leaves the
+    gradient of features that learn elsewhere."""
+
+    kind: Kind
+    batch: PackedBatch
+    sight: Sight | None
+    features_MKD: Tensor | None
+    share: Tensor
+    seed_1: Tensor
+    back_MKD: Tensor | None
+
+    @classmethod
+    def room(
+        cls,
+        kind: Kind,
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        tower: VisionTower,
+    ) -> Held:
+        """Room for packs of this kind, of which this is one."""
+        device = batch.ids_T.device
+
+        def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        room = replace(
+            batch,
+            sample_ids=(),
+            lengths=kind.lengths,
+            grids=(),
+            ids_T=whole(kind.tokens),
+            positions_3T=whole(3, kind.tokens),
+            bounds_S1=whole(kind.sequences + 1, dtype=torch.int32),
+            patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
+            visual_at_M=whole(kind.places),
+            predict_L=whole(kind.labels),
+            target_L=whole(kind.labels),
+        )
+        features, back = None, None
+        if features_MKD is not None:
+            features = whole(kind.places, *features_MKD.shape[1:], dtype=features_MKD.dtype)
+            if features_MKD.requires_grad:
+                back = torch.zeros_like(features)
+                features.requires_grad_()
+        sight = None if kind.sight is None else Sight.room(kind.sight, batch, tower)
+        share, seed_1 = torch.zeros((), device=device), whole(1).int()
+        return cls(kind, room, sight, features, share, seed_1, back)
+
+    @torch.no_grad()
+    def lay(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        share: Tensor,
+        tower: VisionTower,
+    ) -> None:
+        """Put a pack where the recording reads it; nothing waits."""
+        held, tokens = self.batch, len(batch.ids_T)
+        own = torch.arange(self.kind.tokens - tokens, device=batch.ids_T.device)
+        _fill(held.ids_T, batch.ids_T, 0)
+        held.positions_3T[:, :tokens].copy_(batch.positions_3T)
+        held.positions_3T[:, tokens:].copy_(own)
+        # After the sequence of nothing there are empty ones.
+        _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
+        _fill(held.predict_L, batch.predict_L, 0)
+        _fill(held.target_L, batch.target_L, -1)
+        _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)
+        if features_MKD is not None and self.features_MKD is not None:
+            _fill(self.features_MKD, features_MKD, 0)
+        if self.sight is not None:
+            self.sight.lay(batch, tower)
+        self.share.copy_(share)
+        self.seed_1.random_(2**31 - 1)
+
+    @property
+    def learned(self) -> list[tuple[Tensor, Tensor]]:
+        """Features that learn, with the place of their gradient."""
+        if self.features_MKD is None or self.back_MKD is None:
+            return []
+        return [(self.features_MKD, self.back_MKD)]
+
+    def lead_back(self, features_MKD: Tensor | None) -> None:
+        """What came back to the features that were laid here, to what made them."""
+        if features_MKD is not None and self.back_MKD is not None:
+            torch.autograd.backward(features_MKD, self.back_MKD[: len(features_MKD)])
+
+
+def _fill(room: Tensor, values: Tensor, rest: int) -> None:
+    room[: len(values)].copy_(values)
+    room[len(values) :].fill_(rest)

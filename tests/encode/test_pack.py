@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conversations import make_conversation, make_folder, make_pictures
 
 from finesight.encode.encoded import Encoded, Outline, Span
-from finesight.encode.pack import EVEN, filled, pack, plan_packs, shareable, worth
+from finesight.encode.pack import EVEN, beginning_of, filled, pack, plan_packs, together, worth
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.model.tiny import make_tiny
@@ -215,9 +216,8 @@ def test_what_samples_share_is_laid_once() -> None:
     spans = (replace(SPAN, start=5, stop=7),)
     samples[1] = replace(samples[1], outline=replace(samples[1].outline, spans=spans))
     outlines = [one.outline for one in samples]
-    assert shareable(outlines) == 5
-    batch = pack(samples, shared=5)
-    assert batch.shared
+    assert beginning_of(outlines) == 5
+    batch = pack(samples, beginning=5)
     assert batch.lengths == (5, 3, 5, 4)
     assert batch.bounds_S1.tolist() == [0, 5, 8, 13, 17]
     assert batch.ids_T.tolist() == [*same, 6, 90, 91, 7, 8, 9, 90, 91, 10, 11, 90, 91]
@@ -225,13 +225,15 @@ def test_what_samples_share_is_laid_once() -> None:
     assert batch.visual_at_M.tolist() == [8, 9], "of the second sample"
     assert batch.predict_L.tolist() == [5, 6, 10, 11, 14, 15]
     assert batch.target_L.tolist() == [90, 91] * 3
-    assert (batch.samples, batch.tokens, batch.beginning, batch.longest) == (3, 27, 5, 10)
+    assert (batch.samples, batch.tokens, batch.beginning) == (3, 27, 5)
     alone = pack(samples)
-    assert (alone.samples, alone.tokens, alone.beginning, alone.longest) == (3, 27, 0, 10)
+    assert (alone.samples, alone.tokens, alone.beginning) == (3, 27, 0)
     assert alone.target_L.tolist() == batch.target_L.tolist()
-    assert not pack(samples[:1], shared=5).shared, "there is nobody to share it with"
+    assert pack(samples[:1], beginning=5).beginning == 0, "there is nobody to share it with"
+    with pytest.raises(AssertionError, match="5 tokens are the same, not 6"):
+        pack(samples, beginning=6)
     even = filled(batch, 2)
-    assert (even.shared, even.samples, even.tokens) == (True, 3, 27 + EVEN - 17)
+    assert (even.beginning, even.samples, even.tokens) == (5, 3, 27 + EVEN - 17)
 
 
 @pytest.mark.parametrize(
@@ -248,15 +250,22 @@ def test_what_samples_share_is_laid_once() -> None:
 )
 def test_how_much_is_shared(heads: tuple[list[int], ...], shared: int) -> None:
     samples = [beginning_with(head, [20 + n, 30, 40]) for n, head in enumerate(heads)]
-    assert shareable([one.outline for one in samples]) == shared
+    assert beginning_of([one.outline for one in samples]) == shared
+
+
+def test_how_much_is_shared_hangs_on_no_order() -> None:
+    heads = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 9], [1, 2, 3, 4, 5]
+    samples = [beginning_with(head, [20 + n, 30, 40]) for n, head in enumerate(heads)]
+    orders = itertools.permutations([one.outline for one in samples])
+    assert {beginning_of(order) for order in orders} == {5}
 
 
 def test_what_predicts_a_learned_token_is_not_shared() -> None:
     """The tokens after it may differ, and so would what is learned there."""
     same = [1, 2, 3, 4, 5, 6]
     samples = [beginning_with(same, [7, last]) for last in (8, 9)]
-    assert shareable([one.outline for one in samples]) == 5
-    assert shareable([one.outline for one in (*samples, samples[0])]) == 5
+    assert beginning_of([one.outline for one in samples]) == 5
+    assert beginning_of([one.outline for one in (*samples, samples[0])]) == 5
 
 
 def test_pictures_are_not_shared() -> None:
@@ -264,15 +273,15 @@ def test_pictures_are_not_shared() -> None:
     same = list(range(1, 12))
     samples = [beginning_with(same, [20, 21, 22]) for _ in range(2)]
     seen = [replace(one, outline=replace(one.outline, spans=(SPAN,))) for one in samples]
-    assert shareable([one.outline for one in seen]) == 6
-    assert shareable([one.outline for one in samples]) == 11
+    assert beginning_of([one.outline for one in seen]) == 6
+    assert beginning_of([one.outline for one in samples]) == 11
 
 
 def test_little_is_not_shared() -> None:
     samples = [beginning_with([1, 2, 3, 4], list(range(10 * n, 10 * n + 200))) for n in (1, 2)]
-    assert shareable([one.outline for one in samples]) == 0
-    assert worth(4, 2, 200) == 4
-    assert worth(4, 2, 201) == 0
+    assert beginning_of([one.outline for one in samples]) == 0
+    assert worth(4, [100, 100]) == 4
+    assert worth(4, [100, 101]) == 0
 
 
 def test_a_budget_counts_what_is_shared_once() -> None:
@@ -280,3 +289,11 @@ def test_a_budget_counts_what_is_shared_once() -> None:
     assert plan_packs([100, 100, 100, 100], 250, 50) == [[0, 1, 2, 3]]
     assert plan_packs([100, 100, 100, 100], 249, 50) == [[0, 1, 2], [3]]
     assert plan_packs([100, 300, 100], 40, 50) == [[0], [1], [2]]
+    assert together([100, 100, 100, 100], 50) == 250
+    assert together([100, 100]) == 200
+
+
+def test_many_short_ones_after_a_long_beginning_are_several_packs() -> None:
+    """Each reads all of it, and where sequences are long, has a copy of keys and values."""
+    assert len(plan_packs([1001] * 40, 4096, 1000)) == 4
+    assert together([1001] * 40, 1000) == 1000 + 40 * 250

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from oracle import CPU, distance
@@ -139,7 +137,6 @@ def test_sequences_that_branch_off_the_first_read_it(
         for heads in (4, 2, 2, 4)
     )
     segments = Segments.of(lengths, torch.device(device))
-    segments = replace(segments, longest=lengths[0] + max(lengths[1:]))
     attention = BranchedAttention(segments, rows=sum(lengths))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     found = attention(0, q, k, v)
@@ -153,10 +150,12 @@ def test_sequences_that_branch_off_the_first_read_it(
         assert float(away.norm() / other.detach().norm()) < most
 
 
-def test_contexts_count_what_is_read_before() -> None:
+def test_where_sequences_lie_with_what_they_go_on_from() -> None:
     segments = Segments.of([4, 2, 3], CPU)
     attention = BranchedAttention(segments, rows=9)
-    assert attention.contexts_T.tolist() == [4] * 4 + [6] * 2 + [7] * 3
+    with pytest.raises(AssertionError, match="several sequences"):
+        attention.contexts_T  # noqa: B018
+    assert attention.whole.longest == 7
     assert attention.whole.lengths == (4, 6, 7)
     assert attention.whole.bounds_S1.tolist() == [0, 4, 10, 17]
     assert attention.places.at_M.tolist() == [*range(4), *range(6), *range(4), 6, 7, 8]

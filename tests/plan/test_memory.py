@@ -14,7 +14,7 @@ from small_run import make_task
 
 from finesight.config import DataFile, PixelRange, Train, Tune
 from finesight.data.sources import load_sources
-from finesight.encode.pack import PackedBatch, pack, shareable
+from finesight.encode.pack import PackedBatch, beginning_of, pack
 from finesight.encode.render import Renderer
 from finesight.hub import ModelFolder
 from finesight.model.frozen import KERNELS
@@ -51,7 +51,7 @@ def batch_of(task: Path, *, once: bool = False) -> PackedBatch:
     renderer = Renderer(ModelFolder(task / "deep"), PixelRange(min_pixels=784, max_pixels=7056))
     corpus = load_sources((DataFile(path=task / "train.jsonl"),))
     samples = [renderer.encode(sample) for sample in corpus.read()]
-    return pack(samples, shared=shareable([one.outline for one in samples]) if once else 0)
+    return pack(samples, beginning=beginning_of([one.outline for one in samples]) if once else 0)
 
 
 def tuned(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLanguageModel:
@@ -88,7 +88,7 @@ def fullest(
     model.zero_grad(set_to_none=True)
     with allocated() as really:
         learned_from(model, batch)
-    load = Load(batch.lengths, batch.grids, batch.supervised, batch.shared)
+    load = Load(batch.lengths, batch.grids, batch.supervised, batch.beginning)
     activations = Activations(model, computing, share)
     moments = activations.moments(load, activations.come())
     return max(moment.in_all for moment in moments), really.most

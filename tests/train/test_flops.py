@@ -119,7 +119,7 @@ def test_what_samples_share_is_counted_once(tmp_path: Path) -> None:
     model = load_model(ModelFolder(tmp_path / "a"), torch.float32, CPU)
     apply_tuning(model, Tune(language="lora"), 0)
     arithmetic = Arithmetic(model)
-    once = arithmetic.by_part(Load((10, 20, 5), (), 4, shared=True))
+    once = arithmetic.by_part(Load((10, 20, 5), (), 4, 10))
     apart = arithmetic.by_part(Load((10, 20, 5), (), 4))
     assert once.weights == apart.weights
     # The queries of 20 and 5 tokens see all 10 before them.

@@ -78,7 +78,7 @@ def test_every_sample_once_and_within_the_budget(folder: Path) -> None:
 
 def test_what_a_step_begins_with_is_laid_once_in_each_pack(folder: Path) -> None:
     alone = [*read_steps(steps_of(folder), 0, 0, pin=False)]
-    steps = [*read_steps(replace(steps_of(folder), shares=True), 0, 0, pin=False)]
+    steps = [*read_steps(replace(steps_of(folder), branched=True), 0, 0, pin=False)]
     for step, other in zip(steps, alone, strict=True):
         assert sorted(sum(step.members, ())) == sorted(sum(other.members, ()))
         assert (step.samples, step.supervised) == (other.samples, other.supervised)

@@ -3,6 +3,8 @@ launches would."""
 
 from __future__ import annotations
 
+import itertools
+import random
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch import Tensor
 from finesight.config import DataFile, PixelRange, Tune
 from finesight.data.sources import load_sources
 from finesight.encode.encoded import Encoded
-from finesight.encode.pack import PackedBatch, pack, shareable
+from finesight.encode.pack import PackedBatch, beginning_of, contexts, pack
 from finesight.encode.render import Renderer
 from finesight.hub import locate
 from finesight.model import attention
@@ -65,9 +67,9 @@ def seen(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:
 
 def once(samples: Sequence[Encoded]) -> PackedBatch:
     """What all of them begin with is laid once."""
-    shared = shareable([one.outline for one in samples])
-    assert shared, "they begin with nothing"
-    return pack(samples, shared=shared)
+    beginning = beginning_of([one.outline for one in samples])
+    assert beginning, "they begin with nothing"
+    return pack(samples, beginning=beginning)
 
 
 @pytest.mark.parametrize("packed", [pack, once])
@@ -79,7 +81,8 @@ def test_what_fills_a_pack_up_changes_nothing(
     batch = packed(samples[:5])
     features = seen(model, batch)
     held = Held.room(Kind.of(batch), batch, features, model.visual)
-    assert held.batch.longest == held.kind.longest >= batch.longest
+    most = max(contexts(batch.lengths, batch.beginning))
+    assert max(contexts(held.batch.lengths, held.batch.beginning)) == held.kind.longest >= most
     assert held.batch.beginning == batch.beginning
     # Another one was there before.
     other = packed(samples[5:9])
@@ -97,6 +100,36 @@ def test_what_fills_a_pack_up_changes_nothing(
     assert torch.equal(held.batch.target_L[: batch.supervised], batch.target_L)
     assert set(held.batch.target_L[batch.supervised :].tolist()) <= {-1}
     assert held.share.item() == 0.5
+
+
+def test_what_fills_a_pack_up_reads_no_more_than_a_kind_has(folder: Path) -> None:
+    """Each sequence of nothing goes on from the beginning, too."""
+    model, chance = tuned(torch.float32, CPU), random.Random(0)
+    some = pack(encoded(folder)[:2])
+    for _ in range(300):
+        beginning = chance.choice([0, 15, 200, 400])
+        own = chance.choice([5, 40, 140, 300])
+        count = chance.randint(2, min(60, 16_000 // own))
+        lengths = [chance.randint(1, own) for _ in range(count)]
+        lengths = [beginning, *lengths] if beginning else lengths
+        tokens = sum(lengths)
+        whole = torch.zeros(tokens, dtype=torch.int64)
+        batch = replace(
+            some,
+            lengths=tuple(lengths),
+            beginning=beginning,
+            ids_T=whole,
+            positions_3T=whole.expand(3, -1),
+            bounds_S1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        )
+        kind = Kind.of(batch)
+        held = Held.room(kind, batch, None, model.visual)
+        held.lay(batch, None, torch.tensor(1.0), model.visual)
+        laid = held.batch.bounds_S1.diff()
+        assert laid[: len(lengths)].tolist() == lengths
+        assert int(laid.sum()) == kind.tokens
+        assert int(laid.min()) >= 0
+        assert int(laid[beginning > 0 :].max()) + beginning <= kind.longest
 
 
 def test_kinds_are_few(folder: Path) -> None:

@@ -12,7 +12,7 @@ from small_run import make_task
 from finesight.config import Data, DataFile, PixelRange
 from finesight.data.headers import DamagedPicture
 from finesight.data.sources import load_sources
-from finesight.encode.pack import shareable
+from finesight.encode.pack import beginning_of
 from finesight.encode.render import Renderer
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
@@ -55,13 +55,13 @@ def test_what_all_begin_with_is_found(tmp_path: Path) -> None:
         for sample in load_sources((DataFile(path=tmp_path / "train.jsonl"),)).read()
     ]
     found = look(tmp_path)
-    assert found.shared == shareable(outlines) == outlines[0].spans[0].start
+    assert found.beginning == beginning_of(outlines) == outlines[0].spans[0].start
     table = tmp_path / "train.jsonl"
     first, *others = table.read_text().splitlines()
     row = json.loads(first)
     row["messages"].insert(0, {"role": "system", "content": "Other words."})
     table.write_text("\n".join([json.dumps(row), *others]) + "\n")
-    assert look(tmp_path).shared < found.shared
+    assert look(tmp_path).beginning < found.beginning
 
 
 def test_over_long_and_unreadable_samples_are_dropped_with_their_reasons(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +27,20 @@ FEW = 4
 """Where texts part, samples share a multiple of so many tokens, so that packs are of few kinds."""
 
 WORTH = 50
-"""A beginning is shared where that spares at least one of so many tokens."""
+"""A beginning is laid once where that spares at least one of so many tokens."""
+
+READ = 4
+"""Times as many tokens as a pack has that all of its sequences read at most: where they are long,
+keys and values of their beginning are copied for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Sequences end to end, with the patches of all their pictures in the order of the tokens.
 
-    `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32). Where
-    `shared`, the first sequence is what all samples begin with, and each of the others goes on from
-    there: it is computed once.
+    `lengths` are the tokens of each sequence, `bounds_S1` their running sum from 0 (int32). A
+    sequence is a sample; or else all samples have a `beginning` of so many tokens in common, which
+    is the first sequence, and all others go on from there.
     `visual_at_M` says where in the pack the placeholder tokens stand, one for each merged feature.
     `patches_ND` holds one frame of each patch where all its frames are alike, as a still's are.
     `predict_L` says which tokens predict a learned token and `target_L` which token that is. What
@@ -57,7 +61,7 @@ class PackedBatch:
     target_L: Tensor
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     share: Slice | None = None
-    shared: bool = False
+    beginning: int = 0
 
     @property
     def samples(self) -> int:
@@ -65,19 +69,9 @@ class PackedBatch:
         return len(self.sample_ids) if self.share is None or self.share.number == 0 else 0
 
     @property
-    def beginning(self) -> int:
-        """Tokens that are shared."""
-        return self.lengths[0] if self.shared else 0
-
-    @property
     def tokens(self) -> int:
-        """Of all samples, each with what it shares."""
+        """Of all samples, each with its beginning."""
         return sum(self.lengths) + self.beginning * max(0, len(self.sample_ids) - 1)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, with what it shares."""
-        return self.beginning + max(self.lengths[self.shared :])
 
     @property
     def supervised(self) -> int:
@@ -98,41 +92,63 @@ class PackedBatch:
         )
 
 
-def beginning(outline: Outline) -> NDArray[np.int32]:
-    """The tokens [P] of a sample that others may share: those before its first picture, and before
-    those that predict learned ones."""
-    learned = int(outline.learned_T.argmax()) if outline.learned_T.any() else outline.tokens
-    picture = outline.spans[0].start if outline.spans else outline.tokens
-    return outline.ids_T[: max(0, min(learned - 1, picture))]
+class Common(NamedTuple):
+    """What samples begin with: the tokens [P] that are the same in all of them, and how many the
+    one could share that can share the fewest."""
+
+    ids_P: NDArray[np.int32]
+    least: int
+
+    @classmethod
+    def of(cls, outline: Outline) -> Common:
+        """What others may share of a sample: the tokens before its first picture, and before those
+        that predict learned ones. Their positions hang on nothing but their place."""
+        learned = int(outline.learned_T.argmax()) if outline.learned_T.any() else outline.tokens
+        picture = outline.spans[0].start if outline.spans else outline.tokens
+        ids_P = outline.ids_T[: max(0, min(learned - 1, picture))]
+        return cls(ids_P, len(ids_P))
+
+    def meet(self, other: Common) -> Common:
+        """What both have in common."""
+        least = min(self.least, other.least)
+        end = min(len(self.ids_P), len(other.ids_P))
+        unlike = np.flatnonzero(self.ids_P[:end] != other.ids_P[:end])
+        return Common(self.ids_P[: unlike[0] if len(unlike) else end], least)
+
+    @property
+    def tokens(self) -> int:
+        """How many are shared: where texts part, a multiple of `FEW`."""
+        same = len(self.ids_P)
+        return same if same == self.least else same - same % FEW
 
 
-def common(one_P: NDArray[np.int32], other_P: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What both begin with. Where they part, a multiple of `FEW`."""
-    end = min(len(one_P), len(other_P))
-    unlike = np.flatnonzero(one_P[:end] != other_P[:end])
-    return one_P[: unlike[0] // FEW * FEW if len(unlike) else end]
+def worth(beginning: int, lengths: Sequence[int]) -> int:
+    """Of so many tokens that all these samples begin with, as many, or none where to compute them
+    once would spare next to nothing."""
+    return beginning if beginning * (len(lengths) - 1) * WORTH >= sum(lengths) else 0
 
 
-def worth(shared: int, samples: int, tokens: int) -> int:
-    """`shared`, or 0 where sharing it spares next to nothing of so many samples and tokens."""
-    return shared if shared * (samples - 1) * WORTH >= tokens else 0
-
-
-def shareable(outlines: Sequence[Outline]) -> int:
+def beginning_of(outlines: Sequence[Outline]) -> int:
     """How many tokens all these samples share."""
     if not outlines:
         return 0
-    # Positions of text before the first picture hang on nothing but the place.
-    shared = len(reduce(common, map(beginning, outlines)))
-    return worth(shared, len(outlines), sum(outline.tokens for outline in outlines))
+    shared = reduce(Common.meet, map(Common.of, outlines)).tokens
+    return worth(shared, [outline.tokens for outline in outlines])
+
+
+def contexts(lengths: Sequence[int], beginning: int) -> tuple[int, ...]:
+    """What the sequences of these lengths read: where the first one is the `beginning` of all
+    others, it stands before each of them."""
+    first, *others = lengths
+    return first, *(beginning + length for length in others)
 
 
 def pack(
-    encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None, shared: int = 0
+    encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None, beginning: int = 0
 ) -> PackedBatch:
     """Lay samples end to end, in the order given, on the CPU; their patches into the array
-    `patches` of their common shape, where there is one. Of several samples, the first `shared`
-    tokens are laid once (`shareable`).
+    `patches` of their common shape, where there is one. The first tokens of several samples, as
+    many as `beginning_of` says, are laid once.
 
     A learned token is predicted by the token before it in its own sequence; the first token of a
     sequence has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32
@@ -142,14 +158,16 @@ def pack(
     first = encoded[0]
     assert len(encoded) == 1 or not first.inputs, f"{first.outline.id} has to stand alone"
     outlines = [one.outline for one in encoded]
-    shared = shared if len(outlines) > 1 else 0
-    stretches = [(outline, slice(shared, None)) for outline in outlines]
-    if shared:
-        stretches.insert(0, (outlines[0], slice(shared)))
+    beginning = beginning if len(outlines) > 1 else 0
+    stretches = [(outline, slice(beginning, None)) for outline in outlines]
+    if beginning:
+        same = len(reduce(Common.meet, map(Common.of, outlines)).ids_P)
+        assert beginning <= same, f"{same} tokens are the same, not {beginning}"
+        stretches.insert(0, (outlines[0], slice(beginning)))
     lengths = [len(outline.ids_T[own]) for outline, own in stretches]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    # Where a sample's first token would lie, if what it shares lay right before its own.
-    starts = bounds[-len(outlines) - 1 : -1] - shared
+    # Where a sample's first token would lie, if the beginning lay right before the rest.
+    starts = bounds[-len(outlines) - 1 : -1] - beginning
     ids_T = np.concatenate([outline.ids_T[own] for outline, own in stretches]).astype(np.int64)
     learned_T = np.concatenate([outline.learned_T[own] for outline, own in stretches])
     learned_T[bounds[:-1]] = False
@@ -173,12 +191,13 @@ def pack(
         predict_L=torch.from_numpy(targets_at - 1),
         target_L=torch.from_numpy(ids_T[targets_at]),
         inputs=first.inputs,
-        shared=shared > 0,
+        beginning=beginning,
     )
 
 
 def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
-    """The pack with a sequence of nothing after its own, so that tokens, patches (`merge` x `merge`
+    """The pack with a sequence of nothing after its own (which goes on from the beginning, too, if
+    there is one), so that tokens, patches (`merge` x `merge`
     of them become a token) and predicting tokens come to multiples of `EVEN`. It has no targets:
     `predict_L` grows longer than `target_L`. Without `merge`, of a tower whose pictures all have
     one size, patches stay as they are: few numbers of them come.
@@ -247,9 +266,10 @@ def evened(
     return F.pad(patches_ND, (0, 0, 0, squares * merge**2)), grids + blank
 
 
-def plan_packs(lengths: Sequence[int], budget: int, shared: int = 0) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int], budget: int, beginning: int = 0) -> list[list[int]]:
     """Share samples of these lengths out to packs of at most `budget` tokens: lists of indices.
-    The first `shared` tokens of all samples of a pack count once.
+    The `beginning` of all samples counts once in a pack; but each of them counts as one of at least
+    a fourth (1 / `READ`) of its tokens (`together`).
 
     First fit: each sample, in order, joins the first pack with room for it. A pure function of
     its arguments; within a pack the order is kept, and packs are in the order of their first
@@ -257,13 +277,22 @@ def plan_packs(lengths: Sequence[int], budget: int, shared: int = 0) -> list[lis
     """
     packs: list[list[int]] = []
     room: list[int] = []
-    budget -= shared
-    for index, length in enumerate(length - shared for length in lengths):
+    for index, whole in enumerate(lengths):
+        length = _counted(whole, beginning)
         fitting = (pack for pack, left in enumerate(room) if left >= length)
         chosen = next(fitting, len(packs))
         if chosen == len(packs):
             packs.append([])
-            room.append(budget)
+            room.append(budget - beginning)
         packs[chosen].append(index)
         room[chosen] -= length
     return packs
+
+
+def together(lengths: Sequence[int], beginning: int = 0) -> int:
+    """The least budget with which `plan_packs` makes one pack of these samples."""
+    return beginning + sum(_counted(length, beginning) for length in lengths)
+
+
+def _counted(length: int, beginning: int) -> int:
+    return max(length - beginning, length // READ) if beginning else length

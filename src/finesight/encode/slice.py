@@ -35,7 +35,7 @@ class Alone(NamedTuple):
 
     @property
     def beginning(self) -> int:
-        """It shares none."""
+        """Nobody else goes on from there."""
         return 0
 
 

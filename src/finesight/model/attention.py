@@ -132,23 +132,21 @@ class _Branched(torch.autograd.Function):
 @dataclass(frozen=True, kw_only=True)
 class BranchedAttention(PackedAttention):
     """The same of sequences that go on from the first one, which each of the others reads before
-    its own tokens, and which is computed once; of so many `rows` in all. `segments.longest` counts
-    it, too."""
+    its own tokens, and which is computed once; of so many `rows` in all."""
 
     rows: int
 
     @property
     def contexts_T(self) -> Tensor:
-        """`Attention`: what stands before is read, too; of the first sequence, itself."""
-        lengths_S = self.whole.bounds_S1.diff()
-        own_S = self.segments.bounds_S1.diff()
-        return lengths_S.repeat_interleave(own_S, output_size=self.rows)
+        """The first sequence's tokens have as many contexts as others go on from there."""
+        raise AssertionError("tokens of several sequences have no length of a sequence")
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """`Attention`, the same for every layer."""
         own, whole = self.segments, self.whole
-        if _takes_short(q_THD, own):
-            return _short(q_THD, k_TKD, v_TKD, _bounds(own, self.trunk))
+        if _takes_short(q_THD, whole):
+            bounds = attention_kernels.Bounds(own.bounds_S1, whole.longest, self.trunk)
+            return _short(q_THD, k_TKD, v_TKD, bounds)
         k_MKD, v_MKD = self._branched(k_TKD), self._branched(v_TKD)
         if has_varlen(q_THD):
             return _attend_varlen(q_THD, k_MKD, v_MKD, own, whole, causal=True)
@@ -168,10 +166,10 @@ class BranchedAttention(PackedAttention):
     def whole(self) -> Segments:
         """Each sequence with what it reads before its own tokens."""
         first, *others = self.segments.lengths
-        bounds_S1 = self.segments.bounds_S1
+        lengths, bounds_S1 = (first, *(first + n for n in others)), self.segments.bounds_S1
         before_S1 = torch.arange(-1, len(others) + 1, device=bounds_S1.device).clamp_(min=0)
         whole_S1 = (bounds_S1 + before_S1 * first).to(bounds_S1.dtype)
-        return Segments((first, *(first + n for n in others)), whole_S1, self.segments.longest)
+        return Segments(lengths, whole_S1, max(lengths))
 
     @cached_property
     def places(self) -> Places:
@@ -239,8 +237,8 @@ def _takes_short(q_THD: Tensor, segments: Segments) -> bool:
     return KERNELS and segments.longest <= SHORT and has_varlen(q_THD)
 
 
-def _bounds(segments: Segments, trunk: int = 0) -> attention_kernels.Bounds:
-    return attention_kernels.Bounds(segments.bounds_S1, segments.longest, trunk)
+def _bounds(segments: Segments) -> attention_kernels.Bounds:
+    return attention_kernels.Bounds(segments.bounds_S1, segments.longest)
 
 
 class _Short(torch.autograd.Function):

@@ -171,8 +171,8 @@ class VisionLanguageModel(nn.Module):
 
 def _attention(batch: PackedBatch, seed_1: Tensor | None) -> PackedAttention:
     """How the tokens of a pack look at each other."""
-    segments = Segments(batch.lengths, batch.bounds_S1, batch.longest)
-    if batch.shared:
+    segments = Segments(batch.lengths, batch.bounds_S1, max(batch.lengths))
+    if batch.beginning:
         return BranchedAttention(segments, seed_1, rows=len(batch.ids_T))
     if batch.share is not None:
         return SharedAttention(segments, seed_1, share=batch.share)

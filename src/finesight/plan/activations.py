@@ -246,7 +246,7 @@ class Activations:
             found += sum(self._blocks.kept(seats))
             if self._blocks.looks and self._rotates():
                 found += 2 * load.patches * tower.geometry.head_width * WIDE
-            for lengths in {tuple(seat.lengths) for seat in seats}:
+            for lengths in {tuple(seat.contexts) for seat in seats}:
                 found += self._blocks.sorting(lengths, computing)
         for merger in _mergers(tower):
             found += of_merger(merger, tower.geometry, load.patches, self._sees, computing)

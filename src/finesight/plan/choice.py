@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from finesight.config import Quantisable
+from finesight.encode.pack import together, worth
 from finesight.plan.activations import Activations
 from finesight.plan.load import Load, packed
 from finesight.plan.memory import FULL, Peak, peak_of
@@ -55,11 +56,12 @@ class Estimate:
 
 
 class Steps:
-    """The steps of a run, packed under any budget; all samples share so many tokens."""
+    """The steps of a run, packed under any budget; all samples begin with so many tokens that are
+    the same."""
 
-    def __init__(self, steps: Sequence[Sequence[Glance]], shared: int = 0) -> None:
+    def __init__(self, steps: Sequence[Sequence[Glance]], beginning: int = 0) -> None:
         self._steps = steps
-        self._shared = shared
+        self._beginning = beginning
         self._fullest: dict[int, list[Load]] = {}
         self._several: dict[int, bool] = {}
 
@@ -70,14 +72,15 @@ class Steps:
 
     @property
     def widest(self) -> int:
-        """Tokens of the largest step: no pack has more."""
-        return max(sum(sample.tokens for sample in step) for step in self._steps)
+        """The budget with which every step is one pack."""
+        steps = ([sample.tokens for sample in step] for step in self._steps)
+        return max(together(step, worth(self._beginning, step)) for step in steps)
 
     def fullest(self, budget: int) -> list[Load]:
         """Packs that may take the most memory: the first of each kind that a run may record, the
         largest by each size, and by all together."""
         if budget not in self._fullest:
-            packs = [packed(step, budget, self._shared) for step in self._steps]
+            packs = [packed(step, budget, self._beginning) for step in self._steps]
             loads = [load for step in packs for load in step]
             self._fullest[budget] = [*_kinds(loads), *_largest(loads)]
             self._several[budget] = any(len(step) > 1 for step in packs)
@@ -91,13 +94,15 @@ class Steps:
     def timed(self, budget: int) -> list[list[Load]]:
         """Steps for timing."""
         every = math.ceil(len(self._steps) / TIMED)
-        return [packed(step, budget, self._shared) for step in self._steps[::every]]
+        return [packed(step, budget, self._beginning) for step in self._steps[::every]]
 
 
 def _kinds(loads: Sequence[Load]) -> list[Load]:
     found: dict[Kind, Load] = {}
     for load in loads:
-        found.setdefault(Kind.around(load, load.patches, load.supervised), load)
+        found.setdefault(
+            Kind.around(load.lengths, load.beginning, load.patches, load.supervised), load
+        )
         if len(found) == MOST_KINDS:
             break
     return list(found.values())

@@ -207,7 +207,8 @@ class FusedLayer:
     def of_pack(self, place: Place) -> int:
         """What it keeps of a pack."""
         _, tokens, rows = place
-        return self._entered(tokens) + self._looked(tokens) + self._left(tokens, rows)
+        kept = self._entered(tokens) + self._looked(tokens) + self._left(tokens, rows)
+        return kept + self._copied(place) * self.enters
 
     def _entered(self, tokens: int) -> int:
         """Of the way into attention: the input, its scale, its norm where the weight learns, and
@@ -219,6 +220,12 @@ class FusedLayer:
         """Of attention: the joint product, the output and its scales."""
         kept = self.into.outputs + self.out.inputs + WIDE * self.heads
         return tokens * kept * self.enters
+
+    def _copied(self, place: Place) -> int:
+        """Keys and values in which each sequence has what it goes on from, where they are long."""
+        if not place.copies or max(place.contexts) <= SHORT:
+            return 0
+        return sum(place.contexts) * (self.into.outputs - self.heads * self.head * self.number)
 
     def _left(self, tokens: int, rows: int) -> int:
         """Of the way to the end: the sum after attention, its scale, its norm where a weight
@@ -314,16 +321,19 @@ class FusedLayer:
     def _looking_back(self, place: Place) -> int:
         """Attention's way back: the gradients of its output and of what that is added to, and of
         queries, keys and values."""
-        lengths, tokens, numbers = place.lengths, place.tokens, self.heads * self.head
+        lengths, tokens, numbers = place.contexts, place.tokens, self.heads * self.head
         held = tokens * (self.into.inputs + self.out.inputs + self.into.outputs)
         if max(lengths) <= SHORT:
-            return held + tokens * WIDE * self.heads
+            # Each sequence has its own gradients by keys and values of the first one.
+            apart = len(lengths) * lengths[0] * (self.into.outputs // self.number - numbers)
+            return held + WIDE * (tokens * self.heads + apart * (place.copies > 0))
         rows = tokens + FLASH_TILE * len(lengths)
         filled = -(-self.head // FLASH_HEAD) * FLASH_HEAD
         summed = rows * self.heads * (filled + 1) * WIDE
         # Each query head has its own gradients of keys and values at first.
         grouped = self.into.outputs < 3 * numbers * self.number
-        return held + summed + 2 * tokens * numbers * self.number * grouped
+        apart = 2 * sum(lengths) * numbers * self.number * grouped
+        return held + summed + apart + self._copied(place)
 
     def _coming_in(self, tokens: int) -> int:
         """From queries, keys and values to the layer's input, less what attention kept."""

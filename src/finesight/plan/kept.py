@@ -110,12 +110,18 @@ def of_norm(norm: nn.Module, width: int, reached: bool, computing: Computing) ->
 
 
 class Place(NamedTuple):
-    """Where a layer meets a pack: the sequences that it looks over, each with what it shares, how
-    many tokens there are, and how many `rows` of them go through its MLP."""
+    """Where a layer meets a pack: how many tokens each sequence reads, how many there are, and how
+    many `rows` of them go through its MLP. Where sequences go on from the first one, they read more
+    than there are."""
 
-    lengths: Sequence[int]
+    contexts: Sequence[int]
     tokens: int
     rows: int
+
+    @property
+    def copies(self) -> int:
+        """Tokens that are read, less those that there are."""
+        return sum(self.contexts) - self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +138,15 @@ class Look:
 
     def kept(self, place: Place, computing: Computing) -> int:
         """Bytes for a pack (`model.attention`). Without a kernel for it, each sequence has a copy
-        of what it shares; where sequences are long, of its keys and values."""
-        lengths, tokens, number = place.lengths, sum(place.lengths), computing.number
+        of what it goes on from; where sequences are long, of its keys and values."""
+        lengths, tokens, number = place.contexts, sum(place.contexts), computing.number
         if is_short(lengths, computing):
             return self._short(lengths).kept
         scales = WIDE * self.heads * tokens
         if computing.flash:
-            copies = (tokens - place.tokens) * (max(lengths) > SHORT)
             own = place.tokens * (number * (self.made + self.queries) + WIDE * self.heads)
-            return own + 2 * number * copies * self.shared
+            copied = tokens * (place.copies > 0) * (max(lengths) > SHORT)
+            return own + copied * 2 * number * self.shared
         if self.queries == self.shared and alike(lengths, CPU).order_T is None:
             return number * tokens * (self.made + self.queries) + scales
         # Grouped heads are repeated, or tokens sorted: copies either way.
@@ -150,26 +156,26 @@ class Look:
         """Bytes on the way forward beside what is kept, queries, keys and values included. Other
         kernels make no scores of all pairs, and take less than an MLP: not counted."""
         copies = self._copies(place, computing)
-        if not is_short(place.lengths, computing):
+        if not is_short(place.contexts, computing):
             return copies
-        short = self._short(place.lengths)
+        short = self._short(place.contexts)
         return computing.number * self.made * place.tokens + copies + short.forth - short.kept
 
     def back(self, place: Place, computing: Computing) -> int:
         """Bytes on the way back beside what is kept, the output's gradient included. Other kernels
         on a processor have as many heads of keys as of queries; of a card's nothing is counted."""
         copies = self._copies(place, computing)
-        if is_short(place.lengths, computing):
-            return copies + self._short(place.lengths).back
+        if is_short(place.contexts, computing):
+            return copies + self._short(place.contexts).back
         heads = 0 if computing.cuda else computing.number * 4 * self.queries
-        return copies + heads * sum(place.lengths)
+        return copies + heads * sum(place.contexts)
 
     def _copies(self, place: Place, computing: Computing) -> int:
-        """Of queries, keys and values in which each sequence has what it shares, or of their
+        """Of queries, keys and values in which each sequence has what it goes on from, or of their
         gradients."""
-        tokens = sum(place.lengths)
-        once = computing.flash or tokens == place.tokens
-        return 0 if once else computing.number * tokens * (self.queries + 2 * self.shared)
+        once = computing.flash or not place.copies
+        row = computing.number * (self.queries + 2 * self.shared)
+        return 0 if once else sum(place.contexts) * row
 
     def sorting(self, lengths: Sequence[int], computing: Computing) -> int:
         """Bytes of the places that tokens are sorted by, once for all layers."""

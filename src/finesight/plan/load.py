@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from finesight.encode.encoded import Grid
-from finesight.encode.pack import plan_packs, worth
+from finesight.encode.pack import contexts, plan_packs, worth
 from finesight.model.geometry import VisionGeometry
 from finesight.train.course import Members
 from finesight.train.survey import Glance
@@ -17,13 +17,13 @@ MOST_STEPS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One pack: tokens of each sequence, grids of its pictures, tokens that are predicted. Where
-    `shared`, the first sequence is what all samples begin with (`encode.pack`)."""
+    """One pack: tokens of each sequence, grids of its pictures, tokens that are predicted, and
+    those that all samples begin with: the first sequence, where there are any (`encode.pack`)."""
 
     lengths: tuple[int, ...]
     grids: tuple[Grid, ...]
     supervised: int
-    shared: bool = False
+    beginning: int = 0
 
     @property
     def tokens(self) -> int:
@@ -33,23 +33,12 @@ class Load:
     @property
     def samples(self) -> int:
         """In the pack."""
-        return len(self.lengths) - self.shared
-
-    @property
-    def beginning(self) -> int:
-        """Tokens that are shared."""
-        return self.lengths[0] if self.shared else 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, with what it shares."""
-        return max(self.contexts)
+        return len(self.lengths) - (self.beginning > 0)
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """Tokens of each sequence with what it shares."""
-        own = self.lengths[self.shared :]
-        return (*self.lengths[: self.shared], *(self.beginning + length for length in own))
+        """Tokens that each sequence reads."""
+        return contexts(self.lengths, self.beginning)
 
     @property
     def patches(self) -> int:
@@ -62,25 +51,27 @@ class Load:
         return geometry.channels * geometry.patch**2 if stills else geometry.patch_numbers
 
 
-def load_of(samples: Sequence[Glance], shared: int = 0) -> Load:
-    """These samples end to end, the first `shared` tokens of several once."""
+def load_of(samples: Sequence[Glance], beginning: int = 0) -> Load:
+    """These samples end to end, what several begin with once."""
     lengths = [sample.tokens for sample in samples]
-    if shared and len(samples) > 1:
-        lengths = [shared, *(length - shared for length in lengths)]
+    beginning = beginning if len(samples) > 1 else 0
+    if beginning:
+        lengths = [beginning, *(length - beginning for length in lengths)]
     return Load(
         tuple(lengths),
         tuple(grid for sample in samples for grid in sample.grids),
         sum(sample.supervised for sample in samples),
-        shared=len(lengths) > len(samples),
+        beginning,
     )
 
 
-def packed(samples: Sequence[Glance], budget: int, shared: int = 0) -> list[Load]:
-    """A step's samples, which share so many tokens, in packs of at most so many tokens."""
+def packed(samples: Sequence[Glance], budget: int, beginning: int = 0) -> list[Load]:
+    """A step's samples, which begin with so many tokens that all have, in packs of at most so many
+    tokens."""
     lengths = [sample.tokens for sample in samples]
-    shared = worth(shared, len(lengths), sum(lengths))
-    groups = plan_packs(lengths, budget, shared)
-    return [load_of([samples[index] for index in group], shared) for group in groups]
+    beginning = worth(beginning, lengths)
+    groups = plan_packs(lengths, budget, beginning)
+    return [load_of([samples[index] for index in group], beginning) for group in groups]
 
 
 def steps_of(

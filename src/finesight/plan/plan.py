@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, gpu: str | None, screen: Screen) -> Plan:
     renderer = base.renderer(recipe)
     train, held_out = texts_of(recipe, renderer, written_on.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
-    steps = Steps([*steps_of(course, train.glances(renderer, recipe.data))], train.survey.shared)
+    steps = Steps([*steps_of(course, train.glances(renderer, recipe.data))], train.survey.beginning)
     on = _better(recipe, gpu, written_on)
 
     @lru_cache

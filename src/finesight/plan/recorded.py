@@ -40,7 +40,9 @@ def recording(
     inside = watches(model) and sees(load.patches, recompute)
     numbers = load.numbers(tower.geometry)
     sight = SightKind.around(tower, load.grids, load.patches, numbers) if inside else None
-    kind = Kind.around(load, load.patches // merge**2, load.supervised, sight)
+    kind = Kind.around(
+        load.lengths, load.beginning, load.patches // merge**2, load.supervised, sight
+    )
     # Ids, three positions and places of tokens; tokens that predict, and what they predict.
     room = INDEX * (4 * kind.tokens + kind.places + 2 * kind.labels) + BOUND * (kind.sequences + 1)
     lengths = *load.lengths, kind.tokens - load.tokens
@@ -48,11 +50,11 @@ def recording(
         features = kind.places * tower.features * tower.geometry.out_width * computing.number
         learned = any(parameter.requires_grad for parameter in tower.parameters())
         room += features * (2 if learned else 1)
-        return Recording(kind, Load(lengths, (), kind.labels, load.shared), room)
+        return Recording(kind, Load(lengths, (), kind.labels, load.beginning), room)
     # Bytes, and the row and column of each; squares in another order, and back.
     room += sight.patches * (sight.bytes + 2 * BOUND)
     room += 2 * INDEX * kind.places * isinstance(tower, WindowedTower)
     room += sum(BOUND * (count + 1) for count, _ in sight.ways)
     rest = sight.patches - load.patches
     grids = (*load.grids, (1, merge, rest // merge)) if rest else load.grids
-    return Recording(kind, Load(lengths, grids, kind.labels, load.shared), room)
+    return Recording(kind, Load(lengths, grids, kind.labels, load.beginning), room)

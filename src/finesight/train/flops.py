@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from finesight.encode.encoded import Grid
+from finesight.encode.pack import contexts
 from finesight.model.frozen import FrozenWeight
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import PARTS, TABLES, Part, part_of
@@ -27,8 +28,8 @@ LAYERS = ("model.layers.", "visual.blocks.")
 
 
 class Sizes(Protocol):
-    """What the arithmetic of a pack hangs on: tokens of each sequence, how many of them all
-    share, grids of its pictures, and how many tokens are predicted."""
+    """What the arithmetic of a pack hangs on: tokens of each sequence, how many of them the
+    beginning of all has, grids of its pictures, and how many tokens are predicted."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
@@ -140,16 +141,16 @@ class Arithmetic:
         return sum(self._attention(lengths, grids))
 
     def _attention(
-        self, lengths: Sequence[int], grids: Sequence[Grid], shared: int = 0
+        self, lengths: Sequence[int], grids: Sequence[Grid], beginning: int = 0
     ) -> tuple[int, int]:
         """Of tokens, and of patches."""
         language, vision = self._geometry.language, self._geometry.vision
         inside, window = self._windows
         width = language.heads * language.head_width
-        # What sequences share is a sequence itself, and its queries are its own alone.
-        pairs = sum((length + shared) ** 2 - shared**2 for length in lengths)
-        pairs -= 2 * shared**2
-        causal = pairs * 2 * width * language.depth
+        # The queries of the beginning are those of the first sequence alone.
+        squares = sum(length**2 for length in contexts(lengths, beginning))
+        squares -= beginning**2 * (len(lengths) - 1)
+        causal = squares * 2 * width * language.depth
         whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
         windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
         return causal * self._speaking, 4 * vision.width * (whole + windowed) * self._seeing

@@ -9,35 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from finesight.encode.pack import EVEN, PackedBatch
+from finesight.encode.pack import EVEN, PackedBatch, contexts
 from finesight.model.tower import VisionTower
 from finesight.train.sight import Sight, SightKind, up
 
 MOST_TOKENS = 6144
 """Of a pack whose kernels take no longer than their launches, on an H200 and its host."""
 
-
-class Sequences(Protocol):
-    """Tokens of each sequence, those that all share, and those of the longest with what it
-    shares."""
-
-    @property
-    def lengths(self) -> Sequence[int]: ...
-
-    @property
-    def beginning(self) -> int: ...
-
-    @property
-    def longest(self) -> int: ...
+MOST_WHERE_KNOWN = 8192
+"""Of one the features of whose pictures are known: no tower keeps the card busy while it is
+launched. `plan` does not count what is beyond `MOST_TOKENS`."""
 
 
 class Kind(NamedTuple):
-    """Sizes of a recording; `beginning` counts the tokens that its sequences share."""
+    """Sizes of a recording; of its sequences, `longest` is the most that one reads, the
+    `beginning` of all included."""
 
     tokens: int
     sequences: int
@@ -50,21 +41,29 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, batch: PackedBatch, sight: SightKind | None = None) -> Kind:
         """That of this pack."""
-        return cls.around(batch, len(batch.visual_at_M), len(batch.predict_L), sight)
+        places, labels = len(batch.visual_at_M), len(batch.predict_L)
+        return cls.around(batch.lengths, batch.beginning, places, labels, sight)
 
     @classmethod
     def around(
-        cls, sequences: Sequences, places: int, labels: int, sight: SightKind | None = None
+        cls,
+        lengths: Sequence[int],
+        beginning: int,
+        places: int,
+        labels: int,
+        sight: SightKind | None = None,
     ) -> Kind:
-        """That of a pack of these sequences, with room for at least one token of nothing; `sight`
-        that of its pictures, where the tower is recorded."""
-        lengths = sequences.lengths
+        """That of a pack of these sequences, with room for at least one token of nothing, in
+        sequences no longer than others; `sight` that of its pictures, where the tower is recorded.
+        """
         tokens = sum(lengths) + 1
+        grain = EVEN if tokens <= MOST_WHERE_KNOWN + 1 else 4 * EVEN
+        longest = up(max(contexts(lengths, beginning)), 4 * EVEN)
         return cls(
-            tokens=up(tokens, EVEN if tokens <= MOST_TOKENS + 1 else 4 * EVEN),
-            sequences=up(len(lengths) + 1, 8),
-            beginning=sequences.beginning,
-            longest=up(sequences.longest, 4 * EVEN),
+            tokens=up(tokens, grain),
+            sequences=up(len(lengths) + -(-grain // (longest - beginning)), 8),
+            beginning=beginning,
+            longest=longest,
             places=up(places, EVEN if sight else 4 * EVEN),
             # Up to the next quarter of a power of two: their share of the work is small.
             labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
@@ -72,10 +71,14 @@ class Kind(NamedTuple):
         )
 
     @property
+    def own(self) -> int:
+        """The most tokens of a sequence beside the beginning."""
+        return self.longest - self.beginning
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The most that sequences may have. What lengths they have is known on the device alone."""
-        own, shared = self.longest - self.beginning, self.beginning
-        return (shared or own, *(own for _ in range(self.sequences - 1)))
+        return (self.beginning or self.own, *[self.own] * (self.sequences - 1))
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,11 @@ class Held:
         _fill(held.ids_T, batch.ids_T, 0)
         held.positions_3T[:, :tokens].copy_(batch.positions_3T)
         held.positions_3T[:, tokens:].copy_(own)
-        # After the sequence of nothing there are empty ones.
-        _fill(held.bounds_S1, batch.bounds_S1, self.kind.tokens)
+        # After sequences of nothing there are empty ones.
+        bounds = len(batch.bounds_S1)
+        ends = torch.arange(1, len(held.bounds_S1) - bounds + 1, device=own.device)
+        held.bounds_S1[:bounds].copy_(batch.bounds_S1)
+        held.bounds_S1[bounds:].copy_((ends * self.kind.own + tokens).clamp_(max=self.kind.tokens))
         _fill(held.predict_L, batch.predict_L, 0)
         _fill(held.target_L, batch.target_L, -1)
         _fill(held.visual_at_M, batch.visual_at_M, self.kind.tokens - 1)

@@ -19,7 +19,7 @@ from finesight.data.lines import Unreadable
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.lengths import unfit
-from finesight.encode.pack import PackedBatch, pack, plan_packs, shareable
+from finesight.encode.pack import PackedBatch, beginning_of, pack, plan_packs
 from finesight.encode.rendering import Rendering
 from finesight.encode.slice import Slice
 from finesight.errors import UserError
@@ -241,7 +241,7 @@ class StepData(Dataset[Parcel | UserError]):
     were looked at beforehand, whatever is wrong with it, is dropped from the step, or is an error,
     by the recipe's `data.unusable`; so is one of more than `max_length` tokens, where that is
     given. Pictures that are `known` are not decoded, and packs hold neither patches nor grids.
-    Where a model `shares`, what all samples of the step begin with is laid once in each pack.
+    In `branched` steps, what all samples of a step begin with is laid once in each pack.
     """
 
     corpus: Corpus
@@ -251,7 +251,7 @@ class StepData(Dataset[Parcel | UserError]):
     unusable: Literal["drop", "refuse"]
     known: Known | None = None
     max_length: int | None = None
-    shares: bool = False
+    branched: bool = False
 
     def without_pictures(self, known: Known) -> StepData:
         """The same steps, with what is known of all pictures in their place."""
@@ -285,8 +285,8 @@ class StepData(Dataset[Parcel | UserError]):
         own, missing = self._read(self.members.of(number))
         # What a family's own processor made cannot be laid end to end.
         budget = 1 if any(one.inputs for _, one in own) else self.pack_tokens
-        shared = shareable([one.outline for _, one in own]) if self.shares else 0
-        plan = plan_packs([one.outline.tokens for _, one in own], budget, shared)
+        beginning = beginning_of([one.outline for _, one in own]) if self.branched else 0
+        plan = plan_packs([one.outline.tokens for _, one in own], budget, beginning)
         groups = [[one] for one in split] + [[own[i] for i in group] for group in plan]
         members = tuple(tuple(index for index, _ in group) for group in groups)
         forms: list[Form] = [
@@ -297,7 +297,7 @@ class StepData(Dataset[Parcel | UserError]):
         block = Block.of(*forms)
         pictures = block.tensors()
         packs = [
-            pack([one for _, one in group], next(pictures).numpy(), shared) for group in groups
+            pack([one for _, one in group], next(pictures).numpy(), beginning) for group in groups
         ]
         packs[: len(shares)] = map(Slice.cut, shares, packs)
         known = tuple(pictures)

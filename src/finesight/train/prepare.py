@@ -116,7 +116,8 @@ class Session:
 
     def held_out_data(self, pack_tokens: int) -> StepData | None:
         """This process's held-out samples in steps of the training's batch, in packs of at most so
-        many tokens."""
+        many tokens. What they begin with is computed for each: outside of training, a family may
+        compute a token by the length of its sample (`model.qwen_language`)."""
         if self.held_out is None:
             return None
         own = self.machine.ranks.own(self.held_out.survey.kept)
@@ -221,7 +222,14 @@ def prepare(
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
-    members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
+    members = shared(
+        course,
+        machine.ranks,
+        glances,
+        arithmetic,
+        recipe.train.pack_tokens,
+        train.survey.beginning,
+    )
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)
@@ -238,8 +246,11 @@ def prepare(
         held_out=held_out,
         course=course,
         data=train.in_steps(
-            *(renderer, members, recipe.train.pack_tokens, recipe.data),
-            shares=not isinstance(model, FallbackModel),
+            renderer,
+            members,
+            recipe.train.pack_tokens,
+            recipe.data,
+            branched=not isinstance(model, FallbackModel),
         ),
         model=model.train(),
         parallel=parallel,

@@ -6,8 +6,7 @@ what fills a pack up is a sequence of nothing after its own. A recording goes fr
 pictures to the loss and back to them; where a tower learns, from the pictures themselves
 (`train.sight`), or else its kernels are launched while the card is busy with what was recorded.
 
-Shapes: T tokens, S sequences, M places of pictures, K features of each, D width, L tokens that
-predict a learned one.
+Shapes: M places of pictures, K features of each, D width, L tokens that predict a learned one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from finesight.model.attention import has_varlen
 from finesight.model.language import DecoderLayer
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tower import VisionTower
-from finesight.train.held import MOST_TOKENS, Held, Kind
+from finesight.train.held import MOST_TOKENS, MOST_WHERE_KNOWN, Held, Kind
 from finesight.train.left import Left
 from finesight.train.loss import label_loss
 from finesight.train.sight import SightKind, sees, watches
@@ -120,10 +119,11 @@ class Passes:
         if self._recorded is None or batch.share is not None:
             return self._launch(batch, features_MKD, share)
         self._look_back()
-        held = self._room(self._sighted(batch, features_MKD), batch, None)
+        most = self._most(known=features_MKD is not None)
+        held = self._room(self._sighted(batch, features_MKD), batch, None, most)
         if held is None:
             features_MKD = self._seen(batch, features_MKD)
-            held = self._room(Kind.of(batch), batch, features_MKD)
+            held = self._room(Kind.of(batch), batch, features_MKD, most)
         if held is None:
             return self._launch(batch, features_MKD, share)
         held.lay(batch, features_MKD, share, self._tower)
@@ -156,7 +156,7 @@ class Passes:
             return
         seen = Kind.of(batch), self._seen(batch, None)
         for kind, features_MKD in ((self._sighted(batch, None), None), seen):
-            if kind is None or not self._pays(kind, batch, features_MKD):
+            if kind is None or not self._pays(kind, batch, features_MKD, MOST_TOKENS):
                 continue
             held = Held.room(kind, batch, features_MKD, self._tower)
             held.lay(batch, features_MKD, share, self._tower)
@@ -192,14 +192,14 @@ class Passes:
         return Kind.of(batch, SightKind.of(batch, model.visual))
 
     def _room(
-        self, kind: Kind | None, batch: PackedBatch, features_MKD: Tensor | None
+        self, kind: Kind | None, batch: PackedBatch, features_MKD: Tensor | None, most: int
     ) -> Held | None:
         """Where a recording of this kind reads the pack, if it has come several times."""
         if kind is None:
             return None
         if kind in self._held:
             return self._held[kind]
-        if not self._pays(kind, batch, features_MKD):
+        if not self._pays(kind, batch, features_MKD, most):
             return None
         self._met[kind] += 1
         if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
@@ -225,14 +225,19 @@ class Passes:
             return features_MKD
         return model.see(batch.patches_ND, batch.grids)
 
-    def _pays(self, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None) -> bool:
+    def _most(self, *, known: bool) -> int:
+        """Tokens of the largest pack that is recorded."""
+        if self._late >= LATE:
+            return MOST_WHERE_LATE
+        return MOST_WHERE_KNOWN if known else MOST_TOKENS
+
+    def _pays(self, kind: Kind, batch: PackedBatch, features_MKD: Tensor | None, most: int) -> bool:
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models are recorded"
         seen = features_MKD is not None and features_MKD.requires_grad
         if not (kind.sight or seen or any(p.requires_grad for p in model.model.parameters())):
             # Texts, where only the tower learns.
             return False
-        most = MOST_WHERE_LATE if self._late >= LATE else MOST_TOKENS
         return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute, most)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:

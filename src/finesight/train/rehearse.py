@@ -28,8 +28,10 @@ def rehearse(session: Session) -> None:
         return
     try:
         packs = session.data.step(session.progress.step).packs
-        # One that all processes share would wait for the others.
-        for packed in [packed for packed in packs if packed.share is None][:1]:
+        # One that all processes share would wait for the others. One alone has other kernels.
+        own = [packed for packed in packs if packed.share is None]
+        ways = {packed.beginning > 0: packed for packed in own}
+        for packed in ways.values():
             with torch.random.fork_rng([device]), compiled_together(device):
                 session.passes.rehearse(session.placed(packed))
     except Exception as error:

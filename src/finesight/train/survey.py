@@ -10,7 +10,6 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from finesight.config import Data
@@ -20,7 +19,7 @@ from finesight.data.sample import files_of
 from finesight.data.sources import Corpus
 from finesight.encode.encoded import Grid
 from finesight.encode.lengths import unfit, usable
-from finesight.encode.pack import beginning, common
+from finesight.encode.pack import Common
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.train.loader import Dropped
@@ -43,7 +42,7 @@ class Survey:
     `tokens` and `patches` are sums over the kept ones, `longest` counts tokens. `pictures` counts
     the files of pictures and frames that the kept ones show, `distinct` those that differ in their
     path. `met` are the watched pictures that samples have. `glances` are what was seen of the
-    samples `seen`, `shared` the tokens that all of them begin with (`encode.pack`).
+    samples `seen`, `beginning` counts the tokens that all of them begin with (`encode.pack`).
 
     Where all were looked at, `seen` are those that are kept. Otherwise all are kept, `looked_at` of
     them were looked at, `seen` can be used, sums are estimates, and `pictures` is not known."""
@@ -59,7 +58,7 @@ class Survey:
     glances: tuple[Glance, ...] = ()
     seen: Sequence[int] = ()
     looked_at: int = 0
-    shared: int = 0
+    beginning: int = 0
 
     @property
     def whole(self) -> bool:
@@ -85,10 +84,10 @@ class Glance(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What is seen of a sample, and the tokens [P] that others may share."""
+    """What is seen of a sample, and what it begins with."""
 
     glance: Glance
-    beginning_P: NDArray[np.int32]
+    begins: Common
 
 
 class _Looks(Dataset[list[_Look | UserError] | UserError]):
@@ -120,7 +119,7 @@ def _look(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) ->
         pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
         met=frozenset(shown & watched),
     )
-    return _Look(glance, beginning(outline))
+    return _Look(glance, Common.of(outline))
 
 
 class Glances(dict[int, Glance]):
@@ -171,16 +170,16 @@ def survey(
     damaged: dict[int, str] = {}
     seen: list[Glance] = []
     met: set[str] = set()
-    shared: NDArray[np.int32] | None = None
+    begin: Common | None = None
 
     def whole() -> Iterator[Glance]:
-        nonlocal shared
+        nonlocal begin
         index = 0
         for looks in lists:
             for look in looks:
                 if isinstance(look, _Look):
-                    own = look.beginning_P
-                    shared = own if shared is None else common(shared, own)
+                    if unfit(look.glance, data.max_length) is None:
+                        begin = look.begins if begin is None else begin.meet(look.begins)
                     seen.append(look.glance)
                     met.update(look.glance.met)
                     yield look.glance
@@ -202,10 +201,10 @@ def survey(
     chosen = usable(whole(), data.max_length, data.unusable)
     readable = [index for place, index in enumerate(indices) if place not in damaged]
     glances = tuple(seen[i] for i in chosen.kept)
-    same = 0 if shared is None else len(shared)
+    beginning = 0 if begin is None else begin.tokens
     if some is not None:
         fit = [readable[i] for i in chosen.kept]
-        return _estimated(len(corpus), indices, fit, glances, met, same)
+        return _estimated(len(corpus), indices, fit, glances, met, beginning)
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
@@ -222,7 +221,7 @@ def survey(
         glances=glances,
         seen=kept,
         looked_at=len(corpus),
-        shared=same,
+        beginning=beginning,
     )
 
 
@@ -238,7 +237,7 @@ def _estimated(
     fit: list[int],
     glances: tuple[Glance, ...],
     met: set[str],
-    shared: int,
+    beginning: int,
 ) -> Survey:
     """Of so many samples, when those of these indices were looked at, and those `fit` can be used;
     all of them are kept, as which others cannot be used is not known."""
@@ -253,5 +252,5 @@ def _estimated(
         glances=glances,
         seen=fit,
         looked_at=len(indices),
-        shared=shared,
+        beginning=beginning,
     )

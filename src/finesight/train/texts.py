@@ -43,13 +43,13 @@ class Texts:
         pack_tokens: int,
         data: Data,
         *,
-        shares: bool = False,
+        branched: bool = False,
     ) -> StepData:
-        """The samples in these steps, in packs of at most so many tokens. Where the model `shares`,
-        what all samples of a step begin with is computed once for each pack."""
+        """The samples in these steps, in packs of at most so many tokens. In `branched` ones, what
+        all samples of a step begin with is computed once for each pack."""
         source = self.corpus, renderer, members, pack_tokens, data.unusable
         most = None if self.survey.whole else data.max_length
-        return StepData(*source, max_length=most, shares=shares)
+        return StepData(*source, max_length=most, branched=branched)
 
 
 def texts_of(

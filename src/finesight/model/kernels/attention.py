@@ -72,7 +72,7 @@ def _keys_of(x: tl.tensor, first: tl.tensor, n: tl.tensor, stride: tl.tensor, he
     return _rows_of(x, first, n, stride, head, width, before + length, d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["trunk"])
 def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int, k_stride: int,
            v_stride: int, heads: int, group: int, rows: int, width: int, by: float, trunk: int,
            causal: tl.constexpr, branched: tl.constexpr, block_m: tl.constexpr,
@@ -109,7 +109,7 @@ def _forth(q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, bounds: Ptr, q_stride: int,
     tl.store(lse + head * rows + first + m, most_M + tl.log2(sum_M), mask=m < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["trunk"])
 def _back_q(q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: Ptr, bounds: Ptr,
             q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
             width: int, by: float, scale: float, trunk: int, causal: tl.constexpr,
@@ -144,7 +144,7 @@ def _back_q(q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: P
     tl.store(place, dq_MD * scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["trunk"])
 def _back_k(q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: Ptr, bounds: Ptr,
             q_stride: int, k_stride: int, v_stride: int, heads: int, group: int, rows: int,
             width: int, by: float, scale: float, trunk: int, part: Ptr, causal: tl.constexpr,

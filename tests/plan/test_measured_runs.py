@@ -71,9 +71,7 @@ RUNS = (
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20), beginning=15),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, fp8=("language", "vision")),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, seen=True),
-    Measured(
-        "captions_2b_batch64", *CAPTIONS, beginning=15, seen=True, fp8=("language", "vision")
-    ),
+    Measured("captions_2b_batch64", *CAPTIONS, beginning=15, seen=True, fp8=("language", "vision")),
 )
 
 

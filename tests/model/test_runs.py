@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import CPU
 
-from finesight.model.runs import EVEN, LIKE, alike, padded
+from finesight.model.runs import EVEN, LIKE, alike, branched, padded
 
 LENGTHS = [[5], [5, 5], [5, 9, 40, 33, 5, 64, 1, 70], [32, 33, 31, 65], [70, 3, 70]]
 
@@ -70,7 +70,7 @@ def test_rows_of_heads_stand_segment_by_segment_and_come_back(
     runs = padded(lengths, CPU)
     rows, tokens = runs.rows(heads), sum(lengths)
     assert torch.equal(rows.order_X[rows.back_Y], torch.arange(tokens * heads))
-    padding = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
+    padding = torch.arange(0) if rows.idle_Y is None else rows.idle_Y
     places = torch.cat([rows.back_Y, padding]).sort().values
     assert torch.equal(places, torch.arange(runs.places * heads))
     # The same head of a segment's tokens, one after the other.
@@ -79,3 +79,26 @@ def test_rows_of_heads_stand_segment_by_segment_and_come_back(
     shortest = min(lengths)
     expected = torch.arange(heads).view(1, heads, 1).expand(count, heads, shortest)
     assert torch.equal(of_last[..., :shortest] % heads, expected)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(
+    "lengths", [(4, 2), (4, 2, 9, 1), (15, 60, 31, 33, 200, 1), (16, 16, 16)], ids=str
+)
+def test_what_segments_go_on_from_stands_in_each(lengths: tuple[int, ...], heads: int) -> None:
+    runs = branched(lengths)
+    trunk, tokens, others = lengths[0], sum(lengths), len(lengths) - 1
+    rows = runs.rows(heads)
+    assert torch.equal(rows.order_X[rows.back_Y], torch.arange(tokens * heads))
+    idle = torch.arange(0) if rows.idle_Y is None else rows.idle_Y
+    places = torch.cat([rows.back_Y, idle]).sort().values
+    assert torch.equal(places, torch.arange(runs.places * heads))
+    if others == 1:
+        assert rows.copies_RC is None
+        return
+    assert rows.copies_RC is not None
+    assert rows.copies_RC.shape == (trunk * heads, others - 1)
+    expected = torch.arange(trunk * heads)[:, None].expand(-1, others - 1)
+    assert torch.equal(rows.order_X[rows.copies_RC], expected)
+    assert len(rows.copies_RC.unique()) == rows.copies_RC.numel()
+    assert not torch.isin(rows.copies_RC, rows.back_Y).any()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.frozen import KERNELS, has_tensor_cores
-from finesight.model.runs import Runs, alike, padded, upload
+from finesight.model.runs import Runs, alike, branched, padded, upload
 from finesight.model.short_attention import LONGEST, attend_short
 
 if KERNELS:
@@ -147,6 +147,8 @@ class BranchedAttention(PackedAttention):
         if _takes_short(q_THD, whole):
             bounds = attention_kernels.Bounds(own.bounds_S1, whole.longest, self.trunk)
             return _short(q_THD, k_TKD, v_TKD, bounds)
+        if _is_short(q_THD, whole):
+            return attend_short(q_THD, k_TKD, v_TKD, self.runs, causal=True)
         k_MKD, v_MKD = self._branched(k_TKD), self._branched(v_TKD)
         if has_varlen(q_THD):
             return _attend_varlen(q_THD, k_MKD, v_MKD, own, whole, causal=True)
@@ -170,6 +172,11 @@ class BranchedAttention(PackedAttention):
         before_S1 = torch.arange(-1, len(others) + 1, device=bounds_S1.device).clamp_(min=0)
         whole_S1 = (bounds_S1 + before_S1 * first).to(bounds_S1.dtype)
         return Segments(lengths, whole_S1, max(lengths))
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Each sequence but the first with what it reads before its own tokens, in batches."""
+        return branched(self.segments.lengths)
 
     @cached_property
     def places(self) -> Places:

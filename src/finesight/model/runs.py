@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -32,12 +32,14 @@ class Rows(NamedTuple):
     """Where the heads of all tokens stand once the heads of a segment stand one after the other.
 
     Both sides are rows, a head of a token each: `order_X` brings them into their places, `back_Y`
-    back. `padding_Y` are the places after the end of a segment; None where there are none.
+    back. `idle_Y` are the places of nothing and of copies; None where there are none. Each of the
+    first rows stands in copies, too, those of a row of `copies_RC`; None where there are none.
     """
 
     order_X: Tensor
     back_Y: Tensor
-    padding_Y: Tensor | None
+    idle_Y: Tensor | None
+    copies_RC: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Runs:
 
     `order_T` brings the tokens into their places and `back_T` the places into the order of the
     tokens; both None where the segments already stand so. `padding_P` is True at the places after
-    the end of a segment, which hold any token; None where there are none.
+    the end of a segment, which hold any token, and `copied_P` at those of a token that stands
+    elsewhere, too; None where there are none.
     """
 
     lengths: tuple[tuple[int, int], ...]
     order_T: Tensor | None = None
     back_T: Tensor | None = None
     padding_P: Tensor | None = None
+    copied_P: Tensor | None = None
     _rows: dict[int, Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -69,14 +73,20 @@ class Runs:
     def _rows_of(self, heads: int) -> Rows:
         order_P = torch.arange(self.places) if self.order_T is None else self.order_T
         order_X = self._by_head(order_P * heads, torch.arange(heads))
-        if self.padding_P is None:
-            real_Y, padding_Y = torch.arange(len(order_X)), None
-        else:
-            padding_X = self._by_head(self.padding_P, torch.zeros(heads, dtype=torch.bool))
-            real_Y, padding_Y = (~padding_X).nonzero().squeeze(1), padding_X.nonzero().squeeze(1)
+        idle_X = torch.zeros(len(order_X), dtype=torch.bool)
+        copies_RC = None
+        for marked_P in (self.padding_P, self.copied_P):
+            if marked_P is not None:
+                idle_X |= self._by_head(marked_P, torch.zeros(heads, dtype=torch.bool))
+        real_Y, idle_Y = (~idle_X).nonzero().squeeze(1), idle_X.nonzero().squeeze(1)
         back_Y = torch.empty_like(real_Y)
         back_Y[order_X[real_Y]] = real_Y
-        return Rows(order_X, back_Y, padding_Y)
+        if self.copied_P is not None:
+            copied_X = self._by_head(self.copied_P, torch.zeros(heads, dtype=torch.bool))
+            copied_Y = copied_X.nonzero().squeeze(1)
+            by_row = order_X[copied_Y].argsort(stable=True)
+            copies_RC = copied_Y[by_row].view(int(order_X[copied_Y].max()) + 1, -1)
+        return Rows(order_X, back_Y, idle_Y if len(idle_Y) else None, copies_RC)
 
     def _by_head(self, values_P: Tensor, added_H: Tensor) -> Tensor:
         """Values of places, once for each head of a segment, plus what is added for that head."""
@@ -123,6 +133,30 @@ def padded(lengths: Sequence[int], device: torch.device) -> Runs:
     back = real[np.argsort(order[real])]
     tensors = (upload(array, device) for array in (order, back, padding))
     return Runs(_counted(room_S.tolist()), *tensors)
+
+
+def branched(lengths: Sequence[int]) -> Runs:
+    """Batches of segments that go on from the first one, whose tokens stand before those of each:
+    as `padded`, on the CPU. They are real in the second one, which comes after it, and copies in
+    those that follow."""
+    trunk, *others = lengths
+    whole = [trunk + length for length in others]
+    starts = np.cumsum([trunk, *others[:-1]])
+    at_M = np.concatenate(
+        [
+            np.concatenate([np.arange(trunk), np.arange(start, start + length)])
+            for start, length in zip(starts, others, strict=True)
+        ]
+    )
+    inside_M = np.concatenate([np.arange(length) for length in whole])
+    copied_M = (inside_M < trunk) & (np.arange(len(at_M)) >= whole[0])
+    runs = padded(whole, torch.device("cpu"))
+    order_P = torch.arange(len(at_M)) if runs.order_T is None else runs.order_T
+    copied_P = torch.from_numpy(copied_M)[order_P]
+    if runs.padding_P is not None:
+        copied_P &= ~runs.padding_P
+    found = copied_P if bool(copied_P.any()) else None
+    return replace(runs, order_T=torch.from_numpy(at_M)[order_P], back_T=None, copied_P=found)
 
 
 def _counted(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:

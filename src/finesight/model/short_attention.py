@@ -34,7 +34,8 @@ def attend_short(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, runs: Runs, *, causal: bool
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each segment. The batches of `runs` may be padded only
-    where attention is causal: no query looks at what follows it."""
+    where attention is causal: no query looks at what follows it. Of what stands in several places
+    one gives the output."""
     assert causal or runs.padding_P is None, "padding would be looked at"
     o_THD: Tensor = _ShortAttention.apply(  # type: ignore[no-untyped-call]
         q_THD, k_TKD, v_TKD, runs, causal
@@ -64,12 +65,12 @@ class _ShortAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        queries, keys, weights = Rows(*saved[:3]), Rows(*saved[3:6]), saved[9:]
-        q_XD, k_XD, v_XD = saved[6:9]
+        queries, keys, weights = Rows(*saved[:4]), Rows(*saved[4:8]), saved[11:]
+        q_XD, k_XD, v_XD = saved[8:11]
         scale, shared = ctx.scale, ctx.shared
         do_XD = _laid(do_THD, queries)
-        if queries.padding_Y is not None:
-            do_XD.index_fill_(0, queries.padding_Y, 0)
+        if queries.idle_Y is not None:
+            do_XD.index_fill_(0, queries.idle_Y, 0)
         dq_XD, dk_XD, dv_XD = (torch.empty_like(x) for x in (q_XD, k_XD, v_XD))
         given = (q_XD, k_XD, v_XD, do_XD, dq_XD, dk_XD, dv_XD)
         every = (_batches(x, ctx.runs, shared) for x in given)
@@ -82,7 +83,7 @@ class _ShortAttention(torch.autograd.Function):
             torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
             # Or they would be there until the next ones are.
             del dscores_BQL
-        dk_TKD, dv_TKD = (_returned(x, keys).view(-1, shared, x.shape[1]) for x in (dk_XD, dv_XD))
+        dk_TKD, dv_TKD = (_summed(x, keys).view(-1, shared, x.shape[1]) for x in (dk_XD, dv_XD))
         return _returned(dq_XD, queries).view(do_THD.shape), dk_TKD, dv_TKD, None, None
 
 
@@ -134,6 +135,17 @@ def _laid(x_THD: Tensor, rows: Rows) -> Tensor:
 
 def _returned(x_XD: Tensor, rows: Rows) -> Tensor:
     return x_XD.index_select(0, rows.back_Y)
+
+
+def _summed(dx_XD: Tensor, rows: Rows) -> Tensor:
+    """`_returned`, with what comes back to copies, summed up wide and rounded once."""
+    dx_YD = _returned(dx_XD, rows)
+    if rows.copies_RC is not None:
+        count, copies = rows.copies_RC.shape
+        wide = torch.promote_types(dx_XD.dtype, torch.float32)
+        copied_RCD = dx_XD.index_select(0, rows.copies_RC.flatten()).view(count, copies, -1)
+        dx_YD[:count] = copied_RCD.sum(1, dtype=wide) + dx_YD[:count]
+    return dx_YD
 
 
 def _batches(x_XD: Tensor, runs: Runs, shared: int) -> Iterator[Tensor]:

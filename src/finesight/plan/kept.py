@@ -141,7 +141,7 @@ class Look:
         of what it goes on from; where sequences are long, of its keys and values."""
         lengths, tokens, number = place.contexts, sum(place.contexts), computing.number
         if is_short(lengths, computing):
-            return self._short(lengths).kept
+            return self._short_at(place).kept
         scales = WIDE * self.heads * tokens
         if computing.flash:
             own = place.tokens * (number * (self.made + self.queries) + WIDE * self.heads)
@@ -155,20 +155,18 @@ class Look:
     def forth(self, place: Place, computing: Computing) -> int:
         """Bytes on the way forward beside what is kept, queries, keys and values included. Other
         kernels make no scores of all pairs, and take less than an MLP: not counted."""
-        copies = self._copies(place, computing)
         if not is_short(place.contexts, computing):
-            return copies
-        short = self._short(place.contexts)
-        return computing.number * self.made * place.tokens + copies + short.forth - short.kept
+            return self._copies(place, computing)
+        short = self._short_at(place)
+        return computing.number * self.made * place.tokens + short.forth - short.kept
 
     def back(self, place: Place, computing: Computing) -> int:
         """Bytes on the way back beside what is kept, the output's gradient included. Other kernels
         on a processor have as many heads of keys as of queries; of a card's nothing is counted."""
-        copies = self._copies(place, computing)
         if is_short(place.contexts, computing):
-            return copies + self._short(place.contexts).back
+            return self._short_at(place).back
         heads = 0 if computing.cuda else computing.number * 4 * self.queries
-        return copies + heads * sum(place.contexts)
+        return self._copies(place, computing) + heads * sum(place.contexts)
 
     def _copies(self, place: Place, computing: Computing) -> int:
         """Of queries, keys and values in which each sequence has what it goes on from, or of their
@@ -182,14 +180,16 @@ class Look:
         if computing.flash:
             return 0
         if is_short(lengths, computing):
-            return self._short(lengths).places
+            return self._short(lengths, sum(lengths)).places
         return 0 if alike(lengths, CPU).order_T is None else 2 * INDEX * sum(lengths)
 
-    def _short(self, lengths: Sequence[int]) -> ShortAttention:
+    def _short_at(self, place: Place) -> ShortAttention:
+        """The first of sequences that go on from there is looked at among the others."""
+        return self._short(place.contexts[place.copies > 0 :], place.tokens)
+
+    def _short(self, lengths: Sequence[int], tokens: int) -> ShortAttention:
         runs = (padded if self.causal else alike)(lengths, CPU)
-        return ShortAttention(
-            self.queries, self.shared, self.heads, self.causal, sum(lengths), runs
-        )
+        return ShortAttention(self.queries, self.shared, self.heads, self.causal, tokens, runs)
 
 
 def is_short(lengths: Sequence[int], computing: Computing) -> bool:

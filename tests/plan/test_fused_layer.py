@@ -14,7 +14,7 @@ from allocations import Allocated, allocated
 from bare_kernels import launch_nothing
 from torch import nn
 
-from finesight.model.attention import PackedAttention, Segments
+from finesight.model.attention import BranchedAttention, PackedAttention, Segments
 from finesight.model.fp8 import Fp8Weight
 from finesight.model.frozen import KERNELS
 from finesight.model.geometry import LanguageGeometry
@@ -242,3 +242,21 @@ def test_bytes_on_a_card_are_those_that_are_allocated(case: Case, lengths: tuple
     assert said.kept == pytest.approx(found.kept, rel=CLOSE)
     assert said.forth == pytest.approx(found.forth, rel=CLOSE)
     assert said.back == pytest.approx(found.back, rel=CLOSE)
+
+
+def test_copies_of_what_long_sequences_go_on_from_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys and values as attention keeps them, where sequences are too long for its own kernel."""
+    launch_nothing(monkeypatch)
+    layer = Layer(CASES[0], SMALL, (64, 60, 3), BARE)
+    said = layer.said
+    for trunk, copied in ((15, False), (300, True)):
+        lengths = trunk, 60, 30
+        tokens = sum(lengths)
+        attention = BranchedAttention(Segments.of(lengths, BARE.device), rows=tokens)
+        k_TKD = torch.zeros(tokens, SMALL.kv_heads, SMALL.head_width, dtype=BARE.dtype)
+        one = attention._branched(k_TKD).nbytes
+        branched = Place(attention.whole.lengths, tokens, tokens)
+        plain = Place(lengths, tokens, tokens)
+        assert said.of_pack(branched) - said.of_pack(plain) == 2 * one * copied

@@ -146,6 +146,18 @@ def test_kinds_are_few(folder: Path) -> None:
         assert kind.labels >= batch.supervised
 
 
+WAYS = [
+    (LORA, True, 0.0),
+    (LORA, True, 1.0),
+    (LORA, False, 0.0),
+    (LORA, False, 1.0),
+    (SEEING, False, 0.0),
+    (SEEING, False, 1.0),
+    (ALL, False, 0.0),
+]
+"""What is tuned, whether features are known, and the share of layers that are recomputed."""
+
+
 class Full:
     """Recordings for which there is no memory: what was computed by then waits in the error."""
 
@@ -326,19 +338,10 @@ def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("tune", "known", "recompute", "packed", "short"),
     [
-        (LORA, True, 0.0, pack, 256),
-        (LORA, False, 0.0, pack, 256),
-        (LORA, True, 1.0, pack, 256),
-        (LORA, False, 1.0, pack, 256),
-        (SEEING, False, 0.0, pack, 256),
-        (SEEING, False, 1.0, pack, 256),
-        (ALL, False, 0.0, pack, 256),
-        (LORA, True, 0.0, once, 256),
-        (LORA, True, 1.0, once, 256),
-        (ALL, False, 0.0, once, 256),
+        *((*way, pack, 256) for way in WAYS),
+        *((*way, once, 256) for way in WAYS),
         # With the kernels of long sequences.
-        (LORA, True, 0.0, once, 0),
-        (LORA, True, 1.0, once, 0),
+        *((*way, once, 0) for way in WAYS[:2]),
     ],
 )
 def test_a_recording_learns_what_its_launches_would(

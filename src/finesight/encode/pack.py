@@ -196,11 +196,11 @@ def pack(
 
 
 def filled(batch: PackedBatch, merge: int | None) -> PackedBatch:
-    """The pack with a sequence of nothing after its own (which goes on from the beginning, too, if
-    there is one), so that tokens, patches (`merge` x `merge`
-    of them become a token) and predicting tokens come to multiples of `EVEN`. It has no targets:
-    `predict_L` grows longer than `target_L`. Without `merge`, of a tower whose pictures all have
-    one size, patches stay as they are: few numbers of them come.
+    """The pack with a sequence of nothing after its own, so that tokens, patches (`merge` x `merge`
+    of them become a token) and predicting tokens come to multiples of `EVEN`. It goes on from the
+    beginning, too, if there is one, and has no targets: `predict_L` grows longer than `target_L`.
+    Without `merge`, of a tower whose pictures all have one size, patches stay as they are: few
+    numbers of them come.
     """
     patches_ND, grids = batch.patches_ND, batch.grids
     if merge is not None:

@@ -73,16 +73,18 @@ class Runs:
     def _rows_of(self, heads: int) -> Rows:
         order_P = torch.arange(self.places) if self.order_T is None else self.order_T
         order_X = self._by_head(order_P * heads, torch.arange(heads))
-        idle_X = torch.zeros(len(order_X), dtype=torch.bool)
-        copies_RC = None
-        for marked_P in (self.padding_P, self.copied_P):
-            if marked_P is not None:
-                idle_X |= self._by_head(marked_P, torch.zeros(heads, dtype=torch.bool))
+        padding_X, copied_X = (
+            self._by_head(
+                torch.zeros(self.places, dtype=torch.bool) if marked_P is None else marked_P,
+                torch.zeros(heads, dtype=torch.bool),
+            )
+            for marked_P in (self.padding_P, self.copied_P)
+        )
+        idle_X, copies_RC = padding_X | copied_X, None
         real_Y, idle_Y = (~idle_X).nonzero().squeeze(1), idle_X.nonzero().squeeze(1)
         back_Y = torch.empty_like(real_Y)
         back_Y[order_X[real_Y]] = real_Y
         if self.copied_P is not None:
-            copied_X = self._by_head(self.copied_P, torch.zeros(heads, dtype=torch.bool))
             copied_Y = copied_X.nonzero().squeeze(1)
             by_row = order_X[copied_Y].argsort(stable=True)
             copies_RC = copied_Y[by_row].view(int(order_X[copied_Y].max()) + 1, -1)

@@ -142,15 +142,15 @@ class Look:
         lengths, tokens, number = place.contexts, sum(place.contexts), computing.number
         if is_short(lengths, computing):
             return self._short_at(place).kept
-        scales = WIDE * self.heads * tokens
+        scales = WIDE * self.heads
+        plain = number * (self.made + self.queries) + scales
         if computing.flash:
-            own = place.tokens * (number * (self.made + self.queries) + WIDE * self.heads)
             copied = tokens * (place.copies > 0) * (max(lengths) > SHORT)
-            return own + copied * 2 * number * self.shared
+            return place.tokens * plain + copied * 2 * number * self.shared
         if self.queries == self.shared and alike(lengths, CPU).order_T is None:
-            return number * tokens * (self.made + self.queries) + scales
+            return tokens * plain
         # Grouped heads are repeated, or tokens sorted: copies either way.
-        return number * tokens * 4 * self.queries + scales
+        return tokens * (number * 4 * self.queries + scales)
 
     def forth(self, place: Place, computing: Computing) -> int:
         """Bytes on the way forward beside what is kept, queries, keys and values included. Other

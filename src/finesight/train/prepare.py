@@ -222,14 +222,7 @@ def prepare(
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
     glances = train.glances(renderer, recipe.data) if train.survey.whole else None
-    members = shared(
-        course,
-        machine.ranks,
-        glances,
-        arithmetic,
-        recipe.train.pack_tokens,
-        train.survey.beginning,
-    )
+    members = shared(course, machine.ranks, glances, arithmetic, recipe.train.pack_tokens)
     rows = stacked(model)
     parallel = share_model(recipe, model, machine.dtype, machine.ranks)
     masters = Masters(parallel.learning, recipe.train, rows)

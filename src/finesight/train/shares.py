@@ -80,11 +80,10 @@ def shared(
     glances: Glances | None,
     arithmetic: Arithmetic | Uncounted,
     pack_tokens: int,
-    beginning: int = 0,
 ) -> Members:
     """This process's samples of each step, about as costly as those of any other, and its share of
     very long ones. As many, where not all samples have been looked at: what others see of one by
-    then may differ. The `beginning` of all samples, of so many tokens, costs next to nothing."""
+    then may differ. What all of them begin with costs next to nothing."""
     if ranks.alone:
         return course
     if glances is None:
@@ -93,7 +92,7 @@ def shared(
 
     def cost(index: int) -> float:
         one = seen[index]
-        own = max(0, one.tokens - beginning)
+        own = max(0, one.tokens - seen.beginning)
         return arithmetic.of(Alone((own,), one.grids, one.supervised)) or one.tokens
 
     def tokens(index: int) -> int:

@@ -124,10 +124,12 @@ def _look(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) ->
 
 class Glances(dict[int, Glance]):
     """What was seen of samples, by their index in the corpus. One that was not looked at is looked
-    at when it is asked for; one that cannot be used shows nothing."""
+    at when it is asked for; one that cannot be used shows nothing. All that were looked at begin
+    with `beginning` tokens that are the same."""
 
     def __init__(self, corpus: Corpus, found: Survey, renderer: Rendering, max_length: int) -> None:
         super().__init__(zip(found.seen, found.glances, strict=True))
+        self.beginning = found.beginning
         self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
 
     def __missing__(self, index: int) -> Glance:
@@ -191,12 +193,7 @@ def survey(
             if advance is not None:
                 advance(len(looks))
         if not seen:
-            raise UserError(
-                f"not one of {len(indices)} samples has pictures that can be read",
-                where="data",
-                expected="whole pictures, at the paths that the samples name",
-                remedy=f"the first one says: {next(iter(damaged.values()))}",
-            )
+            raise _all_damaged(len(indices), next(iter(damaged.values())))
 
     chosen = usable(whole(), data.max_length, data.unusable)
     readable = [index for place, index in enumerate(indices) if place not in damaged]
@@ -222,6 +219,15 @@ def survey(
         seen=kept,
         looked_at=len(corpus),
         beginning=beginning,
+    )
+
+
+def _all_damaged(samples: int, first: str) -> UserError:
+    return UserError(
+        f"not one of {samples} samples has pictures that can be read",
+        where="data",
+        expected="whole pictures, at the paths that the samples name",
+        remedy=f"the first one says: {first}",
     )
 
 

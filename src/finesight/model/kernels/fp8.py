@@ -85,12 +85,13 @@ def quantised(
     scales_T1 = torch.empty(rows, 1, dtype=torch.float32, device=x_TI.device)
     is_whole = inputs <= _IN_REGISTERS
     # Two powers of two: padded to a single one, most rows would be computed up to twice.
-    first = 1 << (inputs.bit_length() - 1) if is_whole else _PIECE
+    largest = 1 << (inputs.bit_length() - 1)
+    first = largest if is_whole else _PIECE
     left = inputs - first if is_whole else 0
     _quantise[(rows,)](
         x_TI, x_TI if by_I is None else by_I, codes_TI, scales_T1, inputs, x_TI.stride(0), most,
         least, is_scaled=by_I is not None, is_gelu=gelu, is_whole=is_whole, block_i=first,
         block_j=triton.next_power_of_2(left) if left else 0,
-        num_warps=min(16, max(2, first // 1024)),
+        num_warps=min(32, max(2, largest // 1024)),
     )  # fmt: skip
     return codes_TI, scales_T1

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.drop import Drop, kept
-from finesight.model.kernels.programs import Ptr, folded, rank_block
+from finesight.model.kernels.programs import Ptr, folded, in_step, rank_block
 from finesight.model.kernels.sizes import GATE, GATE_BACK, columns_of_chunk, rows_of_chunk
 
 
@@ -43,7 +43,10 @@ def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks:
         tl.store(h + at_M[:, None] * h_stride + c[None, :], h_MN, mask=inside)
         if is_low:
             if is_dropped:
-                h_MN = tl.where(kept(seed, salt, m, c, threshold), h_MN, 0.0)
+                inside &= kept(seed, salt, m, c, threshold)
+            # Numbers outside are zero anyway. But a product's operand that nothing masks, the
+            # compiler makes of `both` anew, in each warp that reads it.
+            h_MN = tl.where(inside, h_MN, 0.0)
             inside_RN = inside_R[:, None] & inside_N[None, :]
             a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)
             low_MR += tl.dot(h_MN, tl.trans(a_RN))
@@ -106,15 +109,16 @@ def _gate_back(both: Ptr, a: Ptr, dh: Ptr, dlow: Ptr, partial: Ptr, rows: int, p
         g_MN = tl.load(at_both, mask=inside, other=0.0).to(tl.float32)
         u_MN = tl.load(at_both + width, mask=inside, other=0.0).to(tl.float32)
         dh_MN = tl.load(at_h, mask=inside, other=0.0).to(tl.float32)
+        if is_low:
+            dlow_MR = tl.load(dlow + at_M[:, None] * dlow_stride + r[None, :],
+                              mask=inside_M[:, None] & inside_R[None, :], other=0.0)  # fmt: skip
+            g_MN, more_MN = in_step(g_MN, tl.dot(dlow_MR, a_RN) * times)
         sig_MN = 1.0 / (1.0 + tl.exp2(g_MN * -1.4426950408889634))
         silu_MN = g_MN * sig_MN
         h_MN = (silu_MN * u_MN).to(narrow)
         if is_kept:
             tl.store(at_h, h_MN, mask=inside)
         if is_low:
-            dlow_MR = tl.load(dlow + at_M[:, None] * dlow_stride + r[None, :],
-                              mask=inside_M[:, None] & inside_R[None, :], other=0.0)  # fmt: skip
-            more_MN = tl.dot(dlow_MR, a_RN) * times
             if is_dropped:
                 kept_MN = kept(seed, salt, m, c, threshold)
                 more_MN = tl.where(kept_MN, more_MN, 0.0)

@@ -22,6 +22,15 @@ def rank_block(ranks: int) -> int:
 
 
 @triton.jit
+def in_step(x: tl.tensor, y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Both as they are, with numbers of the same place in the same thread. Left alone, the compiler
+    deals out what comes from memory and what comes from a product in different ways, and computes
+    twice what is made of the former and meets both."""
+    both = tl.split(tl.join(x, y))
+    return both[0], both[1]
+
+
+@triton.jit
 def _folded(partial: Ptr, y: Ptr, total: int, chunks: int, tall: tl.constexpr,
             block: tl.constexpr) -> None:  # fmt: skip
     at_N = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)

@@ -72,6 +72,21 @@ def once(samples: Sequence[Encoded]) -> PackedBatch:
     return pack(samples, beginning=beginning)
 
 
+def made(some: PackedBatch, lengths: Sequence[int], beginning: int, labels: int) -> PackedBatch:
+    """A pack of sequences of these lengths, whose content does not matter."""
+    whole_T = torch.zeros(sum(lengths), dtype=torch.int64)
+    return replace(
+        some,
+        lengths=tuple(lengths),
+        beginning=beginning,
+        ids_T=whole_T,
+        positions_3T=whole_T.expand(3, -1),
+        bounds_S1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        predict_L=torch.zeros(labels, dtype=torch.int64),
+        target_L=torch.zeros(labels, dtype=torch.int64),
+    )
+
+
 @pytest.mark.parametrize("packed", [pack, once])
 def test_what_fills_a_pack_up_changes_nothing(
     folder: Path, packed: Callable[[Sequence[Encoded]], PackedBatch]
@@ -112,16 +127,7 @@ def test_what_fills_a_pack_up_reads_no_more_than_a_kind_has(folder: Path) -> Non
         count = chance.randint(2, min(60, 16_000 // own))
         lengths = [chance.randint(1, own) for _ in range(count)]
         lengths = [beginning, *lengths] if beginning else lengths
-        tokens = sum(lengths)
-        whole = torch.zeros(tokens, dtype=torch.int64)
-        batch = replace(
-            some,
-            lengths=tuple(lengths),
-            beginning=beginning,
-            ids_T=whole,
-            positions_3T=whole.expand(3, -1),
-            bounds_S1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        )
+        batch = made(some, lengths, beginning, some.supervised)
         kind = Kind.of(batch)
         held = Held.room(kind, batch, None, model.visual)
         held.lay(batch, None, torch.tensor(1.0), model.visual)
@@ -144,6 +150,66 @@ def test_kinds_are_few(folder: Path) -> None:
         assert kind.longest >= max(batch.lengths)
         assert kind.places >= len(batch.visual_at_M)
         assert kind.labels >= batch.supervised
+
+
+def various(samples: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[PackedBatch]:
+    """Packs of two kinds, of which a recording takes both: these are small, and differ by more than
+    an eighth."""
+    monkeypatch.setattr("finesight.train.held.SPARE", 2)
+    packs = [pack(samples[:4]), pack(samples[2:8]), pack(samples[4:8]), pack(samples[1:7])]
+    kinds = [Kind.of(one) for one in packs]
+    assert len({*kinds}) == 2
+    assert all(kinds[0].among(kinds).takes(kind) for kind in kinds)
+    return packs
+
+
+def test_a_recording_among_several_kinds_takes_packs_of_each(folder: Path) -> None:
+    model, chance = tuned(torch.float32, CPU), random.Random(0)
+    some, taken = pack(encoded(folder)[:2]), 0
+    for _ in range(100):
+        beginning, most = chance.choice([0, 15, 200]), chance.choice([40, 140, 300])
+        count = chance.randint(3, 20)
+        packs = []
+        for _ in range(6):
+            lengths = [chance.randint(most // 2, most) for _ in range(count + chance.randint(0, 2))]
+            lengths = [beginning, *lengths] if beginning else lengths
+            labels = chance.randint(count, 3 * count)
+            packs.append(made(some, lengths, beginning, labels))
+        kinds = [Kind.of(one) for one in packs]
+        kind = kinds[0].among(kinds[1:])
+        assert kind.takes(kinds[0])
+        assert kind.tokens <= kinds[0].tokens * 9 // 8
+        held = Held.room(kind, packs[0], None, model.visual)
+        for own, batch in zip(kinds, packs, strict=True):
+            if not kind.takes(own):
+                continue
+            taken += own != kind
+            held.lay(batch, None, torch.tensor(1.0), model.visual)
+            laid, count = held.batch.bounds_S1.diff(), len(batch.lengths)
+            assert laid[:count].tolist() == list(batch.lengths)
+            assert int(laid.sum()) == kind.tokens
+            assert int(laid.min()) >= 0
+            assert int(laid[beginning > 0 :].max()) + beginning <= kind.longest
+            assert len(held.batch.target_L) >= batch.supervised
+    assert taken > 100
+
+
+def test_a_recording_takes_no_packs_of_another_way(folder: Path) -> None:
+    samples = encoded(folder)
+    kind = Kind.of(pack(samples[:4]))
+    assert kind.takes(kind)
+    for other in (
+        kind._replace(beginning=8),
+        kind._replace(places=0),
+        kind._replace(tokens=kind.tokens // 2),
+        kind._replace(tokens=kind.tokens + 64),
+        kind._replace(labels=kind.labels // 3),
+        kind._replace(labels=kind.labels + 64),
+        kind._replace(longest=kind.longest + 256),
+        kind._replace(places=kind.places + 64),
+        kind._replace(sequences=kind.sequences + 1),
+    ):
+        assert not kind.takes(other), other
 
 
 WAYS = [
@@ -227,13 +293,71 @@ def test_larger_packs_are_recorded_where_the_card_waits_for_launches(
     assert len(batch.ids_T) < len(larger.ids_T) < len(longer.ids_T)
     several = recorded.LATE + recorded.LAUNCHED + 2
     assert asked([batch] * (recorded.LAUNCHED + 2)) == 2
-    assert asked([larger] * several) == 2
+    assert asked([larger] * several) == several - recorded.LATE
     assert asked([longer] * several) == 0, "too large for any card"
     card.half_free = False
     assert asked([larger] * several) == 0
     assert asked([batch] * (recorded.LAUNCHED + 2)) == 2
     card.half_free, card.ahead, card.asked = True, recorded.LATE, 0
     assert asked([larger] * 4 * several) == 0, "not so often in a row"
+
+
+def test_where_the_card_waits_for_launches_packs_share_recordings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card()
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Counted)
+    monkeypatch.setattr(recorded, "_mark", lambda device: card)
+    monkeypatch.setattr(recorded, "_half_free", lambda device: card.half_free)
+    model = tuned(torch.float32, CPU).eval()
+    monkeypatch.setattr(recorded, "LAUNCHED", recorded.LATE)
+    packs = various(encoded(folder), monkeypatch) * recorded.LATE
+    share = torch.tensor(0.25)
+
+    def learned() -> tuple[int, int]:
+        passes = Passes(model, list(trainable(model).values()))
+        monkeypatch.setattr(passes, "_forth_and_back", lambda held: share)
+        found = passes._recorded
+        for one in packs:
+            passes.learn(one, None, share)
+        assert isinstance(found, Counted)
+        return len(packs) - found.asked, len(passes._held)
+
+    assert learned() == (recorded.LATE, 1)
+    card.half_free = False
+    assert learned() == (2 * recorded.LAUNCHED, 2), "each kind has its own"
+    card.half_free, card.ahead, card.asked = True, 2, 0
+    assert learned() == (2 * recorded.LAUNCHED, 2), "the card had something left to do"
+
+
+def test_a_replay_says_nothing_of_the_pace_of_launches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card is still busy with it when the next pack is launched."""
+    card = Card()
+    monkeypatch.setattr(recorded, "_recordable", lambda model, device: True)
+    monkeypatch.setattr(recorded, "Recorded", Counted)
+    monkeypatch.setattr(recorded, "_mark", lambda device: card)
+    monkeypatch.setattr(recorded, "_half_free", lambda device: True)
+    model = tuned(torch.float32, CPU).eval()
+    samples, share = encoded(folder), torch.tensor(0.25)
+    batch, larger = pack(samples[:2]), pack(samples[:12])
+    monkeypatch.setattr(recorded, "MOST_WHERE_LATE", len(batch.ids_T))
+    monkeypatch.setattr(recorded, "LAUNCHED", recorded.LATE)
+    passes = Passes(model, list(trainable(model).values()))
+    monkeypatch.setattr(passes, "_forth_and_back", lambda held: share)
+    for one in [batch] * (recorded.LATE + 2):
+        passes.learn(one, None, share)
+    assert len(passes._held) == 1
+    card.ahead, card.asked = 1, 0
+    for one in [larger, batch] * 3:
+        passes.learn(one, None, share)
+    assert card.asked == 0
+    assert passes._is_late
+    for one in [larger] * 3:
+        passes.learn(one, None, share)
+    assert not passes._is_late
 
 
 def test_where_there_is_no_memory_for_recordings_all_is_launched(
@@ -391,3 +515,36 @@ def test_a_recording_learns_what_its_launches_would(
         # From the same seed, a replay gives the same bits.
         assert torch.equal(loss_2, loss_1)
         assert all(torch.equal(one, other) for one, other in zip(grads_2, grads_1, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_shared_recording_learns_what_launches_would(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    model = tuned(torch.bfloat16, cuda, SEEING)
+    packs = [one.to(cuda) for one in various(encoded(folder), monkeypatch)]
+    learning = list(trainable(model).values())
+    passes = Passes(model, learning)
+    monkeypatch.setattr(recorded, "LATE", 0)
+
+    def learned(most: int) -> list[tuple[Tensor, list[Tensor]]]:
+        monkeypatch.setattr(recorded, "MOST_WHERE_LATE", most)
+        results = []
+        for batch in [*packs, *reversed(packs)]:
+            share = torch.tensor(1.0 / batch.supervised, device=cuda)
+            loss = passes.learn(batch, None, share)
+            results.append((loss, [p.grad.float().clone() for p in learning if p.grad is not None]))
+            for parameter in learning:
+                parameter.grad = None
+        return results
+
+    launched, shared = learned(0), learned(6144)
+    assert passes._recorded is not None, "recording failed"
+    assert len(passes._recorded._graphs) < len({Kind.of(one) for one in packs})
+    for (loss, grads), (loss_1, grads_1) in zip(launched, shared, strict=True):
+        torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
+        assert len(grads) == len(grads_1)
+        for one, other in zip(grads_1, grads, strict=True):
+            assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5

@@ -65,6 +65,23 @@ def test_a_launch_compiles_and_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @GPU
+def test_what_waits_to_be_compiled_keeps_no_memory() -> None:
+    from finesight.model.kernels import elementwise
+    from finesight.model.kernels.together import _kind, _stand_in, compiled_together
+
+    held = torch.zeros(1 << 24, device="cuda", dtype=torch.bfloat16)
+    for tensor in (held, held[1:], held[8:], held.float(), held.float()[1:], held.byte()[3:]):
+        assert _kind(_stand_in(tensor)) == _kind(tensor)
+        assert _stand_in(tensor).nbytes <= 16
+    del held, tensor
+    before = torch.cuda.memory_allocated()
+    with compiled_together(torch.device("cuda")):
+        elementwise.quick_gelu(torch.zeros(1 << 24, device="cuda", dtype=torch.float16))
+        assert torch.cuda.memory_allocated() - before < 1 << 16
+
+
+@pytest.mark.gpu
+@GPU
 def test_what_compiling_raises_is_raised_at_the_end() -> None:
     triton: Any = pytest.importorskip("triton")
     from finesight.model.kernels.together import compiled_together

@@ -1,10 +1,7 @@
-"""Small packs as recordings: what fills them up changes nothing, and a recording learns what its
-launches would."""
+"""Small packs as recordings: which are recorded, and that one learns what its launches would."""
 
 from __future__ import annotations
 
-import itertools
-import random
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,29 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_packs import ALL, CPU, DROPPING, LORA, SEEING, encoded, once, seen, tuned, various
 from small_run import make_task
 from torch import Tensor
 
-from finesight.config import DataFile, PixelRange, Tune
-from finesight.data.sources import load_sources
+from finesight.config import Tune
 from finesight.encode.encoded import Encoded
-from finesight.encode.pack import PackedBatch, beginning_of, contexts, pack
-from finesight.encode.render import Renderer
-from finesight.hub import locate
+from finesight.encode.pack import PackedBatch, pack
 from finesight.model import attention
-from finesight.model.network import VisionLanguageModel
-from finesight.model.parts import apply_tuning, trainable
-from finesight.model.weights import load_model
+from finesight.model.parts import trainable
 from finesight.train import left, recorded
-from finesight.train.held import Held, Kind
+from finesight.train.held import Kind
 from finesight.train.recorded import Passes
-
-CPU = torch.device("cpu")
-LORA = Tune.model_validate({"lora": {"rank": 8, "dropout": 0.1}})
-PARTS = "vision", "merger", "language"
-SEEING = Tune.model_validate(dict.fromkeys(PARTS, "lora") | {"lora": {"rank": 8}})
-DROPPING = SEEING.model_copy(update={"lora": LORA.lora})
-ALL = Tune.model_validate(dict.fromkeys((*PARTS, "embeddings"), "full"))
 
 
 @pytest.fixture(scope="module")
@@ -43,173 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     make_task(folder)
     return folder
-
-
-def encoded(folder: Path) -> list[Encoded]:
-    renderer = Renderer(locate("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056))
-    corpus = load_sources((DataFile(path=folder / "train.jsonl"),))
-    return [renderer.encode(sample) for sample in corpus.read()]
-
-
-def tuned(dtype: torch.dtype, device: torch.device, tune: Tune = LORA) -> VisionLanguageModel:
-    model = load_model(locate("finesight-tiny"), dtype, device)
-    apply_tuning(model, tune, 0)
-    for name, parameter in trainable(model).items():
-        if ".adapter.b" in name:
-            parameter.data.normal_(0, 0.1)
-    return model.train()
-
-
-def seen(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:
-    with torch.no_grad():
-        return model.see(batch.patches_ND, batch.grids) if batch.grids else None
-
-
-def once(samples: Sequence[Encoded]) -> PackedBatch:
-    """What all of them begin with is laid once."""
-    beginning = beginning_of([one.outline for one in samples])
-    assert beginning, "they begin with nothing"
-    return pack(samples, beginning=beginning)
-
-
-def made(some: PackedBatch, lengths: Sequence[int], beginning: int, labels: int) -> PackedBatch:
-    """A pack of sequences of these lengths, whose content does not matter."""
-    whole_T = torch.zeros(sum(lengths), dtype=torch.int64)
-    return replace(
-        some,
-        lengths=tuple(lengths),
-        beginning=beginning,
-        ids_T=whole_T,
-        positions_3T=whole_T.expand(3, -1),
-        bounds_S1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        predict_L=torch.zeros(labels, dtype=torch.int64),
-        target_L=torch.zeros(labels, dtype=torch.int64),
-    )
-
-
-@pytest.mark.parametrize("packed", [pack, once])
-def test_what_fills_a_pack_up_changes_nothing(
-    folder: Path, packed: Callable[[Sequence[Encoded]], PackedBatch]
-) -> None:
-    model = tuned(torch.float32, CPU).eval()
-    samples = encoded(folder)
-    batch = packed(samples[:5])
-    features = seen(model, batch)
-    held = Held.room(Kind.of(batch), batch, features, model.visual)
-    most = max(contexts(batch.lengths, batch.beginning))
-    assert max(contexts(held.batch.lengths, held.batch.beginning)) == held.kind.longest >= most
-    assert held.batch.beginning == batch.beginning
-    # Another one was there before.
-    other = packed(samples[5:9])
-    held.lay(other, seen(model, other), torch.tensor(2.0), model.visual)
-    held.lay(batch, features, torch.tensor(0.5), model.visual)
-    lengths = held.batch.bounds_S1.diff().tolist()
-    assert len(lengths) == held.kind.sequences
-    assert lengths[: len(batch.lengths)] == list(batch.lengths)
-    # Without a kernel for segments of any length, empty ones have to be left out.
-    full = [length for length in lengths if length]
-    bounds_S1 = held.batch.bounds_S1[: len(full) + 1]
-    filled = replace(held.batch, lengths=tuple(full), bounds_S1=bounds_S1)
-    found = model(filled, held.features_MKD)[: batch.supervised]
-    torch.testing.assert_close(found, model(batch, features))
-    assert torch.equal(held.batch.target_L[: batch.supervised], batch.target_L)
-    assert set(held.batch.target_L[batch.supervised :].tolist()) <= {-1}
-    assert held.share.item() == 0.5
-
-
-def test_what_fills_a_pack_up_reads_no_more_than_a_kind_has(folder: Path) -> None:
-    """Each sequence of nothing goes on from the beginning, too."""
-    model, chance = tuned(torch.float32, CPU), random.Random(0)
-    some = pack(encoded(folder)[:2])
-    for _ in range(300):
-        beginning = chance.choice([0, 15, 200, 400])
-        own = chance.choice([5, 40, 140, 300])
-        count = chance.randint(2, min(60, 16_000 // own))
-        lengths = [chance.randint(1, own) for _ in range(count)]
-        lengths = [beginning, *lengths] if beginning else lengths
-        batch = made(some, lengths, beginning, some.supervised)
-        kind = Kind.of(batch)
-        held = Held.room(kind, batch, None, model.visual)
-        held.lay(batch, None, torch.tensor(1.0), model.visual)
-        laid = held.batch.bounds_S1.diff()
-        assert laid[: len(lengths)].tolist() == lengths
-        assert int(laid.sum()) == kind.tokens
-        assert int(laid.min()) >= 0
-        assert int(laid[beginning > 0 :].max()) + beginning <= kind.longest
-
-
-def test_kinds_are_few(folder: Path) -> None:
-    samples = encoded(folder)
-    packs = [pack(samples[start : start + 4]) for start in range(8)]
-    kinds = {Kind.of(batch) for batch in packs}
-    assert len(kinds) < len({len(batch.ids_T) for batch in packs})
-    for batch in packs:
-        kind = Kind.of(batch)
-        assert kind.tokens > len(batch.ids_T)
-        assert kind.sequences > len(batch.lengths)
-        assert kind.longest >= max(batch.lengths)
-        assert kind.places >= len(batch.visual_at_M)
-        assert kind.labels >= batch.supervised
-
-
-def various(samples: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[PackedBatch]:
-    """Packs of two kinds, of which a recording takes both: these are small, and differ by more than
-    an eighth."""
-    monkeypatch.setattr("finesight.train.held.SPARE", 2)
-    packs = [pack(samples[:4]), pack(samples[2:8]), pack(samples[4:8]), pack(samples[1:7])]
-    kinds = [Kind.of(one) for one in packs]
-    assert len({*kinds}) == 2
-    assert all(kinds[0].among(kinds).takes(kind) for kind in kinds)
-    return packs
-
-
-def test_a_recording_among_several_kinds_takes_packs_of_each(folder: Path) -> None:
-    model, chance = tuned(torch.float32, CPU), random.Random(0)
-    some, taken = pack(encoded(folder)[:2]), 0
-    for _ in range(100):
-        beginning, most = chance.choice([0, 15, 200]), chance.choice([40, 140, 300])
-        count = chance.randint(3, 20)
-        packs = []
-        for _ in range(6):
-            lengths = [chance.randint(most // 2, most) for _ in range(count + chance.randint(0, 2))]
-            lengths = [beginning, *lengths] if beginning else lengths
-            labels = chance.randint(count, 3 * count)
-            packs.append(made(some, lengths, beginning, labels))
-        kinds = [Kind.of(one) for one in packs]
-        kind = kinds[0].among(kinds[1:])
-        assert kind.takes(kinds[0])
-        assert kind.tokens <= kinds[0].tokens * 9 // 8
-        held = Held.room(kind, packs[0], None, model.visual)
-        for own, batch in zip(kinds, packs, strict=True):
-            if not kind.takes(own):
-                continue
-            taken += own != kind
-            held.lay(batch, None, torch.tensor(1.0), model.visual)
-            laid, count = held.batch.bounds_S1.diff(), len(batch.lengths)
-            assert laid[:count].tolist() == list(batch.lengths)
-            assert int(laid.sum()) == kind.tokens
-            assert int(laid.min()) >= 0
-            assert int(laid[beginning > 0 :].max()) + beginning <= kind.longest
-            assert len(held.batch.target_L) >= batch.supervised
-    assert taken > 100
-
-
-def test_a_recording_takes_no_packs_of_another_way(folder: Path) -> None:
-    samples = encoded(folder)
-    kind = Kind.of(pack(samples[:4]))
-    assert kind.takes(kind)
-    for other in (
-        kind._replace(beginning=8),
-        kind._replace(places=0),
-        kind._replace(tokens=kind.tokens // 2),
-        kind._replace(tokens=kind.tokens + 64),
-        kind._replace(labels=kind.labels // 3),
-        kind._replace(labels=kind.labels + 64),
-        kind._replace(longest=kind.longest + 256),
-        kind._replace(places=kind.places + 64),
-        kind._replace(sequences=kind.sequences + 1),
-    ):
-        assert not kind.takes(other), other
 
 
 WAYS = [
@@ -436,25 +255,6 @@ def test_what_learns_much_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> No
     assert recorded.learns_little(model)
     monkeypatch.setattr(recorded, "MOST_LEARNED", 1000)
     assert not recorded.learns_little(model)
-
-
-def test_what_comes_back_to_features_goes_on_to_the_tower(folder: Path) -> None:
-    model = tuned(torch.float32, CPU, ALL)
-    batch = pack(encoded(folder)[:5])
-    features = model.see(batch.patches_ND, batch.grids)
-    held = Held.room(Kind.of(batch), batch, features, model.visual)
-    held.lay(batch, features, torch.tensor(1.0), model.visual)
-    ((laid, back),) = held.learned
-    assert torch.equal(laid[: len(features)], features)
-    # What a pack of nothing was filled up with has no way back.
-    back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
-    held.lead_back(features)
-    parameters = list(model.visual.parameters())
-    found = [parameter.grad for parameter in parameters]
-    again = model.see(batch.patches_ND, batch.grids)
-    expected = torch.autograd.grad((again * back[: len(again)]).sum(), parameters)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.gpu

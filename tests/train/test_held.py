@@ -24,15 +24,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [pack, once])
 def test_what_fills_a_pack_up_changes_nothing(
-    folder: Path, packed: Callable[[Sequence[Encoded]], PackedBatch]
+    folder: Path,
+    packed: Callable[[Sequence[Encoded]], PackedBatch],
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tuned(torch.float32, CPU).eval()
     samples = encoded(folder)
     batch = packed(samples[:5])
     features = seen(model, batch)
-    held = Held.room(Kind.of(batch), batch, features, model.visual)
+    kind = Kind.of(batch)
+    if shared:
+        monkeypatch.setattr("finesight.train.held.SPARE", 1)
+        larger = Kind.of(packed(samples[:9]))
+        kind = kind.among([larger])
+        assert kind.takes(larger)
+        assert kind != Kind.of(batch)
+    held = Held.room(kind, batch, features, model.visual)
     most = max(contexts(batch.lengths, batch.beginning))
     assert max(contexts(held.batch.lengths, held.batch.beginning)) == held.kind.longest >= most
     assert held.batch.beginning == batch.beginning

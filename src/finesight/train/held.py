@@ -7,7 +7,7 @@ predict a learned one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,11 +24,6 @@ MOST_TOKENS = 6144
 MOST_WHERE_KNOWN = 8192
 """Of one the features of whose pictures are known: no tower keeps the card busy while it is
 launched. `plan` does not count what is beyond `MOST_TOKENS`."""
-
-
-SPARE = 8
-"""Of a recording that is not of a pack's own kind, at most so manieth part of the pack's tokens may
-be nothing."""
 
 
 class Kind(NamedTuple):
@@ -73,41 +68,6 @@ class Kind(NamedTuple):
             # Up to the next quarter of a power of two: their share of the work is small.
             labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
             sight=sight,
-        )
-
-    def takes(self, other: Kind) -> bool:
-        """Whether packs of the other kind fit in, with little nothing beside them."""
-        more = self.tokens - other.tokens
-        return (
-            (self.beginning, self.sight) == (other.beginning, other.sight)
-            and (self.places > 0) == (other.places > 0)
-            and 0 <= more <= other.tokens // SPARE
-            and other.labels <= self.labels <= 2 * other.labels
-            and other.longest <= self.longest
-            and other.places <= self.places
-            and other.sequences + -(-more // self.own) <= self.sequences
-        )
-
-    def among(self, met: Iterable[Kind]) -> Kind:
-        """One that takes packs of this kind, and of as many others as go together with it and those
-        before them."""
-        kinds = [self]
-        for other in met:
-            wider = self._over([*kinds, other])
-            if all(wider.takes(kind) for kind in (*kinds, other)):
-                kinds.append(other)
-        return self._over(kinds)
-
-    def _over(self, kinds: Sequence[Kind]) -> Kind:
-        tokens = max(kind.tokens for kind in kinds)
-        longest = max(kind.longest for kind in kinds)
-        own = longest - self.beginning
-        return self._replace(
-            tokens=tokens,
-            sequences=max(k.sequences + -(-(tokens - k.tokens) // own) for k in kinds),
-            longest=longest,
-            places=max(kind.places for kind in kinds),
-            labels=max(kind.labels for kind in kinds),
         )
 
     @property

@@ -36,8 +36,7 @@ with less left to compute. `plan` does not count these."""
 
 LATE = 8
 """Packs in a row before which the card had nothing left to do: the first ones of a run are always
-late, and one that comes after a checkpoint is. From then on a pack goes into any recording that
-takes it: to fill it up costs less than its launches."""
+late, and one that comes after a checkpoint is."""
 
 MOST_KINDS = 16
 """Recordings that are kept: each holds the features of a pack, twice where they learn, and some
@@ -108,7 +107,6 @@ class Passes:
         self._left = Left(self._learning)
         self._launched: torch.cuda.Event | None = None
         self._late = 0
-        self._replayed = False
         of_tower = {id(p) for n, p in model.named_parameters() if n.startswith("visual.")}
         self._of_tower = frozenset(n for n, p in enumerate(self._learning) if id(p) in of_tower)
         device = self._learning[0].device
@@ -136,7 +134,6 @@ class Passes:
             return self._launch(batch, features_MKD, share)
         self._left.hand_over(self._of_tower if held.sight is None else ())
         held.lead_back(features_MKD)
-        self._replayed = True
         return loss
 
     def _replay(self, held: Held) -> Tensor | None:
@@ -204,26 +201,14 @@ class Passes:
             return self._held[kind]
         if not self._pays(kind, batch, features_MKD, most):
             return None
-        if self._is_late and (wider := self._wider(kind)):
-            return wider
         self._met[kind] += 1
-        if len(self._held) == MOST_KINDS:
+        if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
             return None
-        device = batch.ids_T.device
-        if self._is_late and _half_free(device):
-            kind = kind.among(often for often, _ in self._met.most_common())
-        elif self._met[kind] <= LAUNCHED:
-            return None
-        elif len(batch.ids_T) > MOST_TOKENS and not _half_free(device):
+        if len(batch.ids_T) > MOST_TOKENS and not _half_free(batch.ids_T.device):
             # What they save is less than what they hold would cost elsewhere.
             return None
         self._held[kind] = Held.room(kind, batch, features_MKD, self._tower)
         return self._held[kind]
-
-    def _wider(self, kind: Kind) -> Held | None:
-        """The smallest recording that takes packs of this kind."""
-        fit = [held for held in self._held.values() if held.kind.takes(kind)]
-        return min(fit, key=lambda held: held.kind.tokens, default=None)
 
     def _look_back(self) -> None:
         """Whether the card is through with the pack that was launched last."""
@@ -240,14 +225,9 @@ class Passes:
             return features_MKD
         return model.see(batch.patches_ND, batch.grids)
 
-    @property
-    def _is_late(self) -> bool:
-        """Whether the card waits for launches."""
-        return self._late >= LATE
-
     def _most(self, *, known: bool) -> int:
         """Tokens of the largest pack that is recorded."""
-        if self._is_late:
+        if self._late >= LATE:
             return MOST_WHERE_LATE
         return MOST_WHERE_KNOWN if known else MOST_TOKENS
 
@@ -266,9 +246,7 @@ class Passes:
         if loss.requires_grad:  # not of texts, where only the tower learns
             loss.backward()  # type: ignore[no-untyped-call]
         if self._recorded is not None:
-            # After a replay the host has had a start that says nothing of its pace.
-            self._launched = None if self._replayed else _mark(loss.device)
-            self._replayed = False
+            self._launched = _mark(loss.device)
         return loss.detach()
 
     def _forth_and_back(self, held: Held) -> Tensor:

@@ -44,8 +44,8 @@ def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks:
         if is_low:
             if is_dropped:
                 inside &= kept(seed, salt, m, c, threshold)
-            # Numbers outside are zero anyway. But a product's operand that nothing masks, the
-            # compiler makes of `both` anew, in each warp that reads it.
+            # Numbers outside are zero anyway; but without a mask the compiler has each warp that
+            # reads the product's operand compute it from `both` again.
             h_MN = tl.where(inside, h_MN, 0.0)
             inside_RN = inside_R[:, None] & inside_N[None, :]
             a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)

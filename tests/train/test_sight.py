@@ -170,6 +170,9 @@ class Played:
     def __init__(self, device: torch.device) -> None:
         self.numbers: list[int] = []
 
+    def has(self, number: int) -> bool:
+        return False
+
     def run(self, number: int, function: Callable[[], Tensor]) -> Tensor:
         self.numbers.append(number)
         return function()
@@ -229,6 +232,40 @@ def test_every_pack_brings_its_own_gradients(
     assert isinstance(passes._recorded, Played)
     assert len(passes._recorded.numbers) == 8
     assert [kind.sight is not None for kind in passes._held] == [True, False, False]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packs_that_share_a_recording_bring_their_own_gradients(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch)
+    monkeypatch.setattr(recorded, "LATE", 0)
+    monkeypatch.setattr(recorded, "LAUNCHED", 100)
+    monkeypatch.setattr(recorded, "_half_free", lambda device: True)
+    monkeypatch.setattr("finesight.train.held.SPARE", 1)
+    # The tower stays outside: with it, pictures would have to be as many.
+    monkeypatch.setattr(sight, "MOST_PATCHES", 0)
+    model = tuned(folder, family, {"merger": "full", "language": "full"})
+    few, more = packs(folder, family, 2)[0], packs(folder, family, 3)[0]
+    texts = replace(few, grids=(), patches_ND=few.patches_ND[:0], visual_at_M=few.visual_at_M[:0])
+    assert Kind.of(few) != Kind.of(more)
+    learning = list(trainable(model).values())
+    passes, share = Passes(model, learning), torch.tensor(0.5)
+    passes._met.update(map(Kind.of, (few, more)))
+    monkeypatch.setattr(passes._pace, "replays_sooner", lambda tokens: True)
+    for batch in (few, more, texts, few, more, texts, few):
+        loss = passes.learn(batch, None, share)
+        found = [None if p.grad is None else p.grad.clone() for p in learning]
+        for parameter in learning:
+            parameter.grad = None
+        exact = label_loss(model(batch), model.head_weight, batch.target_L, share)
+        torch.testing.assert_close(loss, exact.detach())
+        expected = torch.autograd.grad(exact, learning, allow_unused=True)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or off(mine, theirs) < 1e-5
+    assert isinstance(passes._recorded, Played)
+    assert passes._recorded.numbers == [0, 0, 1, 0, 0, 1, 0]
 
 
 def test_packs_of_rare_sizes_are_recorded_without_the_tower(

@@ -36,6 +36,10 @@ class Recorded:
         graph.replay()
         return result
 
+    def has(self, number: int) -> bool:
+        """Whether the next run of this number is a replay."""
+        return number in self._graphs
+
     def _record(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Not by torch.cuda.graph: it gives all cached memory back first, which costs more than the
         # recording.

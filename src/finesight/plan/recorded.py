@@ -1,5 +1,6 @@
 """Packs that a run learns from by recordings (`train.recorded`): which they are, and what a
-recording holds. Larger ones, recorded only where half of a card is free, are not counted."""
+recording holds. Larger ones, and those that several kinds share, are not counted: they are made
+only where half of a card is free."""
 
 from __future__ import annotations
 

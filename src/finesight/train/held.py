@@ -7,7 +7,7 @@ predict a learned one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finesight.encode.pack import EVEN, PackedBatch, contexts
+from finesight.model import attention
 from finesight.model.tower import VisionTower
 from finesight.train.sight import Sight, SightKind, up
 
@@ -24,6 +25,11 @@ MOST_TOKENS = 6144
 MOST_WHERE_KNOWN = 8192
 """Of one the features of whose pictures are known: no tower keeps the card busy while it is
 launched. `plan` does not count what is beyond `MOST_TOKENS`."""
+
+
+SPARE = 8
+"""A pack goes into a recording that is not of its own kind where that has room for more tokens than
+its own kind by one in so many at most."""
 
 
 class Kind(NamedTuple):
@@ -68,6 +74,43 @@ class Kind(NamedTuple):
             # Up to the next quarter of a power of two: their share of the work is small.
             labels=up(labels, max(EVEN, (1 << labels.bit_length()) // 8)),
             sight=sight,
+        )
+
+    def takes(self, other: Kind) -> bool:
+        """Whether packs of the other kind fit in, with little nothing beside them."""
+        more = self.tokens - other.tokens
+        return (
+            (self.beginning, self.sight) == (other.beginning, other.sight)
+            and (self.places > 0) == (other.places > 0)
+            and 0 <= more <= other.tokens // SPARE
+            and other.labels <= self.labels <= 2 * other.labels
+            and other.longest <= self.longest
+            # Long sequences have other kernels, which read what they begin with in copies.
+            and (self.longest <= attention.SHORT) == (other.longest <= attention.SHORT)
+            and other.places <= self.places
+            and other.sequences + -(-more // self.own) <= self.sequences <= 2 * other.sequences
+        )
+
+    def among(self, met: Iterable[Kind]) -> Kind:
+        """One that takes packs of this kind, and of as many others as go together with it and those
+        before them."""
+        kinds = [self]
+        for other in met:
+            wider = self._over([*kinds, other])
+            if all(wider.takes(kind) for kind in (*kinds, other)):
+                kinds.append(other)
+        return self._over(kinds)
+
+    def _over(self, kinds: Sequence[Kind]) -> Kind:
+        tokens = max(kind.tokens for kind in kinds)
+        longest = max(kind.longest for kind in kinds)
+        own = longest - self.beginning
+        return self._replace(
+            tokens=tokens,
+            sequences=max(k.sequences + -(-(tokens - k.tokens) // own) for k in kinds),
+            longest=longest,
+            places=max(kind.places for kind in kinds),
+            labels=max(kind.labels for kind in kinds),
         )
 
     @property

@@ -12,8 +12,10 @@ Shapes: M places of pictures, K features of each, D width, L tokens that predict
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from finesight.model.tower import VisionTower
 from finesight.train.held import MOST_TOKENS, MOST_WHERE_KNOWN, Held, Kind
 from finesight.train.left import Left
 from finesight.train.loss import label_loss
+from finesight.train.pace import Pace
 from finesight.train.sight import SightKind, sees, watches
 
 MOST_WHERE_LATE = 16384
@@ -107,6 +110,7 @@ class Passes:
         self._left = Left(self._learning)
         self._launched: torch.cuda.Event | None = None
         self._late = 0
+        self._pace = Pace()
         of_tower = {id(p) for n, p in model.named_parameters() if n.startswith("visual.")}
         self._of_tower = frozenset(n for n, p in enumerate(self._learning) if id(p) in of_tower)
         device = self._learning[0].device
@@ -142,8 +146,10 @@ class Passes:
         is launched."""
         assert self._recorded is not None, "recordings were given back"
         number = [*self._held].index(held.kind)
+        timed = held.sight is None and self._recorded.has(number)
         try:
-            return self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
+            with self._pace.replaying(held.kind.tokens) if timed else nullcontext():
+                return self._recorded.run(number, lambda: self._forth_and_back(held)).clone()
         except RuntimeError as error:
             logging.getLogger(__name__).debug("packs are no longer recorded: %s", error)
             return None
@@ -164,6 +170,8 @@ class Passes:
                 self._forth_and_back(held)
             finally:
                 self._left.clear()
+        # Launches that launch nothing say nothing of the host's pace.
+        self._pace = Pace()
 
     def forget(self) -> bool:
         """Give all recordings and their memory back, and make none any more. Whether there was
@@ -201,14 +209,46 @@ class Passes:
             return self._held[kind]
         if not self._pays(kind, batch, features_MKD, most):
             return None
+        if wider := self._wider(kind):
+            return wider
         self._met[kind] += 1
-        if self._met[kind] <= LAUNCHED or len(self._held) == MOST_KINDS:
+        if len(self._held) == MOST_KINDS:
             return None
-        if len(batch.ids_T) > MOST_TOKENS and not _half_free(batch.ids_T.device):
+        device, often = batch.ids_T.device, self._met[kind] > LAUNCHED
+        several = kind.among([k for k, _ in self._met.most_common() if not self._served(k)])
+        if self._shares(several, often) and _half_free(device):
+            kind = several
+        elif not often:
+            return None
+        elif len(batch.ids_T) > MOST_TOKENS and not _half_free(device):
             # What they save is less than what they hold would cost elsewhere.
             return None
         self._held[kind] = Held.room(kind, batch, features_MKD, self._tower)
         return self._held[kind]
+
+    def _wider(self, kind: Kind) -> Held | None:
+        """The smallest recording that takes packs of this kind, unless these are launched sooner
+        than it is replayed."""
+        fit = [held for held in self._held.values() if held.kind.takes(kind)]
+        found = min(fit, key=lambda h: (h.kind.tokens, h.kind.longest, h.kind.labels), default=None)
+        if found is None or self._pace.replays_sooner(found.kind.tokens) is False:
+            return None
+        return found
+
+    def _shares(self, several: Kind, often: bool) -> bool:
+        """Whether this recording is made for packs of several kinds, where launches take
+        longer than it would. The last places are for what comes often."""
+        if several.sight is not None:
+            # Pictures of several packs are hardly ever as many.
+            return False
+        sooner = self._pace.replays_sooner(several.tokens)
+        if sooner is None:
+            # One, to measure it.
+            return self._is_late and all(kind.sight is not None for kind in self._held)
+        return sooner and (often or 2 * len(self._held) < MOST_KINDS)
+
+    def _served(self, kind: Kind) -> bool:
+        return kind in self._held or any(held.takes(kind) for held in self._held)
 
     def _look_back(self) -> None:
         """Whether the card is through with the pack that was launched last."""
@@ -225,9 +265,14 @@ class Passes:
             return features_MKD
         return model.see(batch.patches_ND, batch.grids)
 
+    @property
+    def _is_late(self) -> bool:
+        """Whether the card had nothing left to do before each of the last packs."""
+        return self._late >= LATE
+
     def _most(self, *, known: bool) -> int:
         """Tokens of the largest pack that is recorded."""
-        if self._late >= LATE:
+        if self._is_late:
             return MOST_WHERE_LATE
         return MOST_WHERE_KNOWN if known else MOST_TOKENS
 
@@ -241,10 +286,12 @@ class Passes:
         return pays(model, len(batch.ids_T), len(batch.target_L), model.recompute, most)
 
     def _launch(self, batch: PackedBatch, features_MKD: Tensor | None, share: Tensor) -> Tensor:
+        start = time.perf_counter()
         h_LD = self._model(batch, features_MKD)
         loss = label_loss(h_LD, self._model.head_weight, batch.target_L, share)
         if loss.requires_grad:  # not of texts, where only the tower learns
             loss.backward()  # type: ignore[no-untyped-call]
+            self._pace.launched(time.perf_counter() - start)
         if self._recorded is not None:
             self._launched = _mark(loss.device)
         return loss.detach()

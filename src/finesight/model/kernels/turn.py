@@ -17,8 +17,11 @@ from torch import Tensor
 from finesight.model.kernels.programs import Ptr
 from finesight.model.kernels.sizes import Blocks
 
-TURN = Blocks(8, 8, 2, 2)
-"""Rows and heads that a program takes; what was quickest on an H200."""
+HEADS = 32
+"""Of a row that a program turns at most; what was quickest on an H200."""
+
+BACK = Blocks(8, 8, 2, 2)
+"""Rows and heads that a program turns back; what was quickest on an H200."""
 
 
 class Heads(NamedTuple):
@@ -44,34 +47,33 @@ def _by_angles(x1: tl.tensor, x2: tl.tensor, cos: tl.tensor, sin: tl.tensor, nar
     return straight1 - x2 * sin, straight2 + x1 * sin
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _turn(joint: Ptr, cos: Ptr, sin: Ptr, rows: int, turned: int, columns: int,
-          half: tl.constexpr, round_first: tl.constexpr, block_m: tl.constexpr,
-          block_h: tl.constexpr, block_f: tl.constexpr) -> None:  # fmt: skip
-    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+@triton.jit
+def _turn(joint: Ptr, cos: Ptr, sin: Ptr, turned: int, columns: int, half: tl.constexpr,
+          round_first: tl.constexpr, block_h: tl.constexpr, block_f: tl.constexpr,
+          ) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * block_h + tl.arange(0, block_h)
     f = tl.arange(0, block_f)
-    at_M = m.to(tl.int64)
-    inside = (m < rows)[:, None] & (f < half)[None, :]
-    angle = at_M[:, None] * 2 * half + half + f[None, :]
-    cos_MF = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-    sin_MF = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-    first = tl.program_id(1) * block_h
-    for head in range(first, tl.minimum(turned, first + block_h)):
-        at = joint + at_M[:, None] * columns + (head * 2 * half + f)[None, :]
-        x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-        y1, y2 = _by_angles(x1, x2, cos_MF, sin_MF, joint.dtype.element_ty, round_first)
-        tl.store(at, y1, mask=inside)
-        tl.store(at + half, y2, mask=inside)
+    angle = row * 2 * half + half + f
+    cos_1F = tl.load(cos + angle, mask=f < half, other=0.0).to(tl.float32)[None, :]
+    sin_1F = tl.load(sin + angle, mask=f < half, other=0.0).to(tl.float32)[None, :]
+    inside = (h < turned)[:, None] & (f < half)[None, :]
+    at = joint + row * columns + h[:, None] * 2 * half + f[None, :]
+    x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    y1, y2 = _by_angles(x1, x2, cos_1F, sin_1F, joint.dtype.element_ty, round_first)
+    tl.store(at, y1, mask=inside)
+    tl.store(at + half, y2, mask=inside)
 
 
 def turn_heads(joint_TE: Tensor, heads: Heads, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
     """Turn queries and keys where they lie."""
     rows, half, turned = len(joint_TE), heads.width // 2, heads.queries + heads.keys
-    _turn[(triton.cdiv(rows, TURN.rows), triton.cdiv(turned, TURN.columns))](
-        joint_TE, cos_T1D, sin_T1D, rows, turned, heads.columns, half=half,
-        round_first=cos_T1D.dtype == joint_TE.dtype, block_m=TURN.rows, block_h=TURN.columns,
-        block_f=triton.next_power_of_2(half), num_warps=TURN.warps,
+    block_h = min(HEADS, triton.next_power_of_2(turned))
+    _turn[(rows, triton.cdiv(turned, block_h))](
+        joint_TE, cos_T1D, sin_T1D, turned, heads.columns, half=half,
+        round_first=cos_T1D.dtype == joint_TE.dtype, block_h=block_h,
+        block_f=triton.next_power_of_2(half), num_warps=max(1, block_h // 4),
     )  # fmt: skip
 
 
@@ -112,11 +114,11 @@ def turn_heads_back(
     numbers = heads.queries, heads.keys, heads.keys
     first = 0
     for grad, number in zip(grads, numbers, strict=True):
-        _turn_back[(triton.cdiv(rows, TURN.rows), triton.cdiv(number, TURN.columns))](
+        _turn_back[(triton.cdiv(rows, BACK.rows), triton.cdiv(number, BACK.columns))](
             grad.contiguous(), cos_T1D, sin_T1D, djoint_TE, rows, number, first, heads.columns,
             half=half, is_turned=first < (heads.queries + heads.keys) * heads.width,
-            round_first=cos_T1D.dtype == grad.dtype, block_m=TURN.rows, block_h=TURN.columns,
-            block_f=triton.next_power_of_2(half), num_warps=TURN.warps,
+            round_first=cos_T1D.dtype == grad.dtype, block_m=BACK.rows, block_h=BACK.columns,
+            block_f=triton.next_power_of_2(half), num_warps=BACK.warps,
         )  # fmt: skip
         first += number * heads.width
     return djoint_TE

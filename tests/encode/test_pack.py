@@ -21,6 +21,8 @@ from finesight.model.weights import load_model
 from finesight.train.loss import label_loss
 from finesight.vision.patches import whole
 
+SPAN = Span("image", 6, 8, (1, 2, 4), (), (28, 56), (28, 56))
+
 
 def plain(name: str, ids: list[int], learned: list[bool]) -> Encoded:
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
@@ -37,16 +39,61 @@ def test_a_first_token_has_no_predecessor() -> None:
         ]
     )
     assert batch.sample_ids == ("a", "b", "c")
-    assert batch.lengths == (3, 1, 2)
-    assert batch.bounds_S1.tolist() == [0, 3, 4, 6]
+    assert batch.lengths == (2, 1, 1)
+    assert batch.bounds_S1.tolist() == [0, 2, 3, 4]
     assert batch.bounds_S1.dtype == torch.int32
-    assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 10]
-    assert batch.positions_3T[0].tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch.predict_L.tolist() == [1, 4]
+    assert batch.ids_T.tolist() == [5, 6, 8, 9]
+    assert batch.positions_3T[0].tolist() == [0, 1, 0, 0]
+    assert batch.predict_L.tolist() == [1, 3]
     assert batch.target_L.tolist() == [7, 10]
     assert batch.supervised == 2
     assert batch.visual_at_M.tolist() == []
     assert batch.patches_ND.shape == (0, 1176)
+
+
+def ending(others: int, learned: int, after: int, picture: int | None = None) -> Outline:
+    """So many tokens of each kind, and where a picture ends."""
+    marks = [False] * others + [True] * learned + [False] * after
+    outline = plain("a", list(range(len(marks))), marks).outline
+    spans = () if picture is None else (replace(SPAN, start=picture - 2, stop=picture),)
+    return replace(outline, spans=spans)
+
+
+@pytest.mark.parametrize(
+    ("outline", "needed"),
+    [
+        (ending(5, 3, 0), 7),
+        (ending(5, 3, 4), 7),
+        (ending(0, 3, 2), 2),
+        (ending(5, 3, 4, picture=3), 7),
+        (ending(5, 3, 4, picture=11), 11),
+        (ending(6, 0, 0), 6),
+    ],
+)
+def test_what_no_loss_hangs_on_is_not_needed(outline: Outline, needed: int) -> None:
+    assert outline.needed == needed
+    patches = np.empty((8 * len(outline.spans), 588), dtype=np.uint8)
+    batch = pack([Encoded(outline, patches)])
+    assert batch.ids_T.tolist() == list(range(needed))
+    learned = [at for at in np.flatnonzero(outline.learned_T).tolist() if at > 0]
+    assert batch.target_L.tolist() == learned
+    whole = pack([Encoded(outline, patches, inputs={"mask": torch.ones(1)})])
+    assert whole.lengths == (outline.tokens,)
+    assert whole.predict_L.tolist() == batch.predict_L.tolist()
+    assert whole.target_L.tolist() == batch.target_L.tolist()
+
+
+def test_tokens_that_are_not_needed_change_no_loss(tmp_path: Path) -> None:
+    folder = ModelFolder(make_tiny(tmp_path / "model", "qwen2_vl"))
+    renderer = Renderer(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    pictures = make_pictures(tmp_path)
+    encoded = [renderer.encode(make_conversation(n, pictures, videos=False)) for n in range(6)]
+    for one in encoded:
+        short, whole = pack([one]), pack([replace(one, inputs={"mask": torch.ones(1)})])
+        assert len(short.ids_T) < len(whole.ids_T) == one.outline.tokens
+        torch.testing.assert_close(model(short), model(whole), rtol=1e-4, atol=1e-5)
+        assert short.target_L.tolist() == whole.target_L.tolist()
 
 
 def test_a_pack_holds_what_its_samples_held(tmp_path: Path) -> None:
@@ -67,12 +114,15 @@ def test_a_pack_holds_what_its_samples_held(tmp_path: Path) -> None:
     for one, length in zip(encoded, batch.lengths, strict=True):
         stop = start + length
         outline = one.outline
-        assert batch.ids_T[start:stop].tolist() == outline.ids_T.tolist()
-        assert batch.positions_3T[:, start:stop].tolist() == outline.positions_3T.tolist()
+        assert length == outline.needed < outline.tokens
+        assert batch.ids_T[start:stop].tolist() == outline.ids_T[:length].tolist()
+        assert (
+            batch.positions_3T[:, start:stop].tolist() == outline.positions_3T[:, :length].tolist()
+        )
         mine = (batch.predict_L >= start) & (batch.predict_L < stop)
-        at = batch.predict_L[mine] + 1
-        assert (at - start).tolist() == outline.learned_T.nonzero()[0].tolist()
-        assert batch.target_L[mine].tolist() == batch.ids_T[at].tolist()
+        targets = outline.learned_T.nonzero()[0]
+        assert (batch.predict_L[mine] + 1 - start).tolist() == targets.tolist()
+        assert batch.target_L[mine].tolist() == outline.ids_T[targets].tolist()
         start = stop
     assert batch.to(torch.device("cpu")).ids_T.tolist() == batch.ids_T.tolist()
 
@@ -110,12 +160,12 @@ def test_a_filled_pack_has_even_sizes_and_teaches_the_same(
 
 
 def test_a_pack_that_is_even_already_gets_a_sequence_all_the_same() -> None:
-    batch = pack([plain("a", [3] * EVEN, [False] + [True] * (EVEN - 1))])
+    batch = pack([plain("a", [3] * (EVEN + 1), [False] + [True] * EVEN)])
     even = filled(batch, 2)
     assert even.lengths == (EVEN, EVEN)
     assert even.grids == ()
     assert len(even.predict_L) == EVEN
-    assert even.predict_L.tolist() == [*batch.predict_L.tolist(), 0]
+    assert even.predict_L.tolist() == batch.predict_L.tolist()
 
 
 def test_squares_of_three_are_filled_whole() -> None:
@@ -141,7 +191,7 @@ def test_little_of_a_pack_is_filling(samples: int, one_size: bool) -> None:
     for _ in range(50):
         places = [100 if one_size else rng.randint(80, 120) for _ in range(samples)]
         lengths = [seen + rng.randint(20, 60) for seen in places]
-        texts = [plain("a", [3] * n, [True] * n) for n in lengths]
+        texts = [plain("a", [3] * (n + 1), [True] * (n + 1)) for n in lengths]
         batch = replace(
             pack(texts),
             patches_ND=torch.zeros((4 * sum(places), 1), dtype=torch.uint8),
@@ -200,9 +250,6 @@ def test_stills_travel_as_one_frame_and_videos_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(room, expected)
 
 
-SPAN = Span("image", 6, 8, (1, 2, 4), (), (28, 56), (28, 56))
-
-
 def beginning_with(same: list[int], others: list[int], learned: int = 2) -> Encoded:
     """So many tokens at the end are learned."""
     ids = same + others
@@ -218,22 +265,22 @@ def test_what_samples_share_is_laid_once() -> None:
     outlines = [one.outline for one in samples]
     assert beginning_of(outlines) == 5
     batch = pack(samples, beginning=5)
-    assert batch.lengths == (5, 3, 5, 4)
-    assert batch.bounds_S1.tolist() == [0, 5, 8, 13, 17]
-    assert batch.ids_T.tolist() == [*same, 6, 90, 91, 7, 8, 9, 90, 91, 10, 11, 90, 91]
-    assert batch.positions_3T[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 5, 6, 7, 8]
-    assert batch.visual_at_M.tolist() == [8, 9], "of the second sample"
-    assert batch.predict_L.tolist() == [5, 6, 10, 11, 14, 15]
+    assert batch.lengths == (5, 2, 4, 3)
+    assert batch.bounds_S1.tolist() == [0, 5, 7, 11, 14]
+    assert batch.ids_T.tolist() == [*same, 6, 90, 7, 8, 9, 90, 10, 11, 90]
+    assert batch.positions_3T[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 5, 6, 7]
+    assert batch.visual_at_M.tolist() == [7, 8], "of the second sample"
+    assert batch.predict_L.tolist() == [5, 6, 9, 10, 12, 13]
     assert batch.target_L.tolist() == [90, 91] * 3
-    assert (batch.samples, batch.tokens, batch.beginning) == (3, 27, 5)
+    assert (batch.samples, batch.tokens, batch.beginning) == (3, 24, 5)
     alone = pack(samples)
-    assert (alone.samples, alone.tokens, alone.beginning) == (3, 27, 0)
+    assert (alone.samples, alone.tokens, alone.beginning) == (3, 24, 0)
     assert alone.target_L.tolist() == batch.target_L.tolist()
     assert pack(samples[:1], beginning=5).beginning == 0, "there is nobody to share it with"
     with pytest.raises(AssertionError, match="5 tokens are the same, not 6"):
         pack(samples, beginning=6)
     even = filled(batch, 2)
-    assert (even.beginning, even.samples, even.tokens) == (5, 3, 27 + EVEN - 17)
+    assert (even.beginning, even.samples, even.tokens) == (5, 3, 24 + EVEN - 14)
 
 
 @pytest.mark.parametrize(

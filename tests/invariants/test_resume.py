@@ -167,7 +167,7 @@ def test_patience_ends_a_resumed_run_where_it_ends_an_uninterrupted_one(
     (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
     measuring = {"metric": f"{tmp_path / 'mine.py'}:same", "every": 1, "patience": 1}
     changed = task | {"eval": measuring | {"max_new_tokens": 2}}
-    settings = {"learning_rate": 3.0, "schedule": "constant"}
+    settings = {"learning_rate": 0.3, "schedule": "constant"}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, **settings)
     (ending,) = in_new_process(recipe, tmp_path, "term", {"whole": 0})
     results = _results(tmp_path / "whole")

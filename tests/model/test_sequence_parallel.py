@@ -100,7 +100,7 @@ def test_every_token_and_frame_has_one_process(tiny: Path, tmp_path: Path) -> No
     for count in (2, 3, 8, 100):
         shares = [Slice.of(outline, number, count) for number in range(count)]
         tokens = [token for share in shares for a, b in share.stretches for token in range(a, b)]
-        assert sorted(tokens) == list(range(outline.tokens))
+        assert sorted(tokens) == list(range(outline.needed))
         frames = [frame for share in shares for frame in range(*share.patches)]
         assert frames == list(range(outline.patches))
         assert sum(shares[0].features) == sum(span.stop - span.start for span in outline.spans)

@@ -61,6 +61,15 @@ class Outline:
         return int(self.learned_T[1:].sum())
 
     @property
+    def needed(self) -> int:
+        """Tokens that a pack has of it: those behind its last picture and the one that predicts the
+        last learned token see the others and are seen by none. All, where none is learned."""
+        predicting = np.flatnonzero(self.learned_T[1:])
+        if not len(predicting):
+            return self.tokens
+        return max(int(predicting[-1]) + 1, self.spans[-1].stop if self.spans else 0)
+
+    @property
     def patches(self) -> int:
         return sum(t * h * w for t, h, w in (span.grid for span in self.spans))
 

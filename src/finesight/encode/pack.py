@@ -70,7 +70,7 @@ class PackedBatch:
 
     @property
     def tokens(self) -> int:
-        """Of all samples, each with its beginning."""
+        """Those of all samples that are needed, each with its beginning."""
         return sum(self.lengths) + self.beginning * max(0, len(self.sample_ids) - 1)
 
     @property
@@ -133,7 +133,7 @@ def beginning_of(outlines: Sequence[Outline]) -> int:
     if not outlines:
         return 0
     shared = reduce(Common.meet, map(Common.of, outlines)).tokens
-    return worth(shared, [outline.tokens for outline in outlines])
+    return worth(shared, [outline.needed for outline in outlines])
 
 
 def contexts(lengths: Sequence[int], beginning: int) -> tuple[int, ...]:
@@ -146,50 +146,54 @@ def contexts(lengths: Sequence[int], beginning: int) -> tuple[int, ...]:
 def pack(
     encoded: Sequence[Encoded], patches: NDArray[np.uint8] | None = None, beginning: int = 0
 ) -> PackedBatch:
-    """Lay samples end to end, in the order given, on the CPU; their patches into the array
-    `patches` of their common shape, where there is one. The first tokens of several samples, as
-    many as `beginning_of` says, are laid once.
+    """Lay samples end to end, in the order given, on the CPU, as many tokens of each as are
+    `needed`; their patches into the array `patches` of their common shape, where there is one. The
+    first tokens of several samples, as many as `beginning_of` says, are laid once.
 
-    A learned token is predicted by the token before it in its own sequence; the first token of a
-    sequence has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32
-    (what variable-length attention takes), patches stay uint8.
+    A learned token is predicted by the token before it in its own sample; the first token of a
+    sample has none and never counts. Ids, positions and indices are int64, `bounds_S1` int32 (what
+    variable-length attention takes), patches stay uint8.
     """
     assert encoded, "a pack of no samples"
     first = encoded[0]
     assert len(encoded) == 1 or not first.inputs, f"{first.outline.id} has to stand alone"
     outlines = [one.outline for one in encoded]
     beginning = beginning if len(outlines) > 1 else 0
-    stretches = [(outline, slice(beginning, None)) for outline in outlines]
+    # What a family's own processor made goes with all tokens.
+    ends = [outline.tokens if first.inputs else outline.needed for outline in outlines]
+    stretches = [(one, beginning, end) for one, end in zip(outlines, ends, strict=True)]
     if beginning:
         same = len(reduce(Common.meet, map(Common.of, outlines)).ids_P)
         assert beginning <= same, f"{same} tokens are the same, not {beginning}"
-        stretches.insert(0, (outlines[0], slice(beginning)))
-    lengths = [len(outline.ids_T[own]) for outline, own in stretches]
+        stretches.insert(0, (outlines[0], 0, beginning))
+    lengths = [end - start for _, start, end in stretches]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     # Where a sample's first token would lie, if the beginning lay right before the rest.
     starts = bounds[-len(outlines) - 1 : -1] - beginning
-    ids_T = np.concatenate([outline.ids_T[own] for outline, own in stretches]).astype(np.int64)
-    learned_T = np.concatenate([outline.learned_T[own] for outline, own in stretches])
-    learned_T[bounds[:-1]] = False
-    targets_at = np.flatnonzero(learned_T)
+    ids_T = np.concatenate([one.ids_T[start:end] for one, start, end in stretches])
+    predict, target = [], []
+    for (one, start, end), at in zip(stretches, bounds, strict=False):
+        predicting = np.flatnonzero(one.learned_T[start + 1 : end + 1])
+        predict.append(at + predicting)
+        target.append(one.ids_T[start + 1 + predicting])
     visual_at = [
         np.arange(start + span.start, start + span.stop)
         for start, outline in zip(starts, outlines, strict=True)
         for span in outline.spans
     ]
     none = np.empty(0, dtype=np.int64)
-    positions_3T = np.concatenate([outline.positions_3T[:, own] for outline, own in stretches], 1)
+    positions_3T = np.concatenate([o.positions_3T[:, start:end] for o, start, end in stretches], 1)
     return PackedBatch(
         sample_ids=tuple(outline.id for outline in outlines),
         lengths=tuple(lengths),
         grids=tuple(span.grid for outline in outlines for span in outline.spans),
-        ids_T=torch.from_numpy(ids_T),
+        ids_T=torch.from_numpy(ids_T.astype(np.int64)),
         positions_3T=torch.from_numpy(positions_3T.astype(np.int64)),
         bounds_S1=torch.from_numpy(bounds.astype(np.int32)),
         patches_ND=torch.from_numpy(end_to_end([one.patches_ND for one in encoded], patches)),
         visual_at_M=torch.from_numpy(np.concatenate([none, *visual_at])),
-        predict_L=torch.from_numpy(targets_at - 1),
-        target_L=torch.from_numpy(ids_T[targets_at]),
+        predict_L=torch.from_numpy(np.concatenate(predict)),
+        target_L=torch.from_numpy(np.concatenate(target).astype(np.int64)),
         inputs=first.inputs,
         beginning=beginning,
     )

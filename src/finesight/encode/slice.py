@@ -26,8 +26,8 @@ Stretch = tuple[int, int]
 
 
 class Alone(NamedTuple):
-    """A sample by itself, as its arithmetic hangs on it: its tokens, the grids of its pictures, and
-    how many tokens are learned."""
+    """A sample by itself, as its arithmetic hangs on it: its needed tokens, the grids of its
+    pictures, and how many tokens are learned."""
 
     lengths: tuple[int, ...]
     grids: tuple[Grid, ...]
@@ -79,13 +79,13 @@ class Slice:
         starts = [0, *accumulate(frame.patches for frame in frames)]
         first, end = shares[number]
         own = frames[first:end]
-        stretches = _stretches(outline.tokens, number, count)
+        stretches = _stretches(outline.needed, number, count)
         at = [place for span in outline.spans for place in range(span.start, span.stop)]
         front, back = ((bisect_left(at, a), bisect_left(at, b)) for a, b in stretches)
         return cls(
             number=number,
             count=count,
-            whole=Alone((outline.tokens,), grids, outline.supervised),
+            whole=Alone((outline.needed,), grids, outline.supervised),
             stretches=stretches,
             patches=(starts[first], starts[end]),
             grids=tuple(_joined(own)),
@@ -95,7 +95,7 @@ class Slice:
 
     @property
     def tokens(self) -> int:
-        """T of the whole sample."""
+        """T of the whole sample, those that are needed."""
         return self.whole.lengths[0]
 
     @property

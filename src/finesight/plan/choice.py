@@ -67,13 +67,13 @@ class Steps:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(sample.tokens for step in self._steps for sample in step)
+        """Needed tokens of the longest sample."""
+        return max(sample.needed for step in self._steps for sample in step)
 
     @property
     def widest(self) -> int:
         """The budget with which every step is one pack."""
-        steps = ([sample.tokens for sample in step] for step in self._steps)
+        steps = ([sample.needed for sample in step] for step in self._steps)
         return max(together(step, worth(self._beginning, step)) for step in steps)
 
     def fullest(self, budget: int) -> list[Load]:

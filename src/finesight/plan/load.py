@@ -53,7 +53,7 @@ class Load:
 
 def load_of(samples: Sequence[Glance], beginning: int = 0) -> Load:
     """These samples end to end, what several begin with once."""
-    lengths = [sample.tokens for sample in samples]
+    lengths = [sample.needed for sample in samples]
     beginning = beginning if len(samples) > 1 else 0
     if beginning:
         lengths = [beginning, *(length - beginning for length in lengths)]
@@ -68,7 +68,7 @@ def load_of(samples: Sequence[Glance], beginning: int = 0) -> Load:
 def packed(samples: Sequence[Glance], budget: int, beginning: int = 0) -> list[Load]:
     """A step's samples, which begin with so many tokens that all have, in packs of at most so many
     tokens."""
-    lengths = [sample.tokens for sample in samples]
+    lengths = [sample.needed for sample in samples]
     beginning = worth(beginning, lengths)
     groups = plan_packs(lengths, budget, beginning)
     return [load_of([samples[index] for index in group], beginning) for group in groups]

@@ -286,7 +286,7 @@ class StepData(Dataset[Parcel | UserError]):
         # What a family's own processor made cannot be laid end to end.
         budget = 1 if any(one.inputs for _, one in own) else self.pack_tokens
         beginning = beginning_of([one.outline for _, one in own]) if self.branched else 0
-        plan = plan_packs([one.outline.tokens for _, one in own], budget, beginning)
+        plan = plan_packs([one.outline.needed for _, one in own], budget, beginning)
         groups = [[one] for one in split] + [[own[i] for i in group] for group in plan]
         members = tuple(tuple(index for index, _ in group) for group in groups)
         forms: list[Form] = [

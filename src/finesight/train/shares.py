@@ -92,11 +92,11 @@ def shared(
 
     def cost(index: int) -> float:
         one = seen[index]
-        own = max(0, one.tokens - seen.beginning)
-        return arithmetic.of(Alone((own,), one.grids, one.supervised)) or one.tokens
+        own = max(0, one.needed - seen.beginning)
+        return arithmetic.of(Alone((own,), one.grids, one.supervised)) or one.needed
 
     def tokens(index: int) -> int:
-        return seen[index].tokens
+        return seen[index].needed
 
     # What transformers computes cannot be split.
     splits = not isinstance(arithmetic, Uncounted)

@@ -67,11 +67,12 @@ class Survey:
 
 
 class Glance(NamedTuple):
-    """What a worker reports of a sample; an outline would be a hundred times as much. `pictures`
-    has a short digest of each path."""
+    """What a worker reports of a sample; an outline would be a hundred times as much. Packs have
+    the `needed` of its tokens; `pictures` has a short digest of each path."""
 
     id: str
     tokens: int
+    needed: int
     supervised: int
     grids: tuple[Grid, ...]
     pictures: tuple[bytes, ...]
@@ -114,6 +115,7 @@ def _look(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) ->
     glance = Glance(
         id=outline.id,
         tokens=outline.tokens,
+        needed=outline.needed,
         supervised=outline.supervised,
         grids=tuple(span.grid for span in outline.spans),
         pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
@@ -135,7 +137,7 @@ class Glances(dict[int, Glance]):
     def __missing__(self, index: int) -> Glance:
         seen = guarded(lambda: _look(self._corpus, index, self._renderer, frozenset()))
         if isinstance(seen, UserError) or unfit(seen.glance, self._max_length) is not None:
-            return Glance("", 0, 0, (), (), frozenset())
+            return Glance("", 0, 0, 0, (), (), frozenset())
         return seen.glance
 
 

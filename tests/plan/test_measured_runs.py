@@ -52,11 +52,15 @@ class Measured:
     """Whether the features of its pictures were kept."""
     beginning: int = 0
     """Tokens that all samples begin with, computed once."""
+    calls: str = "beginnings_once"
+    """Where the report has runs with a beginning."""
 
 
 QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
 FIRST = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
 CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
+NEEDED = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
+ALONE: Any = {"beginning": 15, "calls": "needed_alone"}
 RUNS = (
     Measured("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
@@ -71,6 +75,9 @@ RUNS = (
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20), beginning=15),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, fp8=("language", "vision")),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, seen=True),
+    Measured("captions_2b_batch64", *NEEDED, **ALONE),
+    Measured("captions_2b_batch64", *NEEDED, **ALONE, fp8=("language", "vision")),
+    Measured("captions_2b_batch64", *NEEDED, **ALONE, seen=True),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, seen=True, fp8=("language", "vision")),
 )
 
@@ -84,7 +91,7 @@ def measured(run: Measured) -> tuple[float, float]:
         report = json.loads((RESULTS / f"{name}.json").read_text())
         calls = report.get("calls", [report])
         if run.beginning:
-            calls = [call for call in report.get("beginnings_once", []) if _as(run, call)]
+            calls = [call for call in report.get(run.calls, []) if _as(run, call)]
         for result in (one for call in calls for one in call["results"]):
             if run.name in (result.get("task"), result.get("variant"), result.get("case")):
                 seconds = result.get("step_s") or run.samples / result["samples_per_s"]

@@ -88,6 +88,11 @@ class Learner:
         self.masters = Masters(self.learning, Train(), stacked(self.model))
         self.passes = Passes(self.model.train(), list(self.learning.values()))
 
+    def record_anew(self) -> None:
+        """Without the recordings of rungs before."""
+        self.passes.forget()
+        self.passes = Passes(self.model, list(self.learning.values()))
+
     @torch.no_grad()
     def seen(self, batch: PackedBatch) -> Tensor:
         """The features of its pictures."""
@@ -171,6 +176,7 @@ def measure(config: Path, batches: list[int], steps: int) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
 
     def add(rung: str, samples: int, learner: Learner, known: bool, share: bool = True) -> None:
+        learner.record_anew()
         channels = learner.model.visual.patch_embed.proj.in_features // 2
         batch = made(samples, channels, share=share)
         features = learner.seen(batch) if known else None

@@ -120,7 +120,8 @@ def count(config: Path, data: Path, side: int, lora: Lora) -> Counted:
     renderer = renderer_of(folder, ExactSize(height=side, width=side), None)
     steps = StepData(corpus, renderer, members, pack_tokens=65536, unusable="refuse")
     batches = [batch for number in range(len(members)) for batch in steps.step(number).packs]
-    lengths = [length for batch in batches for length in batch.lengths]
+    # Others compute all tokens of a sample; operations are those that are needed.
+    lengths = [renderer.outline(located).tokens for located in corpus.read()]
     patches = sum(t * h * w for batch in batches for t, h, w in batch.grids)
     device = resolve_device("auto")
     peak = measured_peak(device, torch.bfloat16)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from oracle import CPU, config
 from test_geometry import geometry
@@ -65,3 +66,29 @@ def test_constants_made_while_generating_serve_a_later_backward_pass() -> None:
     x_THD = torch.randn(5, 4, 12, requires_grad=True)
     rotate(x_THD, language_rotation(positions_3T, language, torch.float32)).sum().backward()
     assert x_THD.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sizes", [(16, 16, 80), (40, 8, 128), (6, 2, 64), (1, 1, 16)])
+@pytest.mark.parametrize("fine", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_turn_where_they_lie(
+    sizes: tuple[int, int, int], fine: torch.dtype
+) -> None:
+    from finesight.model.kernels.turn import Heads, turn_heads
+
+    heads, rows = Heads(*sizes), 37
+    joint_TE = torch.randn(rows, heads.columns, device="cuda", dtype=torch.bfloat16)
+    rotation = Rotation.by(torch.rand(rows, heads.width // 2, device="cuda") * 6, fine)
+    qk_THD, v_THD = (
+        joint_TE.clone()
+        .view(rows, -1, heads.width)
+        .split([heads.queries + heads.keys, heads.keys], 1)
+    )
+    expected = rotate(qk_THD, rotation)
+    turn_heads(joint_TE, heads, rotation.cos_T1D, rotation.sin_T1D)
+    found_THD, same_THD = joint_TE.view(rows, -1, heads.width).split(
+        [heads.queries + heads.keys, heads.keys], 1
+    )
+    torch.testing.assert_close(found_THD, expected, rtol=1e-2, atol=2e-2)
+    assert torch.equal(same_THD, v_THD)

@@ -45,7 +45,7 @@ def steps_of(samples: int, tokens: int) -> Steps:
     """One step of so many samples, the last one twice as long."""
     lengths = [tokens] * (samples - 1) + [2 * tokens]
     one = [
-        Glance(str(n), length, length, 50, ((1, 8, 8),), (), frozenset())
+        Glance(str(n), length + 2, length, 50, ((1, 8, 8),), (), frozenset())
         for n, length in enumerate(lengths)
     ]
     return Steps([one])

@@ -76,6 +76,13 @@ def test_every_sample_once_and_within_the_budget(folder: Path) -> None:
     )
 
 
+def test_a_budget_counts_needed_tokens_alone(folder: Path) -> None:
+    (whole,) = steps_of(folder, budget=10_000).step(0).packs
+    needed = sum(whole.lengths)
+    assert len(steps_of(folder, budget=needed).step(0).packs) == 1
+    assert len(steps_of(folder, budget=needed - 1).step(0).packs) == 2
+
+
 def test_what_a_step_begins_with_is_laid_once_in_each_pack(folder: Path) -> None:
     alone = [*read_steps(steps_of(folder), 0, 0, pin=False)]
     steps = [*read_steps(replace(steps_of(folder), branched=True), 0, 0, pin=False)]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 from small_run import Task, losses, write_recipe
 from torch import Tensor
 
+from finesight.encode.slice import Alone
 from finesight.train.budget import Budget, FullMemory, packs_alone
 from finesight.train.checkpoint import MOMENTS, VALUES
 from finesight.train.ranks import Errand, Ranks, Roll, ShareFailed
-from finesight.train.shares import Share
+from finesight.train.shares import Share, shared
+from finesight.train.survey import Glance
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
@@ -256,6 +259,36 @@ def test_a_share_of_every_sample() -> None:
             assert all(sorted(one, key=members.index) == one for one in own)
             loads = [sum(map(cost, one)) for one in own]
             assert max(loads) <= sum(loads) / count + 97
+
+
+def test_shares_go_by_needed_tokens() -> None:
+    """What a sample costs, and whether it is split."""
+
+    class Whole:
+        def __len__(self) -> int:
+            return 1
+
+        def of(self, step: int) -> list[int]:
+            return [0, 1, 2]
+
+    class Seen(dict[int, Glance]):
+        beginning = 5
+
+    class Counting:
+        def __init__(self) -> None:
+            self.asked: list[tuple[int, ...]] = []
+
+        def of(self, load: Alone) -> float:
+            self.asked.append(load.lengths)
+            return 1.0
+
+    most, counting = 50 * packs_alone(2), Counting()
+    needed = {0: most, 1: most + 1, 2: 10}
+    glances = {n: Glance(str(n), k + 2, k, 3, (), (), frozenset()) for n, k in needed.items()}
+    share: Any = shared(Whole(), Ranks(0, 2), Seen(glances), counting, 50)  # type: ignore[arg-type]
+    assert list(share.split(0)) == [1]
+    assert len(share.of(0)) == 1
+    assert counting.asked == [(most - 5,), (5,)]
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,9 @@ def pack(
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     # Where a sample's first token would lie, if the beginning lay right before the rest.
     starts = bounds[-len(outlines) - 1 : -1] - beginning
-    ids_T = np.concatenate([one.ids_T[start:end] for one, start, end in stretches])
+    ids_T = np.concatenate([one.ids_T[a:b] for one, a, b in stretches])
     predict, target = [], []
-    for (one, start, end), at in zip(stretches, bounds, strict=False):
+    for (one, start, end), at in zip(stretches, bounds[:-1], strict=True):
         predicting = np.flatnonzero(one.learned_T[start + 1 : end + 1])
         predict.append(at + predicting)
         target.append(one.ids_T[start + 1 + predicting])
@@ -182,7 +182,7 @@ def pack(
         for span in outline.spans
     ]
     none = np.empty(0, dtype=np.int64)
-    positions_3T = np.concatenate([o.positions_3T[:, start:end] for o, start, end in stretches], 1)
+    positions_3T = np.concatenate([one.positions_3T[:, a:b] for one, a, b in stretches], 1)
     return PackedBatch(
         sample_ids=tuple(outline.id for outline in outlines),
         lengths=tuple(lengths),

@@ -26,7 +26,6 @@ MOST_WHERE_KNOWN = 8192
 """Of one the features of whose pictures are known: no tower keeps the card busy while it is
 launched. `plan` does not count what is beyond `MOST_TOKENS`."""
 
-
 SPARE = 8
 """A pack goes into a recording that is not of its own kind where that has room for more tokens than
 its own kind by one in so many at most."""
@@ -76,13 +75,18 @@ class Kind(NamedTuple):
             sight=sight,
         )
 
+    @property
+    def most(self) -> int:
+        """Tokens of the largest recording that takes packs of this kind."""
+        return self.tokens + self.tokens // SPARE
+
     def takes(self, other: Kind) -> bool:
         """Whether packs of the other kind fit in, with little nothing beside them."""
         more = self.tokens - other.tokens
         return (
             (self.beginning, self.sight) == (other.beginning, other.sight)
             and (self.places > 0) == (other.places > 0)
-            and 0 <= more <= other.tokens // SPARE
+            and other.tokens <= self.tokens <= other.most
             and other.labels <= self.labels <= 2 * other.labels
             and other.longest <= self.longest
             # Long sequences have other kernels, which read what they begin with in copies.

@@ -277,7 +277,7 @@ def _say_what_is_other(session: Session, asked: Budget, screen: Screen) -> None:
         unlike = session.progress.budget.unlike(asked)
         screen.say(f"as until here, {unlike}: these settings can only take less memory")
     most = session.most_alone
-    if most is not None and session.train.survey.longest > most:
+    if most is not None and any(seen.needed > most for seen in session.train.survey.glances):
         screen.say(f"samples of more than {most:,} tokens are split over all processes")
 
 

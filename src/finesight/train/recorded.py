@@ -215,9 +215,8 @@ class Passes:
         if len(self._held) == MOST_KINDS:
             return None
         device, often = batch.ids_T.device, self._met[kind] > LAUNCHED
-        several = kind.among([k for k, _ in self._met.most_common() if not self._served(k)])
-        if self._shares(several, often) and _half_free(device):
-            kind = several
+        if self._shares(kind, often) and _half_free(device):
+            kind = kind.among([k for k, _ in self._met.most_common() if not self._served(k)])
         elif not often:
             return None
         elif len(batch.ids_T) > MOST_TOKENS and not _half_free(device):
@@ -235,13 +234,13 @@ class Passes:
             return None
         return found
 
-    def _shares(self, several: Kind, often: bool) -> bool:
-        """Whether this recording is made for packs of several kinds, where launches take
+    def _shares(self, kind: Kind, often: bool) -> bool:
+        """Whether a recording is made for packs of this kind and of others, where launches take
         longer than it would. The last places are for what comes often."""
-        if several.sight is not None:
+        if kind.sight is not None:
             # Pictures of several packs are hardly ever as many.
             return False
-        sooner = self._pace.replays_sooner(several.tokens)
+        sooner = self._pace.replays_sooner(kind.most)
         if sooner is None:
             # One, to measure it.
             return self._is_late and all(kind.sight is not None for kind in self._held)

@@ -63,8 +63,8 @@ class Share(Split):
 
     @property
     def most_alone(self) -> int | None:
-        """Tokens of the longest sample that one process learns alone; None where none is split.
-        Each share has tokens, however small a pack is."""
+        """Needed tokens of the longest sample that one process learns alone; None where none is
+        split. Each share has tokens, however small a pack is."""
         if self.tokens is None:
             return None
         return packs_alone(self.ranks.count) * max(2, self.pack_tokens)

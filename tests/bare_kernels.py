@@ -55,7 +55,9 @@ def _stand_in() -> dict[str, ModuleType]:
     triton.jit, triton.language = _jit, language
     triton.cdiv = lambda number, size: -(-number // size)
     triton.next_power_of_2 = lambda number: 1 << (number - 1).bit_length()
-    return {"triton": triton, "triton.language": language}
+    extra: Any = ModuleType("triton.language.extra")
+    extra.libdevice = None
+    return {"triton": triton, "triton.language": language, "triton.language.extra": extra}
 
 
 def launch_nothing(patch: pytest.MonkeyPatch) -> None:

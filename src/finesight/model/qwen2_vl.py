@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from finesight.model.architecture import Architecture
+from finesight.model.epilogue import QUICK
 from finesight.model.fp8 import Rows, quantised_gelu
-from finesight.model.fused import quick_gelu
 from finesight.model.geometry import Pixels, Settings, read_language, read_vision
 from finesight.model.layers import FeedForward, PatchMerger, VisionBlock
 from finesight.model.linear import GroupedLinear, only
@@ -32,8 +32,9 @@ class Mlp(FeedForward):
 
     def forward(self, x_ND: Tensor | Rows) -> Tensor:
         """[N, width] to [N, width]."""
-        h_NF = only(self.fc1(x_ND))
-        return only(self.fc2(quantised_gelu(h_NF) if self.fc2.takes_rows else quick_gelu(h_NF)))
+        if self.fc2.takes_rows:
+            return only(self.fc2(quantised_gelu(only(self.fc1(x_ND)))))
+        return only(self.fc2(QUICK.of(self.fc1, x_ND)))
 
 
 def vision_tower(config: Settings, pixels: Pixels) -> VisionTower:

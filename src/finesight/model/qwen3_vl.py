@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import TRANSFORMERS_5, Architecture
+from finesight.model.epilogue import TANH
 from finesight.model.fp8 import Rows
 from finesight.model.geometry import (
     LanguageGeometry,
@@ -47,7 +48,7 @@ class Mlp(FeedForward):
 
     def forward(self, x_ND: Tensor | Rows) -> Tensor:
         """[N, width] to [N, width]."""
-        return only(self.linear_fc2(F.gelu(only(self.linear_fc1(x_ND)), approximate="tanh")))
+        return only(self.linear_fc2(TANH.of(self.linear_fc1, x_ND)))
 
 
 class Merger(nn.Module):

@@ -64,15 +64,15 @@ def widest(mlp: nn.Module) -> int:
 
 def passing(mlp: nn.Module, width: int, computing: Computing) -> int:
     """The most bytes of a row that an MLP without a gradient makes of one of `width` numbers: both
-    ends of its activation, of which a gated one's factors are there until the end, as is what a
-    quick GELU is made of."""
+    ends of its activation, of which a gated one's factors are there until the end. Where a kernel
+    makes a product and its activation at once (`model.epilogue`), it is less."""
     up, down = _products(mlp)
     number, inside = computing.number, sum(up.outputs.values()) * computing.number
     codes, last = _coded(down), width * number
     activated = down.inputs * number + _padded(mlp, computing)
     if isinstance(mlp, QuickMlp):
         # It gives codes itself.
-        return inside + (codes or activated) + last
+        return (codes or activated) + max(inside, last)
     if inside > down.inputs * number:
         return inside + activated + codes + last
     return activated + max(inside, codes + last)

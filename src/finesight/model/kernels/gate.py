@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from finesight.model.kernels.drop import Drop, kept
 from finesight.model.kernels.programs import Ptr, folded, in_step, rank_block
@@ -37,9 +38,8 @@ def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks:
         from_MN = both + at_M[:, None] * 2 * width + c[None, :]
         gate_MN = tl.load(from_MN, mask=inside, other=0.0).to(tl.float32)
         up_MN = tl.load(from_MN + width, mask=inside, other=0.0).to(tl.float32)
-        h_MN = (gate_MN / (1.0 + tl.exp2(gate_MN * -1.4426950408889634)) * up_MN).to(
-            h.dtype.element_ty
-        )
+        share_MN = libdevice.fast_dividef(gate_MN, 1.0 + tl.exp2(gate_MN * -1.4426950408889634))
+        h_MN = (share_MN * up_MN).to(h.dtype.element_ty)
         tl.store(h + at_M[:, None] * h_stride + c[None, :], h_MN, mask=inside)
         if is_low:
             if is_dropped:

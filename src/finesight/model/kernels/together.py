@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 THREADS, TURN_S = 8, 2e-4
 """That compile at once, and for how long one of them may keep Python's lock while others want it:
@@ -60,6 +61,9 @@ def compiled_together(device: torch.device) -> Iterator[None]:
 def _stand_in(argument: Any) -> Any:
     """In place of a tensor a small one that kernels are compiled the same for: those that wait for
     their turn would keep what the pass has let go of."""
+    if isinstance(argument, TensorDescriptor):
+        shape = argument.block_shape
+        return TensorDescriptor.from_tensor(argument.base.new_empty(shape), shape)
     if not isinstance(argument, Tensor):
         return argument
     # The second number of a piece of memory lies where nothing is aligned.
@@ -71,6 +75,8 @@ def _kind(argument: Any) -> tuple[Any, ...]:
     """What Triton compiles different kernels for."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     if isinstance(argument, int):
         return int, argument == 1, argument % 16 == 0
     return (type(argument),)

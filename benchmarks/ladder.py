@@ -29,7 +29,7 @@ from finesight.config import Train, Tune
 from finesight.encode.encoded import Encoded, Outline, Span
 from finesight.encode.pack import PackedBatch, beginning_of, pack
 from finesight.hub import locate
-from finesight.model import attention, fp8, fused_layer, layers
+from finesight.model import attention, epilogue, fp8, fused_layer, layers
 from finesight.model.attention import Segments
 from finesight.model.few_bits import multiplies_in_fp8
 from finesight.model.linear import GroupedLinear
@@ -141,6 +141,7 @@ def without(*missing: str) -> Iterator[None]:
         "layers": (fused_layer, "takes", lambda *_: False),
         "tower": (layers, "has_kernels", lambda *_: False),
         "look": (attention.look_kernels, "look", _varlen),
+        "gelu": (epilogue, "_operands", lambda *_: None),
         "recordings": (recorded, "pays", lambda *_: False),
     }
     kept = {name: getattr(module, entry) for name, (module, entry, _) in switches.items()}
@@ -160,13 +161,14 @@ def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Any) -> Tensor:
     return attention._attend_varlen(q_THD, k_THD, v_THD, segments, segments, causal=False)
 
 
-ALL = ("layers", "attention", "tower", "look", "recordings")
+ALL = ("layers", "attention", "tower", "look", "gelu", "recordings")
 RUNGS = (
     ("one step after the other", ALL),
     ("decoder layers in few kernels", ALL[1:]),
     ("attention of short segments", ALL[2:]),
     ("sums and norms, turns of the tower", ALL[3:]),
     ("attention of pictures", ALL[4:]),
+    ("the tower's GELU in a product", ALL[5:]),
     ("small packs recorded", ()),
 )
 

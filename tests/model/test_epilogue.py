@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ import torch
 from oracle import config, distance
 from torch import Tensor
 
+from finesight.model import epilogue
 from finesight.model.epilogue import QUICK, TANH, Gelu
+from finesight.model.fp8 import Fp8Weight, quantised
 from finesight.model.frozen import KERNELS
-from finesight.model.linear import GroupedLinear, only
+from finesight.model.linear import GroupedLinear
+from finesight.model.lora import LoraGroup, LowRank
+from finesight.model.rowwise import Fp8Matrix
 from finesight.model.weights import random_model
 
 if KERNELS:
@@ -21,8 +26,9 @@ if KERNELS:
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 GELUS = {"quick": QUICK, "tanh": TANH}
 HALF = [torch.bfloat16, torch.float16]
-SHAPES = [(300, 80, 264), (128, 64, 256), (1, 8, 16), (777, 1288, 1000)]
-"""Rows, inputs and outputs: none, some and all at the edge of a tile."""
+SHAPES = [(300, 80, 264), (128, 64, 256), (1, 8, 16), (777, 1288, 1000), (4200, 72, 1288)]
+"""Rows, inputs and outputs: none, some and all at the edge of a tile, and more tiles than programs,
+in several bands."""
 
 on_hopper = [
     pytest.mark.gpu,
@@ -53,9 +59,58 @@ def test_what_a_kernel_is_told_is_what_is_computed_alone(gelu: Gelu) -> None:
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_without_a_kernel_it_is_one_after_the_other(learns: bool) -> None:
-    group, x_ND = layer(6, 4).requires_grad_(learns), torch.randn(5, 6)
-    expected = only(group(x_ND))
-    assert torch.equal(QUICK.of(group, x_ND), QUICK.alone(expected))
+    x_ND = torch.linspace(-3, 3, 30).view(5, 6)
+    group = layer(6, 4).requires_grad_(learns)
+    y_NF = x_ND @ group.weight.T + group.bias
+    torch.testing.assert_close(QUICK.of(group, x_ND), y_NF * torch.sigmoid(1.702 * y_NF))
+
+
+class Never:
+    """In place of the kernels' module, where none may be asked for."""
+
+    def fills(self, *sizes: object) -> bool:
+        return True
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        (lambda group, x: (group, x), True),
+        (lambda group, x: (adapted(group), x), False),
+        (lambda group, x: (in_fp8(group), x), False),
+        (lambda group, x: (group, quantised(x)), False),
+        (lambda group, x: (group, misaligned(x)), False),
+        (lambda group, x: (layer(16, 12).bfloat16(), x), False),
+        (lambda group, x: (layer(12, 16).bfloat16(), x[:, :12].contiguous()), False),
+    ],
+    ids=["plain", "adapter", "fp8", "rows in fp8", "misaligned", "12 outputs", "12 inputs"],
+)
+def test_what_the_kernel_cannot_take_it_is_not_given(
+    change: Callable[[GroupedLinear, Tensor], tuple[GroupedLinear, Any]],
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(epilogue, "has_kernels", lambda x: True)
+    monkeypatch.setattr(epilogue, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(epilogue, "kernels", Never(), raising=False)
+    with torch.no_grad():
+        given = change(layer(16, 16).bfloat16(), torch.ones(32, 16, dtype=torch.bfloat16))
+        assert (epilogue._operands(*given) is not None) == taken
+    assert epilogue._operands(*given) is None, "what goes back"
+
+
+def adapted(group: GroupedLinear) -> GroupedLinear:
+    group.adapter = LoraGroup(group, {"fc": LowRank(4, 8.0)}, 0.0)
+    return group
+
+
+def in_fp8(group: GroupedLinear) -> GroupedLinear:
+    group.freeze_as(Fp8Matrix, Fp8Weight)
+    return group
 
 
 class TestKernel:
@@ -69,9 +124,11 @@ class TestKernel:
     ) -> None:
         """Of rows that lie apart, too."""
         rows, inputs, outputs = shape
-        x, bias = numbers(rows, inputs, dtype=dtype), numbers(outputs, dtype=dtype, seed=2)
+        x = numbers(rows, inputs + 8, dtype=dtype)[:, :inputs]
+        bias = None if rows == 128 else numbers(outputs, dtype=dtype, seed=2)
         w = numbers(outputs, inputs + 64, dtype=dtype, scale=0.1)[:, :inputs]
-        exact = gelu.alone(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+        wide = None if bias is None else bias.double()
+        exact = gelu.alone(torch.nn.functional.linear(x.double(), w.double(), wide))
         steps = gelu.alone(torch.nn.functional.linear(x, w, bias))
         found = kernels.activated(x, w, bias, linear=gelu.linear, cubic=gelu.cubic)
         assert found.shape == exact.shape
@@ -99,13 +156,13 @@ class TestKernel:
     def test_only_products_that_keep_a_card_busy_are_taken(self) -> None:
         card = torch.device("cuda")
         programs = torch.cuda.get_device_properties(card).multi_processor_count
-        full = programs * kernels.TILE.rows
-        assert kernels.fills(full, kernels.TILE.columns, card)
-        assert not kernels.fills(full // 2, kernels.TILE.columns, card)
-        assert not kernels.fills(full + 1, kernels.TILE.columns, card)
-        assert kernels.fills(12 * full + 1, kernels.TILE.columns, card)
-        assert not kernels.fills(full, kernels.TILE.columns // 2, card)
-        assert not kernels.fills(0, kernels.TILE.columns, card)
+        full, width = kernels.ROUNDS * programs * kernels.TILE.rows, kernels.TILE.columns
+        assert kernels.fills(full, width, card)
+        assert not kernels.fills(full // 2, width, card)
+        assert not kernels.fills(full + 1, width, card)
+        assert kernels.fills(12 * full + 1, width, card)
+        assert not kernels.fills(full, width // 2, card)
+        assert not kernels.fills(0, width, card)
 
     @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
     def test_a_tower_sees_what_it_saw(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ def test_a_launch_compiles_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @GPU
 def test_what_waits_to_be_compiled_keeps_no_memory() -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.together import _kind, _stand_in, compiled_together
 
@@ -73,6 +75,12 @@ def test_what_waits_to_be_compiled_keeps_no_memory() -> None:
     for tensor in (held, held[1:], held[8:], held.float(), held.float()[1:], held.byte()[3:]):
         assert _kind(_stand_in(tensor)) == _kind(tensor)
         assert _stand_in(tensor).nbytes <= 16
+    if torch.cuda.get_device_capability() >= (9, 0):
+        described = TensorDescriptor.from_tensor(held.view(-1, 64), [128, 64])
+        assert _kind(_stand_in(described)) == _kind(described)
+        assert _stand_in(described).base.nbytes == 128 * 64 * held.itemsize
+        assert _kind(TensorDescriptor.from_tensor(held.view(-1, 64), [64, 64])) != _kind(described)
+        del described
     del held, tensor
     before = torch.cuda.memory_allocated()
     with compiled_together(torch.device("cuda")):

@@ -85,9 +85,9 @@ def test_one_two_and_four_learn_the_same(tmp_path: Path) -> None:
         assert moved(folder) == moved(alone)
         for name, tensor in load_file(alone / "model" / "model.safetensors").items():
             ours = load_file(folder / "model" / "model.safetensors")[name]
-            # See `assert_alike` for what is left out.
-            if not name.endswith("k_proj.bias"):
-                assert (ours - tensor).square().mean().sqrt() <= 1e-5, name
+            # Keys' biases move with rounding (see `assert_alike`), by the learning rate at most.
+            most = 1e-3 if name.endswith("k_proj.bias") else 1e-5
+            assert (ours - tensor).square().mean().sqrt() <= most, name
     last = two / "checkpoints" / "step-6"
     verify_folder(last)
     for name in (VALUES, MOMENTS):

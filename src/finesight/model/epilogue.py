@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,11 @@ from torch import Tensor
 from finesight.model.fp8 import Rows
 from finesight.model.frozen import KERNELS
 from finesight.model.fused import has_kernels, quick_gelu
+from finesight.model.layers import ALIGNED
 from finesight.model.linear import GroupedLinear, only
 
 if KERNELS:
     from finesight.model.kernels import product as kernels
-
-EIGHT = 8
-"""Numbers of 16 bits in 16 bytes, at a multiple of which rows of tiles begin."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,18 @@ def _operands(group: GroupedLinear, x_ND: Tensor | Rows) -> tuple[Tensor, Tensor
         return None
     if not (isinstance(x_ND, Tensor) and isinstance(w_FD, Tensor) and has_kernels(x_ND)):
         return None
-    # Newer cards have other tensor cores, for which nobody has tried it.
-    hopper = torch.cuda.get_device_capability(x_ND.device) == (9, 0)
-    aligned = _aligned(x_ND) and _aligned(w_FD) and len(w_FD) % EIGHT == 0
-    if hopper and aligned and kernels.fills(len(x_ND), len(w_FD), x_ND.device):
+    copied = _in_tiles(x_ND) and _in_tiles(w_FD) and len(w_FD) % ALIGNED == 0
+    if copied and _is_hopper(x_ND.device) and kernels.fills(len(x_ND), len(w_FD), x_ND.device):
         return x_ND, w_FD
     return None
 
 
-def _aligned(x: Tensor) -> bool:
+def _in_tiles(x: Tensor) -> bool:
     """Whether rows begin where tiles can be copied from."""
-    return x.stride(1) == 1 and x.stride(0) % EIGHT == 0 and x.data_ptr() % 16 == 0
+    return x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % 16 == 0
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    """Newer cards have other tensor cores, for which nobody has tried it."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)

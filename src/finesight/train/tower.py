@@ -18,7 +18,7 @@ from finesight.model.any_family import AnyModel
 from finesight.model.attention import has_tiles
 from finesight.model.network import VisionLanguageModel
 
-VERSION = 4
+VERSION = 5
 """To be raised when towers, or what they are fed of a picture, come to be computed otherwise."""
 
 _THREADS = 8

@@ -26,23 +26,25 @@ TILE, STEP, BAND = Blocks(128, 256, 8, 3), 64, 16
 those beside them, so that what they read is in the cache: the quickest of 14 on an H200 for 25,600
 rows of 1,280 numbers and 5,120 outputs."""
 
-BUSY = 0.9
-"""Share of a card that has to be busy, or smaller tiles are quicker, with one kernel more."""
+BUSY, ROUNDS = 0.9, 4
+"""Share of a card that has to be busy, and tiles that each program takes at least, or smaller tiles
+are quicker, with one kernel more."""
 
 
 @triton.jit
-def _gelu(y: tl.tensor, linear: tl.constexpr, cubic: tl.constexpr) -> tl.tensor:
-    power = y * linear
-    if cubic != 0.0:
-        power += y * y * y * cubic
+def _gelu(y: tl.tensor, linear_2: tl.constexpr, cubic_2: tl.constexpr) -> tl.tensor:
+    """With factors for powers of two, and less than zero."""
+    power = y * linear_2
+    if cubic_2 != 0.0:
+        power += y * y * y * cubic_2
     # A usual division looks after sizes that do not come up here, and takes twice as long.
     return libdevice.fast_dividef(y, 1.0 + tl.exp2(power))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _activated(x: tl.tensor_descriptor, w: tl.tensor_descriptor, bias: Ptr,
                y: tl.tensor_descriptor, rows: int, width: int, programs: int,
-               inputs: tl.constexpr, linear: tl.constexpr, cubic: tl.constexpr,
+               inputs: tl.constexpr, linear_2: tl.constexpr, cubic_2: tl.constexpr,
                is_biased: tl.constexpr, block_n: tl.constexpr, block_f: tl.constexpr,
                block_d: tl.constexpr, high: tl.constexpr) -> None:  # fmt: skip
     tall, wide = tl.cdiv(rows, block_n), tl.cdiv(width, block_f)
@@ -59,8 +61,8 @@ def _activated(x: tl.tensor_descriptor, w: tl.tensor_descriptor, bias: Ptr,
         # In halves: one is written while the other is finished.
         y_N2G = tl.reshape(y_NF, (block_n, 2, block_f // 2))
         left_NG, right_NG = tl.split(tl.permute(y_N2G, (0, 2, 1)))
-        y.store([n, f], _gelu(left_NG, linear, cubic).to(y.dtype))
-        y.store([n, f + block_f // 2], _gelu(right_NG, linear, cubic).to(y.dtype))
+        y.store([n, f], _gelu(left_NG, linear_2, cubic_2).to(y.dtype))
+        y.store([n, f + block_f // 2], _gelu(right_NG, linear_2, cubic_2).to(y.dtype))
 
 
 def activated(
@@ -75,8 +77,8 @@ def activated(
         TensorDescriptor.from_tensor(x_ND, [TILE.rows, STEP]),
         TensorDescriptor.from_tensor(w_FD, [TILE.columns, STEP]),
         y_NF if bias_F is None else bias_F, TensorDescriptor.from_tensor(y_NF, [TILE.rows, half]),
-        rows, width, programs, inputs=inputs, linear=-linear / math.log(2),
-        cubic=-cubic / math.log(2), is_biased=bias_F is not None, block_n=TILE.rows,
+        rows, width, programs, inputs=inputs, linear_2=-linear / math.log(2),
+        cubic_2=-cubic / math.log(2), is_biased=bias_F is not None, block_n=TILE.rows,
         block_f=TILE.columns, block_d=STEP, high=BAND, num_warps=TILE.warps,
         num_stages=TILE.stages,
     )  # fmt: skip
@@ -84,10 +86,11 @@ def activated(
 
 
 def fills(rows: int, width: int, device: torch.device) -> bool:
-    """Whether a product of so many outputs keeps a card busy in tiles of this size, to the last."""
+    """Whether a product of so many outputs keeps a card busy in tiles of this size, to the last.
+    What it gives differs from that of two kernels in the last bit."""
     size, programs = TILE.rows * TILE.columns, _processors(device)
-    rounds = max(1, -(-_tiles(rows, width) // programs))
-    return rows * width >= BUSY * rounds * programs * size
+    rounds = -(-_tiles(rows, width) // programs)
+    return rounds >= ROUNDS and rows * width >= BUSY * rounds * programs * size
 
 
 def _tiles(rows: int, width: int) -> int:

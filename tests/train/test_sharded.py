@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,24 @@ def moved(folder: Path) -> list[tuple[Any, ...]]:
     return [
         tuple(row[n] for n in ("part", "tensors", "numbers", "changed", "reached")) for row in rows
     ]
+
+
+def test_one_process_does_not_wait_for_what_several_need(tmp_path: Path) -> None:
+    """What models lie in parts with takes torch a second to import, and sympy with it."""
+    task = Task(tmp_path / "task")
+    recipe = task.recipe | {"output": str(tmp_path / "run")}
+    file = write_recipe(tmp_path / "recipe.yaml", recipe, epochs=1)
+    code = (
+        "import sys\n"
+        "from finesight.cli.app import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*sys.modules, file=open('modules.txt', 'w'))\n"
+    )
+    words = [sys.executable, "-c", code, "train", str(file)]
+    subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
+    loaded = set((tmp_path / "modules.txt").read_text().split())
+    assert "finesight.train.parallel" in loaded
+    assert not loaded & {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
 
 
 def test_one_two_and_four_learn_the_same(tmp_path: Path) -> None:

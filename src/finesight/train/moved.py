@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from finesight.errors import UserError
 from finesight.model.frozen import frozen_weights
@@ -155,13 +154,15 @@ def _row(part: Part, trained: bool, looks: Sequence[_Look]) -> PartChange:
 
 
 def _here(tensor: Tensor) -> Tensor:
-    """A tensor, or of one that lies in parts what this process has of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """A tensor, or of one that lies in parts (a DTensor, whose type takes torch a second to import)
+    what this process has of it."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def _learns_elsewhere(parameter: nn.Parameter) -> bool:
     """Whether it lies in parts and learns, if none of its rows is here."""
-    return isinstance(parameter, DTensor) and parameter.requires_grad
+    return hasattr(parameter, "to_local") and parameter.requires_grad
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -65,8 +65,8 @@ def test_without_a_kernel_it_is_one_after_the_other(learns: bool) -> None:
     torch.testing.assert_close(QUICK.of(group, x_ND), y_NF * torch.sigmoid(1.702 * y_NF))
 
 
-class Never:
-    """In place of the kernels' module, where none may be asked for."""
+class Busy:
+    """In place of the kernels' module: a card that any product keeps busy."""
 
     def fills(self, *sizes: object) -> bool:
         return True
@@ -96,7 +96,7 @@ def test_what_the_kernel_cannot_take_it_is_not_given(
 ) -> None:
     monkeypatch.setattr(epilogue, "has_kernels", lambda x: True)
     monkeypatch.setattr(epilogue, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(epilogue, "kernels", Never(), raising=False)
+    monkeypatch.setattr(epilogue, "kernels", Busy(), raising=False)
     with torch.no_grad():
         given = change(layer(16, 16).bfloat16(), torch.ones(32, 16, dtype=torch.bfloat16))
         assert (epilogue._operands(*given) is not None) == taken

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from finesight.model.kernels.drop import Drop, kept
-from finesight.model.kernels.programs import Ptr, folded, in_step, rank_block
+from finesight.model.kernels.programs import Ptr, folded, in_step, rank_block, times_sigmoid
 from finesight.model.kernels.sizes import GATE, GATE_BACK, columns_of_chunk, rows_of_chunk
 
 
@@ -38,8 +37,8 @@ def _gate(both: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks:
         from_MN = both + at_M[:, None] * 2 * width + c[None, :]
         gate_MN = tl.load(from_MN, mask=inside, other=0.0).to(tl.float32)
         up_MN = tl.load(from_MN + width, mask=inside, other=0.0).to(tl.float32)
-        share_MN = libdevice.fast_dividef(gate_MN, 1.0 + tl.exp2(gate_MN * -1.4426950408889634))
-        h_MN = (share_MN * up_MN).to(h.dtype.element_ty)
+        silu_MN = times_sigmoid(gate_MN, gate_MN * -1.4426950408889634)
+        h_MN = (silu_MN * up_MN).to(h.dtype.element_ty)
         tl.store(h + at_M[:, None] * h_stride + c[None, :], h_MN, mask=inside)
         if is_low:
             if is_dropped:

@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from finesight.model.kernels.programs import Ptr
+from finesight.model.kernels.programs import Ptr, times_sigmoid
 from finesight.model.kernels.sizes import Blocks
 
 TILE, STEP, BAND = Blocks(128, 256, 8, 3), 64, 16
@@ -33,12 +32,11 @@ are quicker, with one kernel more."""
 
 @triton.jit
 def _gelu(y: tl.tensor, linear_2: tl.constexpr, cubic_2: tl.constexpr) -> tl.tensor:
-    """With factors for powers of two, and less than zero."""
+    """Its factors are -log2(e) times those of a sigmoid."""
     power = y * linear_2
     if cubic_2 != 0.0:
         power += y * y * y * cubic_2
-    # A usual division looks after sizes that do not come up here, and takes twice as long.
-    return libdevice.fast_dividef(y, 1.0 + tl.exp2(power))
+    return times_sigmoid(y, power)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])

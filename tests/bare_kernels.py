@@ -73,6 +73,7 @@ def launch_nothing(patch: pytest.MonkeyPatch) -> None:
             patch.setattr(owner, NAMES[name], module, raising=False)
     drop = made["model.kernels.drop"]
     patch.setattr(fused_layer, "Drop", drop.Drop, raising=False)
+    patch.setattr(fused_layer, "Norm", made["model.kernels.lora"].Norm, raising=False)
     patch.setattr(fused, "UNDROPPED", drop.UNDROPPED, raising=False)
     patch.setattr(fused_layer, "Heads", made["model.kernels.turn"].Heads, raising=False)
     patch.setattr(fused_layer, "takes", lambda x_TD: True)

@@ -171,7 +171,8 @@ def test_norms_in_fp8_give_what_products_put_into_fp8_give(
 
 def test_drop_out_is_that_of_its_share_on_average() -> None:
     """The mean over many seeds is what comes without: of the output, where it is linear."""
-    from finesight.model.kernels import drop as drop_kernels
+    from finesight.model.kernels import lora as lora_kernels
+    from finesight.model.kernels.drop import Drop
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
@@ -179,8 +180,7 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
     total = torch.zeros(300, 24, device=CUDA)
     for seed in range(400):
         seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        drop = drop_kernels.Drop(seeds, salt=5, share=0.25, times=1.0)
-        total += drop_kernels.dropped(x, drop).float() @ a.float().T / 0.75
+        total += lora_kernels.lowered(x, a, Drop(seeds, 5, 0.25, 1 / 0.75), 0)[1].float()
     exact = x.float() @ a.float().T
     # Of 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) of what a row and a column share.
     expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
@@ -192,33 +192,36 @@ def test_drop_out_is_that_of_its_share_on_average() -> None:
 def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
     """The mask is made anew for each use, by several kernels: a gradient of the adapter's input is
     zero exactly where its number was dropped."""
-    from finesight.model.kernels import drop as drop_kernels
     from finesight.model.kernels import gate as gate_kernels
     from finesight.model.kernels import lora as lora_kernels
     from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels.drop import Drop
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
-    drop = drop_kernels.Drop(seeds, salt=1, share=0.4, times=1.0)
+    drop = Drop(seeds, salt=1, share=0.4, times=1.0)
     ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
     eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
-    forth = drop_kernels.dropped(ones, drop)
-    assert torch.equal(forth, lora_kernels.lowered_back(torch.zeros_like(ones), ones, eye, drop))
+    whole, forth = lora_kernels.lowered(ones, eye, drop, 192)
+    assert torch.equal(whole, torch.cat([ones, forth, torch.zeros_like(ones[:, :64])], 1))
+    back, by_a = lora_kernels.lowered_back(ones, None, torch.zeros_like(ones), ones, eye, drop)
+    assert torch.equal(back, forth)
+    assert torch.equal(by_a, ones.T @ forth)
     room = torch.empty(200, 192, device=CUDA, dtype=torch.bfloat16)
-    again = drop_kernels.dropped(ones, drop, room)
-    assert torch.equal(again, forth)
+    dropped, scales = norm_kernels.rms_normed(ones, ones[0], 0.0, room[:, :128], drop)
+    assert torch.equal(dropped, forth)
     assert torch.equal(room[:, :128], ones)
-    normed, _ = norm_kernels.rms_normed(ones, ones[0], 0.0, None, drop)
-    assert torch.equal(normed, forth)
+    norm = lora_kernels.Norm(ones[0], scales)
+    assert torch.equal(lora_kernels.down_grad(ones, norm, ones, eye, drop), by_a)
     # silu(gate) up with gates so large that it is their product.
     both = torch.cat([64 * ones, ones / 64], 1)
     gated, low = gate_kernels.gated_low(both, eye, drop, 128)
     assert torch.equal(gated[:, :128], ones)
     assert low is not None
     assert torch.equal(low, forth)
-    back = gate_kernels.gated_low_back(both.clone(), eye, torch.zeros_like(ones), ones, drop)
-    assert torch.equal(back.both_TF2[:, 128:], 64 * forth)
-    assert back.a_RF is not None
-    assert torch.equal(back.a_RF, ones.T @ forth)
+    grads = gate_kernels.gated_low_back(both.clone(), eye, torch.zeros_like(ones), ones, drop)
+    assert torch.equal(grads.both_TF2[:, 128:], 64 * forth)
+    assert grads.a_RF is not None
+    assert torch.equal(grads.a_RF, ones.T @ forth)
     assert set(forth.unique().tolist()) == {0.0, 1.0}
     assert float(forth.float().mean()) == pytest.approx(0.6, abs=0.02)
     by_row, by_column = forth.float().mean(1), forth.float().mean(0)
@@ -229,14 +232,16 @@ def test_what_goes_back_meets_the_numbers_that_went_forth() -> None:
 def test_masks_of_rows_columns_and_seeds_have_nothing_in_common() -> None:
     """Each mask beside its neighbours': as many numbers in common as chance gives, and no squares
     of rows and columns that go together."""
-    from finesight.model.kernels import drop as drop_kernels
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels.drop import Drop
 
     ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
 
     def mask(seed: int, salt: int) -> Tensor:
         seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        drop = drop_kernels.Drop(seeds, salt, share=0.5, times=1.0)
-        return drop_kernels.dropped(ones, drop).double() * 2 - 1
+        drop = Drop(seeds, salt, share=0.5, times=1.0)
+        kept, _ = norm_kernels.rms_normed(ones, ones[0], 0.0, torch.empty_like(ones), drop)
+        return kept.double() * 2 - 1
 
     own = mask(1, 0)
     spread = own.numel() ** -0.5

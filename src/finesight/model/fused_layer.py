@@ -29,12 +29,12 @@ from finesight.model.rope import Rotation
 from finesight.model.wide import Wide, joined_of
 
 if KERNELS:
-    from finesight.model.kernels import drop as drop_kernels
     from finesight.model.kernels import gate as gate_kernels
     from finesight.model.kernels import lora as lora_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import turn as turn_kernels
     from finesight.model.kernels.drop import Drop
+    from finesight.model.kernels.lora import Norm
     from finesight.model.kernels.turn import Heads
 
 MOST_RANKS = 128
@@ -159,21 +159,19 @@ class _Enter(torch.autograd.Function):
         djoint_TE = turn_kernels.turn_heads_back(
             (grads[0], grads[1], grads[2]), entry.heads, rotation.cos_T1D, rotation.sin_T1D
         )
-        dn_TD, dx_TD, dw_D, da_SD = None, None, None, None
+        norm, dx_TD, dw_D, da_SD = Norm(w_D, scale_T), None, None, None
         if any(ctx.needs_input_grad[:2]):
             dn_TD, dlow_TS = wide.back(djoint_TE)
+            if dlow_TS is not None:
+                dn_TD, da_SD = lora_kernels.lowered_back(
+                    x_TD, norm, dn_TD, dlow_TS, a_SD, entry.drop
+                )
+            learned = ctx.needs_input_grad[1]
+            dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, added_TD, learned=learned)
         else:
             dlow_TS = wide.low_back(djoint_TE)
-        if dlow_TS is not None:
-            d_TD, _ = norm_kernels.rms_normed(x_TD, w_D, entry.eps, None, entry.drop)
-            da_SD = _down_grad(d_TD, dlow_TS, a_SD, entry.drop)
-            del d_TD
-        if dn_TD is not None:
             if dlow_TS is not None:
-                dn_TD = lora_kernels.lowered_back(dn_TD, dlow_TS, a_SD, entry.drop)
-            norm = x_TD, w_D, scale_T
-            learned = ctx.needs_input_grad[1]
-            dx_TD, dw_D = norm_kernels.rms_back(*norm, dn_TD, added_TD, learned=learned)
+                da_SD = lora_kernels.down_grad(x_TD, norm, dlow_TS, a_SD, entry.drop)
         learned = wide.gradients(djoint_TE, n_TD)
         dbs_OR = wide.up_grads(djoint_TE, low_TS)
         return dx_TD, dw_D, None, *learned, da_SD, *dbs_OR
@@ -208,12 +206,6 @@ def _lay(low_TS: Tensor, room: Tensor) -> None:
     if room.shape[1]:
         room[:, : low_TS.shape[1]].copy_(low_TS)
         room[:, low_TS.shape[1] :].zero_()
-
-
-def _down_grad(d_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
-    """The gradient by A of `_lowered`."""
-    # With beta 0 the first operand only gives the shape.
-    return torch.addmm(a_SI, dlow_TS.T, d_TI, beta=0, alpha=drop.times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +262,7 @@ class _Leave(torch.autograd.Function):
         out, both, down = fixed.out, fixed.both, fixed.down
         o_TJ, low_o = o_TI, None
         if out_a is not None:
-            o_TJ = o_TI.new_empty(len(o_TI), o_TI.shape[1] + out.room)
-            d_TI = drop_kernels.dropped(o_TI, fixed.out_drop, o_TJ)
-            low_o = _lowered(d_TI, out_a, fixed.out_drop, o_TJ)
-            del d_TI
+            o_TJ, low_o = lora_kernels.lowered(o_TI, out_a, fixed.out_drop, out.room)
         x_TD = out.added(x_TD, o_TJ, low_o)
         n_TJ, scale_T, low_g = _normed(x_TD, w_D, fixed.eps, both, both_a, fixed.both_drop)
         both_TF2 = both.forth(n_TJ, low_g)
@@ -306,22 +295,20 @@ class _Leave(torch.autograd.Function):
         dboth = both.gradients(both_TF2, n_TD)
         dn_TD, dlow_g = both.back(both_TF2)
         dboth_b = both.up_grads(both_TF2, low_g)
-        dboth_a = None
+        norm, dboth_a = Norm(w_D, scale_T), None
         if dlow_g is not None:
-            d_TD, _ = norm_kernels.rms_normed(x_TD, w_D, fixed.eps, None, fixed.both_drop)
-            dboth_a = _down_grad(d_TD, dlow_g, both_a, fixed.both_drop)
-            del d_TD
-            dn_TD = lora_kernels.lowered_back(dn_TD, dlow_g, both_a, fixed.both_drop)
+            dn_TD, dboth_a = lora_kernels.lowered_back(
+                x_TD, norm, dn_TD, dlow_g, both_a, fixed.both_drop
+            )
         learned = ctx.needs_input_grad[2]
-        dx_TD, dw_D = norm_kernels.rms_back(x_TD, w_D, scale_T, dn_TD, dy_TD, learned=learned)
+        dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, dy_TD, learned=learned)
         dout = out.gradients(dx_TD, o_TI)
         do_TI, dlow_o = out.back(dx_TD)
         dout_b = out.up_grads(dx_TD, low_o)
         dout_a = None
         if dlow_o is not None:
-            d_TI = drop_kernels.dropped(o_TI, fixed.out_drop) if fixed.out_drop.share else o_TI
-            dout_a = _down_grad(d_TI, dlow_o, out_a, fixed.out_drop)
-            del d_TI
-            do_TI = lora_kernels.lowered_back(do_TI, dlow_o, out_a, fixed.out_drop)
+            do_TI, dout_a = lora_kernels.lowered_back(
+                o_TI, None, do_TI, dlow_o, out_a, fixed.out_drop
+            )
         narrow = dout_a, *dout_b, dboth_a, *dboth_b, dgated.a_RF, *ddown_b
         return dx_TD, do_TI, dw_D, None, *dout, *dboth, *ddown, *narrow

@@ -17,8 +17,10 @@ from finesight.model.fp8 import Fp8Weight
 from finesight.model.frozen import FrozenWeight
 from finesight.model.joined import room
 from finesight.model.kernels.sizes import (
+    AT_ONCE,
     GATE,
     GATE_BACK,
+    LOWERED_BACK,
     SUMS,
     columns_of_chunk,
     rows_of_chunk,
@@ -121,10 +123,17 @@ class Product:
         product = self.dense + max(self.layered, rows * (self.roomy + self.codes[1]))
         return max(lowered, product)
 
-    def lowered(self, rows: int) -> int:
-        """What comes to `came` when the adapter's share is added: the input dropped once more, then
-        the sum in a piece of its own."""
-        return rows * self.inputs if self.low else 0
+    def lowered(self, rows: int, number: int) -> int:
+        """What comes to `came` when the adapter's share is added in a piece of its own."""
+        return rows * self.inputs + self.sums(rows, number) if self.low else 0
+
+    def sums(self, rows: int, number: int) -> int:
+        """Of the gradient of its down-projections in numbers of so many bytes, a share for each
+        stretch of rows."""
+        width = self.inputs // number
+        wide = -(-width // LOWERED_BACK.columns)
+        chunk = rows_of_chunk(rows, wide, AT_ONCE)
+        return -(-rows // chunk) * self.downs // number * WIDE
 
     def after(self, rows: int) -> int:
         """What of `came` and `lowered` stays: where room was behind the weight, all of it does for
@@ -256,7 +265,7 @@ class FusedLayer:
             # Nothing is kept, but the caller has its input, and the layer the joint product.
             before = tokens * (both.inputs + self.into.outputs + out.inputs * (not some))
         before += rows * (both.inputs + out.inputs) * some
-        laid = out.roomy * bool(out.low) + out.low + both.normed + both.low + WIDE
+        laid = out.roomy * bool(out.room) + out.low + both.normed + both.low + WIDE
         held = before + rows * (laid + both.inputs)
         gated = held + rows * (both.outputs + down.roomy + down.low)
         return max(
@@ -293,12 +302,12 @@ class FusedLayer:
         found = max(found, held + self._sums_back(rows))
         found = max(found, held + both.weights + both.back(rows))
         held += both.gradients
-        found = max(found, held + rows * both.came + both.lowered(rows))
+        found = max(found, held + rows * both.came + both.lowered(rows, self.number))
         held += both.after(rows)
         found = max(found, held + self._norm_sums(rows, self.norms[1]))
         held += self.norms[1]
         found = max(found, held + out.weights + out.back(rows))
-        return max(found, held + out.gradients + rows * out.came + out.lowered(rows))
+        return max(found, held + out.gradients + rows * out.came + out.lowered(rows, self.number))
 
     def _sums_back(self, rows: int) -> int:
         """Of the gradient of the last down-projections, a share for each stretch of rows."""
@@ -340,12 +349,12 @@ class FusedLayer:
         into = self.into
         held = tokens * (into.inputs + 2 * into.outputs) - self._looked(tokens)
         if not self.reached:
-            # The adapter's gradient alone, for which the norm is made again.
-            again = tokens * into.low + into.lowered(tokens) + into.downs
-            return held + max(2 * tokens * into.low, again, into.gradients)
+            # The adapter's gradient alone.
+            alone = tokens * into.low + into.sums(tokens, self.number) + into.downs
+            return held + max(2 * tokens * into.low, alone, into.gradients)
         found = held + into.back(tokens)
         held += into.downs
-        found = max(found, held + tokens * into.came + into.lowered(tokens))
+        found = max(found, held + tokens * into.came + into.lowered(tokens, self.number))
         held += into.after(tokens)
         found = max(found, held + self._norm_sums(tokens, self.norms[0]))
         return max(found, held + self.norms[0] + into.weights + into.ups)

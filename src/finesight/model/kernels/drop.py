@@ -1,18 +1,15 @@
 """Drop-out whose mask is made anew wherever it is needed, so that none is kept.
 
-Shapes: T rows (tokens), I inputs, J columns of an input and of what is joined to it.
+Shapes: M rows (tokens), N columns of an input.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from finesight.model.kernels.programs import Ptr
 
 
 class Drop(NamedTuple):
@@ -58,29 +55,3 @@ def kept(
     x_MN = (key_M[:, None] ^ key_N[None, :]) * 0x9E3779B1
     x_MN = (x_MN ^ (x_MN >> 15)) * 0x846CA68B
     return x_MN.to(tl.int32, bitcast=True) >= threshold
-
-
-@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _dropped(x: Ptr, y: Ptr, copy: Ptr, rows: int, width: int, copy_stride: int, seed: Ptr,
-             salt: int, threshold: int, is_copied: tl.constexpr, block_m: tl.constexpr,
-             block_n: tl.constexpr) -> None:  # fmt: skip
-    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    c = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    at_M = m.to(tl.int64)
-    inside = (m < rows)[:, None] & (c < width)[None, :]
-    at = at_M[:, None] * width + c[None, :]
-    x_MN = tl.load(x + at, mask=inside, other=0.0)
-    if is_copied:
-        tl.store(copy + at_M[:, None] * copy_stride + c[None, :], x_MN, mask=inside)
-    tl.store(y + at, tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0), mask=inside)
-
-
-def dropped(x_TI: Tensor, drop: Drop, copy_TJ: Tensor | None = None) -> Tensor:
-    """`x` with zeros for what is dropped; and `x` itself in the first columns of `copy_TJ`."""
-    (rows, width), y_TI = x_TI.shape, torch.empty_like(x_TI)
-    copy = y_TI if copy_TJ is None else copy_TJ
-    _dropped[(triton.cdiv(rows, 16), triton.cdiv(width, 256))](
-        x_TI, y_TI, copy, rows, width, copy.stride(0), *drop.told(x_TI)[:3],
-        is_copied=copy_TJ is not None, block_m=16, block_n=256, num_warps=4,
-    )  # fmt: skip
-    return y_TI

@@ -1,11 +1,14 @@
-"""What low-rank adapters need beside products: the gradient by a dropped input, the sum with a
-product that is rounded already, and copies of what was learned.
+"""What low-rank adapters need beside products: those with a dropped input, and back, the sum with
+a product that is rounded already, and copies of what was learned.
 
 Sums are fp32. Shapes: T rows (tokens), I inputs, O outputs of a layer, R its rank, S ranks of a
-group end to end, P matrices.
+group end to end, of them Z beyond a power of two, J columns of an input and of what is joined to
+it, C chunks of rows, P matrices.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,51 +16,178 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.drop import Drop, kept, mixed
-from finesight.model.kernels.programs import Ptr, rank_block
-from finesight.model.kernels.sizes import Blocks
+from finesight.model.kernels.programs import Ptr, folded, in_step, rank_block
+from finesight.model.kernels.sizes import AT_ONCE, LOWERED_BACK, Blocks, rows_of_chunk
 
-LOWERED_BACK, RAISED = Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+LOWERED, RAISED = Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 2)
 """What was quickest on an H200."""
+
+MANY = 192
+"""Ranks beyond which twice the warps have registers enough, and half the tiles ahead have room."""
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
-def _lowered_back(dn: Ptr, dlow: Ptr, a: Ptr, dx: Ptr, rows: int, width: int, ranks: int,
-                  dn_stride: int, dlow_stride: int, seed: Ptr, salt: int, threshold: int,
-                  times: float, is_dropped: tl.constexpr, block_m: tl.constexpr,
-                  block_n: tl.constexpr, block_s: tl.constexpr) -> None:  # fmt: skip
+def _lowered(x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, ranks: int, room: int,
+             seed: Ptr, salt: int, threshold: int, times: float, is_dropped: tl.constexpr,
+             is_copied: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+             block_r: tl.constexpr, ahead: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    c = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    inside_M, inside_N, at_M = m < rows, c < width, m.to(tl.int64)
-    inside = inside_M[:, None] & inside_N[None, :]
-    more_MN = tl.zeros((block_m, block_n), tl.float32)
-    for start in range(0, ranks, block_s):
-        s = start + tl.arange(0, block_s)
-        inside_S = s < ranks
-        dlow_MS = tl.load(dlow + at_M[:, None] * dlow_stride + s[None, :],
-                          mask=inside_M[:, None] & inside_S[None, :], other=0.0)  # fmt: skip
-        a_SN = tl.load(a + s[:, None] * width + c[None, :],
-                       mask=inside_S[:, None] & inside_N[None, :], other=0.0)  # fmt: skip
-        more_MN += tl.dot(dlow_MS, a_SN)
-    more_MN *= times
-    if is_dropped:
-        more_MN = tl.where(kept(seed, salt, m, c, threshold), more_MN, 0.0)
-    dn_MN = tl.load(dn + at_M[:, None] * dn_stride + c[None, :], mask=inside, other=0.0)
-    to_MN = dx + at_M[:, None] * width + c[None, :]
-    tl.store(to_MN, more_MN + dn_MN.to(tl.float32), mask=inside)
+    r = tl.arange(0, block_r)
+    inside_M, inside_R, at_M = m < rows, r < ranks, m.to(tl.int64)
+    row_M = copy + at_M * (width + room)
+    low_MR = tl.zeros((block_m, block_r), tl.float32)
+    for start in tl.range(0, width, block_n, num_stages=ahead):
+        c = start + tl.arange(0, block_n)
+        inside_N = c < width
+        inside = inside_M[:, None] & inside_N[None, :]
+        x_MN = tl.load(x + at_M[:, None] * width + c[None, :], mask=inside, other=0.0)
+        if is_copied:
+            tl.store(row_M[:, None] + c[None, :], x_MN, mask=inside)
+        if is_dropped:
+            x_MN = tl.where(inside & kept(seed, salt, m, c, threshold), x_MN, 0.0)
+        inside_RN = inside_R[:, None] & inside_N[None, :]
+        a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)
+        low_MR += tl.dot(x_MN, tl.trans(a_RN))
+    low_MR = (low_MR * times).to(low.dtype.element_ty)
+    to_MR = low + at_M[:, None] * ranks + r[None, :]
+    tl.store(to_MR, low_MR, mask=inside_M[:, None] & inside_R[None, :])
+    if is_copied:
+        # Beyond the ranks there are zeros.
+        to_MR = row_M[:, None] + width + r[None, :]
+        tl.store(to_MR, low_MR, mask=inside_M[:, None] & (r < room)[None, :])
 
 
-def lowered_back(dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
-    """`dn` plus the gradient by `x` of `drop.times` times dropped(x) A^T, from that of the latter:
-    in a piece of its own."""
-    (rows, width), ranks, tile = dn_TI.shape, len(a_SI), LOWERED_BACK
-    dx_TI = dn_TI.new_empty(rows, width)
-    _lowered_back[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
-        dn_TI, dlow_TS, a_SI, dx_TI, rows, width, ranks, dn_TI.stride(0), dlow_TS.stride(0),
-        *drop.told(dn_TI), is_dropped=drop.share > 0.0, block_m=tile.rows,
-        block_n=tile.columns, block_s=min(64, rank_block(ranks)), num_warps=tile.warps,
-        num_stages=tile.stages,
+def lowered(x_TI: Tensor, a_RI: Tensor, drop: Drop, room: int) -> tuple[Tensor, Tensor]:
+    """`drop.times` times dropped(x) A^T [T, R]; and before it `x` with that behind it and zeros up
+    to `room` columns, where there is room, or `x` itself."""
+    (rows, width), ranks, tile = x_TI.shape, len(a_RI), LOWERED
+    low_TR = x_TI.new_empty(rows, ranks)
+    x_TJ = x_TI.new_empty(rows, width + room) if room else x_TI
+    _lowered[(triton.cdiv(rows, tile.rows),)](
+        x_TI, a_RI, x_TJ, low_TR, rows, width, ranks, room, *drop.told(x_TI),
+        is_dropped=drop.share > 0.0, is_copied=room > 0, block_m=tile.rows, block_n=tile.columns,
+        block_r=rank_block(max(ranks, room)), num_warps=tile.warps, ahead=tile.stages,
     )  # fmt: skip
-    return dx_TI
+    return x_TJ, low_TR
+
+
+class Norm(NamedTuple):
+    """Between a layer's input and what an adapter reads: the weight, and what `norm_kernels` told
+    that each row was multiplied by."""
+
+    w_I: Tensor
+    scale_T: Tensor
+
+
+@triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
+def _lowered_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, dlow: Ptr, a: Ptr, dx: Ptr, partial: Ptr,
+                  rows: int, per_chunk: int, width: int, ranks: int, dn_stride: int,
+                  dlow_stride: int, seed: Ptr, salt: int, threshold: int, times: float,
+                  is_wanted: tl.constexpr, is_normed: tl.constexpr, is_dropped: tl.constexpr,
+                  block_m: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr,
+                  block_z: tl.constexpr, ahead: tl.constexpr) -> None:  # fmt: skip
+    c = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    chunk = tl.program_id(1)
+    # Ranks are taken in two parts: of one that is a power of two, a quarter or more may be nothing.
+    s, z = tl.arange(0, block_s), block_s + tl.arange(0, max(16, block_z))
+    inside_N, inside_S, inside_Z = c < width, s < ranks, z < ranks
+    inside_SN, inside_ZN = (
+        inside_S[:, None] & inside_N[None, :],
+        inside_Z[:, None] & inside_N[None, :],
+    )
+    a_SN = tl.load(a + s[:, None] * width + c[None, :], mask=inside_SN, other=0.0)
+    da_SN = tl.zeros((block_s, block_n), tl.float32)
+    if block_z:
+        a_ZN = tl.load(a + z[:, None] * width + c[None, :], mask=inside_ZN, other=0.0)
+        da_ZN = tl.zeros((block_z, block_n), tl.float32)
+    if is_normed:
+        w_N = tl.load(w + c, mask=inside_N, other=0.0).to(tl.float32)
+    last = tl.minimum(rows, (chunk + 1) * per_chunk)
+    for start in tl.range(chunk * per_chunk, last, block_m, num_stages=ahead):
+        m = start + tl.arange(0, block_m)
+        inside_M, at_M = m < last, m.to(tl.int64)
+        inside = inside_M[:, None] & inside_N[None, :]
+        at = at_M[:, None] * width + c[None, :]
+        n_MN = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        from_MS = dlow + at_M[:, None] * dlow_stride + s[None, :]
+        dlow_MS = tl.load(from_MS, mask=inside_M[:, None] & inside_S[None, :], other=0.0)
+        if block_z:
+            from_MZ = dlow + at_M[:, None] * dlow_stride + z[None, :]
+            dlow_MZ = tl.load(from_MZ, mask=inside_M[:, None] & inside_Z[None, :], other=0.0)
+        if is_wanted:
+            more_MN = tl.dot(dlow_MS, a_SN)
+            if block_z:
+                more_MN = tl.dot(dlow_MZ, a_ZN, more_MN)
+            n_MN, more_MN = in_step(n_MN, more_MN * times)
+        if is_normed:
+            scale_M = tl.load(scales + m, mask=inside_M, other=0.0)
+            n_MN = n_MN * scale_M[:, None] * w_N[None, :]
+        n_MN = n_MN.to(x.dtype.element_ty)
+        kept_MN = inside
+        if is_dropped:
+            kept_MN = kept(seed, salt, m, c, threshold)
+        n_MN = tl.where(kept_MN, n_MN, 0.0)
+        if is_wanted:
+            from_MN = dn + at_M[:, None] * dn_stride + c[None, :]
+            dn_MN = tl.load(from_MN, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + at, dn_MN + tl.where(kept_MN, more_MN, 0.0), mask=inside)
+        da_SN += tl.dot(tl.trans(dlow_MS), n_MN)
+        if block_z:
+            da_ZN += tl.dot(tl.trans(dlow_MZ), n_MN)
+    to_SN = partial + (chunk * ranks + s).to(tl.int64)[:, None] * width + c[None, :]
+    tl.store(to_SN, da_SN * times, mask=inside_SN)
+    if block_z:
+        to_ZN = partial + (chunk * ranks + z).to(tl.int64)[:, None] * width + c[None, :]
+        tl.store(to_ZN, da_ZN * times, mask=inside_ZN)
+
+
+def lowered_back(
+    x_TI: Tensor, norm: Norm | None, dn_TI: Tensor, dlow_TS: Tensor, a_SI: Tensor, drop: Drop
+) -> tuple[Tensor, Tensor]:
+    """From `dlow`, the gradient by `drop.times` times dropped(n) A^T for `n` the norm of `x`, or
+    `x` itself: what comes to `dn`, the gradient by `n`, added to that in a piece of its own; and
+    the gradient by A, always summed in the same order."""
+    dx_TI = torch.empty_like(x_TI)
+    return dx_TI, _back(x_TI, norm, (dn_TI, dx_TI), dlow_TS, a_SI, drop)
+
+
+def down_grad(x_TI: Tensor, norm: Norm | None, dlow_TS: Tensor, a_SI: Tensor, drop: Drop) -> Tensor:
+    """The second of `lowered_back` alone."""
+    return _back(x_TI, norm, None, dlow_TS, a_SI, drop)
+
+
+def _back(
+    x_TI: Tensor,
+    norm: Norm | None,
+    between: tuple[Tensor, Tensor] | None,
+    dlow_TS: Tensor,
+    a_SI: Tensor,
+    drop: Drop,
+) -> Tensor:
+    """The gradient by A; of `between`, the first with what comes to it is the second."""
+    (rows, width), ranks, tile = x_TI.shape, len(a_SI), LOWERED_BACK
+    wide = triton.cdiv(width, tile.columns)
+    per_chunk = rows_of_chunk(rows, wide, AT_ONCE)
+    chunks = triton.cdiv(rows, per_chunk)
+    partial_CSI = x_TI.new_empty(chunks, ranks, width, dtype=torch.float32)
+    w, scales = norm or (x_TI, x_TI)
+    dn, dx = between or (x_TI, x_TI)
+    (block_s, block_z), many = _parts(ranks), ranks > MANY
+    _lowered_back[(wide, chunks)](
+        x_TI, w, scales, dn, dlow_TS, a_SI, dx, partial_CSI, rows, per_chunk, width, ranks,
+        dn.stride(0), dlow_TS.stride(0), *drop.told(x_TI), is_wanted=between is not None,
+        is_normed=norm is not None, is_dropped=drop.share > 0.0, block_m=tile.rows,
+        block_n=tile.columns, block_s=block_s, block_z=block_z, ahead=2 if many else tile.stages,
+        num_warps=2 * tile.warps if many else tile.warps,
+    )  # fmt: skip
+    return folded(partial_CSI, a_SI.dtype)
+
+
+def _parts(ranks: int) -> tuple[int, int]:
+    """So many ranks as two powers of two, the second one 0 where it would spare nothing."""
+    whole = rank_block(ranks)
+    spares = whole >= 64 and 4 * ranks <= 3 * whole
+    return (whole // 2, whole // 4) if spares else (whole, 0)
 
 
 @triton.jit

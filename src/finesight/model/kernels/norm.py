@@ -76,9 +76,8 @@ def added_norm(
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
 def _rms(x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, codes: Ptr, sizes: Ptr, scales: Ptr, rows: int,
          width: int, n_stride: int, eps: float, most: float, least: float, seed: Ptr, salt: int,
-         threshold: int, is_scaled: tl.constexpr, is_normed: tl.constexpr, is_coded: tl.constexpr,
-         is_dropped: tl.constexpr, block_m: tl.constexpr,
-         block_d: tl.constexpr) -> None:  # fmt: skip
+         threshold: int, is_normed: tl.constexpr, is_coded: tl.constexpr, is_dropped: tl.constexpr,
+         block_m: tl.constexpr, block_d: tl.constexpr) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     d = tl.arange(0, block_d)
     at_M = m.to(tl.int64)
@@ -88,8 +87,7 @@ def _rms(x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, codes: Ptr, sizes: Ptr, scales: P
     scale_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
     w_D = tl.load(w + d, mask=d < width, other=0.0).to(tl.float32)
     n_MD = (x_MD * scale_M[:, None] * w_D[None, :]).to(x.dtype.element_ty)
-    if is_scaled:
-        tl.store(scales + m, scale_M, mask=m < rows)
+    tl.store(scales + m, scale_M, mask=m < rows)
     if is_normed:
         tl.store(n + at_M[:, None] * n_stride + d[None, :], n_MD, mask=inside)
     if is_dropped:
@@ -110,22 +108,21 @@ def rms_normed(
     drop: Drop,
     coded: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n = x / sqrt(mean(x^2) + eps) w in `n_TD`, whose rows may lie apart, and in FP8 in `coded`,
-    where these are wanted; returns n with zeros for what is dropped, and what each row was
-    multiplied by, [T] in fp32, if n was wanted."""
+    """n = x / sqrt(mean(x^2) + eps) w in `n_TD`, whose rows may lie apart, or in FP8 in `coded`;
+    returns n with zeros for what is dropped, and what each row was multiplied by, [T] in fp32."""
     rows, width = x_TD.shape
-    wanted = not (n_TD is None and coded is None)
+    assert (n_TD is None) != (coded is None), "a norm in 16 bits or in FP8"
+    scale_T = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
     if n_TD is None and not drop.share:
         n_TD = torch.empty_like(x_TD)
-    scale_T = torch.empty(rows if wanted else 0, dtype=torch.float32, device=x_TD.device)
     dropped_TD = torch.empty_like(x_TD) if drop.share or n_TD is None else n_TD
     n = dropped_TD if n_TD is None else n_TD
     codes, sizes = (scale_T, scale_T) if coded is None else coded
     _rms[(triton.cdiv(rows, RMS.rows),)](
         x_TD, w_D, n, dropped_TD, codes, sizes, scale_T, rows, width, n.stride(0), eps, MOST,
-        LEAST, *drop.told(x_TD)[:3], is_scaled=wanted, is_normed=n_TD is not None,
-        is_coded=coded is not None, is_dropped=drop.share > 0.0, block_m=RMS.rows,
-        block_d=triton.next_power_of_2(width), num_warps=RMS.warps,
+        LEAST, *drop.told(x_TD)[:3], is_normed=n_TD is not None, is_coded=coded is not None,
+        is_dropped=drop.share > 0.0, block_m=RMS.rows, block_d=triton.next_power_of_2(width),
+        num_warps=RMS.warps,
     )  # fmt: skip
     return dropped_TD, scale_T
 

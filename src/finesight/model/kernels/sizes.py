@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PROGRAMS = 2048
-"""Of a kernel that fill a large card."""
-
+PROGRAMS, AT_ONCE = 2048, 264
+"""Of a kernel that fill a large card; and that are all there at the same time."""
 
 SUMS = 512
 """Most programs that each have a sum for the weight of a norm; these are added up afterwards."""
@@ -27,9 +26,13 @@ GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
 """Of `gate_kernels`. What was quickest on an H200."""
 
 
-def rows_of_chunk(rows: int, beside: int) -> int:
+LOWERED_BACK = Blocks(32, 64, 4, 4)
+"""Of `lora_kernels`. What was quickest on an H200."""
+
+
+def rows_of_chunk(rows: int, beside: int, programs: int = PROGRAMS) -> int:
     """Rows that one of a kernel's programs takes, where `beside` of them take each row."""
-    chunks = max(1, min(PROGRAMS // beside, _pieces(rows, 64)))
+    chunks = max(1, min(programs // beside, _pieces(rows, 64)))
     return max(1, _pieces(_pieces(rows, chunks), 64)) * 64
 
 

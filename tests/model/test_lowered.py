@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from finesight.model.kernels.drop import Drop
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-RANKS = [1, 8, 24, 64, 96, 128, 192, 256, 384]
-"""One, few, those of a group of three, and the most."""
+RANKS = [1, 8, 24, 40, 64, 72, 100, 128, 192, 256, 300, 384]
+"""One, few, such as are taken in two parts, whole and not, and the most."""
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -31,7 +36,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (300, 1536)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
 @pytest.mark.parametrize("ranks", [rank for rank in RANKS if rank <= 128])
 def test_forth(ranks: int, rows: int, width: int, share: float, dtype: torch.dtype) -> None:
     from finesight.model.joined import room
@@ -54,7 +59,7 @@ def test_forth(ranks: int, rows: int, width: int, share: float, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (3000, 1536)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_back(
     ranks: int, rows: int, width: int, normed: bool, share: float, dtype: torch.dtype
@@ -84,12 +89,10 @@ def test_back(
     assert torch.equal(again[1], da_SI)
 
 
-def dropped(x_TI: Tensor, drop: object) -> Tensor:
+def dropped(x_TI: Tensor, drop: Drop) -> Tensor:
     """By another kernel, which multiplies nothing."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.drop import Drop
 
-    assert isinstance(drop, Drop)
     ones_TI = torch.ones_like(x_TI)
     kept_TI, _ = norm_kernels.rms_normed(ones_TI, ones_TI[0], 0.0, torch.empty_like(x_TI), drop)
     return x_TI * kept_TI

@@ -166,6 +166,8 @@ class _Enter(torch.autograd.Function):
                 dn_TD, da_SD = lora_kernels.lowered_back(
                     x_TD, norm, dn_TD, dlow_TS, a_SD, entry.drop
                 )
+            # A view, perhaps, of all that came.
+            del dlow_TS
             learned = ctx.needs_input_grad[1]
             dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, added_TD, learned=learned)
         else:
@@ -197,15 +199,11 @@ def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor | None) -> 
     `into_TJ`, too, where there is room."""
     low_TS = d_TI.new_empty(len(d_TI), len(a_SI))
     torch.addmm(low_TS, d_TI, a_SI.T, beta=0, alpha=drop.times, out=low_TS)
-    if into_TJ is not None:
-        _lay(low_TS, into_TJ[:, a_SI.shape[1] :])
-    return low_TS
-
-
-def _lay(low_TS: Tensor, room: Tensor) -> None:
-    if room.shape[1]:
+    if into_TJ is not None and into_TJ.shape[1] > a_SI.shape[1]:
+        room = into_TJ[:, a_SI.shape[1] :]
         room[:, : low_TS.shape[1]].copy_(low_TS)
         room[:, low_TS.shape[1] :].zero_()
+    return low_TS
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,9 +287,12 @@ class _Leave(torch.autograd.Function):
         dy_TD = dy_TD.contiguous()
         dh_TF, dlow_d = down.back(dy_TD)
         ddown_b = down.up_grads(dy_TD, low_d)
-        gated = both_TF2, down_a, dh_TF, dlow_d, fixed.down_drop
-        dgated = gate_kernels.gated_low_back(*gated, again=down.learns)
-        ddown = down.gradients(dy_TD, dgated.h_TF)
+        _, h_TF, ddown_a = gate_kernels.gated_low_back(
+            both_TF2, down_a, dh_TF, dlow_d, fixed.down_drop, again=down.learns
+        )
+        ddown = down.gradients(dy_TD, h_TF)
+        # Views, perhaps, of all that came.
+        del dh_TF, dlow_d, h_TF
         dboth = both.gradients(both_TF2, n_TD)
         dn_TD, dlow_g = both.back(both_TF2)
         dboth_b = both.up_grads(both_TF2, low_g)
@@ -300,6 +301,7 @@ class _Leave(torch.autograd.Function):
             dn_TD, dboth_a = lora_kernels.lowered_back(
                 x_TD, norm, dn_TD, dlow_g, both_a, fixed.both_drop
             )
+        del dlow_g
         learned = ctx.needs_input_grad[2]
         dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, dy_TD, learned=learned)
         dout = out.gradients(dx_TD, o_TI)
@@ -310,5 +312,5 @@ class _Leave(torch.autograd.Function):
             do_TI, dout_a = lora_kernels.lowered_back(
                 o_TI, None, do_TI, dlow_o, out_a, fixed.out_drop
             )
-        narrow = dout_a, *dout_b, dboth_a, *dboth_b, dgated.a_RF, *ddown_b
+        narrow = dout_a, *dout_b, dboth_a, *dboth_b, ddown_a, *ddown_b
         return dx_TD, do_TI, dw_D, None, *dout, *dboth, *ddown, *narrow

@@ -135,11 +135,6 @@ class Product:
         chunk = rows_of_chunk(rows, wide, AT_ONCE)
         return -(-rows // chunk) * self.downs // number * WIDE
 
-    def after(self, rows: int) -> int:
-        """What of `came` and `lowered` stays: where room was behind the weight, all of it does for
-        the sake of what lies there."""
-        return rows * (self.came + self.inputs * bool(self.room))
-
 
 def _dense(group: GroupedLinear, number: int) -> int:
     weight = group.weight
@@ -298,12 +293,12 @@ class FusedLayer:
         out, both, down = self.out, self.both, self.down
         found = held = rows * both.inputs
         found = max(found, held + down.back(rows))
-        held += rows * down.came + down.gradients
-        found = max(found, held + self._sums_back(rows))
+        held += down.gradients
+        found = max(found, held + rows * down.came + self._sums_back(rows))
         found = max(found, held + both.weights + both.back(rows))
         held += both.gradients
         found = max(found, held + rows * both.came + both.lowered(rows, self.number))
-        held += both.after(rows)
+        held += rows * both.inputs
         found = max(found, held + self._norm_sums(rows, self.norms[1]))
         held += self.norms[1]
         found = max(found, held + out.weights + out.back(rows))
@@ -350,12 +345,13 @@ class FusedLayer:
         held = tokens * (into.inputs + 2 * into.outputs) - self._looked(tokens)
         if not self.reached:
             # The adapter's gradient alone.
-            alone = tokens * into.low + into.sums(tokens, self.number) + into.downs
-            return held + max(2 * tokens * into.low, alone, into.gradients)
+            low = tokens * into.low
+            alone = low + into.sums(tokens, self.number) + into.downs
+            return held + max(2 * low, alone, low + into.gradients)
         found = held + into.back(tokens)
         held += into.downs
         found = max(found, held + tokens * into.came + into.lowered(tokens, self.number))
-        held += into.after(tokens)
+        held += tokens * into.inputs
         found = max(found, held + self._norm_sums(tokens, self.norms[0]))
         return max(found, held + self.norms[0] + into.weights + into.ups)
 

@@ -44,7 +44,7 @@ def _lowered(x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, ranks: 
         if is_copied:
             tl.store(row_M[:, None] + c[None, :], x_MN, mask=inside)
         if is_dropped:
-            x_MN = tl.where(inside & kept(seed, salt, m, c, threshold), x_MN, 0.0)
+            x_MN = tl.where(kept(seed, salt, m, c, threshold), x_MN, 0.0)
         inside_RN = inside_R[:, None] & inside_N[None, :]
         a_RN = tl.load(a + r[:, None] * width + c[None, :], mask=inside_RN, other=0.0)
         low_MR += tl.dot(x_MN, tl.trans(a_RN))
@@ -52,9 +52,11 @@ def _lowered(x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, ranks: 
     to_MR = low + at_M[:, None] * ranks + r[None, :]
     tl.store(to_MR, low_MR, mask=inside_M[:, None] & inside_R[None, :])
     if is_copied:
-        # Beyond the ranks there are zeros.
-        to_MR = row_M[:, None] + width + r[None, :]
-        tl.store(to_MR, low_MR, mask=inside_M[:, None] & (r < room)[None, :])
+        row_M += width
+        tl.store(row_M[:, None] + r[None, :], low_MR, mask=inside_M[:, None] & (r < room)[None, :])
+        for start in range(block_r, room, block_r):
+            inside = inside_M[:, None] & (start + r < room)[None, :]
+            tl.store(row_M[:, None] + start + r[None, :], 0.0, mask=inside)
 
 
 def lowered(x_TI: Tensor, a_RI: Tensor, drop: Drop, room: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ def lowered(x_TI: Tensor, a_RI: Tensor, drop: Drop, room: int) -> tuple[Tensor, 
     _lowered[(triton.cdiv(rows, tile.rows),)](
         x_TI, a_RI, x_TJ, low_TR, rows, width, ranks, room, *drop.told(x_TI),
         is_dropped=drop.share > 0.0, is_copied=room > 0, block_m=tile.rows, block_n=tile.columns,
-        block_r=rank_block(max(ranks, room)), num_warps=tile.warps, ahead=tile.stages,
+        block_r=rank_block(ranks), num_warps=tile.warps, ahead=tile.stages,
     )  # fmt: skip
     return x_TJ, low_TR
 
@@ -88,16 +90,16 @@ def _lowered_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, dlow: Ptr, a: Ptr, dx: P
                   block_z: tl.constexpr, ahead: tl.constexpr) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
     chunk = tl.program_id(1)
-    # Ranks are taken in two parts: of one that is a power of two, a quarter or more may be nothing.
-    s, z = tl.arange(0, block_s), block_s + tl.arange(0, max(16, block_z))
-    inside_N, inside_S, inside_Z = c < width, s < ranks, z < ranks
-    inside_SN, inside_ZN = (
-        inside_S[:, None] & inside_N[None, :],
-        inside_Z[:, None] & inside_N[None, :],
-    )
+    # In two parts, powers of two: of one for all ranks, a quarter or more might be nothing.
+    s = tl.arange(0, block_s)
+    inside_N, inside_S = c < width, s < ranks
+    inside_SN = inside_S[:, None] & inside_N[None, :]
     a_SN = tl.load(a + s[:, None] * width + c[None, :], mask=inside_SN, other=0.0)
     da_SN = tl.zeros((block_s, block_n), tl.float32)
     if block_z:
+        z = block_s + tl.arange(0, block_z)
+        inside_Z = z < ranks
+        inside_ZN = inside_Z[:, None] & inside_N[None, :]
         a_ZN = tl.load(a + z[:, None] * width + c[None, :], mask=inside_ZN, other=0.0)
         da_ZN = tl.zeros((block_z, block_n), tl.float32)
     if is_normed:
@@ -123,6 +125,7 @@ def _lowered_back(x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, dlow: Ptr, a: Ptr, dx: P
             scale_M = tl.load(scales + m, mask=inside_M, other=0.0)
             n_MN = n_MN * scale_M[:, None] * w_N[None, :]
         n_MN = n_MN.to(x.dtype.element_ty)
+        # Numbers outside are zero anyway; see `gate_kernels` for what a mask spares.
         kept_MN = inside
         if is_dropped:
             kept_MN = kept(seed, salt, m, c, threshold)

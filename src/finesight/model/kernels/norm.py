@@ -113,14 +113,13 @@ def rms_normed(
     rows, width = x_TD.shape
     assert (n_TD is None) != (coded is None), "a norm in 16 bits or in FP8"
     scale_T = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
-    if n_TD is None and not drop.share:
-        n_TD = torch.empty_like(x_TD)
-    dropped_TD = torch.empty_like(x_TD) if drop.share or n_TD is None else n_TD
+    normed = n_TD is not None or not drop.share
+    dropped_TD = torch.empty_like(x_TD) if n_TD is None or drop.share else n_TD
     n = dropped_TD if n_TD is None else n_TD
     codes, sizes = (scale_T, scale_T) if coded is None else coded
     _rms[(triton.cdiv(rows, RMS.rows),)](
         x_TD, w_D, n, dropped_TD, codes, sizes, scale_T, rows, width, n.stride(0), eps, MOST,
-        LEAST, *drop.told(x_TD)[:3], is_normed=n_TD is not None, is_coded=coded is not None,
+        LEAST, *drop.told(x_TD)[:3], is_normed=normed, is_coded=coded is not None,
         is_dropped=drop.share > 0.0, block_m=RMS.rows, block_d=triton.next_power_of_2(width),
         num_warps=RMS.warps,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PROGRAMS, AT_ONCE = 2048, 264
-"""Of a kernel that fill a large card; and that are all there at the same time."""
+"""Of a kernel that fill a large card; and two for each of an H200's processors."""
 
 SUMS = 512
 """Most programs that each have a sum for the weight of a norm; these are added up afterwards."""
@@ -24,7 +24,6 @@ class Blocks(NamedTuple):
 
 GATE, GATE_BACK = Blocks(32, 64, 4, 3), Blocks(32, 64, 4, 3)
 """Of `gate_kernels`. What was quickest on an H200."""
-
 
 LOWERED_BACK = Blocks(32, 64, 4, 4)
 """Of `lora_kernels`. What was quickest on an H200."""

@@ -61,6 +61,7 @@ FIRST = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
 CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
 NEEDED = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
 ALONE: Any = {"beginning": 15, "calls": "needed_alone"}
+WAY_BACK: Any = {"beginning": 15, "calls": "adapters_way_back"}
 RUNS = (
     Measured("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     Measured("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
@@ -79,6 +80,10 @@ RUNS = (
     Measured("captions_2b_batch64", *NEEDED, **ALONE, fp8=("language", "vision")),
     Measured("captions_2b_batch64", *NEEDED, **ALONE, seen=True),
     Measured("captions_2b_batch64", *CAPTIONS, beginning=15, seen=True, fp8=("language", "vision")),
+    Measured("captions_2b_batch64", *NEEDED, **WAY_BACK),
+    Measured("captions_2b_batch64", *NEEDED, **WAY_BACK, fp8=("language", "vision")),
+    Measured("captions_2b_batch64", *NEEDED, **WAY_BACK, seen=True),
+    Measured("captions_2b_batch64", *NEEDED, **WAY_BACK, seen=True, fp8=("language", "vision")),
 )
 
 

@@ -1,5 +1,5 @@
-"""What low-rank adapters need beside products: those with a dropped input, and back, the sum with
-a product that is rounded already, and copies of what was learned.
+"""What low-rank adapters need beside plain products: products with a dropped input and their way
+back, the sum with a product that is rounded already, and copies of what was learned.
 
 Sums are fp32. Shapes: T rows (tokens), I inputs, O outputs of a layer, R its rank, S ranks of a
 group end to end, of them Z beyond a power of two, J columns of an input and of what is joined to

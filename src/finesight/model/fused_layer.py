@@ -161,13 +161,7 @@ class _Enter(torch.autograd.Function):
         )
         norm, dx_TD, dw_D, da_SD = Norm(w_D, scale_T), None, None, None
         if any(ctx.needs_input_grad[:2]):
-            dn_TD, dlow_TS = wide.back(djoint_TE)
-            if dlow_TS is not None:
-                dn_TD, da_SD = lora_kernels.lowered_back(
-                    x_TD, norm, dn_TD, dlow_TS, a_SD, entry.drop
-                )
-            # A view, perhaps, of all that came.
-            del dlow_TS
+            dn_TD, da_SD = _lowered_back(x_TD, norm, wide.back(djoint_TE), a_SD, entry.drop)
             learned = ctx.needs_input_grad[1]
             dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, added_TD, learned=learned)
         else:
@@ -204,6 +198,21 @@ def _lowered(d_TI: Tensor, a_SI: Tensor, drop: Drop, into_TJ: Tensor | None) -> 
         room[:, : low_TS.shape[1]].copy_(low_TS)
         room[:, low_TS.shape[1] :].zero_()
     return low_TS
+
+
+def _lowered_back(
+    x_TI: Tensor,
+    norm: Norm | None,
+    came: tuple[Tensor, Tensor | None],
+    a_SI: Tensor | None,
+    drop: Drop,
+) -> tuple[Tensor, Tensor | None]:
+    """What came back through a product, with what comes to it through the adapter; and the gradient
+    by A. Both of what came may be views of one tensor: held by nobody else, it is gone then."""
+    dn_TI, dlow_TS = came
+    if dlow_TS is None or a_SI is None:
+        return dn_TI, None
+    return lora_kernels.lowered_back(x_TI, norm, dn_TI, dlow_TS, a_SI, drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,24 +302,13 @@ class _Leave(torch.autograd.Function):
         ddown = down.gradients(dy_TD, h_TF)
         # Views, perhaps, of all that came.
         del dh_TF, dlow_d, h_TF
-        dboth = both.gradients(both_TF2, n_TD)
-        dn_TD, dlow_g = both.back(both_TF2)
+        dboth, norm = both.gradients(both_TF2, n_TD), Norm(w_D, scale_T)
+        dn_TD, dboth_a = _lowered_back(x_TD, norm, both.back(both_TF2), both_a, fixed.both_drop)
         dboth_b = both.up_grads(both_TF2, low_g)
-        norm, dboth_a = Norm(w_D, scale_T), None
-        if dlow_g is not None:
-            dn_TD, dboth_a = lora_kernels.lowered_back(
-                x_TD, norm, dn_TD, dlow_g, both_a, fixed.both_drop
-            )
-        del dlow_g
         learned = ctx.needs_input_grad[2]
         dx_TD, dw_D = norm_kernels.rms_back(x_TD, *norm, dn_TD, dy_TD, learned=learned)
         dout = out.gradients(dx_TD, o_TI)
-        do_TI, dlow_o = out.back(dx_TD)
+        do_TI, dout_a = _lowered_back(o_TI, None, out.back(dx_TD), out_a, fixed.out_drop)
         dout_b = out.up_grads(dx_TD, low_o)
-        dout_a = None
-        if dlow_o is not None:
-            do_TI, dout_a = lora_kernels.lowered_back(
-                o_TI, None, do_TI, dlow_o, out_a, fixed.out_drop
-            )
         narrow = dout_a, *dout_b, dboth_a, *dboth_b, ddown_a, *ddown_b
         return dx_TD, do_TI, dw_D, None, *dout, *dboth, *ddown, *narrow

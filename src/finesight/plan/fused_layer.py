@@ -21,7 +21,9 @@ from finesight.model.kernels.sizes import (
     GATE,
     GATE_BACK,
     LOWERED_BACK,
+    PROGRAMS,
     SUMS,
+    Blocks,
     columns_of_chunk,
     rows_of_chunk,
 )
@@ -38,8 +40,8 @@ for each segment; and of what a head's numbers are filled up to a multiple there
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A group of linear layers, in bytes: of a row of its `inputs`, of the `room` behind it, of its
-    `outputs`, and of what the down-projections of its adapter make of it (`low`).
+    """A group of linear layers, in bytes: of a `number`, of a row of its `inputs`, of the `room`
+    behind it, of its `outputs`, and of what the down-projections of its adapter make of it (`low`).
 
     `dense` is its weight made of few bits, for a moment, and `layered` its layers' matrices beside
     it, if they are several; `codes` are those of a row that goes into a product in FP8, forth and
@@ -47,6 +49,7 @@ class Product:
     is there from the first pack on beside the weight.
     """
 
+    number: int
     inputs: int
     room: int
     outputs: int
@@ -70,6 +73,7 @@ class Product:
         in_fp8 = isinstance(group.weight, Fp8Weight)
         own = [p for p in (group.weight, group.bias) if isinstance(p, nn.Parameter)]
         return cls(
+            number=number,
             inputs=group.inputs * number,
             room=beside,
             outputs=outputs * number,
@@ -123,17 +127,15 @@ class Product:
         product = self.dense + max(self.layered, rows * (self.roomy + self.codes[1]))
         return max(lowered, product)
 
-    def lowered(self, rows: int, number: int) -> int:
+    def lowered(self, rows: int) -> int:
         """What comes to `came` when the adapter's share is added in a piece of its own."""
-        return rows * self.inputs + self.sums(rows, number) if self.low else 0
+        return rows * self.inputs + self.downs + self.sums(rows) if self.low else 0
 
-    def sums(self, rows: int, number: int) -> int:
-        """Of the gradient of its down-projections in numbers of so many bytes, a share for each
-        stretch of rows."""
-        width = self.inputs // number
-        wide = -(-width // LOWERED_BACK.columns)
-        chunk = rows_of_chunk(rows, wide, AT_ONCE)
-        return -(-rows // chunk) * self.downs // number * WIDE
+    def sums(self, rows: int, tile: Blocks = LOWERED_BACK, programs: int = AT_ONCE) -> int:
+        """Of the gradient of its down-projections, a share for each stretch of rows."""
+        wide = -(-(self.inputs // self.number) // tile.columns)
+        shares = -(-rows // rows_of_chunk(rows, wide, programs))
+        return shares * self.downs // self.number * WIDE
 
 
 def _dense(group: GroupedLinear, number: int) -> int:
@@ -294,21 +296,15 @@ class FusedLayer:
         found = held = rows * both.inputs
         found = max(found, held + down.back(rows))
         held += down.gradients
-        found = max(found, held + rows * down.came + self._sums_back(rows))
+        found = max(found, held + rows * down.came + down.sums(rows, GATE_BACK, PROGRAMS))
         found = max(found, held + both.weights + both.back(rows))
-        held += both.gradients
-        found = max(found, held + rows * both.came + both.lowered(rows, self.number))
-        held += rows * both.inputs
+        found = max(found, held + both.weights + rows * both.came + both.lowered(rows))
+        held += both.gradients + rows * both.inputs
         found = max(found, held + self._norm_sums(rows, self.norms[1]))
         held += self.norms[1]
         found = max(found, held + out.weights + out.back(rows))
-        return max(found, held + out.gradients + rows * out.came + out.lowered(rows, self.number))
-
-    def _sums_back(self, rows: int) -> int:
-        """Of the gradient of the last down-projections, a share for each stretch of rows."""
-        width = self.down.inputs // self.number
-        chunk = rows_of_chunk(rows, -(-width // GATE_BACK.columns))
-        return -(-rows // chunk) * (self.down.low // self.number) * width * WIDE
+        found = max(found, held + out.weights + rows * out.came + out.lowered(rows))
+        return max(found, held + out.gradients + rows * out.inputs)
 
     def _norm_sums(self, rows: int, weight: int) -> int:
         """Of the gradient of a norm's weight of so many bytes, a share for each program."""
@@ -346,12 +342,11 @@ class FusedLayer:
         if not self.reached:
             # The adapter's gradient alone.
             low = tokens * into.low
-            alone = low + into.sums(tokens, self.number) + into.downs
+            alone = low + into.sums(tokens) + into.downs
             return held + max(2 * low, alone, low + into.gradients)
         found = held + into.back(tokens)
-        held += into.downs
-        found = max(found, held + tokens * into.came + into.lowered(tokens, self.number))
-        held += tokens * into.inputs
+        found = max(found, held + tokens * into.came + into.lowered(tokens))
+        held += into.downs + tokens * into.inputs
         found = max(found, held + self._norm_sums(tokens, self.norms[0]))
         return max(found, held + self.norms[0] + into.weights + into.ups)
 

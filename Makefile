@@ -1,6 +1,7 @@
 # make quickstart   set up .venv and run the demonstration on the CPU
 # make test         set up .venv and run every check
 # make test-faults  break runs at every point that the fault tests know, not at a few: minutes
+# make test-slow    fuzz importers and the request parser: minutes
 # make test-docs    type everything that the documentation tells to type: minutes
 # make measures     print the house measures
 # make docs         build the documentation in English and Chinese: build/docs/en/index.html
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-faults test-docs lint types layers unit measures docs clean
+.PHONY: quickstart test test-slow test-faults test-docs lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -34,6 +35,9 @@ measures: $(VENV)/.installed-dev
 # Of processes, each takes up to 4 GB.
 unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -m slow
 
 # What the documentation tells to type, typed; minutes.
 test-docs: $(VENV)/.installed-dev

@@ -13,13 +13,14 @@ _ASSETS = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many points of a fault are tried, and whether the documentation is typed."""
+    """Add the options of the slow test tiers."""
     parser.addoption(
         "--every-fault", action="store_true", help="tests/faults at every point, not at a few"
     )
     parser.addoption(
         "--type-blocks", action="store_true", help="tests/docs types what pages tell to type"
     )
+    parser.addoption("--slow", action="store_true", help="run tests marked slow, such as fuzzing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
     config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
     os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked slow unless `--slow` is given."""
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow test: run with --slow"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -13,7 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from finesight.data.jsonl import Located
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Part,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.encoded import Encoded
 from finesight.encode.pack import pack
 from finesight.errors import UserError
@@ -35,17 +43,25 @@ def noise(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def ask(name: str, folder: Path, *content: str, answer: str | BoxPart | None = None) -> Located:
-    """A sample from file names (ending in .png) and texts in order, and its answer."""
-    parts = tuple(
-        ImagePart(image=piece) if piece.endswith(".png") else TextPart(text=piece)
-        for piece in content
-    )
+def ask(
+    name: str,
+    folder: Path,
+    *content: str | tuple[str, ...],
+    answer: str | BoxPart | None = None,
+) -> Located:
+    """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
+    parts = tuple(map(_part, content))
     messages = [Message(role="user", content=parts)]
     if answer is not None:
         part = TextPart(text=answer) if isinstance(answer, str) else answer
         messages.append(Message(role="assistant", content=(part,)))
     return Located(Sample(id=name, messages=tuple(messages)), folder)
+
+
+def _part(piece: str | tuple[str, ...]) -> Part:
+    if isinstance(piece, tuple):
+        return VideoPart(frames=piece, fps=2.0)
+    return ImagePart(image=piece) if piece.endswith(".png") else TextPart(text=piece)
 
 
 def mixed_questions(folder: Path) -> list[Located]:

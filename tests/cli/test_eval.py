@@ -49,6 +49,21 @@ def test_scores_as_json_and_answers_in_a_file(tiny, data, tmp_path):
     assert len(out.read_text().splitlines()) == 2
 
 
+def test_images_and_videos_in_one_batch_are_answered_as_alone(tiny, tmp_path):
+    frames = tuple(noise(tmp_path / f"{n}.png", 56, 84, seed=n).name for n in range(3))
+    contents = {"image": "0.png", "one": frames[:1], "two": frames[1:], "three": frames}
+    asked = [ask(name, tmp_path, c, "What?", answer="noise") for name, c in contents.items()]
+    data, out = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
+    write_samples(data, [sample.sample for sample in asked])
+    answers = []
+    for batch in (1, 4):
+        options = ("--data", data, "--metric", "ocr", "--out", out, "--batch", batch)
+        result = _run(tiny, *options)
+        assert result.exit_code == 0, result.output
+        answers.append(out.read_text())
+    assert answers[0] == answers[1]
+
+
 def test_a_table_for_people_marks_the_headline(tiny, data):
     result = _run(tiny, "--data", data, "--metric", "latex", "--limit", 1)
     assert result.exit_code == 0, result.output

@@ -75,22 +75,25 @@ def test_every_place_has_the_bits_that_the_tower_gives(tmp_path: Path, family: T
         assert torch.equal(all_features(other, looked.seen), expected)
 
 
+def _insert_videos(data: Path, frames: dict[int, int]) -> None:
+    """Put a video of so many frames before the image of each of these samples."""
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, count in frames.items():
+        names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
+        for frame, name in enumerate(names):
+            Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(data.parent / name)
+        video = {"type": "video", "frames": names, "fps": 1.0}
+        samples[number]["messages"][0]["content"].insert(0, video)
+    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_videos_beside_stills(tmp_path: Path, family: TinyFamily, cache: str) -> None:
     """Patches of a still hold one frame where no video is among them, and two in its company."""
     folder = tmp_path / "task"
     session_of(folder, family=family)
-    samples = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    for number, count in ((3, 5), (7, 2)):
-        frames = []
-        for frame in range(count):
-            frames.append(f"{number}-{frame}.png")
-            Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(folder / frames[-1])
-        video = {"type": "video", "frames": frames, "fps": 1.0}
-        samples[number]["messages"][0]["content"].insert(0, video)
-    text = "".join(json.dumps(sample) + "\n" for sample in samples)
-    (folder / "train.jsonl").write_text(text)
+    _insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
     session = session_of(folder, cache=cache)
     seen = seen_by(session)
     assert len(seen.known.numbers([3])) > 1
@@ -100,6 +103,21 @@ def test_videos_beside_stills(tmp_path: Path, family: TinyFamily, cache: str) ->
         for batch, known in zip(step.packs, bare.known, strict=True):
             expected = session.model.see(batch.patches_ND, batch.grids)
             torch.testing.assert_close(seen.of(known), expected)
+
+
+def test_run_trains_and_evaluates_on_images_and_videos_in_one_batch(tmp_path: Path) -> None:
+    """With the vision cache and without: the same losses and the same answers."""
+    task = Task(tmp_path)
+    _insert_videos(tmp_path / "train.jsonl", {3: 5, 7: 2, 8: 1})
+    _insert_videos(tmp_path / "eval.jsonl", {1: 3, 2: 1})
+    settings = {"metric": "ocr", "every": 3, "batch": 8, "max_new_tokens": 3}
+    for cache in ("never", "memory"):
+        task.run(f"train.cache={cache}", name=cache, tune=LORA, eval=settings)
+    first, second = (losses(tmp_path / cache) for cache in ("never", "memory"))
+    assert [loss for _, loss in first] == pytest.approx([loss for _, loss in second], rel=1e-5)
+    for name in ("before", "step-3", "after"):
+        file = Path("predictions") / f"{name}.jsonl"
+        assert (tmp_path / "never" / file).read_text() == (tmp_path / "memory" / file).read_text()
 
 
 def test_a_run_learns_the_same_with_features_kept(

@@ -22,6 +22,7 @@ from finesight.infer.quick import is_quick, quick_step
 from finesight.infer.recorded import Recorded
 from finesight.model.network import VisionLanguageModel
 from finesight.model.runs import upload
+from finesight.vision.patches import end_to_end
 
 PATCHES = 1 << 15
 """Seen together at most, if it is several pictures: bounds the memory of activations."""
@@ -235,7 +236,7 @@ def _looked_at(
     patches = [patches_of(encoded, number) for encoded, number in pictures]
     spans = [encoded.outline.spans[number] for encoded, number in pictures]
     device = model.model.embed_tokens.weight.device
-    features_MKW = model.see(upload(np.concatenate(patches), device), [s.grid for s in spans])
+    features_MKW = model.see(upload(end_to_end(patches), device), [span.grid for span in spans])
     return torch.split(features_MKW, [span.stop - span.start for span in spans])
 
 

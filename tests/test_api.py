@@ -160,6 +160,14 @@ def test_labels_are_the_learned_ids(model, task):
     assert len(starred) == encoded.learned.sum()
 
 
+def test_encode_gives_the_prompt_of_the_last_answer(model, task):
+    (sample,) = api.read(task["data"]["train"], limit=1)
+    whole, prompt = model.encode(sample), model.encode(sample, add_generation_prompt=True)
+    assert not prompt.learned.any()
+    assert prompt.ids.tolist() == whole.ids[: whole.learned.argmax()].tolist()
+    assert (prompt.positions == whole.positions[:, : len(prompt.ids)]).all()
+
+
 def test_read_takes_several_files_and_questions(task, tmp_path):
     data = task["data"]
     assert len(api.read(data["train"], Path(data["eval"]), limit=2)) == 4

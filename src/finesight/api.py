@@ -166,14 +166,17 @@ class Model:
         finally:
             service.close()
 
-    def encode(self, sample: Located) -> Encoding:
+    def encode(self, sample: Located, *, add_generation_prompt: bool = False) -> Encoding:
         """What the model reads of a sample, in training and in answering alike.
 
-        Pictures are opened and resized by the model's rule or, of a run, by the run's. Raises
-        UserError for a damaged picture and for a box outside of its picture.
+        With `add_generation_prompt`, the turns before the sample's last answer and what stands
+        before an answer: the prompt that `generate_all` answers. Pictures are opened and resized
+        by the model's rule or, of a run, by the run's. Raises UserError for a damaged picture and
+        for a box outside of its picture.
         """
         renderer = self.answerer.renderer
-        return Encoding(renderer.encode(sample), renderer.tokenizer)
+        encode = renderer.prompt if add_generation_prompt else renderer.encode
+        return Encoding(encode(sample), renderer.tokenizer)
 
 
 def load(

@@ -19,10 +19,11 @@ def rope_positions(
     Text counts up alike in all rows. The placeholders of a picture or video start where the text
     before them ends, and take their group of frames' entry of `times`, their row and their
     column. The text after them goes on at one more than the largest position they reached in
-    any row: the rule of the code that both families were published with. transformers 5.23 goes
-    on after the larger side of the grid instead, so that text after a video that lasts longer
-    than its frames are wide takes positions the video holds already, while its generation counts
-    from the largest and skips ahead. The two agree wherever time is the smaller.
+    any row: the rule of transformers 4.45 to 5.2, of the makers' own fine-tuning code, of vLLM
+    and of SGLang. transformers 5.3 and newer go on after the larger side of the grid instead, so
+    that text after a video that lasts longer than its frames are wide takes positions the video
+    holds already, while generation counts from the largest and skips ahead. Both agree wherever
+    time is the smaller (tests/export/test_video_in_transformers.py).
     """
     positions_3T = np.empty((3, tokens), dtype=np.int32)
     done, reached = 0, 0

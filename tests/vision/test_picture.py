@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
 
 from finesight.data.headers import DamagedPicture, picture_size
 from finesight.vision.picture import open_picture
@@ -103,6 +105,84 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, kind: str) -> None:
 def test_wide_pixels_are_scaled(tmp_path: Path, values: np.ndarray, expected: list[int]) -> None:
     Image.fromarray(values).save(tmp_path / "wide.tif")
     assert pixels(tmp_path / "wide.tif")[0, :, 0].tolist() == expected
+
+
+def _qwen_vl_utils(path: Path) -> np.ndarray:
+    """The conversion of qwen-vl-utils 0.0.9 to 0.0.14: only RGBA is laid on white."""
+    image = Image.open(path)
+    if image.mode != "RGBA":
+        return np.asarray(image.convert("RGB"))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return np.asarray(white)
+
+
+def _transformers(path: Path) -> np.ndarray:
+    """The image processors of transformers from 5.21 on, given an image of Pillow."""
+    return np.asarray(convert_to_rgb(Image.open(path), return_numpy=True))
+
+
+def _transformers_by_path(path: Path) -> np.ndarray:
+    """transformers given a path or an address; as its image processors before 5.21."""
+    return np.asarray(load_image(str(path)))
+
+
+TOOLS = (_qwen_vl_utils, _transformers, _transformers_by_path)
+
+
+def _save(path: Path, kind: str) -> Path:
+    """A ramp of grey, or of colours, with another ramp of alpha."""
+    grey = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (16, 1))
+    alpha = np.tile(np.linspace(0, 255, 16).astype(np.uint8)[:, None], (1, 32))
+    colour = np.stack([grey, grey[::-1], 255 - grey], -1)
+    palette = Image.fromarray(colour).quantize(8)
+    images: dict[str, tuple[Image.Image, dict[str, object]]] = {
+        "RGB": (Image.fromarray(colour), {}),
+        "L": (Image.fromarray(grey), {}),
+        "P": (palette, {}),
+        "1": (Image.fromarray(grey > 99), {}),
+        "RGBA": (Image.fromarray(np.dstack([colour, alpha])), {}),
+        "LA": (Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), {}),
+        "P, transparent colour": (palette, {"transparency": 3}),
+        "L, transparent grey": (Image.fromarray(grey), {"transparency": 0}),
+        "RGB, transparent colour": (Image.fromarray(colour), {"transparency": (0, 0, 255)}),
+        "I;16": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+    }
+    image, options = images[kind]
+    image.save(path, **options)
+    return path
+
+
+# Of the tools in TOOLS: whether each gives the same bytes (docs/en/data.md, "Pixel formats").
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [
+        ("RGB", (True, True, True)),
+        ("L", (True, True, True)),
+        ("P", (True, True, True)),
+        ("1", (True, True, True)),
+        ("RGBA", (True, True, False)),
+        ("LA", (False, True, False)),
+        ("P, transparent colour", (False, True, False)),
+        ("L, transparent grey", (False, True, False)),
+        ("RGB, transparent colour", (False, True, False)),
+        ("I;16", (False, False, False)),
+    ],
+)
+def test_conversions_that_reference_tools_share(
+    tmp_path: Path, kind: str, same: tuple[bool, ...]
+) -> None:
+    path = _save(tmp_path / "image.png", kind)
+    ours = pixels(path)
+    assert tuple(bool(np.array_equal(tool(path), ours)) for tool in TOOLS) == same
+
+
+def test_reference_tools_lose_sixteen_bits(tmp_path: Path) -> None:
+    """All of them clip what is above 255 to white: a ramp of 32 greys becomes two."""
+    path = _save(tmp_path / "grey.png", "I;16")
+    assert len(np.unique(pixels(path))) == 32
+    for tool in TOOLS:
+        assert len(np.unique(tool(path))) <= 2
 
 
 def test_cmyk(tmp_path: Path) -> None:

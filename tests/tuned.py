@@ -43,6 +43,17 @@ def tuned(model: VisionLanguageModel, tune: dict[str, Any]) -> VisionLanguageMod
     return model.eval()
 
 
+@torch.no_grad()
+def put(model: VisionLanguageModel, seed: int, tune: dict[str, Any]) -> VisionLanguageModel:
+    """Install an adapter of random numbers, large enough to change the answers."""
+    apply_tuning(model, Tune.model_validate(tune), seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    for _, _, adapter in adapters(model):
+        for factor in adapter.parameters():
+            factor.normal_(0.0, 0.3, generator=generator)
+    return model.eval()
+
+
 def adapted(model: VisionLanguageModel) -> set[str]:
     """The layers that carry an adapter."""
     return {hub_name(path, output) for path, _, a in adapters(model) for output in a.layers}

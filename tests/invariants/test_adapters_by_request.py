@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from asking import Told, listen, mixed_questions
-from tuned import TUNES
+from tuned import TUNES, put
 
-from finesight.config import Tune
 from finesight.data.jsonl import Located
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
@@ -28,7 +27,6 @@ from finesight.model.linear import GroupedLinear
 from finesight.model.lora import adapters
 from finesight.model.merge import merge_into
 from finesight.model.network import VisionLanguageModel
-from finesight.model.parts import apply_tuning
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
 
@@ -41,17 +39,6 @@ ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {
     "three": (3, TUNES["merger, tower frozen"]),
 }
 """Of different parts, ranks and scales, each with a seed for its numbers."""
-
-
-@torch.no_grad()
-def put(model: VisionLanguageModel, seed: int, tune: dict[str, Any]) -> VisionLanguageModel:
-    """Install an adapter of random numbers, large enough to change what is said."""
-    apply_tuning(model, Tune.model_validate(tune), seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    for _, _, adapter in adapters(model):
-        for factor in adapter.parameters():
-            factor.normal_(0.0, 0.3, generator=generator)
-    return model.eval()
 
 
 class Asked(NamedTuple):

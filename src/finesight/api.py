@@ -175,8 +175,11 @@ class Model:
         for a box outside of its picture.
         """
         renderer = self.answerer.renderer
-        encode = renderer.prompt if add_generation_prompt else renderer.encode
-        return Encoding(encode(sample), renderer.tokenizer)
+        if add_generation_prompt:
+            encoded = renderer.with_patches(renderer.prompt_outline(sample))
+        else:
+            encoded = renderer.encode(sample)
+        return Encoding(encoded, renderer.tokenizer)
 
 
 def load(

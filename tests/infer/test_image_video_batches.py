@@ -111,3 +111,29 @@ def test_images_alone_keep_one_frame_for_each_patch(
     grow(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
     grow(model, [prompts["image"], prompts["two frames"]], 1)
     assert widths == [numbers // renderer.geometry.temporal, numbers]
+
+
+def test_an_image_is_known_beside_a_video(
+    loaded: Loaded, questions: dict[str, Located], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features are reused, and so are the tokens up to the video of a later turn."""
+    model, renderer = loaded
+    frames = tuple(f"frame{number}.png" for number in range(4))
+    first = renderer.prompt(ask("one", tmp_path, "image0.png", "What is it? " * 3))
+    later = renderer.prompt(ask("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?"))
+    (alone,) = told_of(Engine(model, (), rows=1, tokens=1024), later, tokens=STEPS)
+    engine = Engine(model, (), rows=1, tokens=1024)
+    told_of(engine, first, tokens=STEPS)
+    seen: list[int] = []
+    see = model.see
+
+    def record(patches_ND, grids):
+        seen.append(len(grids))
+        return see(patches_ND, grids)
+
+    monkeypatch.setattr(model, "see", record)
+    (found,) = told_of(engine, later, tokens=STEPS)
+    assert found.ids == alone.ids
+    assert seen == [len(later.outline.spans) - 1]
+    image = first.outline.spans[0]
+    assert found.known > image.stop

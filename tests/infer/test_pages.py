@@ -122,13 +122,13 @@ def test_no_page_is_lost_or_given_twice(seed):
 
 
 def _prompt(tokens: int = 18, pictures: tuple[tuple[int, int], ...] = ((3, 6), (9, 13))) -> Encoded:
-    """Pictures of one row of patches each, one token a patch."""
+    """Pictures of one row of patches each, one token a patch of one pixel."""
     spans = tuple(
-        Span("image", start, stop, (1, 1, stop - start), (), (14, 14), (14, 14))
+        Span("image", start, stop, (1, 1, stop - start), (), (14, 14), (1, stop - start))
         for start, stop in pictures
     )
     count = sum(stop - start for start, stop in pictures)
-    patches = np.arange(count * 5, dtype=np.uint8).reshape(count, 5)
+    patches = np.arange(count * 3, dtype=np.uint8).reshape(count, 3)
     positions = np.tile(np.arange(tokens, dtype=np.int32), (3, 1))
     ids = np.arange(tokens, dtype=np.int32)
     return Encoded(Outline("s", ids, np.zeros(tokens, dtype=bool), positions, spans), patches)
@@ -177,7 +177,7 @@ def test_other_pixels_are_another_picture():
 def test_the_same_patches_in_another_shape_are_another_picture():
     prompt = _prompt(12, ((2, 6),))
     (span,) = prompt.outline.spans
-    square = replace(prompt.outline, spans=(replace(span, grid=(1, 2, 2)),))
+    square = replace(prompt.outline, spans=(replace(span, grid=(1, 2, 2), resized=(2, 2)),))
     assert _shared(prompt, replace(prompt, outline=square)) == 0
 
 

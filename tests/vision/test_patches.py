@@ -16,6 +16,7 @@ from finesight.hub import ModelFolder
 from finesight.vision.patches import (
     PatchGeometry,
     end_to_end,
+    first_frame,
     from_patches,
     geometry_of,
     to_patches,
@@ -107,6 +108,9 @@ def test_patches_are_laid_end_to_end_with_one_frame_where_all_have_one() -> None
     assert whole(np.arange(6, dtype=np.uint8)[None], 12).tolist() == [
         [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
     ]
+    for frames in (1, 2):
+        repeated = whole(still, 12 * frames)
+        assert first_frame(repeated, patch=2).tolist() == still.tolist()
 
 
 @pytest.mark.parametrize("geometry", [PatchGeometry(4, 2, 2), PatchGeometry(8, 1, 1)])

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.encoded import Encoded, Outline
+from finesight.vision.patches import first_frame
 
 Key = bytes
 """A digest of a prompt up to the end of a page."""
@@ -128,7 +129,15 @@ def picture_digests(prompt: Encoded) -> tuple[bytes, ...]:
 
 
 def patches_of(prompt: Encoded, number: int) -> NDArray[np.uint8]:
-    """The patches of one picture or video of a prompt."""
-    counts = [math.prod(span.grid) for span in prompt.outline.spans]
-    start = sum(counts[:number])
-    return prompt.patches_ND[start : start + counts[number]]
+    """Return the patches of one image or video of a prompt.
+
+    Those of a still hold one frame each, also beside a video: what is known of an image is found
+    again in every company.
+    """
+    spans = prompt.outline.spans
+    counts = [math.prod(span.grid) for span in spans]
+    start, span = sum(counts[:number]), spans[number]
+    patches_ND = prompt.patches_ND[start : start + counts[number]]
+    if len(span.files) > 1:
+        return patches_ND
+    return first_frame(patches_ND, span.resized[0] // span.grid[1])

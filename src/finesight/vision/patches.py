@@ -109,6 +109,16 @@ def whole(patches_ND: NDArray[np.uint8], numbers: int) -> NDArray[np.uint8]:
     return np.repeat(frames_NCFP, numbers // width, axis=2).reshape(number, numbers)
 
 
+def first_frame(patches_ND: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
+    """Keep one frame of patches of `patch` pixels a side: the inverse of `whole` for a still."""
+    number, width = patches_ND.shape
+    numbers = CHANNELS * patch**2
+    if width == numbers:
+        return patches_ND
+    frames_NCFP = patches_ND.reshape(number, CHANNELS, width // numbers, patch**2)
+    return frames_NCFP[:, :, 0].reshape(number, numbers)
+
+
 def common_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
     """[N, D] of these patches end to end: with one frame each where all of them hold one."""
     widths = (part.shape[1] for part in patches if len(part))

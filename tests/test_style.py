@@ -20,11 +20,11 @@ def test_measure_holds(name):
     assert one.holds, f"{one}\n" + "\n".join(one.against)
 
 
-GOOD = '''"""A module."""
+GOOD = '''"""Batch sizes."""
 
 
 def add(a: int, b: int) -> int:
-    """The sum."""
+    """Add two batch sizes."""
     if a < 0:
         raise ValueError(f"a is {a}, below zero")
     assert b < 9, f"b is {b}"
@@ -42,6 +42,14 @@ OFFENCES = {
     "writes on imported names": "import os\nos.environ['A'] = 'b'\n",
     "share of raised messages that show a value": "raise ValueError('bad', where='here')\n",
     "share of asserts without a message": "assert 1\n",
+    "colloquial words per 1,000 in docstrings": '"""What the picture says."""\n',
+    "colloquial words per 1,000 in comments": "x = 1  # kept beside the picture\n",
+    "colloquial words per 1,000 in string literals": "x = 'a picture'\n",
+    "standard terms per 1,000 words of docstrings": '"""A thing."""\n' * 3,
+    "share of identifiers with a colloquial word": "pictures = 1\n",
+    "public class names defined twice": "\n".join(f"class A{n // 2}: ..." for n in range(142)),
+    "share of poor docstring summaries": '"""What it is."""\n',
+    "newcomer searches without a hit": GOOD,
     "areas in a cycle of imports": "def f() -> None:\n    from finesight.b import x\n",
     "test lines to source lines": GOOD * 3,
 }
@@ -57,12 +65,20 @@ def _project(folder: Path, text: str, name: str = "a") -> Path:
     return folder
 
 
+PAGE_OFFENCES = {
+    "colloquial words per 1,000 in documentation": "Nobody keeps pictures.",
+    "mean words of a sentence in documentation": "It is " + "very " * 28 + "long.",
+    "share of sentences over 30 words": "It is " + "very " * 30 + "long.",
+}
+WITHOUT_CODE = "newcomer searches without a hit"  # needs the whole package
+
+
 def _missed(project: Path) -> set[str]:
     return {one.name for one in HOUSE.measure(project) if not one.holds}
 
 
 def test_good_code_misses_nothing(tmp_path):
-    assert _missed(_project(tmp_path, GOOD)) == set()
+    assert _missed(_project(tmp_path, GOOD)) == {WITHOUT_CODE}
 
 
 @pytest.mark.parametrize("name", sorted(OFFENCES))
@@ -70,12 +86,30 @@ def test_offence_is_seen(tmp_path, name):
     assert name in _missed(_project(tmp_path, OFFENCES[name]))
 
 
+@pytest.mark.parametrize("name", sorted(PAGE_OFFENCES))
+def test_offence_on_a_page_is_reported(tmp_path, name):
+    project = _project(tmp_path, GOOD)
+    assert name not in _missed(project)
+    (project / "README.md").write_text(PAGE_OFFENCES[name])
+    assert name in _missed(project)
+
+
+def test_repeated_module_names_are_reported(tmp_path):
+    project = _project(tmp_path, GOOD)
+    for folder in ("one", "two"):
+        (project / "src" / "finesight" / folder).mkdir()
+        for number in range(55):
+            (project / "src" / "finesight" / folder / f"m{number}.py").write_text("")
+    assert "module names used twice" in _missed(project)
+
+
 def test_vague_names_are_seen(tmp_path):
     assert "vague names of files and folders" in _missed(_project(tmp_path, GOOD, "utils"))
 
 
 def test_every_measure_has_an_offence():
-    assert set(MEASURES) == {*OFFENCES, "vague names of files and folders"}
+    others = {"vague names of files and folders", "module names used twice"}
+    assert set(MEASURES) == {*OFFENCES, *PAGE_OFFENCES, *others}
 
 
 def test_figures_are_printed(capsys):

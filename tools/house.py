@@ -1,4 +1,4 @@
-"""The house measures: what the code of this project must look like, in figures.
+"""Check code size, habits and language of the project against bounds.
 
 `python tools/house.py` prints them and exits with 1 when one is missed; tests/test_style.py holds
 each. Only the syntax tree is read, nothing is imported.
@@ -7,11 +7,17 @@ each. Only the syntax tree is read, nothing is imported.
 from __future__ import annotations
 
 import ast
+import io
+import re
 import sys
+import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import yaml
 
 PACKAGE = "finesight"
 REFLECTION = {"getattr", "hasattr", "setattr", "delattr", "vars", "eval", "exec", "__import__"}
@@ -71,6 +77,7 @@ def measure(root: Path) -> list[Measure]:
         *_habits(source),
         _vague(everything),
         _cycles(source),
+        *_language(root, source),
         Measure(
             "test lines to source lines",
             _count(tests) / _count(source),
@@ -78,6 +85,211 @@ def measure(root: Path) -> list[Measure]:
             at_least=True,
         ),
     ]
+
+
+@dataclass(frozen=True)
+class WordLists:
+    """Word lists of `tools/language.yaml`."""
+
+    colloquial: frozenset[str]
+    standard: frozenset[str]
+    searches: dict[str, str]
+
+    @classmethod
+    def load(cls) -> WordLists:
+        path = Path(__file__).with_name("language.yaml")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return cls(
+            frozenset(content["colloquial"].split()),
+            frozenset(content["standard"].split()),
+            content["searches"],
+        )
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Texts of one kind, each with the place where it is written."""
+
+    texts: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def words(self) -> int:
+        return sum(len(_words(text)) for _, text in self.texts)
+
+    def per_thousand(self, listed: frozenset[str]) -> float:
+        hits = sum(word in listed for _, text in self.texts for word in _words(text))
+        return 1000 * hits / self.words if self.words else 0.0
+
+    def with_words(self, listed: frozenset[str]) -> tuple[str, ...]:
+        found = ((place, sorted(listed.intersection(_words(text)))) for place, text in self.texts)
+        return tuple(f"{place}: {', '.join(words)}" for place, words in found if words)
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower().strip("-'_") for word in re.findall(r"[A-Za-z][A-Za-z'_\-]*", text)]
+
+
+def _name_parts(identifier: str) -> list[str]:
+    """Split an identifier at underscores and capitals."""
+    parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", identifier)
+    return [part.lower() for part in parts]
+
+
+# Bounds of the language measures. They are lowered as areas are rewritten, never raised.
+COLLOQUIAL_BOUNDS = {"docstrings": 41, "comments": 43, "string literals": 40, "documentation": 38.5}
+
+
+def _language(root: Path, source: Sequence[Module]) -> Iterator[Measure]:
+    """Measure names and prose against the word lists."""
+    lists = WordLists.load()
+    pages = _pages(root)
+    prose = {
+        "docstrings": Prose(tuple(_docstrings(source))),
+        "comments": Prose(tuple(_comments(source))),
+        "string literals": Prose(tuple(_strings(source))),
+        "documentation": Prose(tuple(pages)),
+    }
+    for kind, texts in prose.items():
+        yield Measure(
+            f"colloquial words per 1,000 in {kind}",
+            texts.per_thousand(lists.colloquial),
+            COLLOQUIAL_BOUNDS[kind],
+            against=texts.with_words(lists.colloquial),
+        )
+    yield Measure(
+        "standard terms per 1,000 words of docstrings",
+        prose["docstrings"].per_thousand(lists.standard),
+        37,
+        at_least=True,
+    )
+    yield from _sentences(pages)
+    yield from _identifiers(source, lists)
+    yield _summaries(source)
+    code = "\n".join(line for module in source for line in module.lines)
+    missed = tuple(name for name, regex in lists.searches.items() if not re.search(regex, code))
+    yield Measure("newcomer searches without a hit", len(missed), 17, against=missed)
+
+
+def _pages(root: Path) -> list[tuple[str, str]]:
+    """Return the paragraphs of the English pages without code, tables and headings."""
+    named = [root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages = []
+    for path in [*named, *sorted((root / "docs" / "en").rglob("*.md"))]:
+        if not path.is_file():
+            continue
+        text = re.sub(r"```.*?```", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        text = re.sub(r"`[^`]*`", " x ", text)
+        lines = [line for line in text.split("\n") if not line.lstrip().startswith(("|", "#", "<"))]
+        pages.append((str(path.relative_to(root)), "\n".join(lines)))
+    return pages
+
+
+def _documented(module: Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Module | ast.ClassDef | Function):
+            text = ast.get_docstring(node)
+            if text:
+                yield (1 if isinstance(node, ast.Module) else node.lineno), text
+
+
+def _docstrings(source: Sequence[Module]) -> Iterator[tuple[str, str]]:
+    for module in source:
+        for line, text in _documented(module):
+            yield f"{module.path}:{line}", text
+
+
+def _comments(source: Sequence[Module]) -> Iterator[tuple[str, str]]:
+    for module in source:
+        code = io.StringIO("\n".join(module.lines) + "\n")
+        for token in tokenize.generate_tokens(code.readline):
+            if token.type == tokenize.COMMENT:
+                yield f"{module.path}:{token.start[0]}", token.string
+
+
+def _strings(source: Sequence[Module]) -> Iterator[tuple[str, str]]:
+    """Yield string literals with a space, docstrings included."""
+    for module in source:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                yield module.at(node), node.value
+
+
+def _sentences(pages: Sequence[tuple[str, str]]) -> Iterator[Measure]:
+    lengths = [
+        (f"{place}: {sentence[:80]}", len(sentence.split()))
+        for place, text in pages
+        for sentence in re.split(r"(?<=[.!?])\s+", text)
+        if len(sentence.split()) > 2
+    ]
+    mean = sum(length for _, length in lengths) / len(lengths) if lengths else 0
+    yield Measure("mean words of a sentence in documentation", mean, 22)
+    long = tuple(place for place, length in lengths if length > 30)
+    share = _share(long, lengths)
+    yield Measure("share of sentences over 30 words", share, 0.205, against=long)
+
+
+@dataclass
+class Names:
+    """Identifiers defined in a package, and its public classes and modules by name."""
+
+    identifiers: set[str] = field(default_factory=set)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    modules: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, module: Module, node: ast.AST) -> None:
+        if isinstance(node, ast.ClassDef):
+            self.identifiers.add(node.name)
+            if not node.name.startswith("_"):
+                self.classes.setdefault(node.name, []).append(module.at(node))
+        elif isinstance(node, Function):
+            given = node.args
+            every = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            self.identifiers.update([node.name, *(one.arg for one in every)])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            self.identifiers.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            self.identifiers.add(node.attr)
+
+
+def _identifiers(source: Sequence[Module], lists: WordLists) -> Iterator[Measure]:
+    names = Names()
+    for module in source:
+        if module.path.stem != "__init__":
+            names.modules.setdefault(module.path.stem, []).append(str(module.path))
+        for node in ast.walk(module.tree):
+            names.add(module, node)
+    bad = tuple(n for n in sorted(names.identifiers) if lists.colloquial & {*_name_parts(n)})
+    share = len(bad) / len(names.identifiers) if names.identifiers else 0
+    yield Measure("share of identifiers with a colloquial word", share, 0.052, against=bad)
+    classes, modules = _repeated(names.classes), _repeated(names.modules)
+    yield Measure("public class names defined twice", len(classes), 70, against=classes)
+    yield Measure("module names used twice", len(modules), 54, against=modules)
+
+
+def _repeated(by_name: dict[str, list[str]]) -> tuple[str, ...]:
+    return tuple(f"{n}: {', '.join(at)}" for n, at in sorted(by_name.items()) if len(at) > 1)
+
+
+POOR_START = re.compile(
+    r"(What|Whether|How|Where|Which|Who|When|Of|That|Than|Those|These|It|As|Until|Before|With|From"
+    r"|To|In|By|One|Every|Nothing|All)\b"
+)
+
+
+def _summaries(source: Sequence[Module]) -> Measure:
+    """Measure docstring summaries that are too long or start with a word of POOR_START."""
+    summaries = [
+        (place, re.split(r"(?<=[.:])\s|\n\n", text.replace("\n", " "))[0].strip())
+        for place, text in _docstrings(source)
+    ]
+    poor = tuple(
+        f"{place} {text}"
+        for place, text in summaries
+        if POOR_START.match(text) or len(text.split()) > 15
+    )
+    return Measure(
+        "share of poor docstring summaries", _share(poor, summaries), 0.432, against=poor
+    )
 
 
 def _count(modules: Sequence[Module]) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import pickle
 import re
 import warnings
@@ -13,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finesight.child_processes import FileLock
 from finesight.errors import UserError
 from finesight.storage import remove_folder, write_folder
 
@@ -60,13 +59,10 @@ def _is_of(files: Sequence[Path], target: Path) -> bool:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which ends with this process."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
+    with FileLock(folder) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.acquire()
         yield
-    finally:
-        os.close(file)
 
 
 def _convert(files: Sequence[Path], target: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from finesight.child_processes import FileLock
 from finesight.digests import DIGESTS, digest
 from finesight.errors import UserError
 
@@ -176,8 +176,9 @@ def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
     """`target` as `write` fills it, as `write_folder` does, unless it is there: of several
     processes that want it, one makes it, and the others wait."""
     make_folder(target.parent)
-    with explained(target), target.with_suffix(".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = target.with_suffix(".lock")
+    with explained(target), FileLock(path, os.O_WRONLY | os.O_CREAT) as lock:
+        lock.acquire()
         if not target.is_dir():
             with write_folder(target) as staging:
                 write(staging)
@@ -235,19 +236,17 @@ def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     Where a file system locks no folders, one of this process's own counts as locked.
     """
     try:
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = FileLock(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         yield False
         return
-    try:
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock.acquire(wait=wait)
             held = True
         except OSError:
             held = wait
         yield held and folder.exists()
-    finally:
-        os.close(file)
 
 
 def _seal(folder: Path) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from finesight.child_processes import exit_with_parent
 from finesight.errors import UserError
 from finesight.memory import allowed_cores
 
@@ -54,7 +55,7 @@ def _pool() -> ProcessPoolExecutor | None:
     """None where processes cannot speak to each other, as without a /dev/shm to write to."""
     context = multiprocessing.get_context("spawn")
     try:
-        return ProcessPoolExecutor(allowed_cores(), context, initializer=_leave_interrupts_alone)
+        return ProcessPoolExecutor(allowed_cores(), context, initializer=_start_worker)
     except OSError:
         return None
 
@@ -87,6 +88,7 @@ class _Here(Executor):
         return future
 
 
-def _leave_interrupts_alone() -> None:
+def _start_worker() -> None:
+    exit_with_parent()
     # Ctrl-C goes to every process of the group; the one that started the others ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

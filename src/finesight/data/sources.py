@@ -14,6 +14,7 @@ from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 
+from finesight.child_processes import exit_with_parent
 from finesight.config import DataFile, HeldOutFile
 from finesight.data.jsonl import Located, line_samples, no_samples
 from finesight.data.parquet_samples import parquet_samples
@@ -109,7 +110,8 @@ def _of_files(files: list[Path]) -> list[Samples]:
     cores = os.cpu_count() or 1
     if len(files) < MANY or cores == 1 or sys.platform != "linux":
         return [_of_file(file) for file in files]
-    with ProcessPoolExecutor(min(cores, len(files)), get_context("fork")) as pool:
+    processes, context = min(cores, len(files)), get_context("fork")
+    with ProcessPoolExecutor(processes, context, initializer=exit_with_parent) as pool:
         return list(pool.map(_of_file, files))
 
 

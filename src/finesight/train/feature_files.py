@@ -12,7 +12,6 @@ Shapes: M places of the pictures of a chunk, K features of each, D width.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finesight.child_processes import FileLock
 from finesight.data.lines import Unreadable
 from finesight.errors import UserError
 from finesight.hub import LARGEST_HEADER
@@ -68,14 +68,15 @@ class FeatureFiles:
         self.home, self.folder = home, home / tower
         make_folder(self.folder)
         with explained(home):
-            self._lock = os.open(home, os.O_RDONLY)
+            self._lock = FileLock(home)
         self._guards = guards
         if guards:
-            _locks(self._lock, fcntl.LOCK_SH)
+            with suppress(OSError):
+                self._lock.acquire(shared=True)
 
     def close(self) -> None:
         """Let other runs remove what this one has used."""
-        os.close(self._lock)
+        self._lock.close()
 
     @property
     def is_empty(self) -> bool:
@@ -94,7 +95,7 @@ class FeatureFiles:
         """Bytes that features may still take. The files that were not used for longest are removed
         until these are `missing`, but none of the chunks `wanted`, and none while another run uses
         any."""
-        alone = self._guards and _locks(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = self._guards and self._is_alone()
         files = self._files()
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.home).free
@@ -113,8 +114,17 @@ class FeatureFiles:
                     path.unlink(missing_ok=True)
                     used, free = used - size, free + size
         if self._guards:
-            _locks(self._lock, fcntl.LOCK_SH)
+            with suppress(OSError):
+                self._lock.acquire(shared=True)
         return room()
+
+    def _is_alone(self) -> bool:
+        """Take the lock for this process alone; False where others use it or there are none."""
+        try:
+            self._lock.acquire(wait=False)
+        except OSError:
+            return False
+        return True
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """When each was last used, its size, and where it is."""
@@ -168,15 +178,6 @@ class FeatureFiles:
         with suppress(OSError):
             os.utime(path)
         return Stored(path, start)
-
-
-def _locks(file: int, kind: int) -> bool:
-    """Whether the lock was to be had; where a file system has none, as if it were not."""
-    try:
-        fcntl.flock(file, kind)
-    except OSError:
-        return False
-    return True
 
 
 def _read_whole(file: int, features_MKD: Tensor) -> int:

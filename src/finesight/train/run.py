@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finesight.child_processes import FileLock
 from finesight.config import Recipe
 from finesight.errors import UserError
 from finesight.evaluate import own
@@ -95,24 +94,21 @@ class Run:
         """Within the block no other process may write here. Raises UserError when one does."""
         make_folder(self.folder)
         with explained(self.folder):
-            handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(
-                f"another process is training in {self.folder.name}",
-                where=str(self.folder),
-                expected="one process to a run",
-                remedy="wait for it, stop it, or choose another output",
-            ) from error
-        except OSError:
-            # Some network file systems cannot lock: then it is up to the user.
-            pass
-        try:
+            lock = FileLock(self.folder)
+        with lock:
+            try:
+                lock.acquire(wait=False)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {self.folder.name}",
+                    where=str(self.folder),
+                    expected="one process to a run",
+                    remedy="wait for it, stop it, or choose another output",
+                ) from error
+            except OSError:
+                # Some network file systems cannot lock: then it is up to the user.
+                pass
             yield
-        finally:
-            os.close(handle)
 
     def begin(self, recipe: Recipe, manifest: Manifest) -> None:
         """Write manifest and recipe; with the manifest, the first file, the folder counts as a

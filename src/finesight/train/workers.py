@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finesight.child_processes import exit_with_parent
 from finesight.errors import UserError
 
 Item = TypeVar("Item")
@@ -63,7 +64,7 @@ def _started(
         multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
         if workers
         else None,
-        worker_init_fn=_leave_group,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
     before = signal.getsignal(signal.SIGCHLD)
@@ -138,7 +139,8 @@ def _as_it_is(item: Item) -> Item:
     return item
 
 
-def _leave_group(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    exit_with_parent()
     # Ctrl-C and a shell's SIGTERM go to the whole process group. The training process decides
     # when to stop and then ends its workers.
     os.setsid()

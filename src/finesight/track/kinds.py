@@ -19,6 +19,16 @@ EXTRAS: dict[TrackerKind, str] = {
 }
 """What to install for each; the package is called as the tracker is."""
 
+REPORTS_OFF: dict[TrackerKind, dict[str, str]] = {
+    "swanlab": {},
+    "tensorboard": {},
+    "wandb": {"WANDB_ERROR_REPORTING": "false"},
+    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"},
+    "trackio": {"HF_HUB_DISABLE_TELEMETRY": "1"},
+}
+"""Environment variables that keep a package from reporting errors and usage to its makers, also
+where it writes files alone. A variable that the user has set counts."""
+
 
 def writer_of(kind: TrackerKind) -> Writer:
     """The tracker's package, imported. Raises ImportError without it."""

@@ -6,6 +6,7 @@ fails, falls silent or dies ends its own lane, once, and its process is killed.
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from finesight.config import TrackerKind
+from finesight.track.kinds import REPORTS_OFF
 from finesight.track.records import Begin, Begun, End, Figures, Record, Reply, Row
 
 CALL = 120.0
@@ -143,6 +145,7 @@ def _started(kind: TrackerKind, link: socket.socket, log: Path) -> subprocess.Po
             stdin=subprocess.DEVNULL,
             stdout=told,
             stderr=told,
+            env=REPORTS_OFF[kind] | os.environ,
             pass_fds=[descriptor],
             # Ctrl-C is for the run, which tells its trackers.
             start_new_session=True,

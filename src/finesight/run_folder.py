@@ -5,6 +5,7 @@ from __future__ import annotations
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 DROPPED = "dropped.jsonl"
+IMAGES = "images.safetensors"
 MOVED = "moved.json"
 RESULT = "result.json"
 REPORT = "report.html"

@@ -295,7 +295,7 @@ class Full(storage.Disk):
     [
         *("manifest.json", "recipe.yaml", "dropped.jsonl", "metrics.jsonl"),
         *("optimizer.safetensors", "sha256.json", "moved.json", "model.safetensors"),
-        *("adapter_model.safetensors", "result.json"),
+        *("adapter_model.safetensors", "images.safetensors", "result.json"),
     ],
 )
 def test_full_disk(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:

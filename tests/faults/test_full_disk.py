@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_at_any_write(
     the file and what to do, exit code 2; with room again the run ends with the same bits."""
     assert command(["train", recipe(task, "whole")]) == 0
     kept: list[int] = []
-    for last in range(1, 1000, 4 if every else 41):
+    for last in range(1, 1000, 4 if every else 29):
         path, run = recipe(task, f"run{last}"), task.folder / f"run{last}"
         with storage.using(FullDisk(last)):
             code = command(["train", path])

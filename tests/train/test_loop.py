@@ -32,8 +32,16 @@ def test_a_run_leaves_what_the_design_says(task: Task) -> None:
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
     assert sorted(path.name for path in run.iterdir()) == [
-        *("adapter", "checkpoints", "dropped.jsonl", "manifest.json", "metrics.jsonl", "model"),
-        *("moved.json", "predictions", "recipe.yaml", "report.html", "result.json"),
+        *("adapter", "checkpoints", "dropped.jsonl", "images.safetensors", "manifest.json"),
+        *(
+            "metrics.jsonl",
+            "model",
+            "moved.json",
+            "predictions",
+            "recipe.yaml",
+            "report.html",
+            "result.json",
+        ),
     ]
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
         digests.verify_folder(folder)

@@ -18,6 +18,7 @@ from finesight.train.budget import Budget, FullMemory, enough_memory, within_mem
 from finesight.train.checkpoint import Checkpoints
 from finesight.train.finish import RunResult, best_of, finish, finished, report
 from finesight.train.follow import follow
+from finesight.train.image_record import save_image_record
 from finesight.train.live import LivePage
 from finesight.train.looking import looked_at
 from finesight.train.measure import history, measure, waited
@@ -84,6 +85,7 @@ def _lead(recipe: Recipe, ranks: Ranks, resume: bool, screen: Screen) -> RunResu
         stack.enter_context(_leading(ranks, stop))
         if not session.progress.step:
             run.begin(recipe, session.manifest())
+        save_image_record(run.images, session.images())
         checkpoints.set_aside(session.progress.step)
         run.forget_after(session.progress.step, session.progress.measured)
         run.keep_metric(recipe)

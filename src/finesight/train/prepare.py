@@ -34,6 +34,12 @@ from finesight.train.budget import Budget
 from finesight.train.checkpoint import Checkpoints, Progress, State, Tensors, check_identity
 from finesight.train.course import Course, InOrder
 from finesight.train.flops import Arithmetic, Uncounted, measured_peak
+from finesight.train.image_record import (
+    ImageStates,
+    check_images,
+    load_image_record,
+    reported_damage,
+)
 from finesight.train.loader import Split, StepData
 from finesight.train.moved import Watch
 from finesight.train.optimizer import LossScale, Masters
@@ -100,7 +106,12 @@ class Session:
         each would wait for what the others do not do."""
         train = self.recipe.train.model_dump(mode="json")
         alike = {name: train[name] for name in ("parallel", "pack_tokens", "recompute")}
-        self.machine.ranks.same(self.identity | alike)
+        images = {split: states.digest for split, states in self.images().items()}
+        self.machine.ranks.same(self.identity | alike | {"images": images})
+
+    def images(self) -> dict[str, ImageStates]:
+        """Return the fingerprints of the images of each split."""
+        return _images(self.train, self.held_out)
 
     @property
     def together(self) -> Ranks:
@@ -218,6 +229,9 @@ def prepare(
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)
     found = _newest(checkpoints, machine.ranks, resume, screen)
     if found is not None:
+        with machine.ranks.confirmed():
+            if machine.ranks.first:
+                _check_images(run, found[0], identity, train, held_out, screen)
         _check_began(found[0], identity, checkpoints)
     model = _tuned(recipe, machine, base, screen)
     arithmetic = Uncounted() if isinstance(model, FallbackModel) else Arithmetic(model)
@@ -261,6 +275,33 @@ def prepare(
         _go_on(session, *found)
     _say_what_is_other(session, budget, screen)
     return session
+
+
+def _images(train: Texts, held_out: Texts | None) -> dict[str, ImageStates]:
+    splits = {"train": train.survey.images}
+    return splits if held_out is None else splits | {"eval": held_out.survey.images}
+
+
+def _check_images(
+    run: Run,
+    state: State,
+    identity: Mapping[str, Any],
+    train: Texts,
+    held_out: Texts | None,
+    screen: Screen,
+) -> None:
+    """Raises UserError where images have changed since the run began."""
+    if not run.images.exists():
+        screen.say(f"{run.images} is missing: images are not compared with those of the start")
+        return
+    recorded, damage = load_image_record(run.images), reported_damage(run.lines())
+    for split, texts in (("train", train), ("eval", held_out)):
+        # Of other data, samples have other indices; they are refused by their fingerprint.
+        name = f"data.{split}"
+        if texts and split in recorded and state.identity.get(name) == identity[name]:
+            found = texts.survey.images
+            where = recorded[split], run.images, damage
+            check_images(split, texts.corpus, found, *where, screen.say)
 
 
 def _check_began(state: State, identity: Mapping[str, Any], checkpoints: Checkpoints) -> None:

@@ -18,6 +18,7 @@ from finesight.run_folder import (
     ADAPTER,
     CHECKPOINTS,
     DROPPED,
+    IMAGES,
     METRICS,
     MODEL,
     PREDICTIONS,
@@ -47,6 +48,7 @@ class Run:
         self.model = folder / MODEL
         self.metrics = folder / METRICS
         self.report = folder / REPORT
+        self.images = folder / IMAGES
 
     @property
     def begun(self) -> bool:

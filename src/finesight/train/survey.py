@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from finesight.encode.lengths import unfit, usable
 from finesight.encode.pack import Common
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
+from finesight.train.image_record import ImageState, ImageStates, image_state
 from finesight.train.loader import Dropped
 from finesight.train.progress import Advance
 from finesight.train.workers import guarded, read_ahead
@@ -43,6 +44,7 @@ class Survey:
     the files of pictures and frames that the kept ones show, `distinct` those that differ in their
     path. `met` are the watched pictures that samples have. `glances` are what was seen of the
     samples `seen`, `beginning` counts the tokens that all of them begin with (`encode.pack`).
+    `images` are the fingerprints of their images.
 
     Where all were looked at, `seen` are those that are kept. Otherwise all are kept, `looked_at` of
     them were looked at, `seen` can be used, sums are estimates, and `pictures` is not known."""
@@ -59,6 +61,7 @@ class Survey:
     seen: Sequence[int] = ()
     looked_at: int = 0
     beginning: int = 0
+    images: ImageStates = field(default_factory=ImageStates.none, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -85,10 +88,11 @@ class Glance(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What is seen of a sample, and what it begins with."""
+    """What is seen of a sample, what it begins with, and the fingerprints of its images."""
 
     glance: Glance
     begins: Common
+    images: ImageState
 
 
 class _Looks(Dataset[list[_Look | UserError] | UserError]):
@@ -121,7 +125,7 @@ def _look(corpus: Corpus, index: int, renderer: Rendering, watched: Set[str]) ->
         pictures=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in shown),
         met=frozenset(shown & watched),
     )
-    return _Look(glance, Common.of(outline))
+    return _Look(glance, Common.of(outline), image_state(located))
 
 
 class Glances(dict[int, Glance]):
@@ -173,6 +177,7 @@ def survey(
     )
     damaged: dict[int, str] = {}
     seen: list[Glance] = []
+    states: list[ImageState] = []
     met: set[str] = set()
     begin: Common | None = None
 
@@ -185,6 +190,7 @@ def survey(
                     if unfit(look.glance, data.max_length) is None:
                         begin = look.begins if begin is None else begin.meet(look.begins)
                     seen.append(look.glance)
+                    states.append(look.images)
                     met.update(look.glance.met)
                     yield look.glance
                 elif isinstance(look, DamagedPicture) and data.unusable == "drop":
@@ -200,14 +206,15 @@ def survey(
     chosen = usable(whole(), data.max_length, data.unusable)
     readable = [index for place, index in enumerate(indices) if place not in damaged]
     glances = tuple(seen[i] for i in chosen.kept)
+    kept = tuple(readable[i] for i in chosen.kept)
+    images = ImageStates.of(kept, [states[i] for i in chosen.kept])
     beginning = 0 if begin is None else begin.tokens
     if some is not None:
-        fit = [readable[i] for i in chosen.kept]
-        return _estimated(len(corpus), indices, fit, glances, met, beginning)
+        estimate = _estimated(len(corpus), indices, kept, glances, met, beginning)
+        return replace(estimate, images=images)
     dropped = [Dropped(corpus[index].sample.id, reason) for index, reason in damaged.items()]
     dropped += [Dropped(name, f"over {data.max_length} tokens") for name in chosen.too_long]
     dropped += [Dropped(name, "nothing to learn") for name in chosen.without_answer]
-    kept = tuple(readable[i] for i in chosen.kept)
     return Survey(
         kept=kept,
         dropped=tuple(dropped),
@@ -221,6 +228,7 @@ def survey(
         seen=kept,
         looked_at=len(corpus),
         beginning=beginning,
+        images=images,
     )
 
 
@@ -242,7 +250,7 @@ def spread(samples: int) -> Sequence[int]:
 def _estimated(
     samples: int,
     indices: Sequence[int],
-    fit: list[int],
+    fit: Sequence[int],
     glances: tuple[Glance, ...],
     met: set[str],
     beginning: int,

@@ -1,0 +1,181 @@
+"""Images that change between the start of a run and its resumption."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packing import as_tars
+from PIL import Image
+from small_run import Task, final_files
+
+from finesight import storage
+from finesight.data.sources import samples_at
+from finesight.errors import UserError
+from finesight.train.image_record import (
+    BLOCK,
+    ImageStates,
+    image_state,
+    load_image_record,
+    save_image_record,
+)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return Task(tmp_path)
+
+
+def replace_image(path: Path) -> None:
+    """Put another image of the same name and dimensions in the place of one."""
+    with Image.open(path) as image:
+        size = image.size
+    Image.new("RGB", size, (1, 2, 3)).save(path)
+
+
+@pytest.mark.parametrize("name", ["train4.png", "eval1.png"])
+def test_resume_refuses_a_replaced_image(task: Task, name: str) -> None:
+    run = task.unfinished()
+    replace_image(task.folder / name)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        task.run(resume=True)
+    assert str(task.folder / name) in str(error.value)
+    assert f"delete {run / 'images.safetensors'}" in str(error.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_message_names_five_of_many_images(task: Task) -> None:
+    task.unfinished()
+    for number in range(7):
+        replace_image(task.folder / f"train{number}.png")
+    with pytest.raises(UserError, match=r"images of 7 samples[\s\S]*train4\.png and 2 more"):
+        task.run(resume=True)
+
+
+def test_deleted_record_accepts_the_images_as_they_are(task: Task) -> None:
+    run = task.unfinished()
+    replace_image(task.folder / "train4.png")
+    (run / "images.safetensors").unlink()
+    task.run(resume=True)
+    assert "images are not compared" in task.screen
+    assert (run / "images.safetensors").exists()
+
+
+def test_data_set_copied_elsewhere_resumes_to_the_same_bits(task: Task) -> None:
+    task.run(name="whole")
+    run = task.unfinished()
+    copy = task.folder / "copy"
+    copy.mkdir()
+    for file in task.folder.glob("*.*"):
+        shutil.copyfile(file, copy / file.name)
+        os.utime(copy / file.name, (1, 1))
+    data = {split: str(copy / f"{split}.jsonl") for split in ("train", "eval")}
+    task.run(resume=True, data=data)
+    assert "data.train: the images of 11 samples have another modification time" in task.screen
+    assert final_files(run) == final_files(task.folder / "whole")
+
+
+def test_unchanged_images_are_not_mentioned(task: Task) -> None:
+    task.unfinished()
+    task.run(resume=True)
+    assert "modification time" not in task.screen
+    assert "images are not compared" not in task.screen
+
+
+def test_replaced_image_inside_a_tar_is_refused(task: Task) -> None:
+    task.recipe["data"]["train"] = as_tars(task.folder / "train.jsonl", task.folder / "tars", 4)
+    task.unfinished()
+    tar = task.folder / "tars" / "001.tar"
+    image = (task.folder / "train5.png").read_bytes()
+    assert image in tar.read_bytes()
+    tar.write_bytes(tar.read_bytes().replace(image, image[:-20] + b"\0" + image[-19:]))
+    with pytest.raises(UserError, match=r"have changed[\s\S]*001\.tar/@.*train5\.0\.png"):
+        task.run(resume=True)
+
+
+def test_damaged_record_is_refused(task: Task) -> None:
+    record = task.unfinished() / "images.safetensors"
+    data = bytearray(record.read_bytes())
+    data[-3] ^= 1
+    record.write_bytes(data)
+    with pytest.raises(UserError, match=r"checksum[\s\S]*delete .*images\.safetensors"):
+        task.run(resume=True)
+    record.write_bytes(data[:40])
+    with pytest.raises(UserError, match=r"cannot be read[\s\S]*delete .*images\.safetensors"):
+        task.run(resume=True)
+
+
+def state_of(folder: Path, data: bytes) -> tuple[int, int]:
+    """The fingerprints of a sample whose image file holds `data`."""
+    (folder / "a.bin").write_bytes(data)
+    line = (
+        '{"id": "a", "messages": [{"role": "user", "content": [{"type": "image", "image": "a.bin"}'
+        ', {"type": "video", "frames": ["a.bin", "a.bin"], "fps": 1}]},'
+        ' {"role": "assistant", "content": "b"}]}\n'
+    )
+    (folder / "a.jsonl").write_text(line)
+    return image_state(samples_at(folder / "a.jsonl").located(0))
+
+
+def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(3 * BLOCK)
+    content, time = state_of(tmp_path, data)
+    os.utime(tmp_path / "a.bin", ns=(5, 5))
+    assert image_state(samples_at(tmp_path / "a.jsonl").located(0)).content == content
+    assert image_state(samples_at(tmp_path / "a.jsonl").located(0)).time != time
+    others = [data + b"x", data[:-1], b"\0" + data[1:], data[:-1] + b"\0"]
+    others += [data[: BLOCK - 1] + b"\0" + data[BLOCK:]]
+    found = {state_of(tmp_path, other)[0] for other in others}
+    assert len(found) == len(others)
+    assert content not in found
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK])
+def test_small_files_are_covered_whole(tmp_path: Path, size: int) -> None:
+    data = random.Random(0).randbytes(size)
+    whole = state_of(tmp_path, data)[0]
+    for place in random.Random(1).sample(range(size), min(size, 20)):
+        other = bytearray(data)
+        other[place] ^= 1
+        assert state_of(tmp_path, bytes(other))[0] != whole
+
+
+def test_record_survives_saving(tmp_path: Path) -> None:
+    states = ImageStates.of([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
+    save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.none()})
+    loaded = load_image_record(tmp_path / "r")
+    assert loaded.keys() == {"train", "eval"}
+    assert loaded["train"].digest == states.digest
+    assert np.array_equal(loaded["train"].times_N, states.times_N)
+    assert len(loaded["eval"].samples_N) == 0
+
+
+def test_only_samples_of_both_are_compared() -> None:
+    recorded = ImageStates.of([1, 4, 9], [(1, 1), (2, 2), (3, 3)])
+    found = ImageStates.of([0, 4, 9], [(7, 7), (2, 8), (5, 3)])
+    assert found.changed_since(recorded) == [9]
+    assert found.touched_since(recorded) == 1
+
+
+@pytest.mark.parametrize("unusable", ["drop", "refuse"])
+def test_damaged_image_may_be_repaired(task: Task, unusable: str) -> None:
+    image = task.folder / "train4.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60])
+    settings = (f"data.unusable={unusable}", "train.save_every=1")
+    if unusable == "refuse":
+        with pytest.raises(UserError, match=r"train4\.png"):
+            task.run(*settings)
+    else:
+        task.run(*settings)
+        run = task.folder / "run"
+        (run / "result.json").unlink()
+        storage.remove_folder(run / "checkpoints" / "step-6")
+    image.write_bytes(whole)
+    task.run(*settings, resume=True)
+    assert "data.train: damaged images of 1 samples have been replaced" in task.screen

@@ -18,7 +18,7 @@ from finesight.errors import UserError
 from finesight.infer.predict import Prediction
 from finesight.infer.request import Delta, Finish, Options
 from finesight.web.guard import Guard
-from finesight.web.server import TALKS, UPLOADS, listening, make_app, private_folder
+from finesight.web.server import UPLOADS, listening, make_app, private_folder, visitors_in
 from finesight.web.visitors import Visitors
 
 Answer = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
@@ -87,7 +87,7 @@ class Served:
 def served(service: object, password: str | None = None, loopback: bool = True) -> Iterator[Served]:
     """The page, for the length of the block."""
     with listening("127.0.0.1", 0) as listener, private_folder() as folder:
-        visitors = Visitors(service, folder / TALKS)  # type: ignore[arg-type]
+        visitors = visitors_in(folder, service)  # type: ignore[arg-type]
         app = make_app(visitors, folder / UPLOADS, password, loopback)
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)

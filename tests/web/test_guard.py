@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
+import secrets
+import socket
 import stat
 import sys
 import time
@@ -17,6 +20,7 @@ from urllib.parse import quote
 import pytest
 from served_page import Parrot, Served, served
 
+from finesight.web import disk_budget, guard
 from finesight.web.guard import COOKIE
 from finesight.web.limits import MESSAGE_BYTES, PICTURE_BYTES, UPLOAD_BYTES, UPLOAD_SECONDS
 
@@ -66,12 +70,22 @@ def _upload(place: Served, name: str, content: bytes) -> tuple[int, str]:
 
 def _join(place: Served, path: Any) -> int:
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    message = {"text": "What?", "files": [file]}
-    body = {"data": [message, False, 9, 0], "fn_index": 1, "session_hash": "abc"}
-    return _ask(
+    return _send(place, [{"text": "What?", "files": [file]}, False, 9, 0])[0]
+
+
+def _event(place: Served, inputs: int) -> int:
+    """The number of the event of the page that takes so many inputs."""
+    config = json.loads(_ask(place, "GET", "/config")[2])
+    return next(one["id"] for one in config["dependencies"] if len(one["inputs"]) == inputs)
+
+
+def _send(place: Served, data: Any, **other: Any) -> tuple[int, bytes]:
+    body = {"data": data, "fn_index": _event(place, 4), "session_hash": "abc"} | other
+    status, _, said = _ask(
         place, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
         content_type="application/json",
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return status, said
 
 
 def _routes(place: Served) -> list[tuple[str, str]]:
@@ -169,9 +183,7 @@ def test_files_that_were_not_uploaded_are_neither_served_nor_read(open_page, tmp
         assert asked[0] in (400, 404), outside
         assert _join(open_page, outside) == 403, outside
     for odd in (None, 7, ["x"], {"path": path}):
-        assert _join(open_page, odd) == 403, odd
-    assert _ask(open_page, "POST", "/gradio_api/queue/join", b"{")[0] == 403
-    assert _ask(open_page, "POST", "/gradio_api/queue/join", b"[" * 100_000)[0] == 403
+        assert _join(open_page, odd) == 422, odd
 
 
 def test_names_of_uploads_lead_nowhere(open_page, tmp_path):
@@ -278,3 +290,201 @@ def test_what_is_sent_lies_in_a_private_folder_that_goes():
         folder = place.folder
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not folder.exists()
+
+
+QUESTION = {"text": "What?", "files": []}
+
+MALFORMED: dict[str, dict[str, Any]] = {
+    "no data": {"data": None},
+    "data of another kind": {"data": {}},
+    "too few inputs": {"data": [QUESTION]},
+    "too many inputs": {"data": [QUESTION, False, 9, 0, 1]},
+    "unknown event": {"fn_index": 99},
+    "negative event": {"fn_index": -1},
+    "huge event": {"fn_index": 10**3000},
+    "no event": {"fn_index": None},
+    "no session": {"session_hash": None},
+    "empty session": {"session_hash": ""},
+    "long session": {"session_hash": "a" * 65},
+    "session with a surrogate": {"session_hash": "\ud800"},
+    "odd trigger": {"trigger_id": "x"},
+    "no question": {"data": [None, False, 9, 0]},
+    "question as a text": {"data": ["What?", False, 9, 0]},
+    "question as a list": {"data": [[], False, 9, 0]},
+    "text as a number": {"data": [{"text": 1, "files": []}, False, 9, 0]},
+    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, False, 9, 0]},
+    "files as a text": {"data": [{"text": "", "files": "x"}, False, 9, 0]},
+    "files without a path": {"data": [{"text": "", "files": [{}]}, False, 9, 0]},
+    "comparison as a text": {"data": [QUESTION, "x", 9, 0]},
+    "length of no number": {"data": [QUESTION, False, "x", 0]},
+    "length below one": {"data": [QUESTION, False, 0, 0]},
+    "length beyond the most": {"data": [QUESTION, False, 1e308, 0]},
+    "length that is not finite": {"data": [QUESTION, False, float("nan"), 0]},
+    "negative temperature": {"data": [QUESTION, False, 9, -1]},
+    "no temperature": {"data": [QUESTION, False, 9, None]},
+    "deep": {"data": json.loads("[" * 500 + "]" * 500)},
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_event_is_refused_without_a_traceback(open_page, change, capfd):
+    status, said = _send(open_page, **({"data": [QUESTION, False, 9, 0]} | change))
+    assert (status, json.loads(said)) == (422, {"detail": "malformed event"})
+    # Gradio answers first, and fails later.
+    assert _converse(open_page, "still there") == "still there"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize("path", ["queue/join", "cancel", "reset"])
+def test_malformed_json_is_refused_without_a_traceback(open_page, path, body, capfd):
+    assert _ask(open_page, "POST", f"/gradio_api/{path}", body)[0] == 422
+    odd = json.dumps({"event_id": "\ud800", "session_hash": "a", "fn_index": 1}).encode()
+    assert _ask(open_page, "POST", f"/gradio_api/{path}", odd)[0] == 422
+    assert capfd.readouterr().err == ""
+
+
+def test_malformed_requests_are_refused_without_a_traceback(open_page, capfd):
+    field = b'--x\r\ncontent-disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n'
+    kind = "multipart/form-data; boundary=x"
+    for status, method, path, body, headers in (
+        (422, "POST", "/gradio_api/upload", field, {"content_type": kind}),
+        (400, "POST", "/gradio_api/upload", b"x", {"content_type": "multipart/form-data"}),
+        (404, "GET", "/gradio_api/queue/data?session_hash=%00%ff", None, {}),
+        (404, "GET", "/gradio_api/queue/data?session_hash=nobody", None, {}),
+        (404, "GET", "/gradio_api/queue/data", None, {}),
+        (404, "GET", "/static/" + "a" * 5000, None, {}),
+        (404, "GET", "/gradio_api/file=" + "a" * 5000, None, {}),
+    ):
+        assert _ask(open_page, method, path, body, **headers)[0] == status, path
+    assert capfd.readouterr().err == ""
+
+
+def test_client_that_leaves_during_an_upload_leaves_no_traceback(open_page, capfd):
+    with socket.create_connection(("127.0.0.1", open_page.port)) as link:
+        link.sendall(_begun_upload(open_page, 1000) + b"x" * 100)
+    assert _converse(open_page, "still there") == "still there"
+    assert capfd.readouterr().err == ""
+
+
+def _converse(place: Served, text: str) -> str:
+    """Ask a question as the page does, and read the answer from the stream of events."""
+    session = secrets.token_hex(8)
+    question = {"text": text, "files": []}
+    assert _send(place, [question, False, 9, 0], session_hash=session)[0] == 200
+    connection = http.client.HTTPConnection("127.0.0.1", place.port, timeout=20)
+    try:
+        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+        for line in connection.getresponse():
+            event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
+            if event.get("msg") == "process_completed":
+                assert event["success"], event
+                visitor = next(v for v in place.visitors.all() if v.talk.turns)
+                answer = visitor.talk.turns[-1].replies[0].text
+                place.visitors.leave(session)
+                return answer
+    finally:
+        connection.close()
+    raise AssertionError("the stream has ended without an answer")
+
+
+def _begun_upload(place: Served, size: int) -> bytes:
+    """The head of a request with a file, of so many bytes in all, and the head of the file."""
+    head = b'--x\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    request = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nhost: 127.0.0.1:{place.port}\r\n"
+        f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {size}\r\n\r\n"
+    )
+    return request.encode() + head
+
+
+def test_concurrent_uploads_keep_the_limit(monkeypatch):
+    monkeypatch.setattr(disk_budget, "FOLDER_BYTES", 1_000_000)
+    size = 300_000
+    with served(Parrot(_echo)) as place, contextlib.ExitStack() as stack:
+        links = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", place.port), timeout=20))
+            for _ in range(8)
+        ]
+        for link in links:
+            link.sendall(_begun_upload(place, size) + secrets.token_bytes(size // 2))
+        # All have begun before the first one ends.
+        statuses = []
+        for link in links:
+            link.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                statuses.append(int(link.recv(12).split()[1]))
+        assert statuses == [507] * 5
+        stack.close()
+        kept = sum(f.stat().st_size for f in (place.folder / "uploads").rglob("*") if f.is_file())
+        assert kept < 1_000_000
+        # What was reserved for those that have left is free again.
+        deadline = time.monotonic() + 20
+        while _upload(place, "a.png", b"x" * 500_000)[0] != 200:
+            assert time.monotonic() < deadline, "the space of aborted uploads stays reserved"
+            time.sleep(0.05)
+
+
+def test_upload_that_stops_is_ended(monkeypatch):
+    monkeypatch.setattr(guard, "IDLE_SECONDS", 0.2)
+    with (
+        served(Parrot(_echo)) as place,
+        socket.create_connection(("127.0.0.1", place.port), timeout=20) as link,
+    ):
+        link.sendall(_begun_upload(place, 1000))
+        assert b" 408 " in link.recv(100)
+
+
+BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"}
+
+
+def test_page_works_behind_a_proxy_with_tls():
+    with served(Parrot(_echo), password=PASSWORD) as place:
+        right = _ask(place, "POST", "/sign-in", f"password={PASSWORD}".encode(), **BEHIND_PROXY)
+        assert right[0] == 303
+        cookie, *marks = right[1]["set-cookie"].split("; ")
+        assert {"HttpOnly", "SameSite=strict", "Secure"} <= set(marks)
+        headers = BEHIND_PROXY | {"cookie": cookie}
+        assert _ask(place, "GET", "/", **headers)[0] == 200
+        body = {"event_id": "x"}
+        status = _ask(place, "POST", "/gradio_api/reset", json.dumps(body).encode(), **headers)[0]
+        assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("chat.example.com", "https://chat.example.com", 303),
+        ("chat.example.com:443", "https://chat.example.com", 303),
+        ("chat.example.com:8443", "https://chat.example.com:8443", 303),
+        ("chat.example.com", "http://chat.example.com", 303),
+        ("[2001:db8::1]:7860", "http://[2001:db8::1]:7860", 303),
+        ("chat.example.com", "https://evil.example", 403),
+        ("chat.example.com", "https://chat.example.com:8443", 403),
+        ("chat.example.com", "https://chat.example.com.evil.example", 403),
+        ("chat.example.com", "https://evil.example/chat.example.com", 403),
+        ("chat.example.com", "https://chat.example.com@evil.example", 403),
+        ("chat.example.com", "https://evil.example@chat.example.com", 403),
+        ("chat.example.com", "ftp://chat.example.com", 403),
+        ("chat.example.com", "null", 403),
+        ("chat.example.com", "", 403),
+        ("127.0.0.1:7860", "https://chat.example.com", 403),
+    ],
+)
+def test_origin_must_have_the_host_and_port_of_the_request(locked_page, host, origin, status):
+    for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
+        body = f"password={PASSWORD}".encode()
+        headers = {"host": host, "origin": origin} | forwarded
+        assert _ask(locked_page, "POST", "/sign-in", body, **headers)[0] == status
+
+
+def test_forwarding_headers_are_not_believed(open_page):
+    forged = {"x_forwarded_host": "evil.example", "x_gradio_server": "http://evil.example"}
+    for path in ("/", "/config"):
+        assert b"evil.example" not in _ask(open_page, "GET", path, **forged)[2]
+
+
+def test_other_names_are_refused_without_a_password_alone(open_page):
+    told = _ask(open_page, "GET", "/", **BEHIND_PROXY)
+    assert told[0] == 403
+    assert b"password" in told[2]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import struct
 import sys
 import zlib
@@ -14,19 +16,23 @@ from served_page import Parrot
 from finesight.data.headers import DamagedPicture, TooLarge
 from finesight.errors import UserError
 from finesight.infer.request import Options
+from finesight.infer.talk import Reply
+from finesight.web import disk_budget
+from finesight.web import visitors as module
 from finesight.web.limits import (
     QUESTION_CHARACTERS,
     QUESTION_PICTURES,
     TALK_PICTURES,
     VISITORS,
 )
+from finesight.web.server import visitors_in
 from finesight.web.visitors import SHOWN_SIDE, Visitor, Visitors
 
 
 @pytest.fixture
 def visitors(tmp_path: Path) -> Visitors:
     (tmp_path / "talks").mkdir()
-    return Visitors(Parrot(lambda text: (text, ())), tmp_path / "talks")
+    return visitors_in(tmp_path, Parrot(lambda text: (text, ())))
 
 
 @pytest.fixture
@@ -46,6 +52,48 @@ def test_a_talk_is_kept_however_many_threads_ask_for_it(visitors):
             assert all(same)
     finally:
         sys.setswitchinterval(before)
+
+
+async def _heard(reply: Reply) -> None:
+    async for _ in reply:
+        pass
+
+
+def test_images_that_would_pass_the_limit_are_refused(visitors, tmp_path, monkeypatch):
+    """However small an upload is: a conversation keeps copies of all that was asked about."""
+    (tmp_path / "uploads").mkdir()
+    upload = tmp_path / "uploads" / "a.png"
+    noise(upload, 400, 400)
+    monkeypatch.setattr(module, "SHOWN_BYTES", 0)
+    monkeypatch.setattr(disk_budget, "FOLDER_BYTES", 4 * upload.stat().st_size)
+    visitor = visitors.of("one")
+    for _ in range(20):
+        with contextlib.suppress(UserError):
+            visitor.take("", [upload])
+    with pytest.raises(UserError, match="no room"):
+        visitor.take("", [upload])
+    kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert kept <= disk_budget.FOLDER_BYTES
+    assert 1 <= len(visitor.pictures) <= 3
+    visitors.leave("one")
+    visitors.of("two").take("", [upload])
+
+
+def test_exports_count_until_they_are_closed(visitors, tmp_path, monkeypatch):
+    (tmp_path / "uploads").mkdir()
+    upload = tmp_path / "uploads" / "a.png"
+    noise(upload, 400, 400)
+    visitor = visitors.of("one")
+    turn = visitor.talk.ask("What?", visitor.take("", [upload]), [Options()])
+    asyncio.run(_heard(turn.replies[0]))
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(disk_budget, "FOLDER_BYTES", size + 2 * upload.stat().st_size)
+    archive = visitor.export()
+    with pytest.raises(UserError, match="no room"):
+        visitor.export()
+    archive.close()
+    del archive
+    visitor.export().close()
 
 
 def test_each_session_has_a_talk_and_a_folder_of_its_own(visitors):

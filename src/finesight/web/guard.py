@@ -1,37 +1,52 @@
 """What stands between the network and Gradio: who may ask, for what, and with how much.
 
 Gradio has routes for far more than this page needs (proxies, run history, sharing), and trusts
-paths that a browser names. Only the routes below pass, after the password where there is one, and a
-file that a message names must be one that was uploaded.
+paths that a browser names. Only the routes below pass, after the password where there is one, and
+only events that the page has. A file that an event names must be one that was uploaded.
+
+Behind a proxy with TLS, the proxy has to pass the Host header on. Headers such as X-Forwarded-Proto
+are never read: everybody can send them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import json
-import os
 import re
 import secrets
-import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+)
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finesight.web.limits import FOLDER_BYTES, MESSAGE_BYTES, UPLOAD_BYTES, UPLOAD_SECONDS
+from finesight.web.disk_budget import DiskBudget, DiskFull, Reservation
+from finesight.web.events import Cancel, Inputs, Reset, parse_event
+from finesight.web.limits import IDLE_SECONDS, MESSAGE_BYTES, NAME_BYTES, UPLOAD_BYTES
 
 COOKIE = "finesight"
 SIGN_IN = "/sign-in"
 STYLE = "/page.css"
 JOIN, UPLOAD, FILE = "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file="
+STREAM = "/gradio_api/queue/data"
+ENDS: dict[str, type[BaseModel]] = {
+    "/gradio_api/cancel": Cancel,
+    "/gradio_api/reset": Reset,
+    "/gradio_api/reset/": Reset,
+}
+"""Routes that end an event, and what they take."""
 
 READ = re.compile(
     r"/|/config/?|/theme\.css|/page\.css|/favicon\.ico|/(?:assets|static|pictures|export)/.+"
@@ -39,9 +54,14 @@ READ = re.compile(
 )
 WRITTEN = re.compile(r"/sign-in|/gradio_api/(?:queue/join|upload|cancel|reset/?)")
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names under which a page that listens on loopback alone is asked for: a foreign name that leads
 to it belongs to somebody else's page."""
+
+FORWARDED = (b"forwarded", b"x-forwarded-", b"x-gradio-server")
+"""Beginnings of the names of headers by which Gradio would find the page's address."""
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 WRONG_PASSWORD_SECONDS = 1.0
 
@@ -56,19 +76,28 @@ SignInPage = Callable[[bool, str], str]
 """The page that asks for the password: whether one was wrong, and the browser's languages."""
 
 
-class _TooMuch(Exception):
-    """A body went beyond its limit."""
+class _Refused(Exception):
+    """A request is answered with this status before its body has been read."""
+
+    def __init__(self, status: int, told: str) -> None:
+        super().__init__(told)
+        self.response = PlainTextResponse(told, status)
 
 
 @dataclass(slots=True)
 class Guard:
     """The page's app behind its rules. `password` None: everybody who reaches it may ask.
 
-    `loopback` refuses other host names; `uploads` is where Gradio keeps what was uploaded.
+    `loopback` refuses other host names, unless there is a password. `uploads` is where Gradio keeps
+    what was uploaded, and `budget` the disk space for it. `inputs` are the events of the page, and
+    `knows_session` says whether a session has an open stream of events.
     """
 
     app: ASGIApp
     uploads: Path
+    budget: DiskBudget
+    inputs: Mapping[int, Inputs]
+    knows_session: Callable[[str], bool]
     sign_in_page: SignInPage
     password: str | None = None
     loopback: bool = True
@@ -82,7 +111,7 @@ class Guard:
             # The page's streams never end by themselves: they are cancelled when the server ends.
             try:
                 await self._answer(scope, receive, send)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, ClientDisconnect):
                 return
             except Exception:
                 # The server under it is told to be silent, as it complains of those streams.
@@ -95,30 +124,39 @@ class Guard:
         if refusal is not None:
             await _sent(refusal, scope, receive, send)
             return
-        limited = _limited(receive, UPLOAD_BYTES if path == UPLOAD else MESSAGE_BYTES)
+        scope = {**scope, "headers": [one for one in scope["headers"] if _is_believable(*one)]}
         try:
-            if path == SIGN_IN:
+            limited = _limited(receive, MESSAGE_BYTES)
+            if path == UPLOAD:
+                await self._upload(scope, headers, receive, send)
+            elif path == SIGN_IN:
                 response = await self._sign_in(scope, headers, limited)
                 await _sent(response, scope, receive, send)
             elif path == JOIN:
                 await self._join(scope, limited, send)
+            elif path in ENDS:
+                await self._end(scope, limited, send)
             elif path == "/":
                 await self._page(scope, limited, send)
             else:
                 private = path.startswith((FILE, "/pictures/", "/export/"))
                 policy = _FILE_POLICY if private else _POLICY.format(nonce="")
                 await self.app(scope, limited, _with_headers(send, policy))
-        except _TooMuch:
-            await _sent(PlainTextResponse("too much", 413), scope, receive, send)
+        except _Refused as refused:
+            await _sent(refused.response, scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """Why a request goes no further, by all but its body."""
         method, path = scope["method"], scope["path"]
+        if any(len(part.encode(errors="replace")) > NAME_BYTES for part in path.split("/")):
+            return PlainTextResponse("not here", 404)
         host = headers.get("host", "")
-        if self.loopback and host.rsplit(":", 1)[0] not in LOOPBACK:
-            return PlainTextResponse("another host", 403)
-        if method == "POST" and headers.get("origin") not in (None, f"http://{host}"):
-            return PlainTextResponse("another origin", 403)
+        if self.loopback and self.password is None and _place(f"//{host}", 0)[0] not in LOOPBACK:
+            told = "another host: start the page with a password to reach it under another name"
+            return PlainTextResponse(told, 403)
+        if method == "POST" and not _is_same_origin(headers.get("origin"), host):
+            told = "another origin: a proxy in front of the page has to pass the Host header on"
+            return PlainTextResponse(told, 403)
         may_read = method in ("GET", "HEAD") and (READ.fullmatch(path) or path == SIGN_IN)
         if not may_read and not (method == "POST" and WRITTEN.fullmatch(path)):
             return PlainTextResponse("not here", 404)
@@ -130,8 +168,9 @@ class Guard:
         most = UPLOAD_BYTES if path == UPLOAD else MESSAGE_BYTES
         if not length.isdecimal() or int(length) > most:
             return PlainTextResponse("too much", 413)
-        if path == UPLOAD and _bytes_kept(self.uploads) > FOLDER_BYTES:
-            return PlainTextResponse("no room for more pictures", 507)
+        session = QueryParams(scope["query_string"]).get("session_hash", "")
+        if path == STREAM and not self.knows_session(session):
+            return PlainTextResponse("no such session", 404)
         return None
 
     def _is_known(self, headers: Headers) -> bool:
@@ -140,11 +179,10 @@ class Guard:
         given = re.search(rf"(?:^|;\s*){COOKIE}=([\w-]+)", headers.get("cookie", ""), re.ASCII)
         return given is not None and hmac.compare_digest(given[1], self._pass)
 
-    def _is_upload(self, name: object) -> bool:
-        if not isinstance(name, str):
-            return False
+    def _is_upload(self, name: str) -> bool:
         try:
-            return Path(name).resolve().is_relative_to(self.uploads.resolve())
+            path = Path(name).resolve()
+            return path.is_relative_to(self.uploads.resolve()) and path.is_file()
         except (OSError, ValueError):
             return False
 
@@ -163,19 +201,73 @@ class Guard:
                 await asyncio.sleep(WRONG_PASSWORD_SECONDS)
                 return HTMLResponse(self.sign_in_page(True, languages), 401)
         response = RedirectResponse("./", 303)
-        response.set_cookie(COOKIE, self._pass, httponly=True, samesite="strict")
+        is_https = headers.get("origin", "").startswith("https://")
+        response.set_cookie(COOKIE, self._pass, httponly=True, samesite="strict", secure=is_https)
         return response
 
-    async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A message to the page: what it names as a file must be an upload."""
-        body = await _body(receive)
+    async def _upload(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        """Take files, with disk space reserved for all of them first.
+
+        Raises _Refused, where Gradio's own answer is that of an error of the server.
+        """
+        size = int(headers.get("content-length", UPLOAD_BYTES))
         try:
-            named = list(_paths(json.loads(body)))
-        except (ValueError, RecursionError):
-            named = [None]
-        if not all(map(self._is_upload, named)):
-            await _sent(PlainTextResponse("no upload", 403), scope, receive, send)
+            # In a thread, as all files are looked at.
+            reservation = await asyncio.to_thread(self.budget.reserve, size)
+        except DiskFull as error:
+            raise _Refused(507, "no room for more images") from error
+        has_failed = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_failed
+            has_failed = has_failed or message.get("status") == 500
+            if not has_failed:
+                await send(message)
+
+        with reservation:
+            received = _counted(_limited(receive, UPLOAD_BYTES), reservation)
+            try:
+                await self.app(scope, received, _with_headers(sending, _FILE_POLICY))
+            except TypeError as error:
+                # Raised by Gradio for a field `files` that is no file.
+                raise _Refused(422, "no file") from error
+            except (_Refused, ClientDisconnect):
+                raise
+            except Exception:
+                if has_failed:
+                    await _sent(PlainTextResponse("failed", 500), scope, receive, send)
+                raise
+
+    async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on an event that the page has, with uploads of this page alone."""
+        try:
+            event, uploads = parse_event(await _body(receive), self.inputs)
+        except ValueError:
+            await _sent(JSONResponse({"detail": "malformed event"}, 422), scope, receive, send)
             return
+        if not all(self._is_upload(upload.path) for upload in uploads):
+            await _sent(JSONResponse({"detail": "no upload"}, 403), scope, receive, send)
+            return
+        await self._pass_on(event, scope, receive, send)
+
+    async def _end(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on the end of an event."""
+        try:
+            ended = ENDS[scope["path"]].model_validate_json(await _body(receive))
+        except ValueError:
+            await _sent(JSONResponse({"detail": "malformed event"}, 422), scope, receive, send)
+            return
+        await self._pass_on(ended, scope, receive, send)
+
+    async def _pass_on(
+        self, content: BaseModel, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Hand a request to Gradio with its body as it was understood here."""
+        body = content.model_dump_json().encode()
+        headers = MutableHeaders(raw=list(scope["headers"]))
+        headers["content-length"] = str(len(body))
+        headers["content-type"] = "application/json"
+        scope = {**scope, "headers": headers.raw}
         await self.app(scope, _replayed(body, receive), _with_headers(send, _FILE_POLICY))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -224,7 +316,39 @@ def _with_headers(send: Send, policy: str) -> Send:
     return sending
 
 
+def _is_believable(name: bytes, value: bytes) -> bool:
+    return not name.lower().startswith(FORWARDED)
+
+
+def _is_same_origin(origin: str | None, host: str) -> bool:
+    """Compare the host and the port of an origin with the Host header.
+
+    Not the scheme: behind a proxy with TLS, the browser's is https. Browsers always send the origin
+    of a POST; other programs need not.
+    """
+    if origin is None:
+        return True
+    scheme = origin.partition("://")[0]
+    port = DEFAULT_PORTS.get(scheme)
+    if port is None:
+        return False
+    place = _place(origin, port)
+    return place[0] != "" and place == _place(f"//{host}", port)
+
+
+def _place(address: str, default_port: int) -> tuple[str, int]:
+    """The host and the port of an address; no host where it is malformed."""
+    try:
+        parts = urlsplit(address)
+        port = default_port if parts.port is None else parts.port
+    except ValueError:
+        return "", default_port
+    is_bare = not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
+    return (parts.hostname or "") if is_bare else "", port
+
+
 def _limited(receive: Receive, most: int) -> Receive:
+    """Raise _Refused beyond so many bytes."""
     taken = 0
 
     async def receiving() -> Message:
@@ -232,7 +356,21 @@ def _limited(receive: Receive, most: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > most:
-            raise _TooMuch
+            raise _Refused(413, "too much")
+        return message
+
+    return receiving
+
+
+def _counted(receive: Receive, reservation: Reservation) -> Receive:
+    """Count what has come as written. Raises _Refused if nothing comes for `IDLE_SECONDS`."""
+
+    async def receiving() -> Message:
+        try:
+            message = await asyncio.wait_for(receive(), IDLE_SECONDS)
+        except TimeoutError as error:
+            raise _Refused(408, "too slow") from error
+        reservation.write(len(message.get("body", b"")))
         return message
 
     return receiving
@@ -256,31 +394,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return receiving
-
-
-def _paths(value: Any) -> Iterable[object]:
-    """What stands under `path` anywhere in JSON data: by it Gradio knows files."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == "path":
-                yield inner
-            else:
-                yield from _paths(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _paths(inner)
-
-
-def _bytes_kept(uploads: Path) -> int:
-    """Of all that visitors have sent, once uploads are gone that have waited for too long."""
-    oldest, kept = time.time() - UPLOAD_SECONDS, 0
-    for folder, _, names in os.walk(uploads.parent):
-        for file in (Path(folder, name) for name in names):
-            # Whoever leaves takes files along meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                state = file.stat()
-                if state.st_mtime < oldest and file.is_relative_to(uploads):
-                    file.unlink()
-                else:
-                    kept += state.st_size
-    return kept

@@ -12,7 +12,13 @@ MESSAGE_BYTES = 1 << 20
 """Of any other request."""
 
 FOLDER_BYTES = 2 << 30
-"""Of all uploads of all visitors: beyond it nothing more is taken."""
+"""Of all files of all visitors, those that are being written included."""
+
+NAME_BYTES = 255
+"""Of one part of a request's path: file systems take no longer names."""
+
+IDLE_SECONDS = 30
+"""That an upload may wait for its next bytes: meanwhile it has disk space reserved."""
 
 UPLOAD_SECONDS = 3600
 """That an upload is kept for a question; talks have copies of what was asked about."""
@@ -25,3 +31,5 @@ VISITORS = 64
 
 LONGEST_ANSWER = 4096
 """Tokens that a visitor may ask for."""
+
+MOST_TEMPERATURE = 2.0

@@ -15,7 +15,8 @@ import gradio as gr
 from finesight.errors import UserError
 from finesight.infer.request import Options, Sampling
 from finesight.infer.talk import Reply, Turn
-from finesight.web.limits import LONGEST_ANSWER, QUESTION_CHARACTERS
+from finesight.web.events import ASKED, ASKED_AGAIN, NOTHING, Inputs
+from finesight.web.limits import LONGEST_ANSWER, MOST_TEMPERATURE, QUESTION_CHARACTERS
 from finesight.web.show import (
     export_html,
     notice_html,
@@ -84,8 +85,8 @@ class Page:
                     1, LONGEST_ANSWER, 512, step=1, label=words.longest, elem_id="longest"
                 )
                 self._temperature = gr.Slider(
-                    0.0, 2.0, 0.0, step=0.05, label=words.temperature, info=words.greedy,
-                    elem_id="temperature",
+                    0.0, MOST_TEMPERATURE, 0.0, step=0.05, label=words.temperature,
+                    info=words.greedy, elem_id="temperature",
                 )  # fmt: skip
 
     def _connect(self) -> None:
@@ -97,14 +98,19 @@ class Page:
         told = [self._past, self._now, self._notice, *labelled]
         common: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         event = common | {"outputs": told}
-        self.blocks.load(self._entered, outputs=[self._title, *told], **common)
         self.blocks.unload(self._left)
-        self._composer.submit(self._asked, [self._composer, *chosen], **event)
-        self._again.click(self._asked_again, chosen, **event)
-        self._composer.stop(self._stopped, **common)
-        self._undo.click(self._undone, **event)
-        self._new.click(self._begun_anew, **event)
-        self._language.click(self._switched, **event)
+        plain = [
+            self.blocks.load(self._entered, outputs=[self._title, *told], **common),
+            self._composer.stop(self._stopped, **common),
+            self._undo.click(self._undone, **event),
+            self._new.click(self._begun_anew, **event),
+            self._language.click(self._switched, **event),
+        ]
+        asked = self._composer.submit(self._asked, [self._composer, *chosen], **event)
+        again = self._again.click(self._asked_again, chosen, **event)
+        self.inputs: dict[int, Inputs] = {one["id"]: NOTHING for one in plain}
+        """The types of the data of each event that a browser may send, by its number."""
+        self.inputs |= {asked["id"]: ASKED, again["id"]: ASKED_AGAIN}
 
     def _visitor(self, request: gr.Request) -> Visitor:
         return self._visitors.of(str(request.session_hash))

@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from finesight.errors import UserError
 from finesight.infer.service import Service
+from finesight.web.disk_budget import DiskBudget
 from finesight.web.guard import Guard
 from finesight.web.limits import PICTURE_BYTES
 from finesight.web.show import sign_in_html
@@ -38,7 +39,7 @@ def serve(service: Service, listener: socket.socket, password: str | None, loopb
 
     with private_folder() as folder:
         config = uvicorn.Config(
-            make_app(Visitors(service, folder / TALKS), folder / UPLOADS, password, loopback),
+            make_app(visitors_in(folder, service), folder / UPLOADS, password, loopback),
             log_level="critical",
             access_log=False,
             server_header=False,
@@ -89,6 +90,11 @@ def private_folder() -> Iterator[Path]:
             yield folder
 
 
+def visitors_in(folder: Path, service: Service) -> Visitors:
+    """Nobody yet, within a `private_folder`."""
+    return Visitors(service, folder / TALKS, DiskBudget(folder / UPLOADS, folder / TALKS))
+
+
 def make_app(visitors: Visitors, uploads: Path, password: str | None, loopback: bool) -> Guard:
     """The page behind its guard, within a `private_folder` whose `uploads` hold what comes."""
     # Imported here: Gradio reads where it keeps files when it is imported, too.
@@ -120,7 +126,16 @@ def make_app(visitors: Visitors, uploads: Path, password: str | None, loopback: 
     def sign_in_page(refused: bool, languages: str) -> str:
         return sign_in_html(STATIC / "sign-in.html", refused, preferred(languages) is CHINESE)
 
-    return Guard(mounted, uploads, sign_in_page, password, loopback)
+    return Guard(
+        mounted,
+        uploads,
+        visitors.budget,
+        page.inputs,
+        lambda name: name in page.blocks._queue.pending_messages_per_session,
+        sign_in_page,
+        password,
+        loopback,
+    )
 
 
 @contextmanager

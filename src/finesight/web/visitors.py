@@ -7,6 +7,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import weakref
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from finesight.errors import UserError
 from finesight.infer.service import Service
 from finesight.infer.talk import Talk
 from finesight.vision.picture import open_picture
+from finesight.web.disk_budget import DiskBudget, DiskFull
 from finesight.web.limits import (
     QUESTION_CHARACTERS,
     QUESTION_PICTURES,
@@ -28,6 +30,9 @@ from finesight.web.words import ENGLISH, Words
 
 SHOWN_SIDE = 1600
 """Pixels of the longer side of a picture as the page shows it, at most."""
+
+SHOWN_BYTES = 4 << 20
+"""Of the file of such a picture, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Visitor:
 
     talk: Talk
     folder: Path
+    budget: DiskBudget
     words: Words = ENGLISH
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     pictures: dict[Path, Shown] = field(default_factory=dict)
@@ -64,10 +70,15 @@ class Visitor:
             raise UserError(told)
         if len(text) > QUESTION_CHARACTERS:
             raise UserError(self.words.too_long.format(len(text), QUESTION_CHARACTERS))
+        size = sum(path.stat().st_size for path in uploads if path.exists())
+        try:
+            reservation = self.budget.reserve(size + SHOWN_BYTES * len(uploads))
+        except DiskFull as error:
+            raise UserError(self.words.disk_full) from error
         kept: list[Path] = []
         try:
             # One question at a time, or two pictures get one number.
-            with self._keeping:
+            with reservation, self._keeping:
                 for upload in uploads:
                     kept.append(self._keep(upload))
         except BaseException:
@@ -85,7 +96,7 @@ class Visitor:
     def export(self) -> IO[bytes]:
         """The talk and its pictures in a zip archive, as `finesight train` and `predict --data`
         read them once unpacked. The file has no name, so it is gone with its handle, read or not.
-        Raises UserError where nothing has been said."""
+        Raises UserError where nothing has been said, or where there is no room for it."""
         names = {
             path: f"pictures/{shown.number}-{path.name.partition('-')[2]}"
             for path, shown in self.pictures.items()
@@ -95,7 +106,13 @@ class Visitor:
             raise UserError(f"{len(self.talk.turns)} turns, none with an answer: nothing to export")
         lines = self.folder / "talk.jsonl"
         write_samples(lines, samples)
+        try:
+            size = sum(path.stat().st_size for path in (lines, *names))
+            reservation = self.budget.reserve(size)
+        except DiskFull as error:
+            raise UserError(self.words.disk_full) from error
         with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(reservation)
             archive = on_failure.enter_context(tempfile.TemporaryFile(dir=self.folder))
             with zipfile.ZipFile(archive, "w") as file:
                 file.write(lines, "talk/talk.jsonl")
@@ -103,6 +120,8 @@ class Visitor:
                     file.write(path, f"talk/{name}")
             archive.seek(0)
             on_failure.pop_all()
+        # A file without a name is in no folder where it would be counted.
+        weakref.finalize(archive, reservation.release)
         return archive
 
     def _keep(self, upload: Path) -> Path:
@@ -121,8 +140,8 @@ class Visitor:
 class Visitors:
     """All of them, by the name that the page gives its session; the quietest goes for a new one."""
 
-    def __init__(self, service: Service, folder: Path) -> None:
-        self.service, self._folder = service, folder
+    def __init__(self, service: Service, folder: Path, budget: DiskBudget) -> None:
+        self.service, self._folder, self.budget = service, folder, budget
         self._known: dict[str, Visitor] = {}
         # Some of the page's events come in threads, also of one session.
         self._lock = threading.RLock()
@@ -136,7 +155,7 @@ class Visitors:
                     self.leave(next(iter(self._known)))
                 folder = self._folder / secrets.token_hex(16)
                 folder.mkdir()
-                visitor = Visitor(Talk(self.service), folder)
+                visitor = Visitor(Talk(self.service), folder, self.budget)
             self._known[session] = visitor
         return visitor
 

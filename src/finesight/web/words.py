@@ -37,6 +37,7 @@ class Words:
     refused: str
     too_many: str
     too_long: str
+    disk_full: str
     failed: str
 
 
@@ -66,6 +67,7 @@ ENGLISH = Words(
     refused="That did not work",
     too_many="{} pictures; at most {} go with one question, {} with one talk.",
     too_long="{} characters; a question has at most {}.",
+    disk_full="The server has no room for more images. Start a new talk, or try again later.",
     failed="The answer ended with an error of the server; its terminal says more.",
 )
 
@@ -95,6 +97,7 @@ CHINESE = Words(
     refused="未能完成",
     too_many="共 {} 张图片；每个问题最多 {} 张，每次对话最多 {} 张。",
     too_long="共 {} 个字符；每个问题最多 {} 个。",
+    disk_full="服务器没有空间存放更多图像。请开始新对话，或稍后再试。",
     failed="服务器出错，回答中断；详情见其终端。",
 )
 

@@ -1,0 +1,80 @@
+"""The page behind a proxy that terminates TLS and passes every header on, in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from page_visit import Visit
+from PIL import Image
+from served_page import Parrot, served
+
+PASSWORD = "right-password"
+
+
+def certificate(folder: Path) -> ssl.SSLContext:
+    """Make a certificate that nobody trusts."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on the search path")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += ["-subj", "/CN=127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy bytes until one side ends."""
+    with suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@contextmanager
+def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
+    """Terminate TLS in front of a port of this machine; yields the proxy's own port."""
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        page_reader, page_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, page_writer), pump(page_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(connect, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+
+
+def test_question_with_an_image_is_answered_behind_tls(browser, tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    context = certificate(tmp_path)
+    browser.driver.execute_cdp_cmd("Security.setIgnoreCertificateErrors", {"ignore": True})
+    with (
+        served(Parrot(lambda text: (text, ())), password=PASSWORD, loopback=False) as place,
+        tls_proxy(context, place.port) as port,
+    ):
+        address = f"https://127.0.0.1:{port}/"
+        visit = Visit(browser, address)
+        browser.run(f"document.querySelector('[name=password]').value = '{PASSWORD}';")
+        browser.run("document.querySelector('form').submit();")
+        visit.until("return !!document.querySelector('#title h1 span');")
+        visit.ask("What is it?", [tmp_path / "red.png"])
+        assert visit.texts(".reply .said") == ["What is it?"]
+        assert len(visit.texts(".asked img")) == 1
+        assert [url for url in browser.requests() if not url.startswith(address)] == []

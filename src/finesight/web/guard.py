@@ -79,9 +79,9 @@ SignInPage = Callable[[bool, str], str]
 class _Refused(Exception):
     """A request is answered with this status before its body has been read."""
 
-    def __init__(self, status: int, told: str) -> None:
-        super().__init__(told)
-        self.response = PlainTextResponse(told, status)
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.response = PlainTextResponse(text, status)
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class Guard:
         if refusal is not None:
             await _sent(refusal, scope, receive, send)
             return
-        scope = {**scope, "headers": [one for one in scope["headers"] if _is_believable(*one)]}
+        scope = {**scope, "headers": [one for one in scope["headers"] if _is_kept_header(*one)]}
         try:
             limited = _limited(receive, MESSAGE_BYTES)
             if path == UPLOAD:
@@ -152,11 +152,11 @@ class Guard:
             return PlainTextResponse("not here", 404)
         host = headers.get("host", "")
         if self.loopback and self.password is None and _place(f"//{host}", 0)[0] not in LOOPBACK:
-            told = "another host: start the page with a password to reach it under another name"
-            return PlainTextResponse(told, 403)
+            text = "another host: start the page with a password to reach it under another name"
+            return PlainTextResponse(text, 403)
         if method == "POST" and not _is_same_origin(headers.get("origin"), host):
-            told = "another origin: a proxy in front of the page has to pass the Host header on"
-            return PlainTextResponse(told, 403)
+            text = "another origin: a proxy in front of the page has to pass the Host header on"
+            return PlainTextResponse(text, 403)
         may_read = method in ("GET", "HEAD") and (READ.fullmatch(path) or path == SIGN_IN)
         if not may_read and not (method == "POST" and WRITTEN.fullmatch(path)):
             return PlainTextResponse("not here", 404)
@@ -316,7 +316,8 @@ def _with_headers(send: Send, policy: str) -> Send:
     return sending
 
 
-def _is_believable(name: bytes, value: bytes) -> bool:
+def _is_kept_header(name: bytes, value: bytes) -> bool:
+    """Tell headers apart from those by which a client could forge the address of the page."""
     return not name.lower().startswith(FORWARDED)
 
 

@@ -91,7 +91,7 @@ def private_folder() -> Iterator[Path]:
 
 
 def visitors_in(folder: Path, service: Service) -> Visitors:
-    """Nobody yet, within a `private_folder`."""
+    """Create the visitors of a page, nobody at first, within a `private_folder`."""
     return Visitors(service, folder / TALKS, DiskBudget(folder / UPLOADS, folder / TALKS))
 
 

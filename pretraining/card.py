@@ -71,7 +71,8 @@ class Measured(Part):
     unreadable: int
     headline: str
     scores: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, tuple[float, float] | None]
+    notes: dict[str, str] = {}
     details: dict[str, Any] = {}
 
 
@@ -251,7 +252,9 @@ def _measured(sets: Mapping[str, Measured]) -> str:
     return _table(("held-out pictures", "figure", "", "95 % interval", "samples"), rows)
 
 
-def _interval(bounds: tuple[float, float]) -> str:
+def _interval(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return "-"
     return " to ".join(f"{bound:.1%}" for bound in bounds)
 
 

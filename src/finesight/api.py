@@ -363,10 +363,10 @@ def evaluate(
     of your own, `FILE.py:FUNCTION`. Of a run, what is left out is as its recipe says. `limit` takes
     the first samples, `out` is a file for every answer with its scores.
 
-    Of the result, `scores` are the figures by name, `intervals` their bounds with 95 % confidence,
-    `headline` names the one that stands for all, `predictions` are the answers. Raises UserError
-    where data or metric is neither given nor in a recipe, and for samples without what the metric
-    compares.
+    Of the result, `scores` are the figures by name, `intervals` their 95 % confidence intervals
+    (None where there is none: `notes` say why), `headline` names the one that stands for all,
+    `predictions` are the answers. Raises UserError where data or metric is neither given nor in a
+    recipe, and for samples without what the metric compares.
     """
     from rich.console import Console
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from finesight.cli.evaluate import evaluate
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
+from finesight.evaluate.bootstrap import FEW_UNBOUNDED
 from finesight.model.tiny import make_tiny
 
 
@@ -100,6 +102,16 @@ def test_figures_come_with_their_intervals(tiny, data):
     table = _run(tiny, "--data", data, "--metric", "ocr").stdout
     assert "with 95 % intervals" in table
     assert f"{low:.4f} to {high:.4f}" in table
+
+
+def test_a_score_without_an_interval_says_why(tiny, data):
+    result = _run(tiny, "--data", data, "--metric", "captions", "--json")
+    figures = json.loads(result.stdout)
+    assert figures["intervals"]["cider_d"] is None
+    assert figures["notes"] == {"cider_d": FEW_UNBOUNDED}
+    table = _run(tiny, "--data", data, "--metric", "captions").stdout
+    assert f"cider_d: {FEW_UNBOUNDED}" in table
+    assert re.search(r"cider_d\* +0\.0000 +-\n", table)
 
 
 def test_the_classes_most_often_mistaken_are_listed(tiny, data):

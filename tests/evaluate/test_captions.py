@@ -142,7 +142,8 @@ def test_figures_of_a_resample_are_those_of_the_samples_drawn():
     ]
     scored = score(cases)
     drawn = np.bincount(np.random.default_rng(0).integers(0, 20, 20), minlength=20)
-    figures = scored.figures(drawn[None].astype(float))
+    weights = drawn[None].astype(float)
+    figures = {name: one.value(one.sums(weights)) for name, one in scored.estimators.items()}
     repeated = score([case for case, count in zip(cases, drawn, strict=True) for _ in range(count)])
     for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"):
         assert figures[name][0] == pytest.approx(repeated.scores[name])

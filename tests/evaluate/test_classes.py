@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from finesight.evaluate.answered import Case
+from finesight.evaluate.bootstrap import RARE
 from finesight.evaluate.classes import OTHER, score
 
 
@@ -45,5 +46,17 @@ def test_f1_equals_the_counting_of_each_class():
 
 
 def test_classes_that_a_resample_lacks_do_not_count():
-    figures = score(_cases(("a", "a"), ("b", "b"))).figures
-    assert figures(np.array([[2.0, 0.0]]))["f1_macro"] == 1
+    one = score(_cases(("a", "a"), ("b", "b"))).estimators["f1_macro"]
+    assert one.value(one.sums(np.array([[2.0, 0.0]]))) == 1
+
+
+def test_a_class_of_few_samples_leaves_the_mean_over_classes_without_an_interval():
+    common, rare = [("a", "a")] * 40, [("b", "b")] * 4
+    scored = score(_cases(*common, *rare))
+    assert scored.intervals()["f1_macro"] is None
+    assert scored.notes() == {"f1_macro": RARE}
+    scored = score(_cases(*common, *rare, ("a", "b")))
+    low, high = scored.intervals()["f1_macro"]
+    # The sample in five decides, not the one in forty-five.
+    assert low < 0.85 < scored.scores["f1_macro"] < high
+    assert scored.notes() == {}

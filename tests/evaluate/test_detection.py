@@ -11,6 +11,7 @@ import pytest
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.answered import Case
+from finesight.evaluate.bootstrap import RARE
 from finesight.evaluate.detection import score
 
 
@@ -150,10 +151,43 @@ def test_a_resample_is_scored_as_the_pictures_drawn():
     ]
     scored = score(cases)
     drawn = np.bincount(np.random.default_rng(1).integers(0, 30, 30), minlength=30)
-    figures = scored.figures(drawn[None].astype(float))
+    weights = drawn[None].astype(float)
+    figures = {name: one.value(one.sums(weights)) for name, one in scored.estimators.items()}
     repeated = [one for one, count in zip(cases, drawn, strict=True) for _ in range(count)]
-    expected = score(repeated).scores
+    expected = {name: one.plug_in for name, one in score(repeated).estimators.items()}
     assert {name: float(value[0]) for name, value in figures.items()} == pytest.approx(expected)
+
+
+def _scene(chance: random.Random) -> Case:
+    truth = _boxes(chance, chance.randrange(1, 4), "ab")
+    found = [_moved(chance, one) for one in truth if chance.random() < 0.7]
+    return case([*found, *_boxes(chance, chance.randrange(2), "ab")], truth)
+
+
+def test_average_precision_of_a_large_set_is_precision_times_recall():
+    """Its interval is around that product; on a small set, average precision itself is above it."""
+    chance = random.Random(11)
+    large = score([_scene(chance) for _ in range(20_000)])
+    small = [score([_scene(chance) for _ in range(20)]) for _ in range(50)]
+    for name in ("ap", "ap_50", "ap_75"):
+        one = large.estimators[name]
+        assert one.score == pytest.approx(one.plug_in, abs=0.01)
+        means = np.mean([[s.scores[name], s.estimators[name].plug_in] for s in small], axis=0)
+        assert means[0] > one.score + 0.02
+        assert means[1] == pytest.approx(one.score, abs=0.02)
+    assert set(large.notes()) == {"ap", "ap_50", "ap_75"}
+    assert "biased upwards" in large.notes()["ap"]
+
+
+def test_a_class_of_few_samples_leaves_average_precision_without_an_interval():
+    chance = random.Random(12)
+    several = [_scene(chance) for _ in range(30)]
+    assert score(several).intervals()["ap"] is not None
+    rare = [box("rare", 0, 0, 9, 9)]
+    scored = score([*several, case(rare, rare)])
+    assert scored.intervals()["ap"] is None
+    assert scored.notes()["ap"] == RARE
+    assert scored.intervals()["f1_at_0.5"] is not None
 
 
 def test_nothing_found_and_nothing_right_are_nothing():

@@ -12,7 +12,7 @@ from finesight.evaluate.compare import paired_files
 from finesight.report.contrast import Row, contrast
 from finesight.report.entries import read_entries
 
-MIXED, BETTER = [0.5, 1.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25], [1.0] * 6 + [0.5, 0.25]
+MIXED, BETTER = [0.5, 1.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25], [1.0] * 8
 
 
 def rows_of(*paths: Path) -> dict[str, Row]:

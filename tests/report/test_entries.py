@@ -31,6 +31,18 @@ def test_runs_and_files_of_answers(first: Path, tmp_path: Path) -> None:
     assert cautions(*entries) == []
 
 
+def test_average_precision_of_sets_of_different_size_is_not_compared(tmp_path: Path) -> None:
+    recipe = RECIPE | {"eval": {"metric": "detection"}}
+    runs = [
+        run_with(tmp_path / name, signs(tmp_path, marks), recipe=recipe, metric="f1").folder
+        for name, marks in (("first", HALF), ("other", HALF[:6]), ("same", FULL))
+    ]
+    entries = read_entries(runs)
+    text = "answered 8 and 6 samples, and their values of AP are not to be compared"
+    assert any(text in one for one in cautions(entries[0], entries[1]))
+    assert cautions(entries[0], entries[2]) == []
+
+
 def test_what_is_refused(first: Path, tmp_path: Path) -> None:
     begun_only = MadeRun(tmp_path / "begun")
     begun_only.lines("metrics.jsonl", [START, step_line(1)])

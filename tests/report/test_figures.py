@@ -11,7 +11,9 @@ from finesight.report.figures import (
     between,
     interval_of,
     named,
+    note_of,
     plain,
+    remarks,
     rows,
     sentence,
     signed,
@@ -102,3 +104,20 @@ def test_a_headline_that_no_answer_gave_is_said_so() -> None:
     found = rows(lines, {})[0]
     assert (found.before, found.after) == (None, None)
     assert sentence(found) == "The similarity could not be told from these answers."
+
+
+def test_notes_are_told_once_with_the_scores_that_they_are_about() -> None:
+    biased, few = "biased upwards", "no interval: fewer than 6 samples"
+    line = measured_line(0, 0.2) | {"scores": {"ap": 0.5, "ap_50": 0.7, "exact": 0.5}}
+    line |= {"notes": {"ap": biased, "ap_50": biased}}
+    after = line | {"step": 9}
+    difference = Difference("exact", 0.5, 0.5, None, None, "no clear change", few)
+    found = rows([line, after], {"exact": difference})
+    told = remarks((row.name, note) for row in found for note in row.notes)
+    assert told == [
+        f"AP, AP at overlap 0.5: {biased}",
+        f"exactly right: {few}",
+        "held-out loss: no interval: only the sum over all samples is known",
+    ]
+    for notes in (None, [], "ap", {"ap": None}):
+        assert note_of({"notes": notes}, "ap_50") == ""

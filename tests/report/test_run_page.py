@@ -136,8 +136,8 @@ def test_a_run_on_its_way_compares_what_there_is(tmp_path: Path) -> None:
     made.answered("step-40", [answer_line(name, "yz", "yz", 1.0) for name in names])
     page = run_page(made.folder)
     assert data_of(page)["measurements"] == ["before", "after step 40"]
-    # By the answers: every one of them became right.
-    assert "interval of the difference is +1.000 to +1.000" in text_of(page)
+    # By the answers: every one of the eight became right.
+    assert "interval of the difference is +0.351 to +1.000" in text_of(page)
     assert "Looked at when the run comes to its end" in text_of(page)
 
 

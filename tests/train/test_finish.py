@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from small_run import Task
 
 from finesight.errors import UserError
+from finesight.evaluate.bootstrap import FEW
+from finesight.evaluate.compare import ONE_SUM, REMOVED
 from finesight.evaluate.held_out import held_out
 from finesight.train.finish import RunResult
 
@@ -95,17 +97,21 @@ def test_the_end_compares_before_and_after_with_intervals(task: Task) -> None:
     result = task.run(eval={"metric": "ocr", "max_new_tokens": 3})
     names = [one.name for one in result.differences]
     assert names[:2] == ["held_out_loss", "similarity"]
-    loss, similarity = result.differences[:2]
-    assert (loss.low, loss.high) == (None, None)
-    assert similarity.low is not None
-    assert similarity.high is not None
-    assert similarity.low <= similarity.after - similarity.before <= similarity.high
+    loss, similarity, exact = result.differences[:3]
+    assert (loss.low, loss.high, loss.note) == (None, None, ONE_SUM)
+    # Of so few samples, only a difference of two proportions has an interval.
+    assert (similarity.low, similarity.high, similarity.note) == (None, None, FEW)
+    assert exact.low is not None
+    assert exact.high is not None
+    assert exact.low <= exact.after - exact.before <= exact.high
     assert result.after is not None
     assert result.after.intervals.keys() == result.after.scores.keys()
     stored = json.loads((task.folder / "run" / "result.json").read_text())
     assert RunResult.model_validate_json(json.dumps(stored)) == result
     assert "similarity*" in task.screen
     assert "95 % interval" in task.screen
+    assert f"held_out_loss: {ONE_SUM}" in task.screen
+    assert f"similarity, cer, wer: {FEW}" in task.screen
 
 
 def test_a_result_of_an_earlier_release_is_read(task: Task) -> None:
@@ -115,7 +121,7 @@ def test_a_result_of_an_earlier_release_is_read(task: Task) -> None:
     for name in ("differences", "best", "weights_of", "stopped_early"):
         del stored[name]
     for name in ("before", "after"):
-        del stored[name]["intervals"], stored[name]["details"]
+        del stored[name]["intervals"], stored[name]["details"], stored[name]["notes"]
     result = RunResult.model_validate_json(json.dumps(stored))
     assert (result.differences, result.stopped_early) == ((), False)
 
@@ -127,6 +133,7 @@ def test_answers_that_were_tidied_away_cost_the_intervals_only(task: Task) -> No
     (run / "predictions" / "before.jsonl").unlink()
     result = task.run(resume=True)
     assert {one.low for one in result.differences} == {None}
+    assert {one.note for one in result.differences} == {ONE_SUM, REMOVED}
     assert "similarity" in [one.name for one in result.differences]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from finesight.data.sample import BoxPart, Sample, TextPart
 from finesight.encode.thought import apart
 from finesight.errors import UserError
-from finesight.evaluate.bootstrap import Figures, Interval, interval, ratios, resampled, whole
+from finesight.evaluate.bootstrap import BOUNDED, Ends, Estimator, intervals, mean
+from finesight.evaluate.proportions import Interval
 
 Scores = dict[str, float]
 
@@ -36,47 +37,62 @@ class Case:
 class Scored:
     """What a task's measure makes of N answers.
 
-    `each` holds figures of every answer alone, `figures` computes those of the whole set from how
-    often each answer counts, and `details` is what does not fit into figures, for machines: the
-    confusion of classes, the fields of a form.
+    `each` holds figures of every answer alone, `estimators` compute those of the whole set, and
+    `details` is what does not fit into figures, for machines: the confusion of classes, the fields
+    of a form.
     """
 
     each: list[Scores]
-    figures: Figures
+    estimators: dict[str, Estimator]
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scores(self) -> Scores:
         """The figures of the set."""
-        once = self.figures(whole(len(self.each)))
-        return {name: float(value[0]) for name, value in once.items()}
+        return {name: one.score for name, one in self.estimators.items()}
 
-    def intervals(self) -> dict[str, Interval]:
-        """Bootstrap intervals of the figures."""
-        found = resampled(len(self.each), self.figures)
-        return {name: interval(values, len(self.each)) for name, values in found.items()}
+    def intervals(self) -> dict[str, Interval | None]:
+        """Return the 95 % interval of each score, None where there is none."""
+        return intervals(self.estimators)
+
+    def notes(self) -> dict[str, str]:
+        """Return why a score has no interval, or a warning about it, by the name of the score."""
+        notes = {name: one.missing() or one.note for name, one in self.estimators.items()}
+        return {name: note for name, note in notes.items() if note}
+
+
+def note_lines(notes: Mapping[str, str]) -> list[str]:
+    """Return a line for each note, with the names of its scores in front."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        names.setdefault(note, []).append(name)
+    return [f"{', '.join(several)}: {note}" for note, several in names.items() if note]
 
 
 Score = Callable[[Sequence[Case]], Scored]
 """A way to score at least one answer."""
 
 
-def means(each: Sequence[Scores], **names: str) -> Figures:
-    """Figures that are means over the answers; `names` maps a figure to the score of each answer
-    that it is the mean of, by default all under their own names."""
+def means(
+    each: Sequence[Scores],
+    names: Mapping[str, str] | None = None,
+    bounds: Mapping[str, Ends] | Ends = BOUNDED,
+) -> dict[str, Estimator]:
+    """Return estimators of means over the answers.
+
+    Args:
+        each: Scores of every answer.
+        names: The score of an answer by the name of its mean. By default all, under their names.
+        bounds: Of all scores, or of some by name; the others are in [0, 1].
+    """
     chosen = names or {name: name for name in each[0]}
-    ones = np.ones(len(each))
-    return together(
-        {
-            figure: ratios(np.array([scores[name] for scores in each], np.float64), ones)
-            for figure, name in chosen.items()
-        }
-    )
-
-
-def together(figures: Mapping[str, Callable[..., Any]]) -> Figures:
-    """Figures by name as one function of the weights."""
-    return lambda weights: {name: figure(weights) for name, figure in figures.items()}
+    return {
+        figure: mean(
+            np.array([scores[name] for scores in each], np.float64),
+            bounds.get(figure, BOUNDED) if isinstance(bounds, Mapping) else bounds,
+        )
+        for figure, name in chosen.items()
+    }
 
 
 def truths_of(sample: Sample, *, thinks: bool = False) -> Truth:

@@ -12,8 +12,13 @@ from finesight.evaluate.answered import Case, Scored, means
 def score(cases: Sequence[Case]) -> Scored:
     """Accuracy at an IoU of 0.5 and of 0.75, mean IoU, and the share of answers with a box."""
     each = [box_scores(case.boxes, case.targets) for case in cases]
-    names = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
-    return Scored(each, means(each, **names, mean_iou="iou", parse_rate="parsed"))
+    names = {
+        "accuracy_at_0.5": "hit",
+        "accuracy_at_0.75": "hit_at_0.75",
+        "mean_iou": "iou",
+        "parse_rate": "parsed",
+    }
+    return Scored(each, means(each, names))
 
 
 def match(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[tuple[int, int, float]]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from finesight.evaluate.answered import Case, Scored, means, together
-from finesight.evaluate.bootstrap import Array, Weights, whole
+from finesight.evaluate.answered import Case, Scored, means
+from finesight.evaluate.bootstrap import NON_NEGATIVE, Array, Estimator, divided
 from finesight.evaluate.words import words
 
 Words = Sequence[str]
@@ -39,15 +39,15 @@ def score(cases: Sequence[Case]) -> Scored:
     cider = cider_d(said, truths)
     each = [{"cider_d": c, "rouge_l": r} for r, c in zip(rouge, cider, strict=True)]
     counts = bleu_counts(said, truths)
-    bleus = together({f"bleu_{n}": bleu_of(counts, n) for n in range(1, LONGEST_GRAM + 1)})
-    averages = means(each)
-    return Scored(each, lambda weights: averages(weights) | bleus(weights))
+    bleus = {f"bleu_{n}": bleu_estimator(counts, n) for n in range(1, LONGEST_GRAM + 1)}
+    # CIDEr-D ends at 10, which no set comes near: its bound would say nothing.
+    return Scored(each, means(each, bounds={"cider_d": NON_NEGATIVE}) | bleus)
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """Corpus BLEU-1 to BLEU-4, in [0, 1]."""
-    counts, once = bleu_counts(candidates, references), whole(len(candidates))
-    return [float(bleu_of(counts, order)(once)[0]) for order in range(1, LONGEST_GRAM + 1)]
+    totals = bleu_counts(candidates, references).sum(axis=0, keepdims=True)
+    return [float(_bleu(totals, order)[0]) for order in range(1, LONGEST_GRAM + 1)]
 
 
 def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> Array:
@@ -68,18 +68,29 @@ def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words
     return np.array(rows, np.float64)
 
 
-def bleu_of(counts: Array, order: int) -> Callable[[Weights], Array]:
-    """BLEU up to n-grams of an order, of rows as `bleu_counts` gives them."""
+def bleu_estimator(counts: Array, order: int) -> Estimator:
+    """Return the estimator of BLEU up to n-grams of an order, from the rows of `bleu_counts`."""
+    matched, offered = counts[:, :LONGEST_GRAM], counts[:, LONGEST_GRAM : 2 * LONGEST_GRAM]
+    worst = counts.mean(axis=0)
+    slope = np.zeros_like(worst)
+    slope[:LONGEST_GRAM] = worst[LONGEST_GRAM : 2 * LONGEST_GRAM]
+    worst[:LONGEST_GRAM] = 0.0
+    return Estimator(
+        sums=lambda weights: weights @ counts,
+        value=lambda totals: _bleu(totals, order),
+        rates=divided(matched, offered)[:, :order].mean(axis=1),
+        worst=worst,
+        slope=slope,
+    )
 
-    def figure(weights: Weights) -> Array:
-        totals = weights @ counts
-        matched, offered = totals[:, :order], totals[:, LONGEST_GRAM : LONGEST_GRAM + order]
-        length, closest = totals[:, -2], totals[:, -1]
-        value: Array = np.prod((matched + _TINY) / (offered + _SMALL), axis=1) ** (1 / order)
-        ratio = (length + _TINY) / (closest + _SMALL)
-        return value * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
-    return figure
+def _bleu(totals: Array, order: int) -> Array:
+    """BLEU of sums of the rows of `bleu_counts`: (R, 10) -> (R,)."""
+    matched, offered = totals[:, :order], totals[:, LONGEST_GRAM : LONGEST_GRAM + order]
+    length, closest = totals[:, -2], totals[:, -1]
+    value: Array = np.prod((matched + _TINY) / (offered + _SMALL), axis=1) ** (1 / order)
+    ratio = (length + _TINY) / (closest + _SMALL)
+    return value * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
 def rouge_l(candidate: Words, references: Sequence[Words]) -> float:

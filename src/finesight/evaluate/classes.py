@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from finesight.evaluate.answered import Case, Scored, Scores, means
-from finesight.evaluate.bootstrap import Array, Weights, divided
+from finesight.evaluate.bootstrap import (
+    Array,
+    Estimator,
+    SampleGroup,
+    divided,
+    grouped_sums,
+    typical_classes,
+)
 from finesight.evaluate.text import folded_text
 
 OTHER = "(something else)"
@@ -33,26 +40,40 @@ def score(cases: Sequence[Case]) -> Scored:
         said.append(answer if answer in known else OTHER)
         right.append(answer if answer in several else several[0])
     each: list[Scores] = [{"accuracy": float(s == r)} for s, r in zip(said, right, strict=True)]
-    accuracy = means(each)
-    number = {name: i for i, name in enumerate(classes)}
-    columns = np.zeros((len(cases), 2, len(classes)))
-    for i, (s, r) in enumerate(zip(said, right, strict=True)):
-        columns[i, 1, number[r]] += 1
-        if s in number:
-            columns[i, 1, number[s]] += 1
-            columns[i, 0, number[s]] += s == r
-
-    def figures(weights: Weights) -> dict[str, Array]:
-        return accuracy(weights) | {"f1_macro": _macro(columns, weights)}
-
+    estimators = means(each)
+    estimators["f1_macro"] = _macro(classes, said, right, estimators["accuracy"].rates)
     pairs = Counter(zip(right, said, strict=True))
     listed = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
-    return Scored(each, figures, {"confusion": [[r, s, count] for (r, s), count in listed]})
+    return Scored(each, estimators, {"confusion": [[r, s, count] for (r, s), count in listed]})
 
 
-def _macro(columns: Array, weights: Weights) -> Array:
-    """Mean, over the classes that occur in a resample, of 2 * right / (wanted + said)."""
-    samples, _, classes = columns.shape
-    sums = (weights @ columns.reshape(samples, -1)).reshape(len(weights), 2, classes)
-    occurs = sums[:, 1] > 0
-    return divided(divided(2 * sums[:, 0], sums[:, 1]).sum(axis=1), occurs.sum(axis=1) * 1.0)
+def _macro(
+    classes: Sequence[str], said: Sequence[str], right: Sequence[str], accuracies: Array
+) -> Estimator:
+    """Return the estimator of the mean, over the classes, of 2 * right / (wanted + said)."""
+    counts: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in classes}
+    for i, (s, r) in enumerate(zip(said, right, strict=True)):
+        counts[r][i] = (1.0, 2.0) if s == r else (0.0, 1.0)
+        if s != r and s in counts:
+            counts[s][i] = (0.0, 1.0)
+    seen = {name: own for name, own in counts.items() if own}
+    groups = [
+        SampleGroup(np.array(list(own), np.int64), np.array(list(own.values())).reshape(-1, 2))
+        for own in seen.values()
+    ]
+    wanted = Counter(right)
+    parts, rare = typical_classes([wanted[name] for name in seen], len(right))
+
+    def value(sums: Array) -> Array:
+        hits, both = np.moveaxis(sums.reshape(len(sums), len(groups), 2), 2, 0)
+        return divided(divided(2 * hits, both).sum(axis=1), (both > 0).sum(axis=1) * 1.0)
+
+    return Estimator(
+        sums=grouped_sums(groups, len(right)),
+        value=value,
+        rates=accuracies,
+        biased=True,
+        worst=np.outer(parts, [0, 2]).ravel(),
+        slope=np.outer(parts, [1, 0]).ravel(),
+        undefined=rare,
+    )

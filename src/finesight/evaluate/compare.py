@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from finesight.config import Metric
 from finesight.errors import UserError
-from finesight.evaluate.answered import Case, Scored
-from finesight.evaluate.bootstrap import Array, interval, resampled
+from finesight.evaluate.answered import Case, Scored, note_lines
+from finesight.evaluate.bootstrap import FEWEST, Estimator, differences, no_difference
+from finesight.evaluate.proportions import Interval
 from finesight.evaluate.saved import read_answers
 from finesight.evaluate.score import LOWER_IS_BETTER, score
 
@@ -22,14 +23,18 @@ Verdict = Literal["better", "worse", "no clear change"]
 NOTHING = 5e-5
 """Of a figure: less is shown as 0.0000."""
 
-FEWEST = 6
-"""Samples without which nothing is clear: of five, all agree by chance once in sixteen times."""
+ONE_SUM = "no interval: only the sum over all samples is known"
+REMOVED = "no interval: the answers are gone"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure then and now. `low` and `high` bound the difference (after - before) with 95 %
-    confidence; None where the figure has no interval, and then the verdict goes by its value."""
+    """A score before and after, with the 95 % interval of the difference (after - before).
+
+    Attributes:
+        low: Lower bound. None, as is `high`, where there is no interval.
+        note: Why there is no interval, or a warning about the score.
+    """
 
     name: str
     before: float
@@ -37,11 +42,11 @@ class Difference:
     low: float | None
     high: float | None
     verdict: Verdict
+    note: str = ""
 
 
 def paired(metric: Metric, before: Sequence[Case], after: Sequence[Case]) -> list[Difference]:
-    """The figures of both sets of answers and the difference of each, by paired bootstrap (Efron
-    and Tibshirani 1993): every resample draws the same samples from both.
+    """Compare the scores of two sets of answers to the same samples.
 
     Answers are paired by the id of their sample, or one by one where ids repeat; samples that only
     one set answers are left out. Raises UserError when the sets share none.
@@ -54,28 +59,26 @@ def paired(metric: Metric, before: Sequence[Case], after: Sequence[Case]) -> lis
             expected="answers to the same samples",
             remedy="measure both on the same data",
         )
-    return paired_scores(score(metric, old), score(metric, new), len(old))
+    return paired_scores(score(metric, old), score(metric, new))
 
 
-def paired_scores(was: Scored, now: Scored, samples: int) -> list[Difference]:
-    """`paired`, of answers to so many samples, in the same order, that are scored already."""
-
-    def both(weights: Array) -> dict[str, Array]:
-        then, since = was.figures(weights), now.figures(weights)
-        return {name: since[name] - then[name] for name in then if name in since}
-
-    then, since = was.scores, now.scores
-    return [
-        difference(name, then[name], since[name], values, samples)
-        for name, values in resampled(samples, both).items()
-    ]
+def paired_scores(was: Scored, now: Scored) -> list[Difference]:
+    """Compare the scores of answers to the same samples in the same order."""
+    return compare_estimators(was.estimators, now.estimators)
 
 
-def difference(name: str, before: float, after: float, changes: Array, samples: int) -> Difference:
-    """A figure of so many samples then and now, and its difference in every resample."""
-    low, high = interval(changes, samples)
-    verdict = _verdict(name, low, high) if samples >= FEWEST else "no clear change"
-    return Difference(name, before, after, low, high, verdict)
+def compare_estimators(
+    before: Mapping[str, Estimator], after: Mapping[str, Estimator]
+) -> list[Difference]:
+    """Compare the scores of the same samples in the same order."""
+    found = []
+    for name, interval in differences(before, after).items():
+        was, now = before[name], after[name]
+        low, high = interval or (None, None)
+        verdict = _verdict(name, interval) if was.samples >= FEWEST else "no clear change"
+        note = no_difference(was, now) or was.note
+        found.append(Difference(name, was.score, now.score, low, high, verdict, note))
+    return found
 
 
 def paired_files(metric: Metric, before: Path, after: Path) -> list[Difference]:
@@ -84,16 +87,17 @@ def paired_files(metric: Metric, before: Path, after: Path) -> list[Difference]:
     return paired(metric, [one.case for one in old], [one.case for one in new])
 
 
-def unsampled(name: str, before: float, after: float) -> Difference:
-    """A figure then and now of which no resamples can be had, such as the held-out loss."""
+def unsampled(name: str, before: float, after: float, note: str = ONE_SUM) -> Difference:
+    """Compare a score without samples, such as the held-out loss: its verdict goes by its value."""
     gap = after - before
-    return Difference(name, before, after, None, None, _verdict(name, gap, gap))
+    return Difference(name, before, after, None, None, _verdict(name, Interval(gap, gap)), note)
 
 
-def _verdict(name: str, low: float, high: float) -> Verdict:
+def _verdict(name: str, interval: Interval | None) -> Verdict:
     """Clear if the interval lies on one side of 0, and is more than what is shown as none."""
-    if max(abs(low), abs(high)) < NOTHING:
+    if interval is None or max(map(abs, interval)) < NOTHING:
         return "no clear change"
+    low, high = interval
     if name in LOWER_IS_BETTER:
         low, high = -high, -low
     return "better" if low > 0 else "worse" if high < 0 else "no clear change"
@@ -107,7 +111,7 @@ def as_table(differences: Sequence[Difference], headline: str | None = None) -> 
         figures = (f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}")
         bounds = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
         rows.append((one.name + mark, *figures, bounds, one.verdict))
-    return aligned(rows, 1)
+    return "\n".join([aligned(rows, 1), *note_lines({one.name: one.note for one in differences})])
 
 
 def aligned(rows: Sequence[Sequence[str]], names: int) -> str:

@@ -8,22 +8,35 @@ It therefore depends on that order, if little; F1 does not, and stands for all h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import iou
 from finesight.data.sample import BoxPart
-from finesight.evaluate.answered import Case, Scored, Scores, means, together
-from finesight.evaluate.bootstrap import Array, Weights, divided, ratios
+from finesight.evaluate.answered import Case, Scored, Scores, means
+from finesight.evaluate.bootstrap import (
+    EMPTY,
+    Array,
+    Estimator,
+    SampleGroup,
+    divided,
+    grouped_sums,
+    ratio,
+    typical_classes,
+)
 from finesight.evaluate.boxes import box_scores, name_of
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
+ROUNDING = 1e-9
 MOST_BOXES = 100
 """Of one class in one picture; COCO passes over any more."""
+
+BIASED = "biased upwards on small sets: compare it on the same samples only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +64,14 @@ def score(cases: Sequence[Case]) -> Scored:
         | {"f1": 2 * right[i] / (found[i] + wanted[i]) if found[i] + wanted[i] else 1.0}
         for i, case in enumerate(cases)
     ]
-    counted = together(
-        {
-            "f1_at_0.5": ratios(2 * right, found + wanted),
-            "precision_at_0.5": ratios(right, found),
-            "recall_at_0.5": ratios(right, wanted),
-        }
-    )
-    averages = means(each, mean_iou="iou", parse_rate="parsed")
-    precise = average_precision(classes)
-    return Scored(each, lambda weights: counted(weights) | precise(weights) | averages(weights))
+    estimators = {
+        "f1_at_0.5": ratio(2 * right, found + wanted),
+        "precision_at_0.5": ratio(right, found),
+        "recall_at_0.5": ratio(right, wanted),
+        **average_precision(classes, len(cases)),
+        **means(each, {"mean_iou": "iou", "parse_rate": "parsed"}),
+    }
+    return Scored(each, estimators)
 
 
 def matched(cases: Sequence[Case]) -> list[Class]:
@@ -112,45 +123,89 @@ def _right(found: Sequence[BoxPart], truth: Sequence[BoxPart]) -> list[NDArray[n
     return list(right)
 
 
-def average_precision(classes: Sequence[Class]) -> Callable[[Weights], dict[str, Array]]:
-    """COCO's average precision: of each class and threshold the mean, over 101 recalls, of the best
-    precision at that recall or beyond; then the mean over the classes that are wanted."""
+def average_precision(classes: Sequence[Class], samples: int) -> dict[str, Estimator]:
+    """Return the estimators of COCO's average precision over ten thresholds, at 0.5 and at 0.75.
 
-    def figures(weights: Weights) -> dict[str, Array]:
-        total = np.zeros((len(weights), len(THRESHOLDS)))
-        present = np.zeros(len(weights))
-        for one in classes:
-            wanted = weights @ one.wanted
-            if wanted.any():
-                total += _precision(one, weights, wanted)
-                present += wanted > 0
-        by_threshold = divided(total, present[:, None])
-        # Thresholds 0.5 and 0.75 are the first and the sixth.
-        return {
-            "ap": by_threshold.mean(axis=1),
-            "ap_50": by_threshold[:, 0],
-            "ap_75": by_threshold[:, 5],
-        }
+    Of each class and threshold it is the mean, over 101 recalls, of the best precision at that
+    recall or beyond; then the mean over the classes that are wanted. Taking the best biases it
+    upwards on small sets. Since all boxes are equally sure, precision does not depend on recall,
+    and on a large set average precision is precision times recall: its interval is that of this
+    product, which counts alone determine.
+    """
+    wanted_classes = [one for one in classes if one.wanted.any()]
+    groups = [_counts(one) for one in wanted_classes]
+    by_threshold = [_precision(one) for one in wanted_classes]
+    reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(THRESHOLDS))
+    width = 2 + len(THRESHOLDS)
+    sizes, undefined = np.zeros(0), EMPTY
+    if groups:
+        counts = [int(np.count_nonzero(group.values[:, 1])) for group in groups]
+        parts, undefined = typical_classes(counts, samples)
+        squares = [(group.values[:, 1] ** 2).sum() for group in groups]
+        sizes = parts * np.sqrt(np.divide(squares, counts))
+    # The typical sample has as many boxes found as wanted.
+    boxes = np.arange(width) < 2
+    sums = grouped_sums(groups, samples)
+    # Thresholds 0.5 and 0.75 are the first and the sixth.
+    chosen = {"ap": slice(None), "ap_50": slice(0, 1), "ap_75": slice(5, 6)}
+    return {
+        name: Estimator(
+            sums=sums,
+            value=partial(_large_set, thresholds=thresholds, width=width),
+            rates=_rates(groups, samples)[:, thresholds].mean(axis=1),
+            worst=np.outer(sizes, boxes).ravel(),
+            slope=np.outer(sizes, ~boxes).ravel(),
+            biased=True,
+            reported=float(reported[thresholds].mean()),
+            undefined=undefined,
+            note=BIASED,
+        )
+        for name, thresholds in chosen.items()
+    }
 
-    return figures
+
+def _counts(one: Class) -> SampleGroup:
+    """Boxes found, wanted and right at each threshold, of each sample with boxes of a class."""
+    counts = np.zeros((len(one.wanted), 2 + len(THRESHOLDS)))
+    counts[:, 1] = one.wanted
+    np.add.at(counts[:, 0], one.samples, 1.0)
+    np.add.at(counts[:, 2:], one.samples, one.right.T.astype(np.float64))
+    used = np.flatnonzero(counts[:, :2].any(axis=1))
+    return SampleGroup(used, counts[used])
 
 
-def _precision(one: Class, weights: Weights, wanted: Array) -> Array:
-    """Average precision of a class in each resample and at each threshold: (R, 10)."""
-    drawn = weights[:, one.samples]
-    ranked = np.cumsum(drawn, axis=1)
-    result = np.zeros((len(weights), len(THRESHOLDS)))
+def _rates(groups: Sequence[SampleGroup], samples: int) -> Array:
+    """F1 of each sample at each threshold: (N, 10)."""
+    boxes, right = np.zeros((samples, 1)), np.zeros((samples, len(THRESHOLDS)))
+    for group in groups:
+        boxes[group.samples, 0] += group.values[:, :2].sum(axis=1)
+        right[group.samples] += group.values[:, 2:]
+    return np.where(boxes > 0, divided(2 * right, np.broadcast_to(boxes, right.shape)), 1.0)
+
+
+def _large_set(sums: Array, thresholds: slice, width: int) -> Array:
+    """Average precision of a large set of samples with such sums: (R, classes * width) -> (R,)."""
+    counts = sums.reshape(len(sums), -1, width)
+    found, wanted, right = counts[..., :1], counts[..., 1:2], counts[..., 2:][..., thresholds]
+    precision = divided(right, np.broadcast_to(found, right.shape))
+    recall = divided(right, np.broadcast_to(wanted, right.shape))
+    # How many of the 101 recalls are reached; none where nothing is right.
+    reached = (np.floor(100 * recall + ROUNDING) + 1) * (right > 0)
+    by_class = (precision * reached / len(RECALLS)).mean(axis=2)
+    return divided(by_class.sum(axis=1), (counts[..., 1] > 0).sum(axis=1) * 1.0)
+
+
+def _precision(one: Class) -> Array:
+    """Return the average precision of a class at each threshold: (10,)."""
+    result = np.zeros(len(THRESHOLDS))
+    wanted = one.wanted.sum()
     for t, right in enumerate(one.right):
         # Recall grows, and precision can be highest, only where a found box is right.
         places = np.flatnonzero(right)
-        if not len(places):
-            continue
-        hits = np.cumsum(drawn[:, places], axis=1)
-        precision = hits / (ranked[:, places] + np.spacing(1))
-        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        recall = divided(hits, wanted[:, None])
-        # How many of the 101 recalls are reached; none while nothing right has been drawn.
-        reached = np.searchsorted(RECALLS, recall, side="right") * (hits > 0)
-        steps = np.diff(reached, axis=1, prepend=0)
-        result[:, t] = (steps * best).sum(axis=1) / len(RECALLS)
+        hits = np.arange(1.0, len(places) + 1)
+        precision = hits / (places + 1 + np.spacing(1))
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        # How many of the 101 recalls are reached.
+        reached = np.searchsorted(RECALLS, hits / wanted, side="right")
+        result[t] = (np.diff(reached, prepend=0) * best).sum() / len(RECALLS)
     return result

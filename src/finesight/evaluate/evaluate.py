@@ -14,8 +14,8 @@ from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
-from finesight.evaluate.answered import Case, Scores, truths_of
-from finesight.evaluate.bootstrap import Interval
+from finesight.evaluate.answered import Case, Scores, note_lines, truths_of
+from finesight.evaluate.proportions import Interval
 from finesight.evaluate.saved import line_of
 from finesight.evaluate.score import check_truths, headline_of, score
 from finesight.infer.predict import Prediction, predict
@@ -37,10 +37,11 @@ Ask = Callable[[Sequence[Located]], Answers]
 class Evaluation:
     """Figures of a set of held-out samples, and every answer behind them.
 
-    `scores` holds the task's figures and `stopped`, the share of answers that ended by themselves,
-    `intervals` how sure each is; `headline` names the one that stands for all (higher is better),
-    `details` is what the task says beyond figures. `unreadable` are (sample id, reason) of those
-    whose pictures could not be read: they are in no figure.
+    `scores` holds the task's figures and `stopped`, the share of answers that ended by themselves.
+    `intervals` holds the 95 % interval of each, None where there is none; `notes` say why, or warn
+    about a figure. `headline` names the one that stands for all (higher is better), `details` is
+    what the task says beyond figures. `unreadable` are (sample id, reason) of those whose pictures
+    could not be read: they are in no figure.
     """
 
     metric: Metric
@@ -48,8 +49,9 @@ class Evaluation:
     scores: Scores
     predictions: tuple[Prediction, ...]
     unreadable: tuple[tuple[str, str], ...]
-    intervals: dict[str, Interval]
+    intervals: dict[str, Interval | None]
     details: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The figures alone, for machines."""
@@ -60,6 +62,7 @@ class Evaluation:
             "headline": self.headline,
             "scores": self.scores,
             "intervals": self.intervals,
+            "notes": self.notes,
             "details": self.details,
         }
 
@@ -68,11 +71,16 @@ class Evaluation:
         left_out = f", {len(self.unreadable)} left out" if self.unreadable else ""
         rows = [
             f"{name + ('*' if name == self.headline else ''):<18}  {value:8.4f}"
-            f"   {self.intervals[name].low:.4f} to {self.intervals[name].high:.4f}"
+            f"   {_between(self.intervals[name])}"
             for name, value in self.scores.items()
         ]
         head = f"{self.metric}: {len(self.predictions)} samples{left_out}, with 95 % intervals"
-        return "\n".join([head, *rows, *_noted(self.details), *_cut(self.predictions)])
+        notes = note_lines(self.notes)
+        return "\n".join([head, *rows, *notes, *_noted(self.details), *_cut(self.predictions)])
+
+
+def _between(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
 
 
 def _cut(predictions: Sequence[Prediction]) -> list[str]:
@@ -145,6 +153,7 @@ def evaluate(
         unreadable=tuple((chosen[i].sample.id, reason) for i, reason in sorted(unreadable.items())),
         intervals=scored.intervals(),
         details=scored.details,
+        notes=scored.notes(),
     )
 
 

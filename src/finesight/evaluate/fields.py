@@ -12,13 +12,21 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
-from finesight.evaluate.answered import Case, Scored, Scores, means, together
-from finesight.evaluate.bootstrap import Array, Weights, divided, ratios
+from finesight.evaluate.answered import Case, Scored, Scores, means
+from finesight.evaluate.bootstrap import (
+    EMPTY,
+    Array,
+    Estimator,
+    SampleGroup,
+    divided,
+    grouped_sums,
+    ratio,
+    typical_classes,
+)
 from finesight.evaluate.text import plain_text
 
 Form = dict[str, Any] | list[Any]
@@ -35,14 +43,6 @@ SHOWN = 200
 """Most fields that `details` holds, those that are wanted most often."""
 
 _FENCE = "```"
-
-
-class Counts(NamedTuple):
-    """Of one field: the answers that have to do with it, shape (K,), and of each the right, said
-    and wanted values, shape (K, 3)."""
-
-    samples: NDArray[np.int64]
-    values: Array
 
 
 def score(cases: Sequence[Case]) -> Scored:
@@ -62,16 +62,16 @@ def score(cases: Sequence[Case]) -> Scored:
         pairs.append((found, truth))
     right = np.array([(said & truth).total() for said, truth in pairs], np.float64)
     both = np.array([said.total() + truth.total() for said, truth in pairs], np.float64)
-    total = together({"f1": ratios(2 * right, both)})
-    averages = means(each, exact="exact", parse_rate="parsed")
     counts = {name: one for name, one in _counts(pairs).items() if one.values[:, 2].any()}
 
-    def figures(weights: Weights) -> dict[str, Array]:
-        return total(weights) | {"f1_macro": _macro(counts, weights)} | averages(weights)
-
+    estimators = {
+        "f1": ratio(2 * right, both),
+        "f1_macro": _macro(counts, np.array([scores["f1"] for scores in each])),
+        **means(each, {"exact": "exact", "parse_rate": "parsed"}),
+    }
     rows = {name: _by_field(one) for name, one in counts.items()}
     shown = sorted(rows, key=lambda name: -rows[name]["wanted"])[:SHOWN]
-    return Scored(each, figures, {"fields": {name: rows[name] for name in shown}})
+    return Scored(each, estimators, {"fields": {name: rows[name] for name in shown}})
 
 
 def form_of(text: str) -> Form | None:
@@ -134,7 +134,7 @@ def _f1(said: Fields, truth: Fields) -> float:
     return 2 * (said & truth).total() / both if both else 1.0
 
 
-def _counts(pairs: Sequence[tuple[Fields, Fields]]) -> dict[str, Counts]:
+def _counts(pairs: Sequence[tuple[Fields, Fields]]) -> dict[str, SampleGroup]:
     """Of every field that is said or wanted; by name."""
     rows: dict[str, dict[int, list[int]]] = defaultdict(dict)
     for i, (said, truth) in enumerate(pairs):
@@ -142,23 +142,41 @@ def _counts(pairs: Sequence[tuple[Fields, Fields]]) -> dict[str, Counts]:
             for (name, _), count in fields.items():
                 rows[name].setdefault(i, [0, 0, 0])[column] += count
     return {
-        name: Counts(np.array(list(own)), np.array(list(own.values()), np.float64))
+        name: SampleGroup(np.array(list(own)), np.array(list(own.values()), np.float64))
         for name, own in sorted(rows.items())
     }
 
 
-def _macro(counts: dict[str, Counts], weights: Weights) -> Array:
-    """Mean F1 of the fields that a resample wants."""
-    total, present = np.zeros(len(weights)), np.zeros(len(weights))
-    for samples, values in counts.values():
-        sums = weights[:, samples] @ values
-        wanted = sums[:, 2] > 0
-        total += np.where(wanted, divided(2 * sums[:, 0], sums[:, 1] + sums[:, 2]), 0.0)
-        present += wanted
-    return divided(total, present)
+def _macro(counts: dict[str, SampleGroup], rates: Array) -> Estimator:
+    """Return the estimator of the mean F1 of the fields; `rates` are the F1 of each sample.
+
+    A group holds the right, said and wanted values of a field. The typical sample says as many
+    values as it should.
+    """
+    groups = list(counts.values())
+    sizes, undefined = np.zeros(0), EMPTY
+    if groups:
+        having = [int(np.count_nonzero(group.values[:, 2])) for group in groups]
+        parts, undefined = typical_classes(having, len(rates))
+        sizes = parts * [group.values[:, 2].sum() for group in groups] / having
+
+    def value(sums: Array) -> Array:
+        right, said, wants = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
+        found = np.where(wants > 0, divided(2 * right, said + wants), 0.0)
+        return divided(found.sum(axis=1), (wants > 0).sum(axis=1) * 1.0)
+
+    return Estimator(
+        sums=grouped_sums(groups, len(rates)),
+        value=value,
+        rates=rates,
+        biased=True,
+        worst=np.outer(sizes, [0, 1, 1]).ravel(),
+        slope=np.outer(sizes, [1, 0, 0]).ravel(),
+        undefined=undefined,
+    )
 
 
-def _by_field(counts: Counts) -> dict[str, float]:
+def _by_field(counts: SampleGroup) -> dict[str, float]:
     right, said, wanted = (float(total) for total in counts.values.sum(axis=0))
     return {
         "f1": 2 * right / (said + wanted),

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from finesight.evaluate import drawing
-from finesight.evaluate.answered import Case, Scored, Scores, means, together
-from finesight.evaluate.bootstrap import ratios
-from finesight.evaluate.captions import LONGEST_GRAM, bleu_counts, bleu_of
+from finesight.evaluate.answered import Case, Scored, Scores, means
+from finesight.evaluate.bootstrap import NON_NEGATIVE, ratio
+from finesight.evaluate.captions import LONGEST_GRAM, bleu_counts, bleu_estimator
 from finesight.evaluate.text import nearest
 
 Tokens = list[str]
@@ -40,19 +40,16 @@ def score(cases: Sequence[Case]) -> Scored:
                 "edit_distance": float(edits),
             }
         )
-    averages = means(each)
-    more = {"bleu": bleu_of(bleu_counts(said, truths), LONGEST_GRAM)}
+    estimators = means(each, bounds={"edit_distance": NON_NEGATIVE})
+    estimators["bleu"] = bleu_estimator(bleu_counts(said, truths), LONGEST_GRAM)
     if drawing.available():
         looks = rendered(cases, said, truths)
         each = [s if a is None else s | {"rendered": a} for s, a in zip(each, looks, strict=True)]
         alike = np.array([alike or 0.0 for alike in looks])
         covered = np.array([float(alike is not None) for alike in looks])
-        more |= {
-            "rendered": ratios(alike, covered),
-            "rendered_share": ratios(covered, np.ones(len(cases))),
-        }
-    others = together(more)
-    return Scored(each, lambda weights: averages(weights) | others(weights))
+        estimators["rendered"] = ratio(alike, covered)
+        estimators["rendered_share"] = ratio(covered, np.ones(len(cases)))
+    return Scored(each, estimators)
 
 
 def rendered(

@@ -18,6 +18,7 @@ from typing import Any
 
 from finesight.errors import UserError
 from finesight.evaluate.answered import Case, Score, Scored, Scores, means
+from finesight.evaluate.bootstrap import UNBOUNDED
 
 COPY = "metric.py"
 """What a run's folder calls its copy of the file."""
@@ -92,7 +93,7 @@ def _scored(
         raise _refused(f"HEADLINE is {headline!r}, the figures are {', '.join(each[0])}", file)
     first = headline or next(iter(each[0]))
     ordered = [{first: scores[first]} | scores for scores in each]
-    return Scored(ordered, means(ordered))
+    return Scored(ordered, means(ordered, bounds=UNBOUNDED))
 
 
 def _as_scores(value: object, file: Path, function: str, case: Case) -> Scores:

@@ -13,7 +13,6 @@ from finesight.config import Metric, TaskName
 from finesight.errors import UserError
 from finesight.evaluate import boxes, captions, classes, detection, fields, latex, own, qa, text
 from finesight.evaluate.answered import Case, Score, Scored, Scores, Truth, means
-from finesight.evaluate.bootstrap import Array, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +102,7 @@ def score(metric: Metric, cases: Sequence[Case]) -> Scored:
     assert cases, "nothing to score"
     scored = task_of(metric).score(cases)
     stopped = means([{"stopped": float(case.stopped)} for case in cases])
-
-    def figures(weights: Weights) -> dict[str, Array]:
-        return scored.figures(weights) | stopped(weights)
-
-    return replace(scored, figures=figures)
+    return replace(scored, estimators=scored.estimators | stopped)
 
 
 def headline_of(metric: Metric, scores: Scores) -> str:

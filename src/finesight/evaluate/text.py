@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from finesight.evaluate.answered import Case, Scored, Scores, means, together
-from finesight.evaluate.bootstrap import Array, Weights, ratios
+from finesight.evaluate.answered import Case, Scored, Scores, means
+from finesight.evaluate.bootstrap import NON_NEGATIVE, Estimator, ratio
 
 
 def score(cases: Sequence[Case]) -> Scored:
@@ -32,9 +32,8 @@ def score(cases: Sequence[Case]) -> Scored:
         )
         characters.append((edits, length))
         spelled.append((word_edits, word_count))
-    averages = means(each)
-    rates = together({"cer": _rate(characters), "wer": _rate(spelled)})
-    return Scored(each, lambda weights: averages(weights) | rates(weights))
+    rates = {"cer": _rate(characters), "wer": _rate(spelled)}
+    return Scored(each, means(each) | rates)
 
 
 def plain_text(text: str) -> str:
@@ -83,7 +82,8 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return distance
 
 
-def _rate(edits: Sequence[tuple[int, int]]) -> Callable[[Weights], Array]:
+def _rate(edits: Sequence[tuple[int, int]]) -> Estimator:
     """Edits over lengths, both summed; a set without anything to read has a length of 1."""
     above, below = np.array(edits, np.float64).T
-    return ratios(above, below if below.any() else np.full_like(below, 1 / len(below)))
+    below = below if below.any() else np.full_like(below, 1 / len(below))
+    return ratio(above, below, NON_NEGATIVE)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from finesight import __version__
+from finesight.evaluate.answered import note_lines
 from finesight.export.files import ARCHITECTURES
 from finesight.export.parity import Parity
 from finesight.export.serving import lines as serving_lines
@@ -21,6 +22,7 @@ from finesight.infer.load import Parts
 from finesight.manifest import MANIFEST
 from finesight.model.merge import public_name
 from finesight.remote.address import model_address
+from finesight.report.figures import note_of
 from finesight.report.record import Record, read_record
 from finesight.yaml_text import parsed
 
@@ -166,7 +168,8 @@ def _scores(record: Record | None) -> list[str]:
     if not rows:
         return []
     head = "| held-out samples | before | after | 95 % interval |\n| --- | --- | --- | --- |"
-    return ["## What it can", "\n".join([head, *rows])]
+    notes = note_lines({name: note_of(after, name) for name in scores["after"]})
+    return ["## What it can", "\n".join([head, *rows]), *notes]
 
 
 def _interval(ends: object) -> str:

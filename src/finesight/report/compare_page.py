@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from finesight.report.figures import (
     between,
     named,
     plain,
+    remarks,
     signed,
     signed_between,
 )
@@ -64,10 +65,20 @@ class Comparison:
     def as_table(self) -> str:
         """The headline and the loss of each run, and how sure the differences are."""
         lines = [("run", "figure", "value", "difference", "95 % interval", "")]
-        for row in (row for row in self.rows if row.headline or row.name == LOSS):
+        shown = [row for row in self.rows if row.headline or row.name == LOSS]
+        for row in shown:
             for entry, cell in zip(self.entries, row.cells, strict=True):
                 lines.append((entry.label, row.name, *_told(cell)))
-        return aligned(lines, 2)
+        return "\n".join([aligned(lines, 2), *remarks(notes_of(shown))])
+
+
+def notes_of(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Yield the notes of scores and of their differences, with the names of the scores."""
+    for row in rows:
+        for cell in row.cells:
+            yield row.name, cell.note
+            if cell.difference is not None:
+                yield row.name, cell.difference.note
 
 
 def compared(paths: Sequence[Path]) -> Comparison:
@@ -120,6 +131,7 @@ def compare_page(comparison: Comparison, most: int = MOST) -> str:
         samples=samples,
         note=_note(samples),
         named_figure=named(samples.figure) or say("score"),
+        notes=remarks(notes_of(comparison.rows)),
         meaning={row.name: say(MEANINGS.get(row.name, "")) for row in comparison.rows},
         verdicts={kind: say(text) for kind, text in WORDS.items()},
         figure=plain,
@@ -207,6 +219,9 @@ def _folders(entries: Sequence[Entry]) -> list[Path]:
 
 def _as_json(cell: Cell) -> dict[str, Any]:
     found: dict[str, Any] = {"value": cell.value, "interval": cell.ends}
+    note = cell.note or (cell.difference.note if cell.difference else "")
+    if note:
+        found["note"] = note
     if cell.difference is not None:
         found |= {
             "difference": cell.change,

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from finesight.evaluate.answered import Scored, means
+from finesight.evaluate.bootstrap import UNBOUNDED
 from finesight.evaluate.compare import Difference, paired_scores, unsampled
 from finesight.evaluate.score import LOWER_IS_BETTER, TASKS, score
 from finesight.report.entries import Entry, Key, is_own, other_loss, shared
-from finesight.report.figures import LOSS, Ends, Judged, figures_of, interval_of
+from finesight.report.figures import LOSS, Ends, Judged, ends_of, figures_of, interval_of, note_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Cell(Judged):
     value: float | None
     ends: Ends | None
     difference: Difference | None
+    note: str = ""
 
     @property
     def change(self) -> float | None:
@@ -58,7 +61,7 @@ class Scoring:
                 self._known[name] = score(task, [one.case for one in chosen])
             elif len({frozenset(one.scores) for one in chosen}) == 1:
                 each = [one.scores for one in chosen]
-                self._known[name] = Scored(each, means(each))
+                self._known[name] = Scored(each, means(each, bounds=UNBOUNDED))
         return self._known.get(name)
 
 
@@ -85,21 +88,35 @@ def contrast(entries: Sequence[Entry]) -> list[Row]:
     ]
 
 
-def _cell(figure: tuple[float, Ends | None] | None, change: Difference | None) -> Cell:
-    value, ends = figure or (None, None)
-    return Cell(value, ends, change)
+class _Figure(NamedTuple):
+    """A score of a run with its interval; `note` says why it has none, or warns about the score."""
+
+    value: float
+    ends: Ends | None
+    note: str
 
 
-def _figures(entry: Entry, scoring: Scoring) -> dict[str, tuple[float, Ends | None]]:
+def _cell(figure: _Figure | None, change: Difference | None) -> Cell:
+    value, ends, note = figure or (None, None, "")
+    return Cell(value, ends, change, note)
+
+
+def _figures(entry: Entry, scoring: Scoring) -> dict[str, _Figure]:
     """As the run has measured them; of a file of answers, as they are scored now."""
     if entry.record is not None:
         found = figures_of(entry.measured)
-        return {name: (value, interval_of(entry.measured, name)) for name, value in found.items()}
+        return {
+            name: _Figure(value, interval_of(entry.measured, name), note_of(entry.measured, name))
+            for name, value in found.items()
+        }
     scored = scoring.of(entry, list(entry.answers))
     if scored is None:
         return {}
-    ends = scored.intervals()
-    return {name: (value, (*ends[name],)) for name, value in scored.scores.items()}
+    ends, notes = scored.intervals(), scored.notes()
+    return {
+        name: _Figure(value, ends_of(ends[name]), notes.get(name, ""))
+        for name, value in scored.scores.items()
+    }
 
 
 def _differences(first: Entry, other: Entry, scoring: Scoring) -> dict[str, Difference]:
@@ -108,7 +125,7 @@ def _differences(first: Entry, other: Entry, scoring: Scoring) -> dict[str, Diff
     if first.metric == other.metric and keys:
         was, now = (scoring.of(entry, keys) for entry in (first, other))
         if was is not None and now is not None:
-            found = {one.name: one for one in paired_scores(was, now, len(keys))}
+            found = {one.name: one for one in paired_scores(was, now)}
     losses = [figures_of(entry.measured).get(LOSS) for entry in (first, other)]
     if losses[0] is not None and losses[1] is not None and not other_loss(first, other):
         found[LOSS] = unsampled(LOSS, losses[0], losses[1])

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finesight.evaluate.answered import together
-from finesight.evaluate.bootstrap import Array, ratios, resampled
-from finesight.evaluate.compare import Difference, difference
+from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, Array, Estimator, mean
+from finesight.evaluate.compare import Difference, compare_estimators
 from finesight.report.examples import BY_SAMPLE, pairs, scores_of
 from finesight.report.record import Line
 
@@ -24,10 +23,13 @@ CLOSE = 1e-6
 def differences(
     before: Path, after: Path, then: Mapping[str, float], since: Mapping[str, float]
 ) -> dict[str, Difference]:
-    """The differences of those figures that are means over the answers in two files, by paired
-    bootstrap. `then` and `since` are the figures as the run has noted them."""
+    """Compare those scores that are means over the answers in two files.
+
+    `then` and `since` are the scores as the run has noted them.
+    """
     both = [(old, new) for old, new in pairs(before, after) if old is not None and new is not None]
-    changes: dict[str, Array] = {}
+    old_means: dict[str, Estimator] = {}
+    new_means: dict[str, Estimator] = {}
     if not both:
         return {}
     for name in then.keys() & since.keys():
@@ -35,14 +37,14 @@ def differences(
         if was is None or now is None:
             continue
         if abs(was.mean() - then[name]) < CLOSE and abs(now.mean() - since[name]) < CLOSE:
-            changes[name] = now - was
-    ones = np.ones(len(both))
-    figures = {name: ratios(change, ones) for name, change in changes.items()}
-    drawn = resampled(len(both), together(figures)) if figures else {}
-    return {
-        name: difference(name, then[name], since[name], values, len(both))
-        for name, values in drawn.items()
-    }
+            bounds = BOUNDED if _within(was) and _within(now) else UNBOUNDED
+            old_means[name], new_means[name] = mean(was, bounds), mean(now, bounds)
+    return {one.name: one for one in compare_estimators(old_means, new_means)}
+
+
+def _within(values: Array) -> bool:
+    """Whether values can be those of a score between 0 and 1."""
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def _column(figure: str, lines: tuple[Line, ...]) -> Array | None:

@@ -170,6 +170,13 @@ def cautions(first: Entry, other: Entry) -> list[str]:
     elif (counts := (len(first.answers), len(other.answers))) != (len(same), len(same)):
         text = "{} and {} are compared on the {:,} samples that both answered, of {:,} and {:,}."
         said.append(say(text, *names, len(same), *counts))
+    if first.metric == other.metric == "detection" and len(first.answers) != len(other.answers):
+        text = (
+            "Average precision falls as a set grows: {} and {} answered {:,} and {:,} samples, and"
+            " their values of AP are not to be compared. The differences are of the samples that"
+            " both answered."
+        )
+        said.append(say(text, *names, len(first.answers), len(other.answers)))
     if unlike:
         text = (
             "{} and {}: {:,} samples of the same id have other questions or right answers, and are"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finesight.evaluate.compare import Difference, unsampled
+from finesight.evaluate.compare import ONE_SUM, Difference, unsampled
 from finesight.evaluate.score import LOWER_IS_BETTER
 from finesight.report.language import say
 from finesight.report.record import Line
@@ -108,7 +108,7 @@ class Judged(ABC):
         """As the comparison has it."""
         if self.difference is None:
             return ""
-        if self.change == 0 and self.change_ends in (None, (0.0, 0.0)):
+        if self.change == 0:
             return "same"
         told = self.difference.verdict
         return told if told in ("better", "worse") else "unsure"
@@ -117,7 +117,7 @@ class Judged(ABC):
 @dataclass(frozen=True)
 class Row(Judged):
     """A metric: its value before and after with 95 % intervals, the difference with its own, and
-    what that means. What is not known is None."""
+    what that means. What is not known is None. `notes` say why an interval is missing, or warn."""
 
     name: str
     headline: bool
@@ -127,6 +127,7 @@ class Row(Judged):
     after: float | None
     after_ends: Ends | None
     difference: Difference | None
+    notes: tuple[str, ...] = ()
 
     @property
     def change(self) -> float | None:
@@ -160,7 +161,7 @@ def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> lis
         then, now = old.get(name), new.get(name)
         difference = differences.get(name)
         if difference is None and then is not None and now is not None:
-            difference = unsampled(name, then, now)
+            difference = unsampled(name, then, now, ONE_SUM if name == LOSS else "")
         ends = [interval_of(line, name) for line in (before, after)]
         found.append(
             Row(
@@ -172,6 +173,10 @@ def rows(measured: Sequence[Line], differences: Mapping[str, Difference]) -> lis
                 now,
                 ends[1],
                 difference,
+                (
+                    *(note_of(line, name) for line in (before, after)),
+                    difference.note if difference else "",
+                ),
             )
         )
     return found
@@ -197,6 +202,26 @@ def interval_of(line: Line, name: str) -> Ends | None:
     """The 95 % interval that a measurement has for one of its figures."""
     intervals = line.get("intervals")
     return ends_of(intervals.get(name)) if isinstance(intervals, dict) else None
+
+
+def note_of(line: Line, name: str) -> str:
+    """Return why a score of a measurement has no interval, or a warning about it."""
+    notes = line.get("notes")
+    return str(notes.get(name, "")) if isinstance(notes, dict) else ""
+
+
+def remarks(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a sentence for each note, with the scores that it is about.
+
+    Args:
+        notes: Names of scores, each with a note or an empty string.
+    """
+    about: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        about.setdefault(note, {})[named(name)] = None
+    return [
+        say("{}: {}", say(", ").join(names), say(note)) for note, names in about.items() if note
+    ]
 
 
 def ends_of(content: object) -> Ends | None:

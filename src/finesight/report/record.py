@@ -30,7 +30,7 @@ KINDS: dict[str, type] = {
     **dict.fromkeys(["waited_s", "pack_tokens"], float),
     **dict.fromkeys(["tensors", "numbers", "changed", "reached", "relative"], float),
     **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data", "spread"], dict),
-    **dict.fromkeys(["before", "after"], dict),
+    **dict.fromkeys(["before", "after", "notes"], dict),
     **dict.fromkeys(["dropped", "differences", "void", "jumped"], list),
     "weights_of": float,
     "recompute": float,

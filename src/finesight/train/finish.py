@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.evaluate import own
-from finesight.evaluate.compare import Difference, as_table, paired_files, unsampled
+from finesight.evaluate.compare import REMOVED, Difference, as_table, paired_files, unsampled
 from finesight.hub import ModelFolder
 from finesight.model.adapter import write_adapter
 from finesight.model.any_family import AnyModel, save_any
@@ -186,7 +186,7 @@ def _differences(session: Session, before: Measured, after: Measured) -> list[Di
         return [loss, *paired_files(metric, *files)]
     # Somebody has tidied up: the figures are known, but not how sure their differences are.
     shared = [name for name in before.scores if name in after.scores]
-    return [loss, *(unsampled(n, before.scores[n], after.scores[n]) for n in shared)]
+    return [loss, *(unsampled(n, before.scores[n], after.scores[n], REMOVED) for n in shared)]
 
 
 def _last_words(result: RunResult, run: Run, screen: Screen) -> None:

@@ -20,8 +20,8 @@ from finesight.data.jsonl import Located
 from finesight.encode.pack import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import own
-from finesight.evaluate.bootstrap import Interval
 from finesight.evaluate.evaluate import Answers, Ask, Evaluation, evaluate
+from finesight.evaluate.proportions import Interval
 from finesight.infer.predict import Prediction
 from finesight.train.budget import Budget, too_many, too_much, within_memory
 from finesight.train.loader import Dropped, read_steps
@@ -37,14 +37,16 @@ from finesight.train.stop import Stop
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Figures after so many finished steps: loss per learned token in nats and, where the recipe
-    asks for a metric, scores by name with their intervals and what the task says beyond them."""
+    asks for a metric, scores by name with their intervals and what the task says beyond them.
+    `notes` say why a score has no interval (None), or warn about it."""
 
     step: int
     held_out_loss: float
     scores: dict[str, float]
     headline: str | None
-    intervals: dict[str, Interval] = field(default_factory=dict)
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
@@ -60,6 +62,7 @@ class Measured:
             "headline": self.headline,
             "intervals": self.intervals,
             "details": self.details,
+            "notes": self.notes,
         }
 
     @classmethod
@@ -67,9 +70,12 @@ class Measured:
         """The measurement that a line of `metrics.jsonl` holds, if it does."""
         if "held_out_loss" not in line:
             return None
-        intervals = {name: Interval(*ends) for name, ends in line.get("intervals", {}).items()}
+        intervals = {
+            name: Interval(*ends) if ends else None
+            for name, ends in line.get("intervals", {}).items()
+        }
         figures = line["step"], line["held_out_loss"], line["scores"], line["headline"]
-        return cls(*figures, intervals, line.get("details", {}))
+        return cls(*figures, intervals, line.get("details", {}), line.get("notes", {}))
 
 
 def history(run: Run) -> list[Measured]:
@@ -111,8 +117,15 @@ def measure(session: Session, name: str, screen: Screen, stop: Stop) -> Measured
             return Measured(step, loss, {}, None)
         samples = [session.held_out.corpus[index] for index in kept[: settings.limit]]
         result = _answered(session, settings, samples, name, screen, stop)
-    scores, headline = result.scores, result.headline
-    return Measured(step, loss, scores, headline, result.intervals, result.details)
+    return Measured(
+        step,
+        loss,
+        result.scores,
+        result.headline,
+        result.intervals,
+        result.details,
+        result.notes,
+    )
 
 
 def _answered(

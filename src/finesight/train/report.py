@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from finesight.evaluate.answered import note_lines
 from finesight.model.experts import Experts
 from finesight.model.few_bits import left_in_16_bits
 from finesight.model.frozen import frozen_weights
@@ -178,12 +179,16 @@ class Reporter:
         self._session.run.note(measured.as_json() | {"seconds": seconds})
         self._telling.measured(measured, name)
         shown = "  ".join(f"{score} {value:.4f}" for score, value in measured.scores.items())
-        if measured.headline in measured.intervals:
-            low, high = measured.intervals[measured.headline]
-            shown += f"  ({measured.headline}: 95 % interval {low:.4f} to {high:.4f})"
+        interval = measured.intervals.get(measured.headline or "")
+        if interval is not None:
+            shown += (
+                f"  ({measured.headline}: 95 % interval {interval.low:.4f} to {interval.high:.4f})"
+            )
         self._screen.say(
             f"after {measured.step} steps: held-out loss {measured.held_out_loss:.4f}  {shown}"
         )
+        for line in note_lines(measured.notes) if not measured.step else ():
+            self._screen.say(line)
 
     def finished(self, result: RunResult) -> None:
         """Tell trackers what came of it."""

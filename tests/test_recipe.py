@@ -9,7 +9,7 @@ from test_yaml_text import LAUGHS
 
 from finesight.config import ExactSize, Rates
 from finesight.errors import UserError
-from finesight.recipe import dump_recipe, load_recipe, setting_names
+from finesight.recipe import MOST_TOLD, dump_recipe, load_recipe, recipe_of, setting_names
 
 SHORTEST = "model: some/model\ndata: {train: a.jsonl}\noutput: runs/one\n"
 
@@ -114,7 +114,7 @@ def test_unknown_setting_like_no_other_lists_what_there_is(tmp_path):
         ("train: {warmup: lots}\n", "train.warmup", "'lots'", "a whole number or a number"),
         ("train: {warmup: 1.5}\n", "train.warmup", "1.5", "below 1.0"),
         ("train: {betas: [0.9]}\n", "train.betas", "0.9", "item number 1"),
-        ("train: {betas: [0.9, 0.9, 0.9]}\n", "train.betas", "0.9", "at most 2 items"),
+        ("train: {betas: [0.9, 0.9, 0.9]}\n", "train.betas", "0.9", "a list of at most 2"),
         ("train: {betas: [0.9, 1.0]}\n", "train.betas.1", "1.0", "a number below 1.0"),
         ("train: {epochs: .inf}\n", "train.epochs", "inf", "a finite number"),
         ("train: {learning_rate: {default: inf}}\n", "learning_rate.default", "inf", "finite"),
@@ -185,7 +185,7 @@ def test_parts_in_four_bits_are_one_or_several_and_never_trained_whole(tmp_path)
     error = _refusal(tmp_path, SHORTEST + "tune: {nf4: [head]}\n")
     assert "'head'" in error.what
     assert "'vision', 'merger', 'language' or 'embeddings'" in error.expected
-    assert "at least 1 items" in _refusal(tmp_path, SHORTEST + "tune: {nf4: []}\n").expected
+    assert "a list of at least 1" in _refusal(tmp_path, SHORTEST + "tune: {nf4: []}\n").expected
 
 
 def test_parts_in_fp8_stay_as_they_are_and_in_no_other_bits(tmp_path):
@@ -387,3 +387,35 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(tmp_path, addres
     error = _refusal(tmp_path, SHORTEST + f"track: {{kind: mlflow, address: '{address}'}}\n")
     assert "holds a password or token" in str(error)
     assert "planted" not in str(error)
+
+
+def test_no_data_at_all_is_refused(tmp_path):
+    error = _refusal(tmp_path, SHORTEST, "data.train=[]")
+    assert error.where == "override data.train=[]"
+    assert error.expected == "a list of at least 1"
+
+
+def test_very_many_mistakes_are_counted_and_the_first_explained(tmp_path):
+    """Each costs a search for the nearest name: 100,000 took minutes, and so did their message."""
+    unknown = {f"k{number}": number for number in range(100_000)}
+    with pytest.raises(UserError, match="100,000 settings are wrong") as caught:
+        recipe_of({"model": "m", "data": {"train": "a.jsonl"}, "output": "o"} | unknown)
+    assert caught.value.what.count("unknown setting") == MOST_TOLD
+    assert f"and {100_000 - MOST_TOLD:,} more" in caught.value.what
+    text = SHORTEST + "eval:\n" + "".join(f"  k{number}: 0\n" for number in range(5_000))
+    error = _refusal(tmp_path, text)
+    assert "5,001 settings are wrong" in error.what
+    assert len(error.what) < 20_000
+
+
+def test_a_recipe_of_very_many_settings_is_not_read_to_its_end(tmp_path):
+    error = _refusal(tmp_path, SHORTEST + "".join(f"k{number}: 0\n" for number in range(100_000)))
+    assert "more than 20,000 values" in error.what
+    assert error.where.endswith("recipe.yaml:9999")
+    assert "more than 1,048,576 bytes" in _refusal(tmp_path, "# " + "x" * 2**20).what
+
+
+def test_a_name_of_any_length_is_told_in_a_line(tmp_path):
+    error = _refusal(tmp_path, SHORTEST + "? " + "x" * 500_000 + "\n: 1\n")
+    assert "unknown setting" in error.what
+    assert len(error.what) < 200

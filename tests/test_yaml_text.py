@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 import yaml
 
-from finesight.yaml_text import DEPTH, REPEATED, composed, parsed
+from finesight.yaml_text import DEPTH, REPEATED, Composed, TooManyValues, parsed
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
@@ -25,7 +25,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
 def test_a_billion_laughs_are_refused_early(text: str) -> None:
     tracemalloc.start()
     try:
-        for read in (parsed, composed):
+        for read in (parsed, Composed):
             with pytest.raises(yaml.YAMLError, match=f"more than {REPEATED} values"):
                 read(text)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
@@ -44,7 +44,16 @@ def test_depth_is_refused(opening: str) -> None:
     with pytest.raises(yaml.YAMLError, match=f"more than {DEPTH}"):
         parsed(opening * 20_000)
     closing = {"[": "]", "{a: ": "}"}.get(opening, "")
-    assert composed(opening * (DEPTH // 4) + "x" + closing * (DEPTH // 4)) is not None
+    assert Composed(opening * (DEPTH // 4) + "x" + closing * (DEPTH // 4)).root is not None
+
+
+def test_too_many_values_are_refused_where_they_stand() -> None:
+    text = "".join(f"k{number}: {number}\n" for number in range(1000))
+    with pytest.raises(TooManyValues, match="more than 100 values") as caught:
+        Composed(text, 100)
+    assert caught.value.problem_mark is not None
+    assert caught.value.problem_mark.line == 49
+    assert Composed("[1, 2, 3, 4, 5, 6]", 7).data() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _as_files(value: object) -> object:
     return tuple({"path": item} if isinstance(item, str | Path) else item for item in items)
 
 
-DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files)]
+DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files), Field(min_length=1)]
 HeldOutFiles = Annotated[tuple[HeldOutFile, ...], BeforeValidator(_as_files)]
 
 

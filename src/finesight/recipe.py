@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +17,14 @@ from pydantic_core import ErrorDetails
 
 from finesight.config import Recipe, Section
 from finesight.errors import UserError
-from finesight.recipe_text import Key, dotted, lines_of_keys, read_text
+from finesight.recipe_text import Key, dotted, parse_recipe, read_text
 from finesight.yaml_text import parsed
+
+MOST_TOLD = 20
+"""Mistakes that a message explains; it counts the others."""
+
+LONGEST = 60
+"""Characters of a value, or of a name, that a message shows."""
 
 _NUMBER = re.compile("[0-9]{1,9}")
 """A place in a list, as overrides name it."""
@@ -40,8 +47,8 @@ _EXPECTED = {
     "greater_than_equal": "a number from {ge} upwards",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number up to {le}",
-    "too_short": "at least {min_length} items",
-    "too_long": "at most {max_length} items",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
 }
 """What a setting should have been, by pydantic's error types; the braces are filled from them."""
 
@@ -86,8 +93,7 @@ def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
     given twice, and for settings that are unknown, missing or of a wrong type (all in one message).
     """
     text = read_text(path)
-    lines = lines_of_keys(text, path)
-    content = parsed(text)
+    content, lines = parse_recipe(text, path)
     if not isinstance(content, dict):
         raise UserError(
             f"holds {_shown(content)}, which is not a recipe",
@@ -120,9 +126,10 @@ def _validated(
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        mistakes = _mistakes(error.errors(include_url=False), content)
+        wrong = _wrong_settings(error.errors(include_url=False), content)
+        mistakes = [_mistake(key, group) for key, group in islice(wrong.items(), MOST_TOLD)]
         places = [_place(where, m.key, lines, changed) for m in mistakes]
-        raise _as_user_error(where, mistakes, places) from error
+        raise _as_user_error(where, mistakes, places, len(wrong)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -196,9 +203,11 @@ def _can_hold(node: object, piece: str | int) -> bool:
     return isinstance(node, dict)
 
 
-def _mistakes(errors: Sequence[ErrorDetails], content: dict[str, Any]) -> list[_Mistake]:
-    """Pydantic's errors, one for each place. Where a setting may take several forms, pydantic
-    reports every form's errors: the form with the fewest is the one that was meant."""
+def _wrong_settings(
+    errors: Sequence[ErrorDetails], content: dict[str, Any]
+) -> dict[Key, list[ErrorDetails]]:
+    """Pydantic's errors by the settings they are about. Where a setting may take several forms,
+    pydantic reports every form's errors: the form with the fewest is the one that was meant."""
     forms: dict[Key, dict[str | int, list[ErrorDetails]]] = {}
     for error in errors:
         key, choice, form = _split(error, content)
@@ -211,7 +220,7 @@ def _mistakes(errors: Sequence[ErrorDetails], content: dict[str, Any]) -> list[_
             if len(group) == fewest:
                 for error in group:
                     found.setdefault(_split(error, content)[0], []).append(error)
-    return [_mistake(key, group) for key, group in found.items()]
+    return found
 
 
 def _split(error: ErrorDetails, content: dict[str, Any]) -> tuple[Key, int, str | int]:
@@ -292,6 +301,8 @@ def _nearest(key: Key) -> str | None:
 
 def _most_like(wanted: str, names: Iterable[str]) -> str | None:
     """The name most like the wanted one; also the one it abbreviates (lr for learning_rate)."""
+    if len(wanted) > LONGEST:
+        return None
     named = {"".join(word[0] for word in name.split("_")): name for name in names}
     if len(wanted) > 1 and wanted in named:
         return named[wanted]
@@ -306,7 +317,11 @@ def _inside(group: Key) -> str:
 def _shown(value: object) -> str:
     text = "nothing" if value is None else repr(value)
     text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _clipped(text)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _place(where: str, key: Key, lines: dict[Key, int], changed: dict[Key, str]) -> str:
@@ -322,17 +337,21 @@ def _place(where: str, key: Key, lines: dict[Key, int], changed: dict[Key, str])
     return where
 
 
-def _as_user_error(where: str, mistakes: list[_Mistake], places: list[str]) -> UserError:
+def _as_user_error(
+    where: str, mistakes: list[_Mistake], places: list[str], count: int
+) -> UserError:
+    """One error that tells the mistakes, the first of `count`."""
     errors = [
         UserError(
-            f"{dotted(m.key)}: {m.what}" if m.key else m.what,
+            f"{_clipped(dotted(m.key))}: {m.what}" if m.key else m.what,
             where=place,
             expected=m.expected,
             remedy=m.remedy,
         )
         for m, place in zip(mistakes, places, strict=True)
     ]
-    if len(errors) == 1:
+    if count == 1:
         return errors[0]
     listed = "\n".join(str(error) for error in errors)
-    return UserError(f"{len(errors)} settings are wrong\n{listed}", where=where)
+    more = f"\nand {count - len(errors):,} more" if count > len(errors) else ""
+    return UserError(f"{count:,} settings are wrong\n{listed}{more}", where=where)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from finesight.errors import UserError, look_beside
-from finesight.yaml_text import composed, parsed
+from finesight.yaml_text import Composed, TooManyValues
+
+LARGEST = 2**20
+"""Bytes of a recipe; those of people have a few thousand."""
+
+_FEWER = "name many data files by a pattern, such as shards/*.tar"
+
+VALUES = 20_000
+"""Settings of a recipe with their names, at most: its longest lists are those of data files."""
 
 Key = tuple[str | int, ...]
 """A place in a recipe: names of groups and settings, numbers in lists."""
@@ -28,7 +37,16 @@ def read_text(path: Path) -> str:
                 expected="a YAML file",
                 remedy="check the path",
             )
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(
+                f"has more than {LARGEST:,} bytes",
+                where=str(path),
+                expected="a YAML file of settings",
+                remedy=_FEWER,
+            )
+        return content.decode()
     except FileNotFoundError as error:
         raise UserError(
             "no such recipe",
@@ -52,21 +70,33 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def lines_of_keys(text: str, path: Path) -> dict[Key, int]:
-    """The line of every key, counted from 1; refuses broken YAML and keys given twice."""
+def parse_recipe(text: str, path: Path) -> tuple[Any, dict[Key, int]]:
+    """Parse the YAML of a recipe.
+
+    Args:
+        text: The text of the recipe.
+        path: Its file, which errors name.
+
+    Returns:
+        The data, and the line of every key, counted from 1.
+
+    Raises:
+        UserError: The YAML is broken, has more than VALUES values, or gives a key twice.
+    """
     try:
-        root = composed(text)
+        composed = Composed(text, VALUES)
         lines: dict[Key, int] = {}
-        if root is not None:
-            _collect_lines(root, (), path, lines, ())
-        parsed(text)  # unknown tags and impossible values show only when it builds
+        if composed.root is not None:
+            _collect_lines(composed.root, (), path, lines, ())
+        return composed.data(), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        too_many = isinstance(error, TooManyValues)
         raise UserError(
-            f"broken YAML: {error.problem or error.context}",
+            f"{'' if too_many else 'broken YAML: '}{error.problem or error.context}",
             where=f"{path}:{mark.line + 1}" if mark else str(path),
             expected="settings as `name: value`, groups indented by spaces",
-            remedy="correct this line or the one above it",
+            remedy=_FEWER if too_many else "correct this line or the one above it",
         ) from error
     except yaml.YAMLError as error:
         raise UserError(
@@ -75,7 +105,6 @@ def lines_of_keys(text: str, path: Path) -> dict[Key, int]:
             expected="settings as `name: value`, groups indented by spaces",
             remedy="remove what YAML cannot hold",
         ) from error
-    return lines
 
 
 def _collect_lines(

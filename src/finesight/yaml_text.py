@@ -13,6 +13,9 @@ DEPTH = 64
 REPEATED = 100_000
 """Values that aliases stand for, at most: nine lines of them can stand for a billion."""
 
+VALUES = 100_000
+"""Values of a text, names of settings included, at most: each takes up to 50 microseconds."""
+
 BITS = 1024
 """Of a whole number, at most: of more, Python may refuse to print it."""
 
@@ -22,20 +25,43 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 def parsed(text: str | bytes) -> Any:
     """The data of a text. Raises YAMLError for whatever is wrong with it: also for a value that is
     not what it looks like (0x_, the 13th month), too much depth, and too much behind aliases."""
-    return yaml.load(text, Loader=_Bounded)
+    loader = _Bounded(text, VALUES)
+    node = loader.get_single_node()
+    return None if node is None else loader.construct_document(node)
 
 
-def composed(text: str) -> yaml.Node | None:
-    """The nodes of a text, with their lines; None of an empty one. Raises YAMLError."""
-    return yaml.compose(text, Loader=_Bounded)
+class TooManyValues(yaml.MarkedYAMLError):
+    """A text has more values than are read."""
+
+
+class Composed:
+    """The nodes of a text, with their lines, and the data that they make.
+
+    Args:
+        text: The YAML.
+        values: The most values that are read.
+
+    Raises:
+        yaml.YAMLError: As `parsed`.
+    """
+
+    def __init__(self, text: str, values: int = VALUES) -> None:
+        self._loader = _Bounded(text, values)
+        self.root: yaml.Node | None = self._loader.get_single_node()
+
+    def data(self) -> Any:
+        """Build the data of the nodes. Raises YAMLError for a value that is not what it looks
+        like."""
+        return None if self.root is None else self._loader.construct_document(self.root)
 
 
 class _Bounded(yaml.SafeLoader):
     """Knows the tags of plain data alone, as SafeLoader does."""
 
-    def __init__(self, stream: str | bytes) -> None:
+    def __init__(self, stream: str | bytes, values: int) -> None:
         super().__init__(stream)
-        self._depth = self._values = self._repeated = 0
+        self._depth = self._values = self._repeated = self._nodes = 0
+        self._most = values
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
@@ -44,6 +70,11 @@ class _Bounded(yaml.SafeLoader):
         before, is_alias = self._values, isinstance(event, yaml.AliasEvent)
         if self._depth >= DEPTH:
             raise _refused(f"more than {DEPTH} groups or lists inside of each other", event)
+        self._nodes += 1
+        if self._nodes > self._most:
+            raise TooManyValues(
+                problem=f"more than {self._most:,} values", problem_mark=event.start_mark
+            )
         self._depth += 1
         node = super().compose_node(parent, index)  # type: ignore[arg-type]
         self._depth -= 1

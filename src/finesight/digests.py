@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 DIGESTS = "sha256.json"
@@ -40,6 +40,13 @@ def verify_folder(path: Path) -> None:
             remedy=remedy,
         )
     for name, expected in _read_digests(manifest, remedy).items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(
+                f"lists {name}, which is not in the folder",
+                where=str(manifest),
+                expected="file names with their SHA-256",
+                remedy=remedy,
+            )
         if not (path / name).is_file():
             raise UserError(
                 f"the file {name} is missing",
@@ -58,20 +65,8 @@ def verify_folder(path: Path) -> None:
 
 
 def _read_digests(manifest: Path, remedy: str) -> dict[str, object]:
-    try:
-        digests = json.loads(manifest.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"not readable as JSON: {error}",
-            where=str(manifest),
-            expected="file names with their SHA-256",
-            remedy=remedy,
-        ) from error
-    if not isinstance(digests, dict) or not digests:
-        raise UserError(
-            f"holds {type(digests).__name__} of {len(str(digests))} characters",
-            where=str(manifest),
-            expected="file names with their SHA-256",
-            remedy=remedy,
-        )
+    expected = "file names with their SHA-256"
+    digests = read_json_object(manifest, expected=expected, remedy=remedy)
+    if not digests:
+        raise UserError("lists no file", where=str(manifest), expected=expected, remedy=remedy)
     return digests

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finesight.bounded_files import read_json
 from finesight.child_processes import FileLock
 from finesight.errors import UserError
 from finesight.storage import remove_folder, write_folder
@@ -50,8 +51,8 @@ def _sources(files: Sequence[Path]) -> list[list[Any]]:
 def _is_of(files: Sequence[Path], target: Path) -> bool:
     """Whether the folder `target` was made of these files as they are now."""
     try:
-        noted = json.loads((target / SOURCES).read_bytes())
-    except (OSError, ValueError):
+        noted = read_json(target / SOURCES)
+    except UserError:
         return False
     return bool(noted == _sources(files))
 

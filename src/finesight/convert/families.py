@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from finesight.bounded_files import read_json
 from finesight.errors import UserError
 
 _GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,8 +108,8 @@ def family_of(model: str, told: tuple[str | None, ...], where: str) -> Family:
 def _configured(folder: Path) -> str | None:
     """The type in a folder's configuration; None where there is none to read."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / "config.json")
+    except UserError:
         return None
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind == "qwen" and "visual" not in content:

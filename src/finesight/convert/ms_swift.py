@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+from finesight.bounded_files import parse_json
 from finesight.convert import trainer
 from finesight.convert.draft import Draft
 from finesight.convert.families import Family, family_of
@@ -150,8 +150,8 @@ def _variable(given: Given, name: str) -> int | None:
     inner = given.value("model_kwargs")
     if isinstance(inner, str):
         try:
-            inner = json.loads(inner)
-        except (ValueError, RecursionError) as error:
+            inner = parse_json(inner)
+        except ValueError as error:
             raise given.refused("model_kwargs", "JSON") from error
     named = {str(k).upper(): str(v) for k, v in inner.items()} if isinstance(inner, dict) else {}
     lowered = {key.upper(): value for key, value in given.environment.items()}

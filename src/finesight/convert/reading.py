@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from finesight.bounded_files import parse_json
 from finesight.convert import llama_factory_keys, ms_swift_keys
 from finesight.convert.given import Given, Program
 from finesight.convert.rules import Remark
@@ -106,8 +106,8 @@ def _text(path: Path) -> str:
 
 def _content(text: str, path: Path) -> dict[str, object]:
     try:
-        content = json.loads(text) if path.suffix == ".json" else parsed(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        content = parse_json(text) if path.suffix == ".json" else parsed(text)
+    except (yaml.YAMLError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(
             f"cannot be read: {line}",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+from finesight.bounded_files import parse_json, read_json
 from finesight.convert.draft import Draft, Value
 from finesight.convert.given import Given
 from finesight.convert.shell import is_open
@@ -187,9 +187,8 @@ def _stage(deepspeed: object) -> tuple[int | None, bool]:
     content: object = deepspeed
     if isinstance(deepspeed, str) and (name.endswith(".json") or name.startswith("{")):
         try:
-            inside = name if name.startswith("{") else Path(name).read_text(encoding="utf-8")
-            content = json.loads(inside)
-        except (OSError, ValueError, RecursionError):
+            content = parse_json(name) if name.startswith("{") else read_json(Path(name))
+        except (UserError, ValueError):
             content = None
     if isinstance(content, dict):
         zero = content.get("zero_optimization")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from finesight.bounded_files import read_json, read_json_object
 from finesight.digests import DIGESTS, verify_folder
 from finesight.doctor.extras import install_extra
 from finesight.doctor.findings import Finding, fault, fine, hint, told, typed
@@ -143,15 +143,8 @@ def _small_files(folder: ModelFolder, again: str) -> Iterator[Finding]:
 
 
 def _parse(path: Path) -> None:
-    """Raises UserError for a file that is no JSON."""
-    try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"not readable as JSON: {error}",
-            where=str(path),
-            expected="the file as it was published",
-        ) from error
+    """Raise UserError for a file that is no JSON."""
+    read_json(path, expected="the file as it was published")
 
 
 def _weights(folder: ModelFolder, again: str) -> Iterator[Finding]:
@@ -173,7 +166,7 @@ def _weights(folder: ModelFolder, again: str) -> Iterator[Finding]:
         yield told("model-weights", error, again)
         return
     index = folder.path / "model.safetensors.index.json"
-    wanted = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    wanted = read_json_object(index)["weight_map"] if index.is_file() else {}
     lost = sorted(name for name, file in wanted.items() if name not in held.get(file, ()))
     if lost:
         yield fault(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.data.jsonl import read_bytes
+from pydantic import BaseModel, ValidationError
+
+from finesight.bounded_files import parse_json, read_lines
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.answered import Case, Scores
@@ -42,25 +44,27 @@ def line_of(prediction: Prediction, case: Case, scores: Scores) -> str:
 def read_answers(path: Path) -> list[Answered]:
     """The answers of a file. Raises UserError naming the line that is none."""
     answers = []
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+    lines = read_lines(path, expected="answers as `finesight eval --out` writes them")
+    for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            case = Case(
-                answer=record["answer"],
-                boxes=_boxes(record["boxes"]),
-                truths=(record["gold"], *record["references"]),
-                targets=_boxes(record["gold_boxes"]),
-                id=record["id"],
-                stopped=record["stopped"],
-            )
-            answers.append(Answered(case, record["scores"], record))
-        except (ValueError, KeyError, TypeError) as error:
+            record = parse_json(line)
+            checked = _Line.model_validate(record)
+        except ValueError as error:
             raise UserError(
-                f"no answer with its scores: {type(error).__name__} {str(error)[:80]}",
+                f"no answer with its scores: {_reason(error)}",
                 where=f"{path}:{number}",
                 expected="a line as `finesight train` or `finesight eval --out` wrote it",
                 remedy="make the file anew",
             ) from error
+        case = Case(
+            answer=checked.answer,
+            boxes=checked.boxes,
+            truths=(checked.gold, *checked.references),
+            targets=checked.gold_boxes,
+            id=checked.id,
+            stopped=checked.stopped,
+        )
+        answers.append(Answered(case, checked.scores, record))
     return answers
 
 
@@ -68,5 +72,21 @@ def _as_record(box: BoxPart) -> dict[str, Any]:
     return {"image": box.image, "label": box.label, "xyxy": list(box.xyxy)}
 
 
-def _boxes(records: list[dict[str, Any]]) -> tuple[BoxPart, ...]:
-    return tuple(BoxPart(**record) for record in records)
+class _Line(BaseModel):
+    """The types of the values that are read again of a line."""
+
+    id: str
+    answer: str
+    boxes: tuple[BoxPart, ...]
+    gold: str
+    references: tuple[str, ...]
+    gold_boxes: tuple[BoxPart, ...]
+    scores: dict[str, float]
+    stopped: bool
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)[:80]
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from finesight import __version__
+from finesight.bounded_files import read_bytes
+from finesight.errors import UserError
 from finesight.evaluate.answered import note_lines
 from finesight.export.files import ARCHITECTURES
 from finesight.export.parity import Parity
@@ -23,7 +25,7 @@ from finesight.manifest import MANIFEST
 from finesight.model.merge import public_name
 from finesight.remote.address import model_address
 from finesight.report.figures import note_of
-from finesight.report.record import Record, read_record
+from finesight.report.record import Record, read_lines, read_record
 from finesight.yaml_text import parsed
 
 CARD = "README.md"
@@ -136,11 +138,8 @@ def _questions(record: Record | None) -> list[str]:
     """What it was asked: a tuned model is good at that, and at nothing else for certain."""
     counted: Counter[str] = Counter()
     for path in (record.answers if record else [])[-1:]:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                asked = json.loads(line).get("prompt")
-            except (ValueError, AttributeError):
-                continue
+        for line in read_lines(path):
+            asked = line.get("prompt")
             if isinstance(asked, str) and asked.strip():
                 counted[asked] += 1
     if not counted:
@@ -247,7 +246,10 @@ def _licence(base: ModelFolder, folder: Path) -> str:
 def _front_matter(folder: Path) -> dict[str, Any]:
     """What the card of a folder says before its text."""
     path = folder / CARD
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        text = read_bytes(path, expected="a model card").decode(errors="replace")
+    except UserError:
+        text = ""
     head, end, _ = text.removeprefix("---\n").partition("\n---")
     if not text.startswith("---\n") or not end:
         return {}

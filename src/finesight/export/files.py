@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import read_json_object
 from finesight.hub import PREPROCESSOR, PREPROCESSOR_DEFAULTS, PROCESSOR, ModelFolder
 
 GENERATION = "generation_config.json"
@@ -108,8 +109,7 @@ def missing(folder: ModelFolder) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

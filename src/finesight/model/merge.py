@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finesight.bounded_files import read_json_object
 from finesight.config import PixelRange, Precision
 from finesight.encode.borrowed import is_native
 from finesight.errors import UserError
@@ -188,8 +189,7 @@ def _limited(settings: dict[str, Any], rule: PixelRange) -> dict[str, Any]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return content
+    return read_json_object(path) if path.exists() else {}
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
+from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 from finesight.remote.address import Address
 from finesight.remote.download import download
@@ -235,17 +236,26 @@ def _kept_at(address: Address) -> Path:
 
 
 def _kept(address: Address, kept: Path) -> Repository:
-    try:
-        content = json.loads(kept.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not kept.exists():
         raise UserError(
             f"{address} was not downloaded before, and HF_HUB_OFFLINE is set",
             where=str(kept.parent.parent),
             expected="a copy on this machine",
             remedy=f"unset HF_HUB_OFFLINE, or run `finesight download {address}` with a connection",
+        )
+    expected = "the files of a model or data set, as `finesight download` listed them"
+    remedy = f"delete it, and run `finesight download {address}` with a connection"
+    try:
+        content = read_json_object(kept, expected=expected, remedy=remedy)
+        files = tuple(RemoteFile(**file) for file in content["files"])
+        return Repository(address, content["commit"], files, _home(address) / content["commit"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"not a list of files: {type(error).__name__} {error}",
+            where=str(kept),
+            expected=expected,
+            remedy=remedy,
         ) from error
-    files = tuple(RemoteFile(**file) for file in content["files"])
-    return Repository(address, content["commit"], files, _home(address) / content["commit"])
 
 
 def _keep(place: Path, text: str) -> None:

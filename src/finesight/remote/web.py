@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import itertools
-import json
 import os
 import re
 import time
@@ -18,6 +17,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 import httpx2
 
 from finesight import __version__
+from finesight.bounded_files import parse_json
 from finesight.errors import UserError
 
 CONNECT_SECONDS = 15.0
@@ -147,8 +147,8 @@ class Web:
         full = f"{url}?{urlencode(params)}" if params else url
         content = self._content(full)
         try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
+            return parse_json(content)
+        except ValueError as error:
             raise UserError(
                 f"an answer that is no JSON: {content[:60]!r}",
                 where=full,

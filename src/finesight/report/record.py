@@ -6,7 +6,6 @@ cannot be read is named.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from finesight import bounded_files
 from finesight import run_folder as names
+from finesight.bounded_files import LARGEST_LINE, parse_json, read_text
 from finesight.digests import DIGESTS
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST
@@ -75,7 +76,7 @@ class Record:
         """Files of answers, in the order in which they were made: of the first measurement, then
         of those on the way, then of the last."""
         folder = self.folder / names.PREDICTIONS
-        paths = {path.stem: path for path in folder.glob("*.jsonl")}
+        paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
         numbers = {name: name.removeprefix("step-") for name in paths}
         between = sorted((int(n), name) for name, n in numbers.items() if n.isdecimal())
         order = ["before", *(name for _, name in between), "after"]
@@ -95,6 +96,7 @@ def read_record(folder: Path, where: str = "finesight report") -> Record:
     lines = [_sound(line) for line in reader.lines(names.METRICS)]
     lines = [line for line in lines if line.get("step") is not None]
     borders = [line for line in lines if line.get("started") or line.get("ended")]
+    reader.note_misplaced(names.PREDICTIONS)
     moved = reader.json(names.MOVED)
     text = reader.text(names.RECIPE) or ""
     return Record(
@@ -119,16 +121,15 @@ def read_record(folder: Path, where: str = "finesight report") -> Record:
 def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[Line]:
     """Objects of a JSON Lines file. Lines that are none are left out and, but for a last one that
     is torn, as that of a run that goes on or crashed may be, their numbers added to `damaged`."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
-                content = None
-            if isinstance(content, dict):
-                yield content
-            elif damaged is not None and line.endswith(b"\n"):
-                damaged.append(number)
+    for number, line in enumerate(bounded_files.read_lines(path, expected="JSON Lines"), 1):
+        try:
+            content = parse_json(line)
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            yield content
+        elif damaged is not None and (line.endswith(b"\n") or len(line) == LARGEST_LINE):
+            damaged.append(number)
 
 
 def _object(content: object) -> Line:
@@ -164,11 +165,11 @@ class _Reader:
 
     def text(self, name: str) -> str | None:
         path = self._folder / name
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            return read_text(path, expected="a file of a run")
+        except UserError:
             self.unreadable.append(name)
             return None
 
@@ -177,8 +178,8 @@ class _Reader:
         if text is None:
             return None
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return parse_json(text)
+        except ValueError:
             self.unreadable.append(name)
             return None
 
@@ -191,13 +192,21 @@ class _Reader:
 
     def lines(self, name: str) -> Iterator[Line]:
         path = self._folder / name
-        if not path.is_file():
+        if not path.exists():
             return
         damaged: list[int] = []
-        yield from read_lines(path, damaged)
+        try:
+            yield from read_lines(path, damaged)
+        except UserError:
+            self.unreadable.append(name)
         if damaged:
             lines = "line" if len(damaged) == 1 else f"{len(damaged):,} lines from line"
             self.unreadable.append(f"{lines} {damaged[0]:,} of {name}")
+
+    def note_misplaced(self, name: str) -> None:
+        """Name what is no regular file among the JSON Lines files of a folder."""
+        found = sorted((self._folder / name).glob("*.jsonl"))
+        self.unreadable += [f"{name}/{path.name}" for path in found if not path.is_file()]
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of the trained weights, by their path in the run's folder."""

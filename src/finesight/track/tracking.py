@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from finesight.bounded_files import read_bytes
 from finesight.config import Recipe, Tracker
 from finesight.errors import Interrupted, UserError
 from finesight.run_folder import TRACK
@@ -181,7 +182,7 @@ def _read(path: Path, say: Say) -> list[Kept]:
     if not path.exists():
         return []
     try:
-        return _KEPT.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return _KEPT.validate_json(read_bytes(path, expected="the runs of trackers"))
+    except (UserError, ValidationError) as error:
         say(f"{path} cannot be read: trackers begin new runs ({type(error).__name__})")
         return []

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finesight.bounded_files import read_bytes
 from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.storage import explained, remove_folder, set_aside, sweep, write_folder
@@ -273,7 +274,9 @@ def _tensors(folder: Path, name: str) -> Tensors:
 
 def _read_state(path: Path, remedy: str) -> State:
     try:
-        state = State.model_validate_json(path.read_bytes())
+        state = State.model_validate_json(
+            read_bytes(path, expected=f"a state of format {FORMAT}", remedy=remedy)
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.child_processes import FileLock
 from finesight.config import Recipe
 from finesight.errors import UserError
@@ -35,6 +38,9 @@ from finesight.storage import (
     sweep,
     write_file,
 )
+
+_NOTED = "a line of metrics as `finesight train` wrote it"
+_NOTED_REMEDY = "restore the file from a copy, or cut it off before the damaged line"
 
 
 class Run:
@@ -147,10 +153,16 @@ class Run:
         self.flush()
         self.write(RESULT, result)
 
-    def result(self) -> str | None:
-        """What `finished` wrote, if the run came so far."""
+    def result(self) -> bytes | None:
+        """Read what `finished` wrote; None for a run that has not come so far."""
         path = self.folder / RESULT
-        return path.read_text() if path.exists() else None
+        if not path.exists():
+            return None
+        return read_bytes(
+            path,
+            expected="the file as `finesight train` wrote it",
+            remedy="delete it: --resume then writes it again",
+        )
 
     def forget_after(self, step: int, measured: int) -> None:
         """Cut off the lines of steps after `step` and of measurements after step `measured`, which
@@ -174,13 +186,43 @@ class Run:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines, each with its bytes, up to the first that is torn."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                figures = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(figures, dict) or not line.endswith(b"\n"):
-                return
-            yield len(line), figures
+    """Whole lines, each with its bytes, up to the first that is torn. Raises UserError for a
+    folder or a pipe in the file's place."""
+    lines = read_lines(path, expected=_NOTED, remedy=_NOTED_REMEDY)
+    for number, line in enumerate(lines, start=1):
+        try:
+            figures = parse_json(line)
+        except ValueError:
+            return
+        if not isinstance(figures, dict) or not line.endswith(b"\n"):
+            return
+        _check_types(figures, f"{path}:{number}")
+        yield len(line), figures
+
+
+class _Noted(BaseModel):
+    """The types of those values of a metrics line that a resumed run reads."""
+
+    step: int
+    loss: float | None = None
+    held_out_loss: float | None = None
+    scores: dict[str, float] = {}
+    headline: str | None = None
+    intervals: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    dropped: list[Any] = []
+    void: list[str] = []
+
+
+def _check_types(figures: dict[str, Any], where: str) -> None:
+    try:
+        _Noted.model_validate(figures)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{key}: {first['msg']}, got {first['input']!r:.60}",
+            where=where,
+            expected=_NOTED,
+            remedy=_NOTED_REMEDY,
+        ) from error

@@ -1,0 +1,93 @@
+"""Files of others: regular, of bounded size, JSON of bounded depth."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finesight.bounded_files import (
+    LARGEST_LINE,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_object,
+    read_lines,
+    read_text,
+)
+from finesight.errors import UserError
+
+READERS: list[Callable[[Path], object]] = [
+    lambda path: read_bytes(path, expected="a file"),
+    lambda path: read_text(path, expected="a file"),
+    read_json,
+    read_json_object,
+    lambda path: list(read_lines(path, expected="lines")),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("place", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
+def test_only_regular_files_are_read(
+    read: Callable[[Path], object], place: str, tmp_path: Path
+) -> None:
+    """A named pipe does not block, a device does not fill the memory."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / place)
+    assert caught.value.where
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_a_larger_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(b"x" * 11)
+    assert len(read_bytes(path, expected="a file", most=11)) == 11
+    with pytest.raises(UserError, match="more than 10 bytes"):
+        read_bytes(path, expected="a file", most=10)
+
+
+@pytest.mark.parametrize("open_and_close", ["[]", '{"a":}'])
+def test_json_of_any_depth_is_read_or_refused_by_a_value_error(open_and_close: str) -> None:
+    half = len(open_and_close) // 2 if open_and_close == "[]" else 5
+    start, end = open_and_close[:half], open_and_close[half:]
+    assert parse_json(start * 150 + "0" + end * 150) is not None
+    for depth in (300, 5_000, 1_000_000):
+        with pytest.raises(ValueError, match="recursion limit"):
+            parse_json(start * depth + "0" + end * depth)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '"\ud800"', '"\\ud800"', b'"\xff"', "9" * 5000, "[1,]", b"\xff\xfe[\0]\0"]
+)
+def test_whatever_is_no_json_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        parse_json(text)
+
+
+def test_numbers_that_are_not_finite_are_read() -> None:
+    """Metrics have NaN for the figures of a step without any."""
+    found = parse_json('{"loss": NaN, "norm": -Infinity, "large": 1e400}')
+    assert math.isnan(found["loss"])
+    assert (found["norm"], found["large"]) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{"])
+def test_an_object_is_wanted(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"holds a \w+, not an object|not readable as JSON"):
+        read_json_object(path)
+
+
+def test_long_lines_are_cut_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"1\n" + b"2" * (2 * LARGEST_LINE + 3) + b"\n3\n" + b"4" * LARGEST_LINE)
+    lines = list(read_lines(path, expected="lines"))
+    assert lines == [b"1\n", b"2" * LARGEST_LINE, b"3\n", b"4" * LARGEST_LINE]

@@ -278,6 +278,43 @@ def test_keys_that_fit_no_layer_are_refused_by_name(tmp_path: Path) -> None:
     assert "and 9 more" in garbage
 
 
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "use_dora=true": {"use_dora": True},
+    'modules_to_save=["lm_head"]': {"modules_to_save": ["lm_head"]},
+    'bias="all"': {"bias": "all"},
+    'bias="lora_only"': {"bias": "lora_only"},
+    "lora_bias=true": {"lora_bias": True},
+    'trainable_token_indices={"embed_tokens": [1, 2]}': {
+        "trainable_token_indices": {"embed_tokens": [1, 2]}
+    },
+}
+
+
+@pytest.mark.parametrize("setting", UNSUPPORTED)
+def test_an_adapter_of_peft_that_is_not_plain_is_refused_by_its_setting(
+    setting: str, tmp_path: Path
+) -> None:
+    """Not by the keys of its tensors, which are others than those of factors, too."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **UNSUPPORTED[setting]}
+    model = peft.get_peft_model(reference(config("qwen2_vl")), peft.LoraConfig(**settings))
+    model.save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert f"{tmp_path / CONFIG}: the adapter was made with {setting}, which" in message
+    assert "merge the adapter into its base with peft (merge_and_unload)" in message
+    # Such adapters do merge in peft: the remedy is one.
+    model.merge_and_unload()
+
+
+def test_embeddings_beside_factors_are_refused_with_the_same_remedy(tmp_path: Path) -> None:
+    written(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = "base_model.model.model.language_model.embed_tokens.weight"
+    save_file(tensors | {key: torch.zeros(4, 4)}, tmp_path / WEIGHTS)
+    message = refused(tmp_path)
+    assert f"1 keys are not factors of linear layers: {key}" in message
+    assert "merge_and_unload" in message
+
+
 def test_factors_in_whole_numbers_are_refused(tmp_path: Path) -> None:
     written(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,27 @@ def test_settings_that_change_the_arithmetic_are_refused_by_name_and_value(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     name, value = next(iter(settings.items()))
-    assert f"{name}={value!r}" in refused(reconfigured(written(tmp_path), **settings))
+    message = refused(reconfigured(written(tmp_path), **settings))
+    assert f"the adapter was made with {name}={json.dumps(value)}, which" in message
+    mergeable = name != "layer_replication"
+    assert ("merge_and_unload" if mergeable else "train the adapter again") in message
+
+
+def test_an_adapter_that_peft_cannot_merge_is_to_be_trained_again(tmp_path: Path) -> None:
+    message = refused(reconfigured(written(tmp_path), peft_type="PREFIX_TUNING", use_dora=True))
+    assert "train the adapter again, with peft_type=LORA" in message
+    assert "merge_and_unload" not in message
+
+
+@pytest.mark.parametrize("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
+def test_an_alpha_that_no_weight_can_hold_is_refused(alpha: str, tmp_path: Path) -> None:
+    path = written(tmp_path) / CONFIG
+    text = path.read_text()
+    assert '"lora_alpha": 6' in text
+    path.write_text(text.replace('"lora_alpha": 6', f'"lora_alpha": {alpha}'))
+    assert "lora_alpha" in refused(tmp_path)
+    path.write_text(text.replace('"alpha_pattern": {}', f'"alpha_pattern": {{"q_proj": {alpha}}}'))
+    assert "alpha_pattern.q_proj" in refused(tmp_path)
 
 
 def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:

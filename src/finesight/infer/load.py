@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
+from finesight.bounded_files import read_bytes
 from finesight.config import Device, Precision, Weights
 from finesight.encode.rendering import Rendering, renderer_of
 from finesight.errors import UserError
@@ -23,6 +23,7 @@ from finesight.model.any_family import AnyModel, load_any
 from finesight.model.bank import Bank
 from finesight.model.network import VisionLanguageModel
 from finesight.model.parts import Part
+from finesight.model.peft_config import PeftSettings, read_settings
 from finesight.model.weights import DTYPES
 
 
@@ -195,8 +196,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def _read_manifest(path: Path) -> Manifest:
+    remedy = "restore the manifest of the run, or train again"
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(
+            read_bytes(path, expected="the manifest of a run", remedy=remedy)
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the file"
@@ -204,7 +208,7 @@ def _read_manifest(path: Path) -> Manifest:
             f"{key} is {first['input']!r:.80}",
             where=str(path),
             expected=first["msg"],
-            remedy="restore the manifest of the run, or train again",
+            remedy=remedy,
         ) from error
 
 
@@ -221,7 +225,9 @@ def find_parts(run_or_model: str, base: str | None = None) -> Parts:
     if manifest is not None and not (path / "config.json").is_file():
         return _parts_of_run(path, manifest, base)
     if os.path.isfile(path / ADAPTER_CONFIG):
-        return Parts(locate(base or _base_of_adapter(path)), path, None)
+        # What is not supported of an adapter is told before any weights are read.
+        settings = read_settings(path / ADAPTER_CONFIG)
+        return Parts(locate(base or _base_of(settings, path)), path, None)
     _refuse_base(base, run_or_model, "is a model of its own")
     return Parts(locate(run_or_model), None, manifest)
 
@@ -275,21 +281,12 @@ def _check_base(manifest: Manifest, folder: ModelFolder, run: Path) -> None:
         )
 
 
-def _base_of_adapter(folder: Path) -> str:
-    path = folder / ADAPTER_CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"not readable as an adapter's configuration ({error})",
-            where=str(path),
-            expected="a JSON object, as PEFT writes it",
-            remedy="copy the adapter again",
-        ) from error
-    if not isinstance(base, str) or not base:
+def _base_of(settings: PeftSettings, adapter: Path) -> str:
+    base = settings.base_model_name_or_path
+    if not base:
         raise UserError(
             f"base_model_name_or_path is {base!r}",
-            where=str(path),
+            where=str(adapter / ADAPTER_CONFIG),
             expected="the folder or hub name of the model that the adapter belongs to",
             remedy="write it there",
         )

@@ -33,7 +33,8 @@ from finesight.model.peft_config import (
     Names,
     layer_name,
     module_name,
-    parse_config,
+    read_settings,
+    spec_of,
 )
 
 CONFIG = "adapter_config.json"
@@ -171,6 +172,8 @@ def read_adapter(
     trained biases and the like), a key that is no LoRA factor, a layer with only one factor or
     named twice, and ranks that contradict the configuration.
     """
+    # First: most of what peft can set shows in the keys of the tensors as well.
+    settings = read_settings(folder / CONFIG)
     if (folder / DIGESTS).exists():
         verify_folder(folder)
     tensors, metadata = _tensors(folder)
@@ -186,14 +189,21 @@ def read_adapter(
             doubled.append(key)
         pair[match["side"]] = match["module"], tensor
     where = str(folder / WEIGHTS)
-    _refuse(strange, "are not factors of linear layers", where)
+    _refuse(strange, "are not factors of linear layers", where, _merge_remedy(strange))
     _refuse(doubled, "name layers that other keys name as well", where)
     single = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _refuse(single, "lack the other factor of their layer (A or B)", where)
     factors = {name: Factors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
     ranks = {pair["A"][0]: len(pair["A"][1]) for pair in sides.values()}
-    spec = parse_config(folder / CONFIG, ranks, metadata.get(_FINGERPRINT), known)
-    return spec, factors
+    fingerprint = metadata.get(_FINGERPRINT)
+    return spec_of(settings, folder / CONFIG, ranks, fingerprint, known), factors
+
+
+def _merge_remedy(keys: Sequence[str]) -> str:
+    """The remedy where peft saved other tensors beside factors, such as embeddings; else none."""
+    if not all(key.startswith(_PREFIX) and key.endswith((".weight", ".bias")) for key in keys):
+        return ""
+    return "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

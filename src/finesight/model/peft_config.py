@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from finesight.bounded_files import read_bytes
 from finesight.errors import UserError
 from finesight.model.lora import LowRank
 
@@ -37,24 +39,54 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to start A and B that leave the base weight as it is (PiSSA and others change it)."""
 
 
+_NOT_MERGED = {
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "megatron_config",
+    "r",
+    "use_qalora",
+}
+"""Settings of adapters that peft cannot merge into a base."""
+
+_PROMPTS = {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "XLORA",
+}
+"""Types that learn prompts, or choose between adapters by the input: nothing to merge."""
+
+_PLAIN = {"peft_type": "with peft_type=LORA", "r": "with a rank of at least 1"}
+
 Value = TypeVar("Value")
+
+
+Alpha = Annotated[int | float, Field(ge=-1e9, le=1e9)]
+"""A finite number: divided by a rank, fp16 and bf16 can hold it."""
 
 
 class PeftSettings(BaseModel):
     """The settings that are honoured; any other one that is in force is refused by name."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     peft_type: str = "LORA"
     base_model_name_or_path: str | None = None
     r: int = 8
-    lora_alpha: int | float = 8
+    lora_alpha: Alpha = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
     rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, int | float] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
@@ -177,19 +209,25 @@ class LoraSpec:
         return self.settings.targets(module_name(layer, self.names))
 
 
-def parse_config(
+def spec_of(
+    settings: PeftSettings,
     path: Path,
     ranks: Mapping[str, int],
     fingerprint: str | None,
     known: Sequence[Names] = (CURRENT, FIRST),
 ) -> LoraSpec:
-    """Read the configuration at `path` of an adapter whose file holds layers of these `ranks`
-    (by the module's name there, one of the `known` ones).
+    """Describe an adapter by its settings at `path` and the ranks of the layers in its file.
 
-    Raises UserError for a missing or broken file, a setting that finesight does not honour, and
-    a rank that differs from the file's.
+    Args:
+        settings: What `read_settings` gave.
+        path: The settings' file, which errors name.
+        ranks: Ranks by the module's name in the file, which is one of the `known` ones.
+        fingerprint: That of the base, where finesight wrote the adapter.
+        known: Names that other code has for the same modules.
+
+    Raises:
+        UserError: A rank differs from the one in the settings.
     """
-    settings = _settings(path)
     layers = {}
     for module, rank in ranks.items():
         low = settings.low_rank(module)
@@ -211,12 +249,19 @@ def parse_config(
     )
 
 
-def _settings(path: Path) -> PeftSettings:
+def read_settings(path: Path) -> PeftSettings:
+    """Read `adapter_config.json`.
+
+    Raises:
+        UserError: The file is missing or broken, or a setting is in force that finesight does not
+            support; the message names it.
+    """
     remedy = "give the folder of an adapter saved by finesight or peft"
     if not path.is_file():
         raise UserError(f"{path.name} is missing", where=str(path.parent), remedy=remedy)
     try:
-        settings = PeftSettings.model_validate_json(path.read_bytes())
+        content = read_bytes(path, expected="a JSON object, as PEFT writes it", remedy=remedy)
+        settings = PeftSettings.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(map(str, first["loc"])) or "the file"
@@ -250,11 +295,26 @@ def _refuse_unsupported(settings: PeftSettings, path: Path) -> None:
     if settings.r <= 0:
         in_force["r"] = settings.r
     if in_force:
-        shown = ", ".join(f"{name}={value!r:.80}" for name, value in in_force.items())
+        shown = ", ".join(f"{name}={json.dumps(value):.80}" for name, value in in_force.items())
         raise UserError(
             f"the adapter was made with {shown}, which finesight does not support",
             where=str(path),
             expected="plain LoRA of linear layers (rank-stabilised scale, rank_pattern and "
             "alpha_pattern included)",
-            remedy="merge the adapter with peft and start from the merged model",
+            remedy=_remedy(in_force),
         )
+
+
+def _remedy(in_force: Mapping[str, object]) -> str:
+    """Name what peft can do with an adapter of such settings, and else how to train it."""
+    fixed = [name for name in in_force if name in _NOT_MERGED]
+    if in_force.get("peft_type") in _PROMPTS:
+        fixed.append("peft_type")
+    if fixed:
+        plain = ", ".join(_PLAIN.get(name, f"without {name}") for name in fixed)
+        return f"train the adapter again, {plain}: peft cannot merge such an adapter"
+    merge = "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
+    if "lora_bias" in in_force:
+        again = "or train the adapter again, with lora_bias=false"
+        return f"{merge}; {again}, where an adapted layer of the base has no bias"
+    return merge

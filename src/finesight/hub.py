@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import read_json_object, read_text
 from finesight.errors import UserError
 from finesight.pickled import convert_once
 from finesight.remote.address import Address, is_on_a_hub, model_address
@@ -57,7 +58,13 @@ TINY_FOLDER = Path(__file__).resolve().parent / "assets" / TINY
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format for the header of a file."""
 
+MOST_LAYERS = 1000
+"""The largest models have about a hundred; each takes milliseconds to build."""
+
+_LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
+
 _LONGEST_LINK = 1024
+_AGAIN = "download the file again"
 _POSSIBLE = (
     "a model folder, a hub name such as Qwen/Qwen2-VL-2B-Instruct (modelscope: before it for that"
     f" hub, @REVISION after it), or {TINY}"
@@ -78,8 +85,18 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`. Raises UserError when it is missing or broken."""
-        return self._json("config.json")
+        """`config.json`. Raises UserError when it is missing or broken, or names more layers than
+        any model has."""
+        content = self._json("config.json")
+        for key, count in _layer_counts(content):
+            if count > MOST_LAYERS:
+                raise UserError(
+                    f"{key} is {count}",
+                    where=str(self.path / "config.json"),
+                    expected=f"at most {MOST_LAYERS} layers",
+                    remedy="take the config.json of the published model",
+                )
+        return content
 
     @cached_property
     def family(self) -> str:
@@ -171,7 +188,7 @@ class ModelFolder:
         """The chat template, from the first file that has one; empty without any."""
         template = self.file("chat_template.jinja")
         if template is not None:
-            return template.read_text(encoding="utf-8")
+            return read_text(template, expected="a Jinja template", remedy=_AGAIN)
         for name in ("chat_template.json", "tokenizer_config.json"):
             found = self._json(name).get("chat_template") if self.file(name) is not None else None
             if isinstance(found, str):
@@ -366,23 +383,19 @@ def _shown(value: object) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"not readable as JSON ({error})",
-            where=str(path),
-            expected="a JSON object",
-            remedy="download the file again",
-        ) from error
+    return read_json_object(path, remedy=_AGAIN)
+
+
+def _layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of layers in a configuration, each by its full key, in all of its sections."""
     if not isinstance(content, dict):
-        raise UserError(
-            f"holds a {type(content).__name__}",
-            where=str(path),
-            expected="a JSON object",
-            remedy="download the file again",
-        )
-    return content
+        return
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if _LAYERS.fullmatch(key):
+            yield from ((at + key, one) for one in values if isinstance(one, int | float))
+        for one in values:
+            yield from _layer_counts(one, f"{at}{key}.")
 
 
 def _header(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from finesight.encode.borrowed import LOCAL, configuration, transformers
 from finesight.encode.dialect import Box
 from finesight.encode.encoded import Encoded, Outline, Span
 from finesight.encode.render import Answer
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.tokenizer import Tokenizer, check_file, is_panic
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.vision.picture import open_picture
@@ -79,6 +79,7 @@ class FallbackRenderer:
         self.rule: PictureRule = picture or AS_IT_IS
         self.system = system
         configuration(folder)
+        check_file(folder.tokenizer_file, native=False)
         self.tokenizer = Tokenizer(folder.tokenizer_file)
         self._processor = _processor(folder)
         # A template that does not know the variable has the processor complain of it.
@@ -320,7 +321,9 @@ _NO_PATCHES: NDArray[np.uint8] = np.empty((0, 0), dtype=np.uint8)
 def _processor(folder: ModelFolder) -> Any:
     try:
         processor = transformers().AutoProcessor.from_pretrained(str(folder.path), **LOCAL)
-    except Exception as error:  # what is missing in a folder, or as a package, raises anything
+    except BaseException as error:  # what is missing in a folder, or as a package, raises anything
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise UserError(
             f"transformers cannot make the processor of {folder.family}:"
             f" {' '.join(str(error).split())}",

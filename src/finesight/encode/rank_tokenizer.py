@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finesight.encode.tokenizer import REMEMBERED, TextTokenizer, Tokenizer
+from finesight.bounded_files import read_bytes
+from finesight.encode.tokenizer import REMEMBERED, TextTokenizer, Tokenizer, check_file
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 
@@ -92,15 +93,19 @@ class RankTokenizer:
 def tokenizer_of(folder: ModelFolder) -> TextTokenizer:
     """The tokenizer of a model folder, by the file that its family has."""
     path = folder.tokenizer_file
-    return RankTokenizer(path) if path.suffix == ".tiktoken" else Tokenizer(path)
+    if path.suffix == ".tiktoken":
+        return RankTokenizer(path)
+    check_file(path, native=True)
+    return Tokenizer(path)
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
     """Byte strings and their ranks: a line for each, base 64 and a number from 0 upwards."""
     try:
-        lines = (line.split() for line in path.read_bytes().splitlines() if line)
+        content = read_bytes(path, expected="the qwen.tiktoken of a Qwen-VL model")
+        lines = (line.split() for line in content.splitlines() if line)
         ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
-    except (OSError, ValueError, binascii.Error) as error:
+    except (ValueError, binascii.Error) as error:
         raise _unreadable(path, str(error)) from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise _unreadable(path, f"{len(ranks)} byte strings whose ranks do not count up from 0")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import tokenizers
 
+from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 REMEMBERED = 8192
@@ -63,15 +66,11 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with _explained(path, Exception):  # the library raises plain Exception
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(
-                f"not a tokenizer ({error})",
-                where=str(path),
-                expected="the tokenizer.json of the tokenizers library",
-                remedy="download the model's tokenizer.json again",
-            ) from error
+        # A file may ask for both; either would change every text without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
@@ -104,7 +103,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of ids; a character that is cut in the middle becomes U+FFFD."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+        with _explained(self.path):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def name_of(self, token_id: int) -> str:
         """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
@@ -118,4 +118,81 @@ class Tokenizer:
         return bytes(_BYTES[letter] for letter in name)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _explained(self.path):
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+"""Normalizers of native families: Unicode forms, which neither cut a text nor make it grow."""
+
+_EXPECTED = "the tokenizer.json of the tokenizers library"
+_REMEDY = "download the model's tokenizer.json again"
+
+
+def check_file(path: Path, *, native: bool) -> None:
+    """Refuse a `tokenizer.json` whose normalizer would crash the process or change texts.
+
+    Args:
+        path: The file.
+        native: The family has a byte-level vocabulary, so that only NORMALIZERS are allowed.
+
+    Raises:
+        UserError: The file is not JSON, or its normalizer is damaged or not allowed.
+    """
+    content = read_json_object(path, expected=_EXPECTED, remedy=_REMEDY)
+    for normalizer in _normalizers(content.get("normalizer")):
+        kind = normalizer.get("type")
+        if native and kind not in NORMALIZERS:
+            raise UserError(
+                f"the normalizer is {kind!r:.80}",
+                where=str(path),
+                expected=f"none, or one of {', '.join(NORMALIZERS)}",
+                remedy=_REMEDY,
+            )
+        if kind == "Precompiled" and not _is_sound(normalizer.get("precompiled_charsmap")):
+            raise UserError(
+                "precompiled_charsmap of the normalizer is damaged",
+                where=str(path),
+                expected="base64 of a trie and its texts",
+                remedy=_REMEDY,
+            )
+
+
+def _normalizers(tree: object) -> Iterator[dict[str, object]]:
+    """The normalizers of a file, those of sequences one by one."""
+    if not isinstance(tree, dict):
+        return
+    parts = tree.get("normalizers")
+    if tree.get("type") != "Sequence" or not isinstance(parts, list):
+        yield tree
+        return
+    for part in parts:
+        yield from _normalizers(part)
+
+
+def _is_sound(charsmap: object) -> bool:
+    """Whether the trie of a precompiled map is as long as it says: the library allocates that."""
+    try:
+        content = base64.b64decode(str(charsmap), validate=True)
+    except ValueError:
+        return False
+    size = int.from_bytes(content[:4], "little")
+    return len(content) >= 4 and size % 4 == 0 and size <= len(content) - 4
+
+
+@contextmanager
+def _explained(path: Path, kind: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turn errors of a `kind`, and panics of the library, into a UserError about its file."""
+    try:
+        yield
+    except BaseException as error:
+        if not (isinstance(error, kind) or is_panic(error)):
+            raise
+        raise UserError(
+            f"not a tokenizer ({error})", where=str(path), expected=_EXPECTED, remedy=_REMEDY
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust has panicked; its exception cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from finesight.errors import UserError
+
+LARGEST = 2**31 - 1
+"""Of a size of a model: vocabularies have fewer than a million."""
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a finite number that fp32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 
 class Settings:
@@ -24,7 +32,7 @@ class Settings:
         """Raise the UserError that shows the value of `key` and what it should have been."""
         value = self._values.get(key)
         raise UserError(
-            f"{self._at}{key} is {'missing' if value is None else repr(value)}",
+            f"{self._at}{key} is {'missing' if value is None else f'{value!r:.80}'}",
             where=self.file,
             expected=expected,
             remedy="take the file from the model's own folder",
@@ -45,16 +53,16 @@ class Settings:
         return Settings(value, self.file, f"{self._at}{key}.")
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; `default` stands in for a missing one."""
+        """A whole number from 1 to LARGEST; `default` stands in for a missing one."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(key, "a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+            self.refuse(key, f"a whole number from 1 to {LARGEST}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number; `default` stands in for a missing one."""
+        """A positive finite number; `default` stands in for a missing one."""
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not _is_number(value) or value <= 0:
             self.refuse(key, "a number above 0")
         return float(value)
 
@@ -70,17 +78,17 @@ class Settings:
         value = self._values.get(key)
         if not isinstance(value, list | tuple):
             self.refuse(key, "a list of whole numbers")
-        whole = tuple(item for item in value if isinstance(item, int) and item >= 0)
+        whole = tuple(item for item in value if isinstance(item, int) and 0 <= item <= LARGEST)
         if len(whole) != len(value):
-            self.refuse(key, "a list of whole numbers of at least 0")
+            self.refuse(key, f"a list of whole numbers from 0 to {LARGEST}")
         return whole
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers."""
+        """A list of `count` finite numbers."""
         value = self._values.get(key)
         if not isinstance(value, list | tuple) or len(value) != count:
             self.refuse(key, f"a list of {count} numbers")
-        numbers = tuple(float(item) for item in value if isinstance(item, int | float))
+        numbers = tuple(float(item) for item in value if _is_number(item))
         if len(numbers) != count:
             self.refuse(key, f"a list of {count} numbers")
         return numbers

@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
     config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
     os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
+    # So does the list of trusted metric files.
+    os.environ.update(XDG_STATE_HOME=config.stash[_ASSETS])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -313,18 +313,21 @@ def train(
     changes: Mapping[str, object] | None = None,
     *,
     resume: bool = False,
+    trust_metric: bool = False,
 ) -> RunResult:
     """Train what a recipe says, measured before and after: a file, or its settings by name.
 
     `changes` are settings in place of the recipe's, by their dotted names:
     `{"train.steps": 100}`. With `resume` a run that was stopped goes on from its newest checkpoint,
     as if it never had been, and one that is finished gives its result. Progress goes to stderr. Of
-    several processes that a launcher started, each gets the result.
+    several processes that a launcher started, each gets the result. `trust_metric` executes a
+    `metric.py` that comes from the folder of a run, whoever made it.
 
     Raises UserError for what the user can mend, before anything is written where possible, and
     Interrupted, with a checkpoint written, when Ctrl-C or a scheduler stops it.
     """
     from finesight.config import Recipe
+    from finesight.evaluate.metric_trust import check_recipe_metric
     from finesight.recipe import load_recipe, recipe_of
     from finesight.train.finish import finished
     from finesight.train.loop import train as run
@@ -332,10 +335,12 @@ def train(
 
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(mode="json")
+    path = None if isinstance(recipe, Mapping) else Path(recipe)
     if isinstance(recipe, Mapping):
         settings = recipe_of(recipe, changes or {})
     else:
         settings = load_recipe(Path(recipe), changes or {})
+    check_recipe_metric(settings, path, changes or {}, trust=trust_metric)
     result = run(settings, resume=resume) or finished(Run(settings.output))
     if result is None:
         raise UserError(
@@ -356,12 +361,14 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch: int | None = None,
     out: FileName | None = None,
+    trust_metric: bool = False,
 ) -> Evaluation:
     """Answer held-out samples of a JSONL file and score the answers.
 
     `metric` is captions, latex, ocr, qa, classification, json, grounding, detection, or a function
     of your own, `FILE.py:FUNCTION`. Of a run, what is left out is as its recipe says. `limit` takes
-    the first samples, `out` is a file for every answer with its scores.
+    the first samples, `out` is a file for every answer with its scores. `trust_metric` executes the
+    `metric.py` of a run folder that you did not make.
 
     Of the result, `scores` are the figures by name, `intervals` their 95 % confidence intervals
     (None where there is none: `notes` say why), `headline` names the one that stands for all,
@@ -372,6 +379,7 @@ def evaluate(
 
     from finesight.evaluate.evaluate import evaluate as measure
     from finesight.evaluate.held_out import held_out
+    from finesight.evaluate.metric_trust import check_metric
     from finesight.train.progress import Screen
 
     check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
@@ -383,6 +391,7 @@ def evaluate(
         batch=batch,
         max_new_tokens=max_new_tokens,
     )
+    check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     answerer = (model if isinstance(model, Model) else load(model)).answerer
     total = min(len(samples), settings.limit or len(samples))
     with Screen(Console(stderr=True)).stage("answers", total) as advance:

@@ -34,6 +34,12 @@ def evaluate(
         Path | None,
         typer.Option(dir_okay=False, help="Write every answer with its scores here, as JSONL."),
     ] = None,
+    trust_metric: Annotated[
+        bool,
+        typer.Option(
+            "--trust-metric", help="Execute the metric.py of a run folder that you did not make."
+        ),
+    ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     weights: Weights = "auto",
@@ -47,6 +53,7 @@ def evaluate(
 
     from finesight.evaluate.evaluate import evaluate as measure
     from finesight.evaluate.held_out import held_out
+    from finesight.evaluate.metric_trust import check_metric
     from finesight.evaluate.own import split
     from finesight.infer.load import load_answerer
     from finesight.train.progress import Screen
@@ -59,6 +66,7 @@ def evaluate(
         batch=batch,
         max_new_tokens=max_new_tokens,
     )
+    check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if split(settings.metric) is not None:
         typer.echo(f"scored by the program {settings.metric}", err=True)
     answerer = load_answerer(run_or_model, device, precision, weights)

@@ -23,6 +23,12 @@ def train(
             "--resume", help="Go on from the newest checkpoint, or begin where there is none."
         ),
     ] = False,
+    trust_metric: Annotated[
+        bool,
+        typer.Option(
+            "--trust-metric", help="Execute a metric.py that comes from the folder of a run."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="The result as one JSON object at the end.")
     ] = False,
@@ -38,9 +44,14 @@ def train(
 
     Example: finesight train recipes/latex_ocr_qwen2_vl_2b.yaml train.epochs=1 output=runs/short
     """
+    from finesight.evaluate.metric_trust import check_recipe_metric
     from finesight.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+    check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
+    # Imported now: it takes seconds, and a mistake in the recipe shows at once.
     from finesight.train.loop import train as run
 
-    result = run(load_recipe(recipe, overrides or ()), resume=resume)
+    result = run(settings, resume=resume)
     if as_json and result is not None:
         typer.echo(json.dumps(result.as_json()))

@@ -58,7 +58,8 @@ def load(file: Path, function: str) -> Score:
     return lambda cases: _scored(chosen, file, function, headline, cases)
 
 
-def _run(file: Path) -> dict[str, Any]:
+def require_file(file: Path) -> None:
+    """Raise UserError unless the file is there; it is not executed."""
     if not os.path.isfile(file):
         raise UserError(
             "no such file",
@@ -66,6 +67,10 @@ def _run(file: Path) -> dict[str, Any]:
             expected="a Python file with the function of your metric",
             remedy="correct eval.metric; it is relative to the folder the command runs in",
         )
+
+
+def _run(file: Path) -> dict[str, Any]:
+    require_file(file)
     try:
         return runpy.run_path(str(file))
     except (Exception, SystemExit) as error:

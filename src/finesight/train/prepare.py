@@ -17,6 +17,8 @@ from finesight.config import Recipe
 from finesight.digests import digest
 from finesight.encode.pack import PackedBatch, filled
 from finesight.encode.rendering import Rendering
+from finesight.evaluate import own
+from finesight.evaluate.score import task_of
 from finesight.infer.load import resolve_device, resolve_precision
 from finesight.manifest import Manifest
 from finesight.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
@@ -222,6 +224,8 @@ def prepare(
         refuse_device(machine.device, "tune.fp8")
     base = base_of(recipe)
     renderer = base.renderer(recipe)
+    if recipe.eval is not None and recipe.data.eval:
+        task_of(own.found(recipe.eval.metric, recipe.output))  # a faulty metric is told first
     train, held_out = texts_of(recipe, renderer, machine.workers, screen)
     course = Course(train.corpus, train.survey.kept, recipe.train)
     schedule = Schedule(recipe.train, len(course))

@@ -11,7 +11,6 @@ from finesight.data.sources import Corpus, load_sources
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.evaluate import own
-from finesight.evaluate.score import task_of
 from finesight.train.course import Members
 from finesight.train.loader import StepData
 from finesight.train.progress import Screen
@@ -65,8 +64,9 @@ def texts_of(
             expected="a JSONL file of held-out samples",
             remedy="set data.eval, for example by `finesight data import --split 0.9`",
         )
-    if recipe.eval is not None:
-        task_of(own.found(recipe.eval.metric, recipe.output))
+    place = own.split(own.found(recipe.eval.metric, recipe.output)) if recipe.eval else None
+    if place is not None:
+        own.require_file(place[0])  # not executed here: a plan needs no figures
     corpus = load_sources(recipe.data.train)
     if not recipe.data.eval:
         return _surveyed(corpus, recipe, renderer, workers, screen, "train"), None

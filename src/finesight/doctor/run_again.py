@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finesight.config import Data, Recipe
+from finesight.config import Data, DataFile, Recipe
 from finesight.doctor.findings import typed
 from finesight.report.facts import last_start
 from finesight.report.record import Record
@@ -41,7 +41,8 @@ def recipe_of(record: Record) -> Recipe:
     try:
         return Recipe.model_validate(record.recipe)
     except ValidationError:
-        return Recipe(model="unknown", data=Data(train=()), output=record.folder)
+        unknown = Data(train=(DataFile(path=Path("unknown")),))
+        return Recipe(model="unknown", data=unknown, output=record.folder)
 
 
 def rates(record: Record) -> dict[str, float]:

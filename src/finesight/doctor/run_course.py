@@ -20,7 +20,7 @@ from finesight.doctor.run_again import (
     workers,
 )
 from finesight.report.facts import WAITING
-from finesight.report.record import Line, Record
+from finesight.report.record import Line, Record, is_finite
 
 FEWEST = 12
 """Steps without which nothing can be said of a course."""
@@ -78,8 +78,8 @@ class Course:
     @classmethod
     def of(cls, steps: Sequence[Line]) -> Course | None:
         """That of the steps that have finite figures; None of too few."""
-        losses = [line["loss"] for line in steps if _finite(line.get("loss"))]
-        norms = [line["grad_norm"] for line in steps if _finite(line.get("grad_norm"))]
+        losses = [line["loss"] for line in steps if is_finite(line.get("loss"))]
+        norms = [line["grad_norm"] for line in steps if is_finite(line.get("grad_norm"))]
         if len(losses) < FEWEST or len(norms) < FEWEST:
             return None
         parts = [part for part in _parts(losses) if part]
@@ -129,10 +129,6 @@ class Course:
     def stays(self) -> bool:
         """Whether nothing was learned, or no more than scatter."""
         return self.first - self.last < max(STAYED * self.first, self.scatter)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _parts(values: Sequence[float]) -> list[Sequence[float]]:
@@ -222,7 +218,7 @@ def _flat(record: Record, course: Course, used: str) -> Finding:
 def _moved(record: Record) -> float:
     """The largest relative change of a part that learned; infinite where none was written down."""
     rows = [row for row in record.moved or () if row.get("trained")]
-    changes = [row["relative"] for row in rows if _finite(row.get("relative"))]
+    changes = [row["relative"] for row in rows if is_finite(row.get("relative"))]
     return max(changes, default=math.inf)
 
 
@@ -243,14 +239,14 @@ def _jumps(record: Record) -> Iterator[Finding]:
 
 def _held_out(record: Record) -> Iterator[Finding]:
     """Whether the held-out loss turned while that of the training went on falling."""
-    measured = [line for line in record.measured if _finite(line.get("held_out_loss"))]
+    measured = [line for line in record.measured if is_finite(line.get("held_out_loss"))]
     if len(measured) < 2:
         return
     best = min(measured, key=lambda line: float(line["held_out_loss"]))
     last = measured[-1]
     low, now = float(best["held_out_loss"]), float(last["held_out_loss"])
     since = [line["loss"] for line in record.steps if line["step"] > best["step"]]
-    since = [loss for loss in since if _finite(loss)]
+    since = [loss for loss in since if is_finite(loss)]
     falls = len(since) >= 6 and median(since[-3:]) < median(since[:3])
     if now <= TURNED * low or not falls:
         return

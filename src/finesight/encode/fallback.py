@@ -26,7 +26,7 @@ from finesight.encode.borrowed import LOCAL, configuration, transformers
 from finesight.encode.dialect import Box
 from finesight.encode.encoded import Encoded, Outline, Span
 from finesight.encode.render import Answer
-from finesight.encode.tokenizer import Tokenizer, check_file, is_panic
+from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_file, is_panic
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 from finesight.vision.picture import open_picture
@@ -79,7 +79,7 @@ class FallbackRenderer:
         self.rule: PictureRule = picture or AS_IT_IS
         self.system = system
         configuration(folder)
-        check_file(folder.tokenizer_file, native=False)
+        check_file(folder.tokenizer_file, native=False, vocabulary=LARGEST_ID)
         self.tokenizer = Tokenizer(folder.tokenizer_file)
         self._processor = _processor(folder)
         # A template that does not know the variable has the processor complain of it.

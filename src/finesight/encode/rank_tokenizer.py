@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.bounded_files import read_bytes
-from finesight.encode.tokenizer import REMEMBERED, TextTokenizer, Tokenizer, check_file
+from finesight.encode.tokenizer import LARGEST_ID, REMEMBERED, TextTokenizer, Tokenizer, check_file
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 
@@ -95,7 +95,9 @@ def tokenizer_of(folder: ModelFolder) -> TextTokenizer:
     path = folder.tokenizer_file
     if path.suffix == ".tiktoken":
         return RankTokenizer(path)
-    check_file(path, native=True)
+    text = folder.config.get("text_config", folder.config)
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    check_file(path, native=True, vocabulary=size if isinstance(size, int) else LARGEST_ID)
     return Tokenizer(path)
 
 

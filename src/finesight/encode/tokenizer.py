@@ -6,8 +6,9 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -122,6 +123,9 @@ class Tokenizer:
             return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+LARGEST_ID = 2**31
+"""Ids are 32-bit numbers."""
+
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 """Normalizers of native families: Unicode forms, which neither cut a text nor make it grow."""
 
@@ -129,17 +133,27 @@ _EXPECTED = "the tokenizer.json of the tokenizers library"
 _REMEDY = "download the model's tokenizer.json again"
 
 
-def check_file(path: Path, *, native: bool) -> None:
-    """Refuse a `tokenizer.json` whose normalizer would crash the process or change texts.
+def check_file(path: Path, *, native: bool, vocabulary: int) -> None:
+    """Refuse a `tokenizer.json` that would crash the process, change texts or leave the embedding.
 
     Args:
         path: The file.
         native: The family has a byte-level vocabulary, so that only NORMALIZERS are allowed.
+        vocabulary: Rows of the model's embedding; ids of tokens are below.
 
     Raises:
-        UserError: The file is not JSON, or its normalizer is damaged or not allowed.
+        UserError: The file is not JSON, its normalizer is damaged or not allowed, or an id is too
+            large.
     """
     content = read_json_object(path, expected=_EXPECTED, remedy=_REMEDY)
+    for token, number in _tokens(content):
+        if not 0 <= number < vocabulary:
+            raise UserError(
+                f"the token {token!r:.80} has the id {number}",
+                where=str(path),
+                expected=f"ids below {vocabulary}, the vocab_size of config.json",
+                remedy="take both files from the same model",
+            )
     for normalizer in _normalizers(content.get("normalizer")):
         kind = normalizer.get("type")
         if native and kind not in NORMALIZERS:
@@ -156,6 +170,18 @@ def check_file(path: Path, *, native: bool) -> None:
                 expected="base64 of a trie and its texts",
                 remedy=_REMEDY,
             )
+
+
+def _tokens(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
+    """The token of the largest id in the vocabulary, and the added tokens, with their ids."""
+    model, added = content.get("model"), content.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(words, dict) and words:
+        ids = {word: number for word, number in words.items() if isinstance(number, int)}
+        yield max(ids.items(), key=itemgetter(1), default=("", 0))
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            yield token.get("content"), token["id"]
 
 
 def _normalizers(tree: object) -> Iterator[dict[str, object]]:

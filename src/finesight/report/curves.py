@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
 from finesight.report.language import say
+from finesight.report.record import is_finite
 
 Point = tuple[float, float]
 """(step, value)."""
@@ -144,14 +145,7 @@ class _Scale:
 def finite(points: Iterable[tuple[object, object]]) -> list[Point]:
     """The points whose step and value are finite numbers: a step that an overflow made void has
     no loss, and a file may hold anything."""
-    return [
-        (float(x), float(y))
-        for x, y in points
-        if isinstance(x, int | float)
-        and isinstance(y, int | float)
-        and math.isfinite(x)
-        and math.isfinite(y)
-    ]
+    return [(float(x), float(y)) for x, y in points if is_finite(x) and is_finite(y)]
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.report.record import Line, read_lines
+from finesight.report.record import Line, is_finite, read_lines
 
 Kind = Literal["better", "worse", "wrong", "right"]
 KINDS: tuple[Kind, ...] = ("worse", "better", "wrong", "right")
@@ -51,7 +50,7 @@ class Example:
     @property
     def any(self) -> Line:
         """The later line: what was asked is the same in both."""
-        line = self.after or self.before
+        line = self.before if self.after is None else self.after
         assert line is not None, "an example without an answer"
         return line
 
@@ -117,7 +116,7 @@ def scores_of(line: Line) -> dict[str, float]:
     return {
         str(name): float(value)
         for name, value in (scores.items() if isinstance(scores, dict) else ())
-        if isinstance(value, int | float) and math.isfinite(value)
+        if is_finite(value)
     }
 
 

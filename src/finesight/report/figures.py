@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 from finesight.evaluate.compare import ONE_SUM, Difference, unsampled
 from finesight.evaluate.score import LOWER_IS_BETTER
 from finesight.report.language import say
-from finesight.report.record import Line
+from finesight.report.record import Line, is_finite
 
 Verdict = Literal["better", "worse", "unsure", "same", ""]
 
@@ -191,11 +190,7 @@ def figures_of(line: Line) -> dict[str, float]:
     """All figures of a measurement that are finite numbers, its loss among them."""
     scores = line.get("scores")
     both = {**(scores if isinstance(scores, dict) else {}), LOSS: line.get(LOSS)}
-    return {
-        str(name): float(value)
-        for name, value in both.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    return {str(name): float(value) for name, value in both.items() if is_finite(value)}
 
 
 def interval_of(line: Line, name: str) -> Ends | None:
@@ -229,9 +224,7 @@ def ends_of(content: object) -> Ends | None:
     if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 2:
         return None
     low, high = content
-    if not all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high)):
-        return None
-    return float(low), float(high)
+    return (float(low), float(high)) if is_finite(low) and is_finite(high) else None
 
 
 def sentence(row: Row) -> str:

@@ -15,7 +15,7 @@ from finesight.report.figures import named
 from finesight.report.formulas import Formulas
 from finesight.report.language import say
 from finesight.report.picture import picture
-from finesight.report.record import Line
+from finesight.report.record import Line, is_finite
 from finesight.vision.picture import open_picture
 
 LEAST_PIXELS, MOST_PIXELS, ALL_PIXELS = 200 * 260, 480 * 640, 40_000_000
@@ -176,7 +176,7 @@ def _corners(box: Line) -> bool:
 
 
 def _all_finite(values: Iterable[object]) -> bool:
-    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    return all(map(is_finite, values))
 
 
 def _shortened(text: str, longest: int = LONGEST) -> str:

@@ -6,10 +6,11 @@ cannot be read is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -130,6 +131,16 @@ def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[Line]:
             yield content
         elif damaged is not None and (line.endswith(b"\n") or len(line) == LARGEST_LINE):
             damaged.append(number)
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a number that a float can hold, and finite."""
+    if not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # whole numbers may have thousands of digits
+        return False
 
 
 def _object(content: object) -> Line:

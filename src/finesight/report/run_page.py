@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finesight import run_folder as names
 from finesight.evaluate.compare import Difference
@@ -176,11 +179,29 @@ def _best(record: Record, name: str, shown: Line) -> str:
 def _details(measured: Line) -> dict[str, Any]:
     """What a task says beyond figures: classes that are taken for others most often, and fields,
     the worst first."""
-    details = measured.get("details")
-    known: Line = details if isinstance(details, dict) else {}
-    taken = [row for row in known.get("confusion", ()) if row[0] != row[1]]
-    fields = sorted(known.get("fields", {}).items(), key=lambda pair: pair[1]["f1"])
+    try:
+        known = _Details.model_validate(measured.get("details") or {})
+    except ValidationError:
+        known = _Details()
+    taken = [row for row in known.confusion if row[0] != row[1]]
+    fields = sorted(known.fields.items(), key=lambda pair: pair[1].f1)
     return {"taken": taken[:MOST_DETAILS], "fields": fields[:MOST_DETAILS]}
+
+
+class _FieldFigures(BaseModel):
+    f1: float
+    precision: float
+    recall: float
+
+
+class _Details(BaseModel):
+    """What is shown of a measurement's details."""
+
+    confusion: list[tuple[str, str, int]] = []
+    fields: dict[str, _FieldFigures] = {}
+
+
+_DIFFERENCES: TypeAdapter[list[Difference]] = TypeAdapter(list[Difference])
 
 
 def _seen(record: Record, examples: Examples) -> dict[str, Any]:
@@ -319,8 +340,9 @@ def _differences(record: Record, compared: Sequence[Line]) -> dict[str, Differen
     """How the answers of the last measurement differ from those of the first, by figure: as the
     run says or, before its end, as far as its answers' scores say it."""
     told = (record.result or {}).get("differences")
-    if told:
-        return {line["name"]: Difference(**line) for line in told if isinstance(line, dict)}
+    with suppress(ValidationError):
+        if found := _DIFFERENCES.validate_python(told or []):
+            return {one.name: one for one in found}
     files = record.answers
     if len(files) < 2 or len(compared) < 2:
         return {}

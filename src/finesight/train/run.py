@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.child_processes import FileLock
@@ -202,6 +202,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 class _Noted(BaseModel):
     """The types of those values of a metrics line that a resumed run reads."""
+
+    model_config = ConfigDict(strict=True)
 
     step: int
     loss: float | None = None

@@ -1,0 +1,244 @@
+"""Mutated recipes, models, adapters and runs: commands end well, in bounded time and memory.
+
+Each mutation is read by a command in a process of its own: exit 0 or 2 (3 for findings), within
+20 s and 2 GB of memory, without a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mutations import ODD_FILES, mutated_bytes, mutated_json, mutated_lines, mutated_value
+from small_run import Task
+
+from finesight.cli.app import run
+from finesight.recipe import dump_recipe, load_recipe
+
+CASES = int(os.environ.get("FINESIGHT_FUZZ_CASES", "2000"))
+SEED = int(os.environ.get("FINESIGHT_FUZZ_SEED", "0"))
+SECONDS, RESIDENT, ADDRESSES = 20.0, 2e9, 8 << 30
+"""Bounds of a process: its time, its memory, and addresses, of which libraries take a part."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended; `code` is None where it was stopped."""
+
+    code: int | None
+    seconds: float
+    memory: float
+    said: str
+
+    @property
+    def well(self) -> bool:
+        return self.code in (0, 2, 3, 75) and self.memory < RESIDENT
+
+
+def forked(command: list[str], folder: Path) -> Ended:
+    """Carry out a command in a process that has imported everything already."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+b") as said:
+        child = os.fork()
+        if child == 0:
+            _command(command, folder, said.fileno())
+        code: int | None = None
+        while True:
+            done, status, usage = os.wait4(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            if time.monotonic() - start > SECONDS:
+                os.killpg(child, signal.SIGKILL)
+                _, _, usage = os.wait4(child, 0)
+                break
+            time.sleep(0.005)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    return Ended(code, time.monotonic() - start, usage.ru_maxrss * 1024, text)
+
+
+def _command(command: list[str], folder: Path, said: int) -> None:
+    code = 1
+    try:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        os.chdir(folder)
+        code = run(command)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+TO_MODEL = (
+    ["predict", "task/tiny", "task/train0.png", "--prompt", "Which?", "--max-new-tokens", "4"],
+    ["data", "show", "recipe.yaml"],
+    ["data", "plan", "recipe.yaml", "--gpu", "T4"],
+    ["train", "recipe.yaml", "output=new", "train.steps=1", "train.epochs=null", "eval=null"],
+    ["doctor", "task/tiny"],
+    ["merge", "run", "merged"],
+)
+TO_RUN = (
+    ["predict", "run", "task/train0.png", "--prompt", "Which?", "--max-new-tokens", "4"],
+    ["report", "run"],
+    ["doctor", "run"],
+    ["compare", "run", "run2", "--out", "page.html"],
+    ["merge", "run", "merged"],
+    ["eval", "run"],
+    ["train", "recipe.yaml", "--resume"],
+)
+TO_RECIPE = (
+    ["data", "plan", "fuzzed.yaml", "--gpu", "T4"],
+    ["data", "show", "fuzzed.yaml"],
+    ["data", "check", "fuzzed.yaml"],
+    ["train", "fuzzed.yaml", "output=new", "train.steps=1", "train.epochs=null", "eval=null"],
+)
+WAYS: dict[str, tuple[Callable[[random.Random, bytes], bytes], tuple[list[str], ...]]] = {
+    "task/tiny/config.json": (mutated_json, TO_MODEL),
+    "task/tiny/tokenizer.json": (mutated_json, TO_MODEL),
+    "task/tiny/preprocessor_config.json": (mutated_json, TO_MODEL),
+    "task/tiny/generation_config.json": (mutated_json, TO_MODEL),
+    "task/tiny/tokenizer_config.json": (mutated_json, TO_MODEL),
+    "task/tiny/chat_template.json": (mutated_json, TO_MODEL),
+    "run/adapter/adapter_config.json": (mutated_json, TO_RUN),
+    "run/manifest.json": (mutated_json, TO_RUN),
+    "run/metrics.jsonl": (mutated_lines, TO_RUN),
+    "run/result.json": (mutated_json, TO_RUN),
+    "run/moved.json": (mutated_json, TO_RUN),
+    "run/dropped.jsonl": (mutated_lines, TO_RUN),
+    "run/predictions/before.jsonl": (mutated_lines, TO_RUN),
+    "run/predictions/after.jsonl": (mutated_lines, TO_RUN),
+    "run/adapter/sha256.json": (mutated_json, TO_RUN),
+    "run/model/sha256.json": (mutated_json, TO_RUN),
+    "run/model/config.json": (mutated_json, TO_RUN),
+    "run/checkpoints/step-6/sha256.json": (mutated_json, TO_RUN),
+    "run/checkpoints/step-6/state.json": (mutated_json, TO_RUN),
+}
+OFTEN = (
+    "fuzzed.yaml",
+    "task/tiny/config.json",
+    "task/tiny/tokenizer.json",
+    "run/adapter/adapter_config.json",
+    "run/manifest.json",
+    "run/metrics.jsonl",
+)
+
+
+def mutated_recipe(rng: random.Random, content: bytes) -> bytes:
+    """A recipe that something is wrong with, mostly."""
+    match rng.randrange(6):
+        case 0:
+            return rng.choice(ODD_FILES)
+        case 1:
+            return mutated_bytes(rng, content)
+        case _:
+            found = mutated_value(rng, yaml.safe_load(content))
+            return yaml.safe_dump(found, allow_unicode=False).encode("utf-8", "replace")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task and its finished run, by paths that are relative to their folder."""
+    folder = tmp_path_factory.mktemp("original")
+    torch.set_num_threads(1)
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        task = Task(Path("task"))
+        task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 2}
+        task.run(name="../run")
+    finally:
+        os.chdir(here)
+    shutil.move(folder / "task" / "recipe.yaml", folder / "recipe.yaml")
+    text = (folder / "recipe.yaml").read_text().replace("task/../run", "run")
+    (folder / "recipe.yaml").write_text(text)
+    for model in ("task/tiny", "run/model"):
+        (folder / model / "sha256.json").rename(folder / model / "sha256.kept")
+    full = dump_recipe(load_recipe(folder / "recipe.yaml"))
+    (folder / "full.yaml").write_text(full)
+    return folder
+
+
+def prepared(rng: random.Random, original: Path, folder: Path, name: str) -> list[str]:
+    """A copy of the original with the file mutated; gives the command that reads it."""
+    shutil.copytree(original, folder)
+    if name == "fuzzed.yaml":
+        good = (original / rng.choice(("recipe.yaml", "full.yaml"))).read_bytes()
+        (folder / name).write_bytes(mutated_recipe(rng, good))
+        return rng.choice(TO_RECIPE)
+    mutate, commands = WAYS[name]
+    command = rng.choice(commands)
+    path = folder / name
+    kept = path.with_suffix(".kept")
+    if kept.exists():
+        kept.rename(path)
+    elif name.endswith(("adapter_config.json", "state.json")):
+        (path.parent / "sha256.json").unlink()
+    shutil.copytree(folder / "run", folder / "run2")
+    if command[-1] == "--resume" and not name.endswith(("result.json", "config.json")):
+        (folder / "run" / "result.json").unlink()
+    match rng.randrange(25):
+        case 0:
+            path.unlink()
+            rng.choice(
+                (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"))
+            )()
+        case _:
+            path.write_bytes(mutate(rng, path.read_bytes()))
+    return command
+
+
+@pytest.mark.slow
+def test_commands_end_well_on_mutated_files(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = (*OFTEN * 3, *WAYS)
+    failures: list[str] = []
+    codes: Counter[object] = Counter()
+    slowest, largest = 0.0, 0.0
+    for number in range(CASES):
+        rng = random.Random(f"{SEED}-{number}")
+        name = rng.choice(names)
+        folder = tmp_path / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        command = prepared(rng, original, folder, name)
+        ended = forked(command, folder)
+        codes[ended.code] += 1
+        slowest, largest = max(slowest, ended.seconds), max(largest, ended.memory)
+        if not ended.well:
+            last = ended.said.strip().splitlines()[-1:] or [""]
+            failures.append(
+                f"{number}: {name} {' '.join(command)}: code {ended.code},"
+                f" {ended.seconds:.1f} s, {ended.memory / 1e9:.2f} GB: {last[0][:200]}"
+            )
+            if "FINESIGHT_FUZZ_KEEP" in os.environ:
+                kept = Path(os.environ["FINESIGHT_FUZZ_KEEP"])
+                kept.mkdir(parents=True, exist_ok=True)
+                (kept / f"{number}.txt").write_text(f"{failures[-1]}\n{ended.said}")
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, kept / f"{number}.file")
+    print(json.dumps({"codes": dict(codes.most_common()), "slowest": slowest, "GB": largest / 1e9}))
+    assert failures == []
+    assert codes[2] > CASES // 5

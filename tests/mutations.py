@@ -1,0 +1,130 @@
+"""Mutations of JSON, JSON Lines and YAML files, drawn from a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+NUMBERS = (0, -1, 1, 2, 3, 0.5, 1e-300, 1e308, 10**9, 2**31, 2**63, 10**30, 10**400)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+PLAIN = (None, True, False, "", [], {}, [[]], [None], {"": None}, [0] * 10_000, "x" * 100_000)
+TEXTS = ("NaN", "\0", "a\0b", "\u202e", "1", "..", ".", "/", "~", "a/b", "\ud800", "(", "[a-", "%s")
+PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "file:///x", "../../x", "s3://x/y", "a b")
+TOKENS = ("<|im_end|>", "<|image_pad|>", "<|vision_start|>", "{{ x }}", "{% raw %}")
+VALUES = (*NUMBERS, *NUMBERS, *NOT_FINITE, *PLAIN, *TEXTS, *PATHS, *TOKENS)
+
+DEEP = '{"a": ' * 300 + "[" * 100_000
+ODD_FILES = (
+    *(b"", b"\0", b"{", b"[]", b"{}", b"null", b"3", b'"x"', b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}"),
+    *(b"[" * 100_000, b'{"a":' * 100_000, b"[" * 150 + b"]" * 150, b"9" * 100_000, b"NaN"),
+    *(b"{" + b'"a": 1, ' * 50_000 + b'"b": 2}', b"\n" * 10_000, b"[" + b"{}," * 100_000 + b"{}]"),
+)
+
+
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    """The value at the end of a way."""
+    for key in path:
+        node = node[key]
+    return node
+
+
+def mutated_value(rng: random.Random, content: Any, few: int = 200) -> Any:
+    """A copy with one to four values exchanged, lost, added, wrapped or repeated. Of large files
+    the first `few` values of each list and object are drawn more often than the others."""
+    content = deepcopy(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        found = [path for path in _first_ways(content, few) if path]
+        if not found:
+            return deepcopy(rng.choice(VALUES))
+        *above, key = rng.choice(found)
+        holder = at(content, tuple(above))
+        match rng.randrange(8):
+            case 0 | 1 | 2 | 3:
+                holder[key] = deepcopy(rng.choice(VALUES))
+            case 4:
+                del holder[key]
+            case 5:
+                holder[key] = rng.choice(([holder[key]], {"type": holder[key]}))
+            case 6:
+                holder[key] = deepcopy(at(content, rng.choice(found)))
+            case _:
+                if isinstance(holder, dict):
+                    holder[rng.choice(TEXTS)] = deepcopy(holder[key])
+                else:
+                    holder += [deepcopy(holder[key]) for _ in range(rng.choice((1, 100)))]
+    return content
+
+
+def _first_ways(node: object, few: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    inner = list(node.items()) if isinstance(node, dict) else []
+    items = list(enumerate(node)) if isinstance(node, list) else inner
+    if len(path) > 20:
+        return
+    for key, value in items[:few]:
+        yield from _first_ways(value, few, (*path, key))
+
+
+def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
+    """Bytes changed, lost or repeated."""
+    found = bytearray(content or b"x")
+    for _ in range(rng.choice((1, 2, 5, 20))):
+        place = rng.randrange(len(found))
+        match rng.randrange(4):
+            case 0:
+                found[place] = rng.randrange(256)
+            case 1:
+                found[place] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\x000123456789eE.")
+            case 2:
+                del found[place : place + rng.randrange(1, 20)]
+                found = found or bytearray(b"x")
+            case _:
+                found[place:place] = found[rng.randrange(len(found)) :][:20]
+    return bytes(found)
+
+
+def as_json(content: object) -> bytes:
+    """The text of a value, lone surrogates as escapes."""
+    return json.dumps(content).encode()
+
+
+def mutated_json(rng: random.Random, content: bytes) -> bytes:
+    """A JSON file that something is wrong with, mostly."""
+    match rng.randrange(10):
+        case 0:
+            return rng.choice(ODD_FILES)
+        case 1 | 2:
+            return mutated_bytes(rng, content)
+        case 3:
+            text = as_json(mutated_value(rng, json.loads(content)))
+            return text.replace(b"null", DEEP.encode(), 1)
+        case _:
+            return as_json(mutated_value(rng, json.loads(content)))
+
+
+def mutated_lines(rng: random.Random, content: bytes) -> bytes:
+    """A JSON Lines file that something is wrong with, mostly."""
+    lines = content.splitlines()
+    if not lines or rng.randrange(12) == 0:
+        return rng.choice(ODD_FILES)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        place = rng.randrange(len(lines))
+        match rng.randrange(8):
+            case 0:
+                lines[place] = mutated_bytes(rng, lines[place])
+            case 1:
+                lines[place] = rng.choice(ODD_FILES).replace(b"\n", b" ")
+            case 2:
+                lines.insert(place, rng.choice(lines))
+            case 3:
+                del lines[place]
+                lines = lines or [b"{}"]
+            case _:
+                try:
+                    lines[place] = as_json(mutated_value(rng, json.loads(lines[place])))
+                except (ValueError, RecursionError):
+                    lines[place] = b"{}"
+    return b"\n".join(lines) + rng.choice((b"\n", b""))

@@ -127,6 +127,9 @@ def test_other_things_in_place_of_records(
         '{"step": 3, "loss": 1.0, "void": [3]}',
         '{"step": 3, "held_out_loss": 1.0, "scores": 3, "headline": null}',
         '{"step": 3, "dropped": 3}',
+        '{"step": 3, "held_out_loss": 1.0, "scores": {"a": 1.0}, "headline": "b"}',
+        '{"step": 3, "held_out_loss": 1.0, "scores": {}, "intervals": {"a": [1.0]}}',
+        '{"step": ' + "9" * 400 + "}",
     ],
 )
 def test_a_damaged_line_of_metrics_is_named_when_a_run_is_resumed(

@@ -294,6 +294,8 @@ def read_pixels(settings: Settings, channels: int = 3) -> Pixels:
     """Scale, mean and deviation of each channel, from preprocessor_config.json."""
     settings.require("do_normalize", True, (True,))
     settings.require("do_rescale", True, (True,))
+    if min(settings.numbers("image_std", channels)) <= 0:
+        settings.refuse("image_std", f"a list of {channels} numbers above 0")
     return Pixels(
         scale=settings.number("rescale_factor", 1 / 255),
         mean=settings.numbers("image_mean", channels),

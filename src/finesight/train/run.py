@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.child_processes import FileLock
-from finesight.config import Recipe
+from finesight.config import MOST, Recipe
 from finesight.errors import UserError
 from finesight.evaluate import own
 from finesight.manifest import MANIFEST, Manifest
@@ -205,15 +205,21 @@ class _Noted(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    step: int
+    step: Annotated[int, Field(ge=0, le=MOST)]
     loss: float | None = None
     held_out_loss: float | None = None
     scores: dict[str, float] = {}
     headline: str | None = None
-    intervals: dict[str, Any] = {}
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = {}
     details: dict[str, Any] = {}
     dropped: list[Any] = []
     void: list[str] = []
+
+    @model_validator(mode="after")
+    def _headline_is_a_score(self) -> _Noted:
+        if self.headline is not None and self.headline not in self.scores:
+            raise ValueError(f"the headline {self.headline!r:.80} is no score")
+        return self
 
 
 def _check_types(figures: dict[str, Any], where: str) -> None:
@@ -221,7 +227,7 @@ def _check_types(figures: dict[str, Any], where: str) -> None:
         _Noted.model_validate(figures)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"])) or "the line"
         raise UserError(
             f"{key}: {first['msg']}, got {first['input']!r:.60}",
             where=where,

@@ -14,9 +14,9 @@ from pydantic_core import from_json
 
 from finesight.errors import UserError, look_beside
 
-LARGEST = 32 * 2**20
-"""Bytes of a file that is read whole: tokenizers have up to 13 MB. Parsed, JSON takes up to 30
-times its size in memory."""
+LARGEST = 40 * 2**20
+"""Bytes of a file that is read whole: tokenizers have up to 13 MB, those of families with large
+vocabularies up to 35 MB. Parsed, JSON takes up to 30 times its size in memory."""
 
 LARGEST_LINE = 8 * 2**20
 """Bytes of one line of a JSON Lines file."""

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import read_json_object, read_text
+from finesight.bounded_files import read_bytes, read_json_object, read_text
 from finesight.errors import UserError
 from finesight.pickled import convert_once
 from finesight.remote.address import Address, is_on_a_hub, model_address
@@ -260,7 +260,7 @@ class ModelFolder:
         total = hashlib.sha256()
         index = self._index()
         if index is not None:
-            total.update(index.read_bytes())
+            total.update(read_bytes(index, expected="an index of weights", remedy=_AGAIN))
         for path in self.weight_files():
             total.update(path.name.encode())
             total.update(_header(path))

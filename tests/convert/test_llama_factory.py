@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -213,6 +214,19 @@ def test_data_sets_are_looked_up(tmp_path, monkeypatch):
     for name, words in (("liked", "preference learning"), ("none", "none is not in it")):
         with pytest.raises(UserError, match=words):
             from_settings(tmp_path, base | {"dataset": name})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 200_000, None])
+def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeypatch):
+    """Without content: a named pipe, which must not be waited for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "dataset_info.json"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        from_settings(tmp_path, FACTORY)
+    assert caught.value.where == "data/dataset_info.json"
+    assert caught.value.expected == "descriptions of data sets by name"
 
 
 def test_without_descriptions_the_commands_are_guesses(tmp_path, monkeypatch):

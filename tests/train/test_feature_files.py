@@ -123,3 +123,12 @@ def test_the_header_is_not_believed(tmp_path: Path) -> None:
         text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
         assert files.read("a", torch.empty(5, 2, 8)) is None
+
+
+def test_a_deeply_nested_header_is_not_taken(tmp_path: Path) -> None:
+    with closing(FeatureFiles(tmp_path, "tower")) as files:
+        path = files.write("a", features(1)).path
+        text = b"[" * 200_000
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        assert files.read("a", torch.empty(5, 2, 8)) is None
+    assert not path.exists()

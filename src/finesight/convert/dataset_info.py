@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
+from finesight.bounded_files import read_json_object
 from finesight.convert.draft import Draft
 from finesight.convert.given import Given
 from finesight.convert.sources import Source
@@ -60,15 +61,9 @@ def _info(given: Given, folder: str) -> tuple[Path, dict[str, object]] | None:
     places = (Path(folder), *(above / folder for above in (beside, *beside.resolve().parents[:3])))
     for place in places:
         path = place / INFO
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            continue
-        except (ValueError, RecursionError) as error:
-            raise _wrong(str(path), "is no JSON", "the descriptions of data sets") from error
-        if not isinstance(content, dict):
-            raise _wrong(str(path), "holds no data sets by name", "descriptions by name")
-        return place, content
+        if os.path.exists(path):
+            expected = "descriptions of data sets by name"
+            return place, read_json_object(path, expected=expected, remedy="correct the file")
     return None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finesight.bounded_files import parse_json
 from finesight.child_processes import FileLock
 from finesight.data.lines import Unreadable
 from finesight.errors import UserError
@@ -185,7 +185,7 @@ def _read_whole(file: int, features_MKD: Tensor) -> int:
     length = int.from_bytes(_read_at(file, 8, 0), "little")
     if length > LARGEST_HEADER:
         raise ValueError(f"a header of {length} bytes")
-    header: Any = json.loads(_read_at(file, length, 8))
+    header: Any = parse_json(_read_at(file, length, 8))
     room = _bytes_of(features_MKD)
     form = {
         "dtype": _TYPES[features_MKD.dtype],

@@ -11,12 +11,15 @@ from small_run import Task
 from finesight import api
 from finesight.cli.app import run
 from finesight.errors import UserError
+from finesight.evaluate import own
 from finesight.evaluate.metric_trust import (
     check_metric,
+    check_recipe_metric,
     in_run_folder,
     trust_file,
     trust_metric,
 )
+from finesight.recipe import recipe_of
 
 METRIC = """from pathlib import Path
 with Path({log!r}).open("a") as file:
@@ -226,3 +229,22 @@ def test_a_run_folder_has_a_manifest_and_a_recipe(tmp_path: Path) -> None:
     assert not in_run_folder(tmp_path / "metric.py")
     (tmp_path / "recipe.yaml").write_text("")
     assert in_run_folder(tmp_path / "metric.py")
+
+
+@pytest.mark.parametrize(
+    "name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"]
+)
+def test_a_metric_file_that_cannot_be_there_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop.py").symlink_to("loop.py")
+    recipe = recipe_of(
+        {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output": "other"}
+        | {"eval": {"metric": f"{name}:score"}}
+    )
+    check_recipe_metric(recipe, tmp_path / "recipe.yaml", (), trust=False)
+    place = own.split(own.found(f"{name}:score", tmp_path / "other"))
+    assert place is not None
+    with pytest.raises(UserError, match="no such file"):
+        own.require_file(place[0])

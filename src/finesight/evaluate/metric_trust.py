@@ -90,9 +90,8 @@ def check_recipe_metric(
     metric = own.found(recipe.eval.metric, recipe.output)
     typed = any(one.partition("=")[0].strip() in ("eval", "eval.metric") for one in overrides)
     place = own.split(metric)
-    brought = (path is not None and in_run_folder(path)) or (
-        place is not None and in_run_folder(place[0])
-    )
+    files = [file for file in (path, place and place[0]) if file is not None]
+    brought = any(os.path.isfile(file) and in_run_folder(file) for file in files)
     named = metric == recipe.eval.metric and (typed or not brought)
     check_metric(metric, named=named, trust=trust)
 

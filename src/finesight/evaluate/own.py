@@ -29,14 +29,16 @@ EXPECTED = "a function of one case that gives a finite number, or a dict of them
 def split(metric: str) -> tuple[Path, str] | None:
     """File and function of `path/to/metric.py:function`; None for the name of a task."""
     file, colon, function = metric.rpartition(":")
-    return (Path(file).expanduser(), function) if colon else None
+    return (Path(os.path.expanduser(file)), function) if colon else None
 
 
 def found(metric: str, run: Path, *, copy_first: bool = False) -> str:
     """The same metric, by the copy in a run's folder where the file itself is not there or, with
     `copy_first`, wherever there is a copy."""
     place = split(metric)
-    if place is None or not (run / COPY).is_file() or (place[0].is_file() and not copy_first):
+    if place is None or not (run / COPY).is_file():
+        return metric
+    if os.path.isfile(place[0]) and not copy_first:
         return metric
     return f"{run / COPY}:{place[1]}"
 

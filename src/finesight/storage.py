@@ -35,6 +35,7 @@ _REMEDIES = {
     errno.EROFS: "choose an output folder on a file system that can be written",
     errno.EACCES: "choose an output folder that you may write to, or change its permissions",
     errno.EPERM: "choose an output folder that you may write to, or change its permissions",
+    errno.EISDIR: "remove the folder that is in the file's place, then start again",
     errno.ENOTDIR: "choose an output folder whose parents are folders",
     errno.ENAMETOOLONG: "choose a shorter output name",
     errno.EIO: "look after the disk, or choose an output folder on another one",

@@ -104,6 +104,9 @@ def test_other_things_in_place_of_answers(
     second = folder / "second"
     shutil.copytree(folder / "run", second, symlinks=True, ignore=lambda *_: ["predictions"])
     assert run(["compare", str(folder / "run"), str(second), "--out", str(folder / "c.html")]) == 0
+    (folder / "run" / "result.json").unlink()
+    code, said = ended(folder, "resume", capsys)
+    assert (code, "remove the folder" in said) == (2, True) if put is Path.mkdir else code == 0
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "moved.json", "dropped.jsonl"])
@@ -116,6 +119,11 @@ def test_other_things_in_place_of_records(
     ended(folder, "doctor", capsys)
     code, said = ended(folder, "resume", capsys)
     assert (code, name in said) == (2, True) if name == "result.json" else code == 0
+    if name != "result.json":
+        (folder / "run" / "result.json").unlink()
+        code, said = ended(folder, "resume", capsys)
+        refused = put is Path.mkdir or name == "metrics.jsonl"
+        assert (code, name in said) == (2, True) if refused else code == 0
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of layers in a configuration, each by its full key, in all of its sections."""
+    """Yield the numbers of layers in all sections of a configuration, each with its full key."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():

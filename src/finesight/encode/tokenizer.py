@@ -173,7 +173,7 @@ def check_file(path: Path, *, native: bool, vocabulary: int) -> None:
 
 
 def _tokens(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
-    """The token of the largest id in the vocabulary, and the added tokens, with their ids."""
+    """Yield the token of the largest id in the vocabulary and the added tokens, with their ids."""
     model, added = content.get("model"), content.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict) and words:
@@ -185,7 +185,7 @@ def _tokens(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
 
 
 def _normalizers(tree: object) -> Iterator[dict[str, object]]:
-    """The normalizers of a file, those of sequences one by one."""
+    """Yield the normalizers of a file, those of sequences one by one."""
     if not isinstance(tree, dict):
         return
     parts = tree.get("normalizers")
@@ -197,7 +197,7 @@ def _normalizers(tree: object) -> Iterator[dict[str, object]]:
 
 
 def _is_sound(charsmap: object) -> bool:
-    """Whether the trie of a precompiled map is as long as it says: the library allocates that."""
+    """Return True if the trie is as long as it says: the library allocates that length."""
     try:
         content = base64.b64decode(str(charsmap), validate=True)
     except ValueError:
@@ -220,5 +220,5 @@ def _explained(path: Path, kind: type[Exception] | tuple[()] = ()) -> Iterator[N
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust has panicked; its exception cannot be imported."""
+    """Return True for a panic of a Rust library, whose exception cannot be imported."""
     return type(error).__name__ == "PanicException"

@@ -27,7 +27,7 @@ OPTION = "--trust-metric"
 
 
 def trust_file() -> Path:
-    """The list of trusted metric files: the SHA-256 and the path of one on each line."""
+    """Return the path of the list of trusted metric files: SHA-256 and path on each line."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(os.path.expanduser(state)) / "finesight" / "trusted_metrics"
 
@@ -97,7 +97,7 @@ def check_recipe_metric(
 
 
 def in_run_folder(file: Path) -> bool:
-    """Whether a file lies in the folder of a run, directly or by a link."""
+    """Return True for a file in the folder of a run, directly or by a link."""
     folders = (file.parent, file.resolve().parent)
     return any((f / MANIFEST).is_file() and (f / RECIPE).is_file() for f in folders)
 
@@ -108,7 +108,7 @@ def _sha256(file: Path) -> str:
 
 
 def _recorded(trusted: Path) -> set[str]:
-    """The digests in the user's list; none of a list that others could have written."""
+    """Read the digests in the user's list; none of a list that others could have written."""
     try:
         status = trusted.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:

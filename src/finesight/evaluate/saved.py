@@ -73,7 +73,7 @@ def _as_record(box: BoxPart) -> dict[str, Any]:
 
 
 class _Line(BaseModel):
-    """The types of the values that are read again of a line."""
+    """Values of a line that are read again, with their types."""
 
     id: str
     answer: str

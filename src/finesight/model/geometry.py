@@ -13,11 +13,11 @@ from typing import NoReturn, TypeGuard
 from finesight.errors import UserError
 
 LARGEST = 2**31 - 1
-"""Of a size of a model: vocabularies have fewer than a million."""
+"""Upper limit of a size of a model: vocabularies have fewer than a million tokens."""
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a finite number that fp32 can hold."""
+    """Return True for a finite number that fp32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 

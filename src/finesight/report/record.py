@@ -134,7 +134,7 @@ def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[Line]:
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether a value of a JSON file is a number that a float can hold, and finite."""
+    """Return True for a finite number that a float can hold."""
     if not isinstance(value, int | float):
         return False
     try:
@@ -215,7 +215,7 @@ class _Reader:
             self.unreadable.append(f"{lines} {damaged[0]:,} of {name}")
 
     def note_misplaced(self, name: str) -> None:
-        """Name what is no regular file among the JSON Lines files of a folder."""
+        """Report JSON Lines files of a folder that are not regular files."""
         found = sorted((self._folder / name).glob("*.jsonl"))
         self.unreadable += [f"{name}/{path.name}" for path in found if not path.is_file()]
 

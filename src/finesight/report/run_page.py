@@ -195,7 +195,7 @@ class _FieldFigures(BaseModel):
 
 
 class _Details(BaseModel):
-    """What is shown of a measurement's details."""
+    """Details of a measurement that the page shows."""
 
     confusion: list[tuple[str, str, int]] = []
     fields: dict[str, _FieldFigures] = {}

@@ -39,8 +39,8 @@ from finesight.storage import (
     write_file,
 )
 
-_NOTED = "a line of metrics as `finesight train` wrote it"
-_NOTED_REMEDY = "restore the file from a copy, or cut it off before the damaged line"
+_LINE_EXPECTED = "a line of metrics as `finesight train` wrote it"
+_LINE_REMEDY = "restore the file from a copy, or cut it off before the damaged line"
 
 
 class Run:
@@ -186,9 +186,12 @@ class Run:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines, each with its bytes, up to the first that is torn. Raises UserError for a
-    folder or a pipe in the file's place."""
-    lines = read_lines(path, expected=_NOTED, remedy=_NOTED_REMEDY)
+    """Yield whole lines, each with its bytes, up to the first torn one.
+
+    Raises:
+        UserError: The file is not a regular file, or a value of a line has a wrong type.
+    """
+    lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
     for number, line in enumerate(lines, start=1):
         try:
             figures = parse_json(line)
@@ -200,8 +203,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield len(line), figures
 
 
-class _Noted(BaseModel):
-    """The types of those values of a metrics line that a resumed run reads."""
+class _MetricsLine(BaseModel):
+    """Values of a metrics line that a resumed run reads, with their types."""
 
     model_config = ConfigDict(strict=True)
 
@@ -216,7 +219,7 @@ class _Noted(BaseModel):
     void: list[str] = []
 
     @model_validator(mode="after")
-    def _headline_is_a_score(self) -> _Noted:
+    def _headline_is_a_score(self) -> _MetricsLine:
         if self.headline is not None and self.headline not in self.scores:
             raise ValueError(f"the headline {self.headline!r:.80} is no score")
         return self
@@ -224,13 +227,13 @@ class _Noted(BaseModel):
 
 def _check_types(figures: dict[str, Any], where: str) -> None:
     try:
-        _Noted.model_validate(figures)
+        _MetricsLine.model_validate(figures)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the line"
         raise UserError(
             f"{key}: {first['msg']}, got {first['input']!r:.60}",
             where=where,
-            expected=_NOTED,
-            remedy=_NOTED_REMEDY,
+            expected=_LINE_EXPECTED,
+            remedy=_LINE_REMEDY,
         ) from error

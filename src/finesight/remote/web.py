@@ -43,7 +43,23 @@ LONGEST_PAUSE = 60.0
 INNER = frozenset({"localhost", "local", "lan", "internal", "intranet", "home", "corp", "arpa"})
 """Last parts of names that are given within networks alone."""
 
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+SPECIAL_NETWORKS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24"),
+        *("192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15"),
+        *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        *("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
+    )
+)
+"""Networks of the IANA special-purpose address registries (RFC 6890) and multicast: none holds one
+host of the public network. What `ipaddress` knows of them depends on the version of Python. Of
+IPv6, those within PUBLIC_IPV6."""
+
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
+"""Global unicast, all that is allocated of it: loopback, translations and local networks lie
+outside."""
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 
 
@@ -236,12 +252,10 @@ def _is_public(host: str) -> bool:
 
 def public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether an address is one host of the public network."""
-    if isinstance(address, ipaddress.IPv6Address):
-        # These lead on to addresses of version 4, whatever those are.
-        leads_on = address.sixtofour or address.teredo or address in _TRANSLATED
-        if address.ipv4_mapped or leads_on or address.is_site_local:
-            return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    if isinstance(address, ipaddress.IPv6Address) and address not in PUBLIC_IPV6:
+        return False
+    special = any(address in network for network in SPECIAL_NETWORKS)
+    return address.is_global and not special
 
 
 def _refuse_offline(url: str) -> None:

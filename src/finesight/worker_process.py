@@ -1,0 +1,201 @@
+"""Process that runs jobs for a `finesight.worker_pool.WorkerPool`, within limits.
+
+`main` is the template process of a pool. It loads what jobs need once, stays single-threaded, and
+forks a worker for each connection that the pool sends it. A worker runs one job after another. Each
+job has a limit of processor time, which the kernel enforces.
+
+Requests are pickled: they come from the pool alone. Replies are JSON and raw arrays: a worker may
+be compromised by a file that it decodes, and nothing that it sends back may run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.errors import UserError
+
+FORK = struct.Struct("!QI")
+"""Message to the template: bytes of memory beyond its own, and the nice level of the worker."""
+
+_COUNT = struct.Struct("!I")
+_LENGTH = struct.Struct("!Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Result of a job: a value that JSON can hold, and arrays."""
+
+    value: Any = None
+    arrays: Sequence[NDArray[np.generic]] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Function of the template's state and `args`, with limits on its time in seconds."""
+
+    function: Callable[..., Output]
+    args: tuple[Any, ...]
+    cpu_seconds: float
+    wall_seconds: float
+
+
+def write_frame(connection: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
+    """Send a message of several parts, which stay apart."""
+    lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
+    connection.sendall(_COUNT.pack(len(parts)) + lengths)
+    for part in parts:
+        connection.sendall(part)
+
+
+def read_frame(connection: socket.socket) -> list[bytearray]:
+    """Receive a message. Raises EOFError where the other side has closed the connection."""
+    (count,) = _COUNT.unpack(_read(connection, _COUNT.size))
+    lengths = _read(connection, count * _LENGTH.size)
+    return [_read(connection, length) for (length,) in _LENGTH.iter_unpack(lengths)]
+
+
+def _read(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        received = connection.recv_into(view)
+        if not received:
+            raise EOFError
+        view = view[received:]
+    return data
+
+
+def raw(array: NDArray[np.generic]) -> memoryview:
+    """Bytes of an array, without a copy where it is contiguous."""
+    flat: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return flat
+
+
+def main(number: int) -> None:
+    """Load the state, then fork a worker for each connection until the pool closes the control.
+
+    `number` is the file descriptor of the control.
+    """
+    control = socket.socket(fileno=number)
+    # Ctrl-C goes to every process of the terminal; the pool ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers that have ended are reaped by the kernel.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, ConnectionError):
+        setup, args = pickle.loads(read_frame(control)[0])
+        state: list[Any] = []
+
+        def load() -> Output:
+            state.append(setup(*args))
+            return Output()
+
+        reply, _ = _outcome(load)
+        write_frame(control, [json.dumps(reply).encode()])
+        gc.collect()
+        gc.freeze()
+        while state:
+            data, handles, _, _ = socket.recv_fds(control, FORK.size, 1)
+            if not data:
+                return
+            memory_bytes, nice = FORK.unpack(data)
+            if os.fork() == 0:
+                control.close()
+                _work(socket.socket(fileno=handles[0]), state[0], memory_bytes, nice)
+            os.close(handles[0])
+
+
+def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
+    """Run jobs until the pool closes the connection. Never returns."""
+    status = 1
+    try:
+        _confine(memory_bytes, nice)
+        base = _resident_bytes()
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                head, *buffers = read_frame(connection)
+                job: Job = pickle.loads(head, buffers=buffers)
+                began = time.process_time()
+                reply = _run(job, state)
+                meta = reply[0] | {
+                    "cpu_seconds": time.process_time() - began,
+                    "grown_bytes": _resident_bytes() - base,
+                }
+                write_frame(connection, [json.dumps(meta).encode(), *map(raw, reply[1])])
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _run(job: Job, state: Any) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
+    """The reply to a job. Past a limit of time, the kernel ends this process."""
+    signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
+    try:
+        return _outcome(lambda: job.function(state, *job.args))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _outcome(
+    function: Callable[[], Output],
+) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
+    """The reply of a function that may fail: its output or its error."""
+    try:
+        output = function()
+    except UserError as error:
+        words = [error.what, error.where, error.expected, error.remedy]
+        return {"user_error": words}, ()
+    except MemoryError:
+        return {"out_of_memory": True}, ()
+    except Exception as error:
+        # Its message may quote what a client sent.
+        frames = traceback.format_tb(error.__traceback__)
+        return {"fault": [type(error).__name__, "".join(frames)]}, ()
+    kinds = [[array.dtype.str, array.shape] for array in output.arrays]
+    return {"value": output.value, "arrays": kinds}, output.arrays
+
+
+def _confine(memory_bytes: int, nice: int) -> None:
+    """Lower the priority, bound the memory, and be silent: native code may print what it reads."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(silence, number)
+    if silence > 2:
+        os.close(silence)
+    os.nice(nice)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        # Where memory runs out, a worker goes before the process that started it.
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        limit = _statm(0) + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _resident_bytes() -> int:
+    try:
+        return _statm(1)
+    except OSError:  # no /proc on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _statm(column: int) -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[column]) * resource.getpagesize()

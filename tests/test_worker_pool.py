@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pool_jobs as jobs
+import pytest
+
+from finesight import worker_pool as area
+from finesight.errors import UserError
+from finesight.worker_pool import (
+    NICE,
+    WorkerFault,
+    WorkerLimitError,
+    WorkerLostError,
+    WorkerPool,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pool() -> Iterator[WorkerPool]:
+    made = WorkerPool(jobs.load, 7, idle=2, memory_bytes=64 * MIB)
+    made.start()
+    yield made
+    made.close()
+
+
+def pids(pool: WorkerPool, number: int = 2) -> set[int]:
+    """Processes of the idle workers."""
+    with ThreadPoolExecutor(number) as threads:
+        meeting = threading.Barrier(number)
+
+        def ask(_: int) -> int:
+            with pool.worker() as worker:
+                meeting.wait(10)
+                return int(worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+
+        return set(threads.map(ask, range(number)))
+
+
+def test_values_and_arrays_come_back(pool):
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    with pool.worker() as worker:
+        reply = worker.call(jobs.describe, array, seconds=1)
+    assert (reply.value["number"], reply.value["jobs"]) == (7, 1)
+    assert [found.tolist() for found in reply.arrays] == [array.tolist(), array.T.tolist()]
+    assert [found.dtype for found in reply.arrays] == [np.int16, np.float32]
+    assert 0 <= reply.cpu_seconds < 1
+    large = np.arange(3 * MIB, dtype=np.uint8)
+    with pool.worker() as worker:
+        assert np.array_equal(worker.call(jobs.describe, large, seconds=1).arrays[0], large)
+
+
+def test_workers_are_used_again(pool):
+    first = pids(pool)
+    assert len(first) == 2
+    assert pids(pool) == first
+    with pool.worker() as worker:
+        with pytest.raises(UserError) as raised:
+            worker.call(jobs.refuse, seconds=1)
+        # An error of the user leaves the worker as it is.
+        assert worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"] in first
+    error = raised.value
+    assert (error.what, error.where) == ("is 3", "field")
+    assert (error.expected, error.remedy) == ("4", "correct it")
+    assert pids(pool) == first
+
+
+@pytest.mark.parametrize(
+    ("job", "args"), [(jobs.spin, ()), (jobs.grow, (200 * MIB,)), (jobs.crash, ())]
+)
+def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, args):
+    first = pids(pool)
+    with (
+        pool.worker() as worker,
+        pytest.raises(WorkerLimitError, match=r"0\.3 s of processor time"),
+    ):
+        worker.call(job, *args, seconds=0.3)
+    second = pids(pool)
+    assert len(second) == 2
+    assert len(first & second) == 1
+
+
+def test_a_job_within_its_limits_is_not_killed(pool):
+    with pool.worker() as worker:
+        assert worker.call(jobs.grow, 30 * MIB, seconds=1).value == 30 * MIB
+        # Waiting takes no processor time.
+        assert worker.call(jobs.sleep, 0.5, seconds=0.3).value == 0.5
+
+
+def test_a_worker_of_ones_own_has_limits_of_its_own(pool):
+    with pool.fork(8 * MIB) as worker, pytest.raises(WorkerLimitError):
+        worker.call(jobs.grow, 30 * MIB, seconds=1)
+    with pool.fork(200 * MIB) as worker:
+        assert worker.call(jobs.grow, 100 * MIB, seconds=1).value == 100 * MIB
+
+
+def test_a_fault_is_told_by_its_place_alone(pool):
+    first = pids(pool)
+    with pool.worker() as worker, pytest.raises(WorkerFault) as raised:
+        worker.call(jobs.fail, seconds=1)
+    assert raised.value.kind == "ZeroDivisionError"
+    assert "in fail" in raised.value.frames
+    assert "a secret" not in f"{raised.value} {raised.value.frames}".replace('("a secret")', "")
+    assert len(first & pids(pool)) == 1
+
+
+def test_a_worker_that_keeps_memory_is_replaced(pool):
+    with pool.worker() as worker:
+        hoarder = worker.call(jobs.hoard, area.MAX_GROWN_BYTES + 8 * MIB, seconds=1).value
+    assert hoarder not in pids(pool)
+
+
+def test_a_deadline_ends_the_wait(pool):
+    with pool.worker() as worker:
+        began = time.monotonic()
+        with pytest.raises(WorkerLimitError):
+            worker.call(jobs.sleep, 60.0, seconds=60, deadline=began + 0.2)
+    assert time.monotonic() - began < 10
+
+
+def test_waiting_without_blocking(pool):
+    with pool.worker() as worker:
+        worker.start(jobs.sleep, 0.3, seconds=1)
+        assert not worker.ready(0.0)
+        assert not worker.ready(0.01)
+        assert worker.ready(30.0)
+        assert worker.finish().value == 0.3
+
+
+@pytest.mark.parametrize("end", ["kill", "close"])
+def test_a_job_that_is_cancelled(pool, end):
+    with pool.worker() as worker:
+        timer = threading.Timer(0.2, worker.kill if end == "kill" else pool.close)
+        timer.start()
+        with pytest.raises(WorkerLostError):
+            worker.call(jobs.sleep, 60.0, seconds=60)
+    timer.join()
+    if end == "close":
+        with pytest.raises(WorkerLostError):
+            pool.fork()
+
+
+def test_workers_have_low_priority_and_hold_nothing_of_the_pool(pool):
+    with pool.worker() as worker:
+        found = worker.call(jobs.limits, seconds=1).value
+    assert found["nice"] >= os.nice(0) + NICE
+    assert found["group"] != os.getpgrp()
+    # Standard streams, its connection, and what lists the folder.
+    assert len(found["open"]) == 5
+
+
+def test_processes_that_were_killed_are_replaced(pool):
+    for pid in pids(pool):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+    assert len(pids(pool)) == 2
+    os.kill(pool._process.pid, signal.SIGKILL)
+    pool._process.wait()
+    with pool.fork() as worker:
+        assert worker.call(jobs.describe, np.zeros(1), seconds=1).value["number"] == 7
+
+
+def test_no_process_is_left(pool):
+    group = pool._process.pid
+    found = pids(pool)
+    pool.close()
+    assert all(not alive(pid) for pid in (group, *found))
+
+
+def alive(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except FileNotFoundError:
+            return False
+        if stat.rsplit(")", 1)[1].split()[0] in "ZX":
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_many_threads_at_once(pool):
+    def ask(number: int) -> int:
+        with pool.worker() as worker:
+            return int(worker.call(jobs.describe, np.array([number]), seconds=1).arrays[0][0])
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(200))) == list(range(200))
+    assert len(pool._idle) == 2
+
+
+def test_a_setup_that_fails_is_told_at_the_start():
+    with pytest.raises(UserError, match="is 3"):
+        WorkerPool(jobs.refuse, {}, idle=1, memory_bytes=MIB).start()
+    with pytest.raises(WorkerFault, match="ZeroDivisionError"):
+        WorkerPool(jobs.fail, {}, idle=1, memory_bytes=MIB).start()
+    with pytest.raises(OSError, match="ended"):
+        WorkerPool(jobs.crash, {}, idle=1, memory_bytes=MIB).start()

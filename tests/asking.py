@@ -27,7 +27,7 @@ from finesight.encode.pack import pack
 from finesight.errors import UserError
 from finesight.infer.engine import SMALL_PAGE, Engine
 from finesight.infer.pages import picture_digests
-from finesight.infer.request import Event, Finish, Request, Token
+from finesight.infer.request import Constraint, Event, Finish, Request, Token
 from finesight.infer.rows import Prompt, Rows
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.bank import Bank
@@ -79,7 +79,7 @@ def mixed_questions(folder: Path) -> list[Located]:
     ]
 
 
-class Forced:
+class Forced(Constraint):
     """A constraint that allows one token after another, whatever the model would say."""
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from asking import Told, ask, listen, mixed_questions, noise, request_for, told_of
+from asking import Forced, Told, ask, listen, mixed_questions, noise, request_for, told_of
 
 from finesight.encode.encoded import Encoded
 from finesight.encode.render import Renderer
@@ -18,7 +18,7 @@ from finesight.infer import engine as area
 from finesight.infer.engine import SMALL_PAGE, Engine, cache_tokens
 from finesight.infer.generate import generate
 from finesight.infer.pages import grown
-from finesight.infer.request import Request, Sampling
+from finesight.infer.request import Constraint, Request, Sampling
 from finesight.model.network import VisionLanguageModel
 from finesight.model.tiny import make_tiny
 from finesight.model.weights import load_model
@@ -350,7 +350,7 @@ def test_numbers_that_overflow_in_the_middle_of_an_answer_end_it(loaded, tmp_pat
     assert engine.pages_free == engine.pages_in_all
 
 
-class Broken:
+class Broken(Constraint):
     """A constraint that allows everything, and fails at one of its calls."""
 
     def __init__(self, vocabulary: int, failing: str) -> None:
@@ -393,4 +393,92 @@ def test_a_constraint_that_fails_ends_its_own_answer_alone(loaded, tmp_path, fai
     assert isinstance(errors.pop(tickets[0]), ZeroDivisionError)
     assert not errors
     assert told[tickets[1]].ids == wanted
+    assert engine.pages_free == engine.pages_in_all
+
+
+class Late(Forced):
+    """A constraint whose masks are ready when they have been asked for so many times, or never."""
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int, rng: random.Random | None) -> None:
+        super().__init__(tokens, vocabulary)
+        self._rng, self._left_asks = rng, 0
+        self.begun = 0
+
+    def begin(self) -> None:
+        self.begun += 1
+
+    def ready(self, seconds: float) -> bool:
+        self._left_asks -= 1
+        return self._rng is not None and self._left_asks <= 0
+
+    def take(self, token: int) -> None:
+        super().take(token)
+        self._left_asks = 0 if self._rng is None else self._rng.choice([0, 1, 2, 5])
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_whose_masks_are_late_are_paused_and_equal(loaded, tmp_path, seed, late):
+    """They say what they would say in time; the others do not wait for them."""
+    model, renderer = loaded
+    vocabulary = model.geometry.language.vocabulary
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    said = [7, 8, 9, 10, 11, 12, 13, 14, 15]
+    rng = random.Random(seed)
+
+    def requests(late_masks: bool) -> list[Request]:
+        made = []
+        for number, prompt in enumerate(prompts):
+            constraint: Constraint | None = None
+            if number % 2:
+                kind = rng if late_masks else None
+                constraint = Late(said, vocabulary, kind) if kind else Forced(said, vocabulary)
+            sampling = Sampling(temperature=1.0, seed=number, repetition_penalty=1.1)
+            made.append(
+                Request(
+                    prompt=prompt,
+                    max_new_tokens=STEPS,
+                    constraint=constraint,
+                    sampling=sampling,
+                    logprobs=2,
+                )
+            )
+        return made
+
+    answers = []
+    for late_masks in (False, True):
+        engine = Engine(model, (), rows=4, tokens=2000)
+        engine._late = late
+        tickets = [engine.add(request) for request in requests(late_masks)]
+        told: dict[int, Told] = {}
+        listen(engine, told)
+        assert engine.pages_free == engine.pages_in_all
+        answers.append([told[ticket] for ticket in tickets])
+    for in_time, paused in zip(*answers, strict=True):
+        assert paused.ids == in_time.ids
+        assert paused.finish == in_time.finish
+        for token, other in zip(paused.tokens, in_time.tokens, strict=True):
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_answer_whose_mask_never_comes_holds_no_other_up(loaded, tmp_path, late):
+    model, renderer = loaded
+    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
+    (wanted,) = generate(model, prompts[1:2], max_new_tokens=STEPS, end_ids=())
+    engine = Engine(model, (), rows=2, tokens=2000)
+    engine._late = late
+    never = Late([7], model.geometry.language.vocabulary, None)
+    stuck = engine.add(Request(prompt=prompts[0], max_new_tokens=STEPS, constraint=never))
+    other = engine.add(request_for(prompts[1]))
+    waiting = engine.add(request_for(prompts[1]))
+    told: dict[int, Told] = {}
+    for _ in range(60):
+        for event in engine.step():
+            told.setdefault(event.ticket, Told()).hear(event)
+    assert told[other].ids == told[waiting].ids == wanted
+    assert (never.begun, stuck in told, engine.busy, engine.running) == (1, False, True, 1)
+    engine.cancel(stuck)
+    assert [(event.ticket, event.finish) for event in engine.step()] == [(stuck, "cancelled")]
+    assert not engine.busy
     assert engine.pages_free == engine.pages_in_all

@@ -218,7 +218,7 @@ def test_nothing_is_told_that_nobody_asked_for():
     assert chosen.logprobs_S is chosen.top_ids_SN is chosen.top_logprobs_SN is None
 
 
-class Bits:
+class Bits(Constraint):
     """A constraint that allows the same tokens always, of a tokenizer of so many."""
 
     def __init__(self, allowed: set[int], tokens: int) -> None:

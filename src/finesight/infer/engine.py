@@ -8,6 +8,7 @@ never waits; an answer that has ended grows by one token that nobody reads.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +42,18 @@ PAGE = 64
 SMALL_PAGE = 16
 """The same elsewhere, where the pages of a row are gathered at each step."""
 
+PATIENCE_SECONDS = 0.05
+"""Longest wait of a step for the masks of constrained answers. Those that are late are paused."""
+
+TOKEN_PATIENCE_SECONDS = 0.002
+"""Wait for one answer's mask in the long run: what is waited beyond it is missing later."""
+
 
 @dataclass(slots=True, eq=False)
 class _Answer:
     """A request on its way: its prompt's pages are taken; `row` is its place among those that
-    grow, None before and after; `launched` tokens are made, of which the host knows `made`."""
+    grow, None before and after; `launched` tokens are made, of which the host knows `made`.
+    `logits_V` are those of the next token while the answer is paused."""
 
     ticket: int
     request: Request
@@ -58,13 +66,16 @@ class _Answer:
     launched: int = 0
     made: list[int] = field(default_factory=list)
     ended: bool = False
+    logits_V: Tensor | None = None
+    patience: float = PATIENCE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """Tokens that were made: whose, and what the host will know of them."""
+    """Tokens that were made: whose, and what the host will know of them. A paused answer has none
+    in its row."""
 
-    answers: list[_Answer]
+    answers: list[_Answer | None]
     told: Told
 
 
@@ -96,6 +107,8 @@ class Engine:
         self._waiting: deque[_Answer] = deque()
         self._reading: list[_Answer] = []
         self._growing: list[_Answer] = []
+        self._paused: list[_Answer] = []
+        """Answers whose next mask is late: they have pages and no row, so no other waits."""
         self._leaving: list[_Answer] = []
         self._launched: deque[_Launched] = deque()
         self._events: list[Event] = []
@@ -103,12 +116,13 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._reading or self._growing or self._launched)
+        running = self._reading or self._growing or self._paused
+        return bool(self._waiting or running or self._launched)
 
     @property
     def running(self) -> int:
         """Answers that have their pages."""
-        return len(self._reading) + len(self._growing)
+        return len(self._reading) + len(self._growing) + len(self._paused)
 
     @property
     def waiting(self) -> int:
@@ -172,7 +186,7 @@ class Engine:
 
     def cancel(self, ticket: int) -> None:
         """End a request now, if it has not ended; its pages are free at once."""
-        for answer in [*self._waiting, *self._reading, *self._growing]:
+        for answer in [*self._waiting, *self._reading, *self._growing, *self._paused]:
             if answer.ticket == ticket and not answer.ended:
                 self._end(answer, "cancelled")
                 return
@@ -181,6 +195,7 @@ class Engine:
         """Read prompts, let answers grow, and tell of tokens that are known by now."""
         with torch.inference_mode():
             self._leave()
+            self._resume()
             chunks = self._share_out(BESIDE_TOKENS if self._growing else PREFILL_TOKENS)
             if chunks:
                 self._read(chunks)
@@ -195,7 +210,10 @@ class Engine:
     def _share_out(self, budget: int) -> list[tuple[_Answer, int]]:
         """Which prompts are read on, up to where: those of one adapter, first come first served."""
         while self._waiting and self._admit(self._waiting[0], budget):
-            self._reading.append(self._waiting.popleft())
+            answer = self._waiting.popleft()
+            self._reading.append(answer)
+            if answer.request.constraint is not None:
+                self._try(answer, answer.request.constraint.begin)
         chunks: list[tuple[_Answer, int]] = []
         for answer in self._reading:
             same = not chunks or answer.request.adapter == chunks[0][0].request.adapter
@@ -231,14 +249,49 @@ class Engine:
         if logits_RV is None:
             return
         self._reading = [answer for answer in self._reading if answer not in done]
+        self._begin_rows(done, logits_RV)
+
+    def _begin_rows(self, answers: list[_Answer], logits_RV: Tensor) -> None:
+        """Choose the next token of answers without a row, and let them grow in new rows."""
         ids_R = logits_RV.argmax(-1)
-        told = self._choose(logits_RV, done, ids_R)
+        told = self._choose(logits_RV, answers, ids_R)
         finite_R = logits_RV.isfinite().all(-1)
-        for number, answer in enumerate(done):
-            answer.row = len(self._growing)
-            self._growing.append(answer)
-            self._rows.start(answer.row, answer.prompt, ids_R[number : number + 1])
-        self._launch(done, Told.of(ids_R, told, finite_R))
+        for number, answer in enumerate(answers):
+            if answer.logits_V is None and not answer.ended:
+                answer.row = len(self._growing)
+                self._growing.append(answer)
+                id_1 = ids_R[number : number + 1]
+                self._rows.start(answer.row, answer.prompt, id_1, answer.launched)
+        self._launch(answers, Told.of(ids_R, told, finite_R))
+
+    def _resume(self) -> None:
+        """Let paused answers go on whose masks are there now; wait for one if all are paused."""
+        idle = not (self._waiting or self._reading or self._growing)
+        deadline = time.monotonic() + (PATIENCE_SECONDS if idle else 0.0)
+        answers = [
+            answer
+            for answer in list(self._paused)
+            if self._is_ready(answer, deadline - time.monotonic())
+        ]
+        answers = [answer for answer in answers if not answer.ended]
+        if not answers:
+            return
+        self._paused = [answer for answer in self._paused if answer not in answers]
+        logits = [answer.logits_V for answer in answers if answer.logits_V is not None]
+        for answer in answers:
+            answer.logits_V = None
+        self._begin_rows(answers, torch.stack(logits))
+
+    def _is_ready(self, answer: _Answer, seconds: float) -> bool:
+        """Wait for the mask of the next token; an error ends the answer."""
+        constraint = answer.request.constraint
+        if constraint is None or answer.ended:
+            return True
+        try:
+            return constraint.ready(max(0.0, seconds))
+        except Exception as error:
+            self._end(answer, None, error)
+            return True
 
     def _grow(self) -> None:
         answers = list(self._growing)
@@ -257,10 +310,23 @@ class Engine:
     ) -> dict[int, tuple[Chosen, int]]:
         """Put the tokens of the rows that want others than the most probable ones into `ids_R`;
         what was chosen, by row, with its place there."""
-        for answer in answers:
-            if answer.chooser.constraint is not None and not answer.ended:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for number, answer in enumerate(answers):
+            if answer.chooser.constraint is None or answer.ended:
+                continue
+            began = time.monotonic()
+            ready = self._is_ready(answer, min(answer.patience, deadline - began))
+            patience = answer.patience + TOKEN_PATIENCE_SECONDS - (time.monotonic() - began)
+            answer.patience = min(PATIENCE_SECONDS, patience)
+            if ready:
                 self._try(answer, answer.chooser.follow)
-        rows = [n for n, a in enumerate(answers) if not (a.chooser.plain or a.ended)]
+            else:
+                self._pause(answer, logits_RV[number])
+        rows = [
+            n
+            for n, a in enumerate(answers)
+            if not (a.chooser.plain or a.ended or a.logits_V is not None)
+        ]
         if not rows:
             return {}
         at = torch.tensor(rows, device=logits_RV.device)
@@ -268,10 +334,19 @@ class Engine:
         ids_R.index_copy_(0, at, chosen.ids_S)
         return {row: (chosen, place) for place, row in enumerate(rows)}
 
+    def _pause(self, answer: _Answer, logits_V: Tensor) -> None:
+        """Set an answer aside until its mask is there, with the logits of its next token."""
+        answer.logits_V = logits_V.clone()
+        self._paused.append(answer)
+        self._leaving.append(answer)
+
     def _launch(self, answers: list[_Answer], told: Told) -> None:
         """Tokens are on their way. An answer that is at its longest grows no more."""
-        self._launched.append(_Launched(answers, told))
-        for answer in answers:
+        launched = [None if answer.logits_V is not None else answer for answer in answers]
+        self._launched.append(_Launched(launched, told))
+        for answer in launched:
+            if answer is None:
+                continue
             answer.launched += 1
             if answer.launched == answer.request.max_new_tokens:
                 self._leaving.append(answer)
@@ -279,9 +354,11 @@ class Engine:
     def _collect(self) -> None:
         """Wait for the oldest tokens, and tell of them."""
         launched = self._launched.popleft()
-        tokens = launched.told.tokens([a.request.logprobs for a in launched.answers])
+        tokens = launched.told.tokens(
+            [None if a is None else a.request.logprobs for a in launched.answers]
+        )
         for answer, token in zip(launched.answers, tokens, strict=True):
-            if answer.ended:
+            if answer is None or answer.ended:
                 continue
             if token is None:
                 self._end(answer, None, _overflow(self.model))
@@ -321,6 +398,8 @@ class Engine:
             self._waiting.remove(answer)
         if answer in self._reading:
             self._reading.remove(answer)
+        if answer in self._paused:
+            self._paused.remove(answer)
         self._leaving.append(answer)
         self._know_whole(answer)
         self.pages.give_back(answer.prompt.pages)

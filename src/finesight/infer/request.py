@@ -19,6 +19,14 @@ Finish = Literal["stop", "length", "cancelled"]
 class Constraint(Protocol):
     """What tokens may come next, for one answer: a grammar that is followed as it grows."""
 
+    def begin(self) -> None:
+        """Start to compute the mask of the first token, without waiting for it."""
+        return
+
+    def ready(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the mask of the next token; return whether `allow` has it."""
+        return True
+
     def allow(self) -> NDArray[np.int32]:
         """One bit for each token of the vocabulary, in order from the lowest bit of the first
         number: set where the token may come next. Of as many numbers as hold the vocabulary."""

@@ -113,10 +113,13 @@ class Rows:
                 prompt.features = []
         return self.model.logits(self.model.normed(h_LW)) if last.any() else None
 
-    def start(self, row: int, prompt: Prompt, id_1: Tensor) -> None:
-        """Let the row grow from the end of a prompt, after its first token [1]."""
+    def start(self, row: int, prompt: Prompt, id_1: Tensor, read: int = 0) -> None:
+        """Let the row grow from the end of a prompt, after its first token [1].
+
+        `read` is how many tokens of the answer the cache holds already, before that one.
+        """
         self.ids_R[row : row + 1] = id_1
-        numbers = [prompt.tokens, prompt.tokens, 1, prompt.position]
+        numbers = [prompt.tokens + read, prompt.tokens, 1, prompt.position + read]
         cache = self.cache
         for store, number in zip(
             (cache.lengths_R, cache.prompts_R, cache.grows_R, self._positions_R),

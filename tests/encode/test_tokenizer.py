@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conversations import SPECIALS, WORDS, make_folder
 
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.tokenizer import TokenCache, Tokenizer
 from finesight.errors import UserError
 
 
@@ -74,3 +74,38 @@ def test_published_tokenizers_keep_words_that_are_not_special(shared: Path) -> N
     newer = Tokenizer(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct" / "tokenizer.json")
     assert newer.encode("<tool_call>") == (151657,)
     assert 151655 not in newer.encode("<|image_pad|>")
+
+
+def test_the_cache_of_texts_is_bounded_in_bytes():
+    asked: list[str] = []
+
+    def tokenize(text: str) -> tuple[int, ...]:
+        asked.append(text)
+        return tuple(range(len(text)))
+
+    cache = TokenCache(tokenize, max_bytes=100_000)
+    texts = [f"{number:03d}" + "x" * 50 for number in range(500)]
+    for text in texts:
+        assert cache(text) == tuple(range(len(text)))
+        assert 0 < cache.bytes <= 100_000
+    asked.clear()
+    cache(texts[-1])
+    assert not asked
+    cache(texts[0])
+    assert asked == texts[:1]
+    # A text that would take much of it is not kept.
+    before, long = cache.bytes, "y" * 1000
+    assert cache(long) == cache(long)
+    assert asked[1:] == [long, long]
+    assert cache.bytes == before
+    cache.clear()
+    assert cache.bytes == 0
+
+
+def test_texts_are_forgotten(path: Path):
+    tokenizer = Tokenizer(path)
+    before = tokenizer.encode("Hello")
+    assert tokenizer._ids.bytes > 0
+    tokenizer.forget()
+    assert tokenizer._ids.bytes == 0
+    assert tokenizer.encode("Hello") == before

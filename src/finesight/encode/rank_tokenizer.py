@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.bounded_files import read_bytes
-from finesight.encode.tokenizer import LARGEST_ID, REMEMBERED, TextTokenizer, Tokenizer, check_file
+from finesight.encode.tokenizer import LARGEST_ID, TextTokenizer, TokenCache, Tokenizer, check_file
 from finesight.errors import UserError
 from finesight.hub import ModelFolder
 
@@ -43,7 +42,7 @@ class RankTokenizer:
         self._special_names = {number: token for token, number in self._special_ids.items()}
         self._words = {number: word for word, number in ranks.items()}
         self.encoding = _encoding(ranks, self._special_ids, path)
-        self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
+        self._ids = TokenCache(self._tokenize)
 
     def __reduce__(self) -> tuple[type[RankTokenizer], tuple[Path]]:
         # Worker processes that are started afresh read the file again.
@@ -52,6 +51,10 @@ class RankTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text that holds no special token, whatever it spells."""
         return self._ids(text) if text else ()
+
+    def forget(self) -> None:
+        """Drop the cached ids of texts."""
+        self._ids.clear()
 
     def id_of(self, token: str) -> int:
         """The id of a token by its name. Raises UserError when the tokenizer has none."""

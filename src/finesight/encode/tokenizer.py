@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +17,58 @@ import tokenizers
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
-REMEMBERED = 8192
-"""Texts whose ids are kept: prompts return in sample after sample."""
+CACHE_BYTES = 16 << 20
+"""Of texts and their ids that a tokenizer keeps: prompts return in sample after sample."""
+
+LARGEST_SHARE = 16
+"""Part of the cache that one text may take; longer ones are not kept."""
+
+_ID_BYTES = 28
+"""Of a Python number."""
+
+
+class TokenCache:
+    """Ids of texts by text. Those that were not used for longest are dropped.
+
+    Args:
+        tokenize: Function that computes the ids of a text.
+        max_bytes: Memory that texts and ids may take.
+    """
+
+    def __init__(
+        self, tokenize: Callable[[str], tuple[int, ...]], max_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._tokenize, self._max_bytes = tokenize, max_bytes
+        self._lock = threading.Lock()
+        self._ids: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self.bytes = 0
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """Look up the ids of a text, or compute them."""
+        with self._lock:
+            found = self._ids.get(text)
+            if found is not None:
+                self._ids.move_to_end(text)
+                return found
+        ids = self._tokenize(text)
+        cost = _cost(text, ids)
+        if cost <= self._max_bytes // LARGEST_SHARE:
+            with self._lock:
+                self.bytes += 0 if text in self._ids else cost
+                self._ids[text] = ids
+                while self.bytes > self._max_bytes:
+                    self.bytes -= _cost(*self._ids.popitem(last=False))
+        return ids
+
+    def clear(self) -> None:
+        """Drop all texts."""
+        with self._lock:
+            self._ids.clear()
+            self.bytes = 0
+
+
+def _cost(text: str, ids: tuple[int, ...]) -> int:
+    return sys.getsizeof(text) + sys.getsizeof(ids) + _ID_BYTES * len(ids)
 
 
 def _byte_letters() -> dict[str, int]:
@@ -40,6 +92,9 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text that holds no special token, whatever it spells."""
+
+    def forget(self) -> None:
+        """Drop the cached ids of texts."""
 
     def id_of(self, token: str) -> int:
         """The id of a special token by its name. Raises UserError when there is none."""
@@ -74,7 +129,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
-        self._ids: Callable[[str], tuple[int, ...]] = lru_cache(REMEMBERED)(self._tokenize)
+        self._ids = TokenCache(self._tokenize)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         # Pickled, the library's object forgets how to treat special tokens; worker processes
@@ -84,6 +139,10 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text that holds no special token, whatever it spells."""
         return self._ids(text) if text else ()
+
+    def forget(self) -> None:
+        """Drop the cached ids of texts."""
+        self._ids.clear()
 
     def id_of(self, token: str) -> int:
         """The id of a token by its name. Raises UserError when the tokenizer has none."""

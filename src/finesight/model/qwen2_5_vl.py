@@ -4,7 +4,7 @@ of 112 x 112 pixels except in a few blocks that see the whole frame."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import Architecture
+from finesight.model.array_cache import array_cache
 from finesight.model.geometry import Pixels, Settings, VisionGeometry, read_language, read_vision
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.runs import upload
@@ -63,7 +64,7 @@ class WindowedTower(VisionTower):
         return tuple(whole if block in self.whole_frame else inside for block in depth)
 
 
-@lru_cache(maxsize=256)
+@array_cache()
 def windows(grid: Grid, merge: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The squares of a picture or video window by window (frame, then windows in reading order,
     then squares in reading order), and how many each window holds; those at the right and bottom

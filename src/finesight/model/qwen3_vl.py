@@ -4,7 +4,7 @@ blocks speak to the first decoder layers too (deepstack), and the Qwen3 decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
 from finesight.model.architecture import TRANSFORMERS_5, Architecture
+from finesight.model.array_cache import array_cache
 from finesight.model.epilogue import TANH
 from finesight.model.fp8 import Rows
 from finesight.model.geometry import (
@@ -99,7 +100,7 @@ class DeepstackTower(VisionTower):
         return x_ND + added_ND.to(x_ND.dtype)
 
 
-@lru_cache(maxsize=256)
+@array_cache()
 def table_places(
     grid: Grid, merge: int, side: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finesight.encode.encoded import Grid
+from finesight.model.array_cache import array_cache
 from finesight.model.attention import Segments
 from finesight.model.geometry import Pixels, VisionGeometry
 from finesight.model.layers import PatchEmbed, recomputed, run_layer
@@ -156,7 +156,7 @@ def each_once(things: Iterable[Thing]) -> list[Thing]:
     return [*{id(thing): thing for thing in things}.values()]
 
 
-@lru_cache(maxsize=256)
+@array_cache()
 def positions_by_square(grid: Grid, merge: int) -> NDArray[np.int32]:
     """Row and column of each patch, [M, merge x merge, 2]: squares of merged patches in reading
     order, the patches of a square next to each other."""

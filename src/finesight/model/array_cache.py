@@ -1,0 +1,57 @@
+"""Results of functions that return arrays, kept up to a number of bytes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Given = ParamSpec("Given")
+Arrays = TypeVar("Arrays", bound=NDArray[Any] | tuple[NDArray[Any], ...])
+
+CACHE_BYTES = 64 << 20
+"""Of all results of one function: those of hundreds of image sizes of a thousand tokens each."""
+
+
+def array_cache(
+    max_bytes: int = CACHE_BYTES,
+) -> Callable[[Callable[Given, Arrays]], Callable[Given, Arrays]]:
+    """Cache results by their arguments; those not used for longest are dropped.
+
+    A cache by number, such as `functools.lru_cache`, has no bound where sizes come from strangers.
+    Results are shared: callers must not write to them.
+    """
+
+    def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:
+        results: OrderedDict[Hashable, Arrays] = OrderedDict()
+        lock, held = threading.Lock(), 0
+
+        @functools.wraps(function)
+        def cached(*args: Given.args, **kwargs: Given.kwargs) -> Arrays:
+            nonlocal held
+            key = (args, tuple(kwargs.items()))
+            with lock:
+                if key in results:
+                    results.move_to_end(key)
+                    return results[key]
+            made = function(*args, **kwargs)
+            with lock:
+                if key not in results:
+                    results[key] = made
+                    held += _bytes(made)
+                while held > max_bytes:
+                    held -= _bytes(results.popitem(last=False)[1])
+            return made
+
+        return cached
+
+    return decorate
+
+
+def _bytes(arrays: NDArray[Any] | tuple[NDArray[Any], ...]) -> int:
+    return arrays.nbytes if isinstance(arrays, np.ndarray) else sum(one.nbytes for one in arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import http.client
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ from openai import OpenAI
 from PIL import Image
 
 from finesight.encode.render import Renderer
-from finesight.infer.constrain import Grammars
 from finesight.infer.load import Answerer
 from finesight.infer.service import Facts, Service
 from finesight.model.network import VisionLanguageModel
 from finesight.serve.app import make_app
 from finesight.serve.fetch import Fetcher
+from finesight.serve.formats import IMAGE_FORMATS
 from finesight.serve.guard import Guard
 from finesight.serve.limits import Limits
-from finesight.serve.run import Server, listen
+from finesight.serve.run import Server, listen, make_workers
+from finesight.worker_pool import WorkerPool
 
 LIMITS = Limits(rows=8, waiting=64)
 
@@ -56,12 +59,13 @@ def service_of(answerer: Answerer, limits: Limits = LIMITS) -> Service:
     return Service(answerer, rows=limits.rows, waiting=limits.waiting, cache_bytes=1 << 26)
 
 
-def grammars_of(answerer: Answerer) -> Grammars:
-    """What answers are constrained by."""
-    renderer, model = answerer.renderer, answerer.model
-    assert isinstance(renderer, Renderer)
-    assert isinstance(model, VisionLanguageModel)
-    return Grammars(renderer, model.geometry.language.vocabulary)
+@cache
+def workers_of(renderer: Renderer, vocabulary: int) -> WorkerPool:
+    """Worker processes, shared by all servers of a test process."""
+    workers = make_workers(renderer, vocabulary, LIMITS)
+    workers.start()
+    atexit.register(workers.close)
+    return workers
 
 
 @contextlib.contextmanager
@@ -72,11 +76,23 @@ def running(
     keys: Sequence[str] = (),
     limits: Limits = LIMITS,
     fetcher: Fetcher | None = None,
+    formats: Sequence[str] = IMAGE_FORMATS,
 ) -> Iterator[Running]:
     """A real server in a thread of its own, stopped at the end."""
     service = service_of(answerer, limits)
-    grammars = grammars_of(answerer)
-    app = make_app(service, grammars, folder, keys=keys, limits=limits, fetcher=fetcher)
+    assert isinstance(answerer.renderer, Renderer)
+    assert isinstance(answerer.model, VisionLanguageModel)
+    vocabulary = answerer.model.geometry.language.vocabulary
+    app = make_app(
+        service,
+        workers_of(answerer.renderer, vocabulary),
+        vocabulary,
+        folder,
+        keys=keys,
+        limits=limits,
+        fetcher=fetcher,
+        formats=formats,
+    )
     place = listen("127.0.0.1", 0, keys)
     ready = threading.Event()
     server = Server(app, replace(limits, closing_seconds=10.0), ready.set)

@@ -6,6 +6,7 @@ import ast
 import base64
 import json
 import logging
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_nothing_is_sent_to_whom_the_environment_names(answerer, tmp_path, monke
         assert not any(inner._telemetry[name] for name in SILENT)
 
 
+@cache
 def _modules() -> list[tuple[str, ast.Module]]:
     return [
         (str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8")))
@@ -129,16 +131,26 @@ def test_only_some_modules_send_requests():
     assert found <= CLIENTS, f"more modules send requests: {found - CLIENTS}"
 
 
-def test_in_the_server_media_is_opened_in_one_place():
-    fetches = {
+def _calling(*ends: str) -> set[str]:
+    """Modules of the server that call a function whose name ends so."""
+    return {
         name
         for name, tree in _modules()
         if name.startswith("serve/")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).endswith((".fetcher.take", "store.link", "a2b_base64"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(ends)
     }
-    assert fetches == {"serve/media.py"}
+
+
+def test_in_the_server_media_is_opened_in_one_place():
+    assert _calling(".fetcher.take", "store.link") == {"serve/media.py"}
+
+
+def test_in_the_server_only_workers_read_what_clients_send():
+    reading = ("a2b_base64", "picture_size", "prompt_outline", "span_patches", "Grammars")
+    assert _calling(*reading) == {"serve/worker_jobs.py"}
+    assert _calling("parsed", "model_validate_json") == {"serve/worker_jobs.py", "serve/schema.py"}
+    assert not _calling("open_picture", "with_patches", "renderer.encode", "tokenizer.encode")
 
 
 @pytest.mark.parametrize("name", sorted(OPENERS))

@@ -38,6 +38,14 @@ def serve(
             metavar="HOST", help="A host that pictures may be fetched from over https. Repeatable."
         ),
     ] = None,
+    image_format: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="A format that images may have besides JPEG, PNG, WEBP and GIF: AVIF, BMP, "
+            "JPEG2000, PPM or TIFF. Repeatable.",
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Answers that grow together.")] = 64,
     waiting: Annotated[
         int, typer.Option(min=0, help="Questions that may wait; the next one is refused.")
@@ -54,6 +62,7 @@ def serve(
     Example: finesight serve runs/latex
     """
     try:
+        from finesight.serve.formats import read_formats
         from finesight.serve.keys import read_keys
         from finesight.serve.limits import Limits
         from finesight.serve.run import listen
@@ -67,6 +76,7 @@ def serve(
         ) from error
     from finesight.infer.load import load_choice
 
+    formats = read_formats(image_format or ())
     keys = read_keys(key_file)
     place = listen(host, port, keys)
     limits = Limits(rows=rows, waiting=waiting, seconds=seconds)
@@ -80,6 +90,7 @@ def serve(
         keys=keys,
         limits=limits,
         hosts=allow_media_host or (),
+        formats=formats,
         ready=lambda service: _announce(service, address, with_key=bool(keys)),
     )
 

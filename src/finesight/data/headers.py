@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -47,10 +48,12 @@ class TooLarge(DamagedPicture):
     """A picture over the limit of pixels."""
 
 
-def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_header(
+    path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """The picture at `path`, opened but not decoded: its size is as stored, before the EXIF turn.
 
-    Raises DamagedPicture for a missing file, one that is no picture and one over `max_pixels`.
+    Raises DamagedPicture for a missing file, one of none of the formats and one over `max_pixels`.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe is to wait for ever
         raise DamagedPicture(
@@ -63,7 +66,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         source = content(path)
         if isinstance(source, Path):
             _check_length(source)
-        image = Image.open(source, formats=FORMATS)
+        image = Image.open(source, formats=tuple(formats))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Missing(
             "no such picture",
@@ -78,7 +81,7 @@ def open_header(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DamagedPicture(
             "an empty file" if empty else "not a picture",
             where=str(path),
-            expected=f"one of {', '.join(FORMATS)}",
+            expected=f"one of {', '.join(formats)}",
             remedy="fetch or export the picture again, or leave it out",
         ) from error
     except DamagedPicture:
@@ -131,12 +134,14 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def picture_size(
+    path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
     """Height and width in pixels after the EXIF turn, from the header alone.
 
-    Raises DamagedPicture for a missing file, one that is no picture and one over `max_pixels`.
+    Raises DamagedPicture for a missing file, one of none of the formats and one over `max_pixels`.
     """
-    with open_header(path, max_pixels) as image:
+    with open_header(path, max_pixels, formats) as image:
         width, height = image.size
         try:
             turned = orientation(image) in SIDEWAYS

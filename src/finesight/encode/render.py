@@ -152,7 +152,7 @@ class Renderer:
     def with_patches(self, outline: Outline) -> Encoded:
         """The outline with the patches of its pictures, decoded now."""
         none = np.empty((0, self.geometry.numbers), dtype=np.uint8)
-        return Encoded(outline, end_to_end([self._patches(s) for s in outline.spans] or [none]))
+        return Encoded(outline, end_to_end([self.span_patches(s) for s in outline.spans] or [none]))
 
     def answer(self, ids: Sequence[int]) -> Answer:
         """What generated ids say up to the end token; `raw` is all of them but the thought."""
@@ -278,7 +278,8 @@ class Renderer:
         grid = self.geometry.grid(resized, len(files))
         return _Visual(kind, shot.caption, files, original, resized, grid, shot.seconds)
 
-    def _patches(self, span: Span) -> NDArray[np.uint8]:
+    def span_patches(self, span: Span) -> NDArray[np.uint8]:
+        """Decode one image or video of an outline into its patches."""
         if span.kind == "video":
             return video_patches(span.files, span.resized, self.geometry)
         return to_patches([open_picture(span.files[0])], span.resized, self.geometry)

@@ -19,6 +19,7 @@ from finesight.encode.rank_tokenizer import RankTokenizer
 from finesight.encode.render import Renderer
 from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
+from finesight.infer.request import Constraint
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,6 +58,13 @@ class Grammars:
         self._renderer, self._vocabulary = renderer, vocabulary
         self._lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
+
+    def load_tokenizer(self) -> None:
+        """Load the tokenizer of llguidance now, not with the first constraint: it takes a second.
+
+        Raises UserError where llguidance is missing.
+        """
+        self._tokenizer()
 
     def json_object(self) -> Matched:
         """Any JSON object."""
@@ -137,8 +145,12 @@ class Grammars:
             return self._tokens
 
 
-class Matched:
-    """An answer that has come so far through its grammar: a `Constraint` of `infer.request`."""
+class Matched(Constraint):
+    """An answer that has come so far through its grammar.
+
+    Neither making one nor `allow` has a limit of time: grammars of strangers belong into a process
+    of their own (`serve.constraints`).
+    """
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, end_ids: Sequence[int]) -> None:
         self._matcher, self._end_ids = matcher, end_ids
@@ -151,10 +163,7 @@ class Matched:
             : self._numbers
         ].copy()
         if self._matcher.is_error() or not mask.any():
-            mask = np.zeros(self._numbers, dtype=np.int32)
-            bits = mask.view(np.uint32)
-            for token in self._end_ids:
-                bits[token // WIDTH] |= np.uint32(1 << token % WIDTH)
+            return only(self._end_ids, self._numbers)
         return mask
 
     def take(self, token: int) -> None:
@@ -166,6 +175,14 @@ class Matched:
         """Whether the grammar has become too large to follow: the answer was ended in the middle
         of it."""
         return bool(self._matcher.is_error())
+
+
+def only(tokens: Sequence[int], numbers: int) -> NDArray[np.int32]:
+    """A mask of so many numbers that allows these tokens alone."""
+    bits = np.zeros(numbers, dtype=np.uint32)
+    for token in tokens:
+        bits[token // WIDTH] |= np.uint32(1 << token % WIDTH)
+    return bits.view(np.int32)
 
 
 def llguidance() -> ModuleType:

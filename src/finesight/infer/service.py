@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from finesight.data.jsonl import Located
-from finesight.encode.encoded import Outline
+from finesight.encode.encoded import Encoded, Outline
 from finesight.encode.rendering import Rendering
 from finesight.errors import UserError
 from finesight.infer.engine import Engine, cache_tokens
@@ -210,16 +210,18 @@ class Service:
             return self._model.positions
         return min(self._tokens, self._model.geometry.language.positions)
 
-    def ask(self, located: Located, options: Options) -> Answering:
+    def ask(self, located: Located, options: Options, prompt: Encoded | None = None) -> Answering:
         """Begin an answer to the sample's last turn.
 
-        The question is read here, pictures included: call it in a thread of your own. Raises
+        The question is read here, pictures included, unless `prompt` is what it was encoded to:
+        call it in a thread of your own. Raises
         UserError for a sample that cannot be read (DamagedPicture for its pictures), a prompt that
         is too long and a model that is not there, and Busy where too many wait.
         """
         adapter = self._adapter(options.model)
         self._check_waiting()
-        prompt = self.renderer.with_patches(self.renderer.prompt_outline(located))
+        if prompt is None:
+            prompt = self.renderer.with_patches(self.renderer.prompt_outline(located))
         with self._lock:
             room = self._engine.room_for(prompt)
         longest = min(LONGEST, room) if options.max_new_tokens is None else options.max_new_tokens

@@ -14,19 +14,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from finesight.data.headers import picture_size
-from finesight.errors import UserError
-from finesight.infer.constrain import Grammars
 from finesight.infer.service import Service
 from finesight.serve.chat import Desk
-from finesight.serve.errors import Refused, broken, refused
+from finesight.serve.constraints import Constraints
+from finesight.serve.errors import ClientGone, Refused, broken
 from finesight.serve.fetch import Fetcher
-from finesight.serve.guard import Guard
+from finesight.serve.formats import IMAGE_FORMATS
+from finesight.serve.guard import GONE, Guard
 from finesight.serve.keys import Keys
 from finesight.serve.limits import Limits
 from finesight.serve.metrics import Metrics
 from finesight.serve.pool import Pool
+from finesight.serve.preparation import Preparation
 from finesight.serve.store import PURPOSE, Store
+from finesight.worker_pool import WorkerPool
 
 SILENT: TelemetryConfig = {
     "tracing": False,
@@ -40,16 +41,26 @@ SILENT: TelemetryConfig = {
 
 def make_app(
     service: Service,
-    grammars: Grammars,
+    workers: WorkerPool,
+    vocabulary: int,
     folder: Path,
     *,
     keys: Sequence[str] = (),
     limits: Limits | None = None,
     fetcher: Fetcher | None = None,
+    formats: Sequence[str] = IMAGE_FORMATS,
 ) -> Guard:
-    """The server as an ASGI application; it keeps what it is sent in `folder`, which is private.
+    """Build the server as an ASGI application.
 
-    Without a `fetcher`, no picture is taken from the web.
+    Args:
+        service: The model.
+        workers: Worker processes whose state is `worker_jobs.load_state` of the model.
+        vocabulary: Number of logits of the model.
+        folder: Private folder that keeps what clients send.
+        keys: Keys of clients; without any, everyone is let in.
+        limits: Limits on requests.
+        fetcher: Takes images from the web; without one, none is taken.
+        formats: Formats that images may have.
     """
     limits = limits or Limits()
     store = Store(folder / "files", limits)
@@ -59,7 +70,17 @@ def make_app(
     none = Fetcher((), seconds=limits.fetch_seconds, most=limits.picture_bytes)
     pool = Pool(limits.readers)
     desk = Desk(
-        service, grammars, limits, metrics, pool, fetcher or none, store, requests, open=set()
+        service=service,
+        workers=workers,
+        constraints=Constraints(workers, limits, vocabulary, service.renderer.end_ids),
+        formats=formats,
+        limits=limits,
+        metrics=metrics,
+        pool=pool,
+        fetcher=fetcher or none,
+        store=store,
+        folder=requests,
+        open=set(),
     )
     # No pages of FastAPI's own: they are for who may not have a key.
     app = FastAPI(
@@ -71,7 +92,7 @@ def make_app(
     )
     app.post("/v1/chat/completions")(desk.complete)
     _add_facts(app, service, metrics)
-    _add_files(app, store, pool, limits)
+    _add_files(app, store, desk)
     _add_errors(app)
     return Guard(app, Keys(keys), limits, metrics)
 
@@ -115,7 +136,7 @@ def _add_facts(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_files(app: FastAPI, store: Store, pool: Pool, limits: Limits) -> None:
+def _add_files(app: FastAPI, store: Store, desk: Desk) -> None:
     def owner(request: Request) -> str:
         return str(request.scope["state"]["owner"])
 
@@ -127,12 +148,13 @@ def _add_files(app: FastAPI, store: Store, pool: Pool, limits: Limits) -> None:
                 raise Refused(400, f"{len(form)} fields and no file", "file")
             if purpose != PURPOSE:
                 raise Refused(400, f"purpose {purpose!r:.40}: expected {PURPOSE}", "purpose")
-            kept = await pool.run(store.add, owner(request), file.filename or "", file.file)
+            kept = await desk.pool.run(store.add, owner(request), file.filename or "", file.file)
+        preparation = Preparation(desk.workers, desk.limits, desk.formats, kept.path.parent)
         try:
-            await pool.run(picture_size, kept.path, limits.picture_pixels)
-        except UserError as error:
+            await desk.pool.run(preparation.inspect, kept.path, "file")
+        except BaseException:
             store.delete(kept.owner, kept.id)
-            raise refused(error, "file", hidden=str(kept.path)) from error
+            raise
         return JSONResponse(kept.as_json())
 
     @app.get("/v1/files")
@@ -155,6 +177,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def on_refused(request: Request, refusal: Refused) -> Response:
         return JSONResponse(refusal.body, refusal.status, refusal.extra_headers)
+
+    @app.exception_handler(ClientGone)
+    async def on_gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=GONE)
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:

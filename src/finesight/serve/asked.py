@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, Sequence
 
 from finesight.data.jsonl import Located
+from finesight.encode.encoded import Encoded
 from finesight.errors import UserError
 from finesight.infer.request import Delta, Options, Usage
 from finesight.infer.service import Answering, Busy, Service
@@ -28,13 +29,13 @@ class Asked:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.answers: list[Answering] = []
 
-    def ask(self, located: Located, options: Sequence[Options]) -> None:
+    def ask(self, located: Located, options: Sequence[Options], prompt: Encoded) -> None:
         """Ask once for each of the options. Raises Refused where it cannot be answered now."""
         for one in options:
             if self._gone:
                 return
             try:
-                answering = self._service.ask(located, one)
+                answering = self._service.ask(located, one, prompt)
             except Busy as error:
                 raise Refused(429, error.what, code="rate_limit_exceeded", wait=1) from error
             except UserError as error:

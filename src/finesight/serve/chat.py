@@ -6,33 +6,41 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from numpy.typing import NDArray
 
 from finesight.data.jsonl import Located
+from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.encode.encoded import Encoded
 from finesight.errors import UserError
-from finesight.infer.constrain import Grammars, Matched
 from finesight.infer.request import GREEDY, Options
 from finesight.infer.service import Service
 from finesight.serve.answers import Choice, Frame, used
 from finesight.serve.asked import Asked
-from finesight.serve.conversation import conversation
-from finesight.serve.errors import Refused, refused
+from finesight.serve.constraints import Constraints, WorkerConstraint
+from finesight.serve.conversation import image_name
+from finesight.serve.errors import ClientGone, Refused, refused
 from finesight.serve.fetch import Fetcher
-from finesight.serve.guard import Receive, Scope, Send, Stalled, logged
+from finesight.serve.guard import Held, Receive, Scope, Send, Stalled, held_by, logged
 from finesight.serve.limits import Limits
 from finesight.serve.media import Media
 from finesight.serve.metrics import Metrics
 from finesight.serve.pool import Pool
-from finesight.serve.schema import NamedTool, Question, check_limits, parsed
+from finesight.serve.preparation import Body, Preparation
+from finesight.serve.schema import NamedTool, Parameters
 from finesight.serve.store import Store
 from finesight.serve.tools import Splitter
+from finesight.serve.worker_jobs import Spec
+from finesight.worker_pool import WorkerPool
 
 STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -47,7 +55,9 @@ class Desk:
     """What questions are answered with; `folder` holds a folder for each while it is answered."""
 
     service: Service
-    grammars: Grammars
+    workers: WorkerPool
+    constraints: Constraints
+    formats: Sequence[str]
     limits: Limits
     metrics: Metrics
     pool: Pool
@@ -57,26 +67,22 @@ class Desk:
     open: set[Asked]
 
     async def complete(self, request: Request) -> Response:
-        """Answer a request. Raises Refused where it cannot be."""
+        """Answer a request. Raises Refused where it cannot be, ClientGone where nobody waits."""
         started = asyncio.get_running_loop().time()
-        question = await self.pool.run(parsed, Question, await request.body())
-        check_limits(question, self.limits)
-        if question.model not in self.service.names:
-            raise Refused(
-                404,
-                f"no model {question.model[:80]!r}: expected {' or '.join(self.service.names)}",
-                "model",
-                "model_not_found",
-            )
+        body = await _body(request)
         with ExitStack() as stack:
             asked = self._admitted(stack)
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            owner: str = request.scope["state"]["owner"]
-            media = Media(folder, owner, self.limits, self.fetcher, self.store, self.pool)
-            reply = Reply(self, question, asked, started, request.receive)
-            await reply.begin(media)
-            if not question.stream:
+            deadline = time.monotonic() + self.limits.seconds
+            preparation = Preparation(self.workers, self.limits, self.formats, folder, deadline)
+            reply = Reply(self, asked, preparation, started, request.receive)
+            stack.callback(reply.close)
+            watch = asyncio.create_task(reply.watch())
+            stack.callback(watch.cancel)
+            media = Media(folder, request.scope["state"]["owner"], self.fetcher, self.store)
+            await reply.begin(body, media, held_by(request.scope))
+            if not reply.question.stream:
                 return await reply.whole()
             return Streamed(reply, stack.pop_all())
         raise AssertionError("an exit stack held an error back")
@@ -97,69 +103,85 @@ class Desk:
         return asked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """One request that is being answered; `forms` is what each answer is held to."""
 
     desk: Desk
-    question: Question
     asked: Asked
+    preparation: Preparation
     started: float
     receive: Receive
-    forms: list[Matched | None] = field(default_factory=list)
+    forms: list[WorkerConstraint | None] = field(default_factory=list)
+    question: Parameters = field(init=False)
 
     @property
     def deadline(self) -> float:
         """On the clock of the event loop."""
         return self.started + self.desk.limits.seconds
 
-    async def begin(self, media: Media) -> None:
-        """Open the media and ask the model. Raises Refused."""
-        pool, system = self.desk.pool, self.desk.service.renderer.system
+    async def begin(self, body: list[NDArray[np.uint8]], media: Media, held: Held) -> None:
+        """Read the request and ask the model. Raises Refused and ClientGone.
+
+        `body` is emptied once it is parsed: it may be large.
+        """
+        run, longest = self.desk.pool.run, self.desk.service.longest
         try:
             async with asyncio.timeout_at(self.deadline):
-                located = await conversation(self.question, media, system)
-                await pool.run(self._ask, located)
+                read = await run(self.preparation.read, body[0], longest)
+                body.clear()
+                held.release()
+                self._take(read.question)
+                for image in read.images:
+                    await media.open_media(image)
+                prompt = await run(self.preparation.encode, read, longest)
+                held.take(prompt.patches_ND.nbytes)
+                await run(self._ask, _stub(read, media.folder), prompt)
         except TimeoutError as error:
             raise self._late() from error
-        except UserError as error:
-            raise refused(error, "messages", hidden=f"{media.folder}/") from error
+
+    async def watch(self) -> None:
+        """Give everything up when the client has disconnected."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """End what still runs for this request."""
+        self.asked.let_go()
+        self.preparation.cancel()
+        for form in self.forms:
+            if form is not None:
+                form.close()
 
     async def whole(self) -> Response:
         """All of it in one piece. Raises Refused where it takes too long."""
         choices = self._choices()
-        watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout_at(self.deadline), aclosing(self._grown(choices)) as grown:
                 async for _ in grown:
                     pass
         except TimeoutError as error:
             raise self._late() from error
-        finally:
-            watch.cancel()
         if any(choice.finish == "cancelled" for choice in choices):
-            raise Refused(408, f"the client of {len(choices)} answers has gone")
+            raise ClientGone
         return JSONResponse(self._frame().whole(choices, used(self.asked.usages)))
 
     async def stream(self, send: Send) -> None:
         """Send it as server-sent events while it grows; what goes wrong is the last of them."""
-        watch = asyncio.create_task(self._watch())
         try:
-            try:
-                async with asyncio.timeout_at(self.deadline), aclosing(self._chunks()) as chunks:
-                    async for chunk in chunks:
-                        await send(_event(chunk))
-            except TimeoutError:
-                await send(_event(self._late().body))
-            except Refused as refusal:
-                await send(_event(refusal.body))
-            except Stalled:
-                raise
-            except Exception as error:
-                await send(_event(logged(error).body))
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-        finally:
-            watch.cancel()
+            async with asyncio.timeout_at(self.deadline), aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    await send(_event(chunk))
+        except TimeoutError:
+            await send(_event(self._late().body))
+        except Refused as refusal:
+            await send(_event(refusal.body))
+        except Stalled:
+            raise
+        except Exception as error:
+            await send(_event(logged(error).body))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _chunks(self) -> AsyncGenerator[dict[str, Any]]:
         frame, choices = self._frame(), self._choices()
@@ -193,11 +215,28 @@ class Reply:
                 for chunk in choice.end(answering.finish, answering.prediction()):
                     yield chunk
 
-    def _ask(self, located: Located) -> None:
+    def _take(self, question: Parameters) -> None:
+        """Note what is asked. Raises Refused for a model that is not there."""
+        names = self.desk.service.names
+        if question.model not in names:
+            raise Refused(
+                404,
+                f"no model {question.model[:80]!r}: expected {' or '.join(names)}",
+                "model",
+                "model_not_found",
+            )
+        self.question = question
+
+    def _ask(self, located: Located, prompt: Encoded) -> None:
         """In a thread of the pool."""
-        self.forms.extend(self._constraint() for _ in range(self.question.n or 1))
+        constraints, found = self.desk.constraints, self._grammar()
+        if found is not None and not constraints.is_accepted(found[0]):
+            self.preparation.check_grammar(*found)
+            constraints.accept(found[0])
+        for _ in range(self.question.n or 1):
+            self.forms.append(None if found is None else constraints.follow(found[0]))
         options = [self._options(number, form) for number, form in enumerate(self.forms)]
-        self.asked.ask(located, options)
+        self.asked.ask(located, options, prompt)
 
     def _check_form(self, number: int) -> None:
         form = self.forms[number]
@@ -208,7 +247,7 @@ class Reply:
                 "response_format",
             )
 
-    def _options(self, number: int, form: Matched | None) -> Options:
+    def _options(self, number: int, form: WorkerConstraint | None) -> Options:
         """How the `number`-th answer is chosen. Raises Refused."""
         question = self.question
         given: dict[str, Any] = {
@@ -231,13 +270,9 @@ class Reply:
             model=question.model,
         )
 
-    def _constraint(self) -> Matched | None:
-        """What the answer is held to. Raises Refused."""
-        shape, choice, grammars = (
-            self.question.response_format,
-            self.question.tool_choice,
-            self.desk.grammars,
-        )
+    def _grammar(self) -> tuple[Spec, str] | None:
+        """What the answer is held to, and the field that says so. Raises Refused."""
+        shape, choice = self.question.response_format, self.question.tool_choice
         tools = {tool.function.name: tool.function.parameters for tool in self.question.tools or []}
         if choice not in (None, "none") and not tools:
             raise Refused(400, f"tool_choice {choice!r:.80} without tools", "tool_choice")
@@ -249,20 +284,15 @@ class Reply:
         shaped = shape is not None and shape.type != "text"
         if called and shaped:
             raise Refused(400, f"tool_choice {choice!r:.80} with a response_format", "tool_choice")
-        try:
-            if called:
-                return grammars.calls(list(tools.items()))
-            if shape is None or shape.type == "text":
-                return None
-            if shape.type == "boxes":
-                return grammars.boxes()
-            if shape.type == "json_object":
-                return grammars.json_object()
-            if shape.json_schema is None:
-                raise Refused(400, f"{shape.type} without json_schema", "response_format")
-            return grammars.json_schema(shape.json_schema.schema_)
-        except UserError as error:
-            raise refused(error, "tools" if called else "response_format") from error
+        if called:
+            return ("calls", (list(tools.items()),)), "tools"
+        if shape is None or shape.type == "text":
+            return None
+        if shape.type != "json_schema":
+            return (shape.type, ()), "response_format"
+        if shape.json_schema is None:
+            raise Refused(400, f"{shape.type} without json_schema", "response_format")
+        return ("json_schema", (shape.json_schema.schema_,)), "response_format"
 
     def _choices(self) -> list[Choice]:
         tokenizer = self.desk.service.renderer.tokenizer
@@ -274,12 +304,6 @@ class Reply:
 
     def _frame(self) -> Frame:
         return Frame(self.asked.id, self.question.model)
-
-    async def _watch(self) -> None:
-        """Let the answers go when the client has."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-        self.asked.let_go()
 
     def _late(self) -> Refused:
         return Refused(
@@ -300,6 +324,19 @@ class Streamed(Response):
         with self._stack:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._reply.stream(send)
+
+
+async def _body(request: Request) -> list[NDArray[np.uint8]]:
+    """The body, in a list from which it can be taken: Starlette would keep it."""
+    pieces = [piece async for piece in request.stream()]
+    return [np.frombuffer(b"".join(pieces), dtype=np.uint8)]
+
+
+def _stub(body: Body, folder: Path) -> Located:
+    """The images of a request as a sample, to read boxes of its answer for."""
+    images = [ImagePart(image=image_name(image.number)) for image in body.images]
+    message = Message(role="user", content=(*images, TextPart(text="")))
+    return Located(Sample(id="question", messages=(message,)), folder)
 
 
 def _event(data: dict[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from finesight.data import sample as data
-from finesight.data.jsonl import Located
 from finesight.data.rules import check_sample
 from finesight.serve.errors import Refused
-from finesight.serve.media import Media
 from finesight.serve.schema import (
     AssistantMessage,
+    FilePart,
+    ImagePart,
     Message,
     Question,
     TextPart,
@@ -24,23 +24,39 @@ from finesight.serve.tools import called_text, result_text, system_text
 Turn = tuple[str, list[data.Part]]
 
 
-async def conversation(question: Question, media: Media, system: str | None) -> Located:
-    """The messages as a sample, its pictures opened below the request's folder.
+def image_name(number: int) -> str:
+    """Name of the file, in the folder of a request, that holds its image of that number."""
+    return f"image-{number}"
+
+
+def images_of(question: Question) -> Iterator[tuple[str, ImagePart | FilePart]]:
+    """Images of a request in order, each with its place in the body."""
+    for place, message in enumerate(question.messages):
+        if isinstance(message, UserMessage) and not isinstance(message.content, str):
+            for number, part in enumerate(message.content):
+                if not isinstance(part, TextPart):
+                    yield f"messages.{place}.content.{number}", part
+
+
+def conversation(question: Question, system: str | None) -> data.Sample:
+    """The messages as a sample, whose images are files named by `image_name`, from 1 on.
 
     Neighbouring messages of one role are one turn; results of tools are the user's. `system` is
     the model's own prompt, which tools stand behind where the request has none. Raises UserError
-    for turns out of order, Refused for a picture.
+    for turns out of order, Refused where there is none.
     """
     numbers = itertools.count(1)
     turns: list[Turn] = []
-    for place, message in enumerate(question.messages):
-        role, parts = await _turn(message, media, numbers, f"messages.{place}")
+    for message in question.messages:
+        role, parts = _turn(message, numbers)
         if parts == [data.TextPart(text="")] and role == "assistant":
             # An answer of nothing, as a client sends it back: it says nothing.
             continue
         if turns and turns[-1][0] == role:
             parts = [*turns.pop()[1], data.TextPart(text="\n"), *parts]
         turns.append((role, parts))
+    if not turns:
+        raise Refused(400, f"{len(question.messages)} messages without content", "messages")
     tools = question.tools if question.tool_choice != "none" else None
     messages = [
         data.Message.model_validate({"role": role, "content": tuple(parts)})
@@ -53,22 +69,19 @@ async def conversation(question: Question, media: Media, system: str | None) -> 
         raise Refused(
             400, f"the last of {len(messages)} turns is the {messages[-1].role}'s", "messages"
         )
-    return Located(sample, media.folder)
+    return sample
 
 
-async def _turn(message: Message, media: Media, numbers: itertools.count[int], where: str) -> Turn:
+def _turn(message: Message, numbers: Iterator[int]) -> Turn:
     if isinstance(message, UserMessage):
         if isinstance(message.content, str):
             return "user", [data.TextPart(text=message.content)]
-        parts: list[data.Part] = []
-        for place, part in enumerate(message.content):
-            if isinstance(part, TextPart):
-                parts.append(data.TextPart(text=part.text))
-            else:
-                param = f"{where}.content.{place}"
-                parts.append(
-                    data.ImagePart(image=await media.open_media(part, next(numbers), param))
-                )
+        parts: list[data.Part] = [
+            data.TextPart(text=part.text)
+            if isinstance(part, TextPart)
+            else data.ImagePart(image=image_name(next(numbers)))
+            for part in message.content
+        ]
         return "user", parts
     text = _text(message.content)
     if isinstance(message, ToolMessage):

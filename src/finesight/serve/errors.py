@@ -57,6 +57,10 @@ class Refused(Exception):
         return {**self.headers, **wait}
 
 
+class ClientGone(Exception):
+    """The client has disconnected: nobody reads an answer."""
+
+
 def refused(error: UserError, param: str | None = None, hidden: str = "") -> Refused:
     """What the user's own error says, as status 400; `hidden`, a folder of this machine, is cut out
     of it."""

@@ -13,14 +13,16 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from finesight.serve.connection import ABORT
-from finesight.serve.errors import Refused, broken
+from finesight.serve.errors import ClientGone, Refused, broken
 from finesight.serve.keys import Keys, is_loopback
 from finesight.serve.limits import Limits
 from finesight.serve.metrics import Metrics
+from finesight.worker_pool import WorkerFault
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -37,8 +39,49 @@ FRAMES = 20
 """Of a fault, the innermost ones: one that many answers share has been raised in each of them."""
 
 
+HELD = "finesight_held"
+"""Under this name a request's state has what it holds of the server's memory."""
+
+GONE = 499
+"""Status, in logs and figures alone, of a request whose client disconnected before its answer."""
+
+
 class Stalled(Exception):
     """A client takes nothing of its answer."""
+
+
+class Held:
+    """Bytes that one request holds, of a budget for all; for the thread of the event loop."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget, self._size = budget, 0
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes more. Raises Refused where the budget has no room for them."""
+        if self._budget.used + size > self._budget.most:
+            raise Refused(503, f"requests hold {self._budget.used} bytes already", wait=2)
+        self._budget.used += size
+        self._size += size
+
+    def release(self) -> None:
+        """Give back all that is held."""
+        self._budget.used -= self._size
+        self._size = 0
+
+
+@dataclass(slots=True)
+class ByteBudget:
+    """Bytes that all requests may hold together, and how many they do."""
+
+    most: int
+    used: int = 0
+
+
+def held_by(scope: Scope) -> Held:
+    """What a request holds."""
+    held = scope["state"][HELD]
+    assert isinstance(held, Held), f"{HELD} is a {type(held)}"
+    return held
 
 
 class Guard:
@@ -46,11 +89,12 @@ class Guard:
 
     def __init__(self, app: App, keys: Keys, limits: Limits, metrics: Metrics) -> None:
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
-        self._held = 0
+        self._budget = ByteBudget(limits.bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", f"a connection of the type {scope['type']}"
-        passing = Passing(scope, receive, send, self._limits, self._hold)
+        scope["state"][HELD] = held = Held(self._budget)
+        passing = Passing(scope, receive, send, self._limits, held)
         started = time.monotonic()
         try:
             try:
@@ -61,21 +105,18 @@ class Guard:
                 await passing.refuse(refusal)
         except Stalled:
             passing.abort()
+        except ClientGone:
+            passing.status = passing.status or GONE
         except Exception as error:
             await passing.refuse(logged(error))
         finally:
-            self._held -= passing.held
+            held.release()
             seconds = time.monotonic() - started
             # The route as it is declared: a path may hold anything.
             route = scope.get("route")
             path = "none" if route is None else str(route.path)
             self._metrics.request(path, passing.status, seconds)
             LOG.info("%s %s %d %.3f s", scope["method"][:8], path, passing.status, seconds)
-
-    def _hold(self, size: int) -> None:
-        self._held += size
-        if self._held > self._limits.bodies_bytes:
-            raise Refused(503, f"bodies of {self._held} bytes are held already", wait=2)
 
     def _admitted(self, scope: Scope) -> str:
         """Who asks. Raises Refused for someone without a key, and where none is needed for what
@@ -106,13 +147,13 @@ class Passing:
         receive: Receive,
         send: Send,
         limits: Limits,
-        hold: Callable[[int], None],
+        held: Held,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._limits, self._hold = limits, hold
+        self._limits, self._held = limits, held
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._whole = self._complete = False
-        self.held = 0
+        self._received = 0
         self.status = 0
 
     def check_length(self) -> None:
@@ -122,7 +163,8 @@ class Passing:
             raise self._too_large(length)
 
     async def receive(self) -> Message:
-        """The next piece of the body. Raises Refused for one too many, or too late."""
+        """The next piece of the body. Raises Refused for one too many, or too late, ClientGone
+        where the client disconnects in the middle."""
         if self._whole:
             return await self._receive()
         try:
@@ -132,12 +174,14 @@ class Passing:
             raise Refused(
                 408, f"the body was not there within {self._limits.body_seconds:g} seconds"
             ) from error
+        if message["type"] == "http.disconnect":
+            raise ClientGone
         size = len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
-        self.held += size
-        self._hold(size)
-        if self.held > self._limits.body_bytes:
-            raise self._too_large(str(self.held))
+        self._received += size
+        self._held.take(size)
+        if self._received > self._limits.body_bytes:
+            raise self._too_large(str(self._received))
         return message
 
     async def send(self, message: Message) -> None:
@@ -209,5 +253,8 @@ def logged(error: Exception) -> Refused:
     """Our own fault, for the client; where it is stands in the log. Its message may quote what a
     client sent, so it is left out."""
     frames = "".join(traceback.format_tb(error.__traceback__, limit=-FRAMES))
-    LOG.error("%s, whose message is not logged\n%s", type(error).__name__, frames)
+    kind = type(error).__name__
+    if isinstance(error, WorkerFault):
+        kind, frames = error.kind, error.frames
+    LOG.error("%s, whose message is not logged\n%s", kind, frames)
     return broken()

@@ -40,6 +40,12 @@ class Limits:
     files: int = 1000
     files_bytes: int = 2048 * MIB
     readers: int = 4
+    image_seconds: float = 2.0
+    prepare_seconds: float = 20.0
+    worker_bytes: int = 1024 * MIB
+    schema_seconds: float = 2.0
+    answer_schema_seconds: float = 30.0
+    schema_bytes: int = 256 * MIB
 
     @property
     def requests(self) -> int:
@@ -54,7 +60,10 @@ MEANINGS = {
     "answer_tokens": ("that a request may ask for; 4,096 where it does not say", ""),
     "connections": ("at once; the next one is closed unread", ""),
     "body_bytes": ("of one request; more are answered 413", ""),
-    "bodies_bytes": ("of all requests that are held at once; more are answered 503", ""),
+    "bodies_bytes": (
+        "of all requests and decoded images that are held at once; more are answered 503",
+        "",
+    ),
     "header_seconds": ("until the head of a request is there; then the connection is closed", ""),
     "body_seconds": ("until its body is there; then it is answered 408", ""),
     "idle_seconds": ("that a connection is kept between requests", ""),
@@ -64,7 +73,11 @@ MEANINGS = {
     ),
     "closing_seconds": ("for running answers to finish, once the server is told to stop", ""),
     "messages": ("of one conversation", ""),
-    "text_characters": ("of all texts of a request; the model's positions limit its tokens", ""),
+    "text_characters": (
+        "of all texts of a request; fewer where the context of the model is short: 16 for each of"
+        " its tokens",
+        "",
+    ),
     "pictures": ("of one request", ""),
     "picture_bytes": ("of one picture, uploaded, fetched or in a data URL", ""),
     "picture_pixels": ("of one picture, read from its header before it is decoded", ""),
@@ -75,7 +88,19 @@ MEANINGS = {
     "fetch_seconds": ("for one picture of an allowed host, all redirects included", ""),
     "files": ("uploaded files that are kept", ""),
     "files_bytes": ("of all of them", ""),
-    "readers": ("threads that open, scale and tokenise; the others wait", ""),
+    "readers": ("worker processes that parse, decode and tokenize; other requests wait", ""),
+    "image_seconds": (
+        "processor time to parse a body, to read the header of an image, to decode it, to tokenize",
+        "",
+    ),
+    "prepare_seconds": ("processor time to read one request, all of its images included", ""),
+    "worker_bytes": ("memory of a worker process; past it, the request is answered 400", ""),
+    "schema_seconds": (
+        "processor time to compile a schema, and for each token of an answer held to it",
+        "",
+    ),
+    "answer_schema_seconds": ("processor time to hold one answer to its schema", ""),
+    "schema_bytes": ("memory of the process that holds an answer to its schema", ""),
 }
 """Of each limit: what it bounds, and the option that sets it."""
 

@@ -18,6 +18,12 @@ Given = TypeVar("Given", bound=BaseModel)
 LONGEST_STOP = 200
 """Characters of a stop text."""
 
+IGNORED = (
+    *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
+    *("service_tier", "store", "user"),
+)
+"""Fields that say nothing about the answer."""
+
 MARKS = 300_000
 """Commas and opening brackets of a body, those in its texts included: each may be a value that
 takes hundreds of bytes once it is read, and a kilobyte if it is wrong."""
@@ -140,11 +146,10 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class Question(Strict):
-    """The body of POST /v1/chat/completions."""
+class Parameters(Strict):
+    """The body of POST /v1/chat/completions, except for its messages."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
@@ -166,7 +171,7 @@ class Question(Strict):
     presence_penalty: Literal[0, None] = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     modalities: list[Literal["text"]] | None = None
-    # These say nothing about the answer.
+    # Those of IGNORED.
     metadata: Any = None
     parallel_tool_calls: Any = None
     prompt_cache_key: Any = None
@@ -188,6 +193,18 @@ class Question(Strict):
         return self.max_tokens if newer is None else newer
 
 
+class Question(Parameters):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Fields of `Parameters` as JSON data, without those that say nothing about the answer."""
+        ignored = {"messages", *IGNORED}
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
+
+
 def parsed(kind: type[Given], body: bytes) -> Given:
     """The body as that kind. Raises Refused, naming the field and never its value."""
     marks = sum(body.count(mark) for mark in (b",", b"[", b"{"))
@@ -207,8 +224,14 @@ def parsed(kind: type[Given], body: bytes) -> Given:
         raise Refused(400, f"a body of {len(body)} bytes that is nested too deeply") from error
 
 
-def check_limits(question: Question, limits: Limits) -> None:
-    """Raise Refused for a question that is larger than the limits allow."""
+def check_limits(question: Question, limits: Limits, characters: int) -> None:
+    """Raise Refused for a question that is larger than the limits allow.
+
+    Args:
+        question: The body of the request.
+        limits: Limits of the server.
+        characters: Limit of all texts, from the context length of the model.
+    """
     contents = [message.content or "" for message in question.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     calls = [
@@ -227,7 +250,7 @@ def check_limits(question: Question, limits: Limits) -> None:
     for param, unit, value, most in (
         ("messages", "messages", len(question.messages), limits.messages),
         ("messages", "pictures", pictures, limits.pictures),
-        ("messages", "characters of text", sum(map(len, texts + calls)), limits.text_characters),
+        ("messages", "characters of text", sum(map(len, texts + calls)), characters),
         ("n", "choices", question.n or 1, limits.choices),
         ("top_logprobs", "tokens", question.top_logprobs or 0, limits.top_logprobs),
         ("stop", "texts", len(stops), limits.stops),

@@ -1,0 +1,182 @@
+"""Jobs of the server's worker processes: all that reads what clients send.
+
+Each function takes the `WorkerState` of the process that runs it; `serve.preparation` and
+`serve.constraints` call them through a `finesight.worker_pool.WorkerPool`.
+"""
+
+from __future__ import annotations
+
+import binascii
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.data.headers import picture_size
+from finesight.data.jsonl import Located
+from finesight.data.sample import Sample
+from finesight.encode.encoded import Outline
+from finesight.encode.render import Renderer
+from finesight.errors import UserError
+from finesight.infer.constrain import Grammars, Matched
+from finesight.serve.conversation import conversation, image_name, images_of
+from finesight.serve.errors import Refused
+from finesight.serve.limits import Limits
+from finesight.serve.schema import FilePart, Question, check_limits, parsed
+from finesight.worker_process import Output
+
+Given = ParamSpec("Given")
+
+Spec = tuple[str, tuple[Any, ...]]
+"""Name of a method of `Grammars`, and its arguments."""
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """What a worker process holds: `outline` and `matched` are of the request that it works on."""
+
+    renderer: Renderer
+    grammars: Grammars
+    outline: Outline | None = None
+    matched: Matched | None = None
+
+
+def load_state(renderer: Renderer, vocabulary: int) -> WorkerState:
+    """Load what the jobs of one model need, in the process that workers are forked from."""
+    grammars = Grammars(renderer, vocabulary)
+    grammars.load_tokenizer()
+    return WorkerState(renderer, grammars)
+
+
+def _refusing(
+    job: Callable[Given, Output],
+) -> Callable[Given, Output]:
+    """Make a refusal the result of a job: other errors than UserError are faults of ours."""
+
+    @functools.wraps(job)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Output:
+        try:
+            return job(*args, **kwargs)
+        except Refused as error:
+            refusal = [error.status, error.message, error.param, error.code]
+            return Output({"refused": refusal})
+
+    return wrapped
+
+
+@_refusing
+def read_body(
+    state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: Limits, characters: int
+) -> Output:
+    """Parse the body of a chat completion and write the images of its data URLs to `folder`.
+
+    The value has the `question` without its messages, and `images`: number, place in the body, and
+    the URL or the id of the file where the image is not yet there. The array is the sample as JSON.
+    """
+    question = parsed(Question, body.tobytes())
+    check_limits(question, limits, characters)
+    images: list[tuple[int, str, str | None, str | None]] = []
+    for number, (param, part) in enumerate(images_of(question), 1):
+        if isinstance(part, FilePart):
+            images.append((number, param, None, part.file.file_id))
+        elif part.image_url.url[:5].lower() == "data:":
+            try:
+                _write_image(part.image_url.url, folder / image_name(number), limits.picture_bytes)
+            except Refused as error:
+                error.param = param
+                raise
+            images.append((number, param, None, None))
+        else:
+            images.append((number, param, part.image_url.url, None))
+    sample = conversation(question, state.renderer.system).model_dump_json().encode()
+    return Output(
+        {"question": question.parameters, "images": images}, [np.frombuffer(sample, np.uint8)]
+    )
+
+
+def _write_image(url: str, path: Path, most: int) -> None:
+    """Write the bytes of a data URL in base64 (RFC 2397). Raises Refused for what is none."""
+    comma = url.find(",", 0, 200)
+    if comma < 0 or not url[:comma].lower().endswith(";base64"):
+        raise Refused(400, f"a data URL that begins {url[:20]!r}: expected data:image/...;base64,")
+    if (len(url) - comma) * 3 // 4 > most + 3:
+        raise Refused(413, f"a picture of {(len(url) - comma) * 3 // 4} bytes: at most {most}")
+    try:
+        data = binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise Refused(400, f"a data URL that is no base64: {type(error).__name__}") from error
+    with open(path, "xb") as file:
+        file.write(data)
+
+
+def inspect_image(
+    state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
+) -> Output:
+    """Read the header of an image. The value is its height and width."""
+    return Output(picture_size(path, max_pixels, formats))
+
+
+def encode_outline(
+    state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_tokens: int
+) -> Output:
+    """Tokenize a sample that `read_body` gave; its images are in `folder`.
+
+    The value has the `spans` of images and the `width` of patches, the arrays are ids and
+    positions. Raises UserError for as many tokens as `max_tokens` or more, before any image is
+    decoded.
+    """
+    located = Located(Sample.model_validate_json(sample.tobytes()), folder)
+    try:
+        outline = state.renderer.prompt_outline(located)
+    finally:
+        # What strangers wrote seldom comes again.
+        state.renderer.tokenizer.forget()
+    if outline.tokens >= max_tokens:
+        raise UserError(
+            f"the prompt has {outline.tokens} tokens",
+            where="messages",
+            expected=f"fewer than {max_tokens}",
+            remedy="ask with less text, or with fewer or smaller images",
+        )
+    state.outline = outline
+    spans = [
+        [span.start, span.stop, span.grid, span.files[0].name, span.original, span.resized]
+        for span in outline.spans
+    ]
+    width = state.renderer.geometry.numbers
+    return Output({"spans": spans, "width": width}, [outline.ids_T, outline.positions_3T])
+
+
+def image_patches(state: WorkerState, number: int) -> Output:
+    """Decode image `number` of the outline that this worker made last, counted from 0."""
+    assert state.outline is not None, f"image {number} of no outline"
+    return Output(None, [state.renderer.span_patches(state.outline.spans[number])])
+
+
+def compile_grammar(state: WorkerState, spec: Spec, with_mask: bool) -> Output:
+    """Compile the grammar of an answer. The array is the mask of its first token."""
+    name, args = spec
+    kinds: Mapping[str, Callable[..., Matched]] = {
+        "json_object": state.grammars.json_object,
+        "json_schema": state.grammars.json_schema,
+        "boxes": state.grammars.boxes,
+        "calls": state.grammars.calls,
+    }
+    state.matched = kinds[name](*args)
+    return _mask(state.matched) if with_mask else Output()
+
+
+def next_mask(state: WorkerState, token: int) -> Output:
+    """Accept a token of the answer. The array is the mask of the next one."""
+    assert state.matched is not None, f"token {token} of no answer"
+    state.matched.take(token)
+    return _mask(state.matched)
+
+
+def _mask(matched: Matched) -> Output:
+    mask = matched.allow()
+    return Output({"failed": matched.failed}, [mask])

@@ -123,7 +123,8 @@ def progressive_jpeg(scans: int = 3_000) -> bytes:
 
 
 @cache
-def _small(kind: str) -> bytes:
+def small_image(kind: str) -> bytes:
+    """An image of 64 x 64 pixels."""
     file = io.BytesIO()
     Image.new("P" if kind == "GIF" else "RGB", (64, 64)).save(file, kind)
     return file.getvalue()
@@ -131,7 +132,7 @@ def _small(kind: str) -> bytes:
 
 def header_flood(kind: str, size: int) -> bytes:
     """An image whose header has as many segments, comments or chunks as `size` bytes hold."""
-    data = _small(kind)
+    data = small_image(kind)
     if kind == "JPEG":
         at, piece = 2, b"\xff\xe1\x00\x08Exif\0\0"
     elif kind == "GIF":
@@ -194,7 +195,7 @@ def kinds(model: str, flood: int, length: int) -> dict[str, Callable[[int], Host
     makers |= {
         "image: JPEG 2000": lambda _: shown("JPEG 2000", jpeg2000(), 8),
         "image: progressive": lambda _: shown("progressive", progressive_jpeg(), 4, n=4),
-        "image: cut off": lambda _: shown("cut off", _small("PNG")[:60]),
+        "image: cut off": lambda _: shown("cut off", small_image("PNG")[:60]),
         "tools": lambda _: asked(
             "tools",
             "Call it.",

@@ -59,5 +59,10 @@ def fail(state: dict[str, Any]) -> Output:
 
 def limits(state: dict[str, Any]) -> Output:
     return Output(
-        {"nice": os.nice(0), "group": os.getpgrp(), "open": sorted(os.listdir("/proc/self/fd"))}
+        {
+            "nice": os.nice(0),
+            "group": os.getpgrp(),
+            "open": sorted(os.listdir("/proc/self/fd")),
+            "environment": sorted(os.environ),
+        }
     )

@@ -26,7 +26,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def pool() -> Iterator[WorkerPool]:
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
+    monkeypatch.setenv("FINESIGHT_KEY", "a secret of the server")
     made = WorkerPool(jobs.load, 7, idle=2, memory_bytes=64 * MIB)
     made.start()
     yield made
@@ -156,6 +157,8 @@ def test_workers_have_low_priority_and_hold_nothing_of_the_pool(pool):
     assert found["group"] != os.getpgrp()
     # Standard streams, its connection, and what lists the folder.
     assert len(found["open"]) == 5
+    assert "PATH" in found["environment"]
+    assert "FINESIGHT_KEY" not in found["environment"]
 
 
 def test_processes_that_were_killed_are_replaced(pool):

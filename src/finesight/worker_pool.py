@@ -47,6 +47,9 @@ main(int(sys.argv[1]))
 """
 """Program of the template: modules are found where this process finds them."""
 
+_INHERITED = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TMPDIR", "TZ")
+"""How variables begin that the template inherits: keys and tokens stay with this process."""
+
 _ENVIRONMENT = {
     # A process with threads must not fork.
     "OPENBLAS_NUM_THREADS": "1",
@@ -310,6 +313,7 @@ class WorkerPool:
             self._control, theirs = socket.socketpair()
             with theirs:
                 number = theirs.fileno()
+                inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
                 # A group of its own: Ctrl-C in a terminal does not reach it, and it is killed as
                 # one.
                 self._process = subprocess.Popen(
@@ -317,7 +321,7 @@ class WorkerPool:
                     pass_fds=[number],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    env={**os.environ, **_ENVIRONMENT},
+                    env={**inherited, **_ENVIRONMENT},
                     start_new_session=True,
                 )
             try:

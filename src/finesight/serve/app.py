@@ -68,7 +68,6 @@ def make_app(
     requests.mkdir(mode=0o700)
     metrics = Metrics(lambda: _state(service))
     none = Fetcher((), seconds=limits.fetch_seconds, most=limits.picture_bytes)
-    pool = Pool(limits.readers)
     desk = Desk(
         service=service,
         workers=workers,
@@ -76,7 +75,8 @@ def make_app(
         formats=formats,
         limits=limits,
         metrics=metrics,
-        pool=pool,
+        pool=Pool(limits.readers),
+        askers=Pool(limits.readers),
         fetcher=fetcher or none,
         store=store,
         folder=requests,

@@ -61,6 +61,7 @@ class Desk:
     limits: Limits
     metrics: Metrics
     pool: Pool
+    askers: Pool
     fetcher: Fetcher
     store: Store
     folder: Path
@@ -125,18 +126,17 @@ class Reply:
 
         `body` is emptied once it is parsed: it may be large.
         """
-        run, longest = self.desk.pool.run, self.desk.service.longest
+        run = self.desk.pool.run
         try:
             async with asyncio.timeout_at(self.deadline):
-                read = await run(self.preparation.read, body[0], longest)
-                body.clear()
+                read, prompt = await run(self._read, body)
                 held.release()
-                self._take(read.question)
                 for image in read.images:
                     await media.open_media(image)
-                prompt = await run(self.preparation.encode, read, longest)
+                if prompt is None:
+                    prompt = await run(self.preparation.encode, read, self.desk.service.longest)
                 held.take(prompt.patches_ND.nbytes)
-                await run(self._ask, _stub(read, media.folder), prompt)
+                await self.desk.askers.run(self._ask, _stub(read, media.folder), prompt)
         except TimeoutError as error:
             raise self._late() from error
 
@@ -215,6 +215,16 @@ class Reply:
                 for chunk in choice.end(answering.finish, answering.prediction()):
                     yield chunk
 
+    def _read(self, body: list[NDArray[np.uint8]]) -> tuple[Body, Encoded | None]:
+        """Parse the request, and encode it where all of its images are there: a thread of the pool
+        is waited for once."""
+        read = self.preparation.read(body[0], self.desk.service.longest)
+        body.clear()
+        self._take(read.question)
+        if any(image.remote for image in read.images):
+            return read, None
+        return read, self.preparation.encode(read, self.desk.service.longest)
+
     def _take(self, question: Parameters) -> None:
         """Note what is asked. Raises Refused for a model that is not there."""
         names = self.desk.service.names
@@ -228,7 +238,7 @@ class Reply:
         self.question = question
 
     def _ask(self, located: Located, prompt: Encoded) -> None:
-        """In a thread of the pool."""
+        """In a thread: not of those that read requests, which others may keep busy."""
         constraints, found = self.desk.constraints, self._grammar()
         if found is not None and not constraints.is_accepted(found[0]):
             self.preparation.check_grammar(*found)

@@ -44,6 +44,11 @@ class ImageRequest:
     url: str | None
     file_id: str | None
 
+    @property
+    def remote(self) -> bool:
+        """Whether it has to be taken from there: else its data URL was written to the folder."""
+        return self.url is not None or self.file_id is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Body:

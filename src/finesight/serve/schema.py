@@ -15,6 +15,12 @@ from finesight.serve.limits import Limits
 
 Given = TypeVar("Given", bound=BaseModel)
 
+LONGEST_NAME = 1000
+"""Characters of the name of a model or function, and of the id of a file."""
+
+LONGEST_URL = 8192
+"""Characters of the address of an image on the web."""
+
 LONGEST_STOP = 200
 """Characters of a stop text."""
 
@@ -51,7 +57,7 @@ class ImagePart(Strict):
 
 
 class FileId(Strict):
-    file_id: str
+    file_id: str = Field(max_length=LONGEST_NAME)
 
 
 class FilePart(Strict):
@@ -133,7 +139,7 @@ class Tool(Strict):
 
 
 class FunctionName(Strict):
-    name: str
+    name: str = Field(max_length=LONGEST_NAME)
 
 
 class NamedTool(Strict):
@@ -149,7 +155,7 @@ class StreamOptions(Strict):
 class Parameters(Strict):
     """The body of POST /v1/chat/completions, except for its messages."""
 
-    model: str
+    model: str = Field(max_length=LONGEST_NAME)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None

@@ -26,7 +26,7 @@ from finesight.infer.constrain import Grammars, Matched
 from finesight.serve.conversation import conversation, image_name, images_of
 from finesight.serve.errors import Refused
 from finesight.serve.limits import Limits
-from finesight.serve.schema import FilePart, Question, check_limits, parsed
+from finesight.serve.schema import LONGEST_URL, FilePart, Question, check_limits, parsed
 from finesight.worker_process import Output
 
 Given = ParamSpec("Given")
@@ -83,15 +83,18 @@ def read_body(
     for number, (param, part) in enumerate(images_of(question), 1):
         if isinstance(part, FilePart):
             images.append((number, param, None, part.file.file_id))
-        elif part.image_url.url[:5].lower() == "data:":
+            continue
+        url = part.image_url.url
+        inline = url[:5].lower() == "data:"
+        if not inline and len(url) > LONGEST_URL:
+            raise Refused(400, f"a URL of {len(url)} characters: at most {LONGEST_URL}", param)
+        images.append((number, param, None if inline else url, None))
+        if inline:
             try:
-                _write_image(part.image_url.url, folder / image_name(number), limits.picture_bytes)
+                _write_image(url, folder / image_name(number), limits.picture_bytes)
             except Refused as error:
                 error.param = param
                 raise
-            images.append((number, param, None, None))
-        else:
-            images.append((number, param, part.image_url.url, None))
     sample = conversation(question, state.renderer.system).model_dump_json().encode()
     return Output(
         {"question": question.parameters, "images": images}, [np.frombuffer(sample, np.uint8)]

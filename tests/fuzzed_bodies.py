@@ -1,0 +1,145 @@
+"""Bodies of chat completions, damaged at random; those of a seed are always the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+from hostile_requests import image_part, schema_format, small_image
+
+ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0, 1e-320),
+    *(1e308, float("nan"), float("inf"), "", " ", "\0", "\ud800", "a" * 10_000, "\u202e", "0"),
+    *([], [[]], {}, [None], {"a": {}}, {"type": None}, {"type": "text"}, {"": ""}, "user"),
+    *("<|im_end|>", "<|image_pad|>", "data:", "data:;base64,", "data:image/png;base64,AAAA"),
+    *("https://localhost/a.png", "file:///etc/passwd", "http://[", "../../x", "\U0001f600" * 50),
+    *([1] * 300, [""] * 300, {"a" * 300: 1}, {str(n): n for n in range(300)}),
+)
+"""Values that are put in the place of others."""
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "description": "Book a seat.",
+        "parameters": {"type": "object", "properties": {"seat": {"type": "string"}}},
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 1, "maximum": 9},
+        "b": {"type": "string", "pattern": "^[a-z]{1,9}$"},
+        "c": {"anyOf": [{"const": 1}, {"enum": ["x", "y"]}]},
+        "d": {"type": "array", "items": {"$ref": "#/$defs/e"}, "maxItems": 3},
+    },
+    "$defs": {"e": {"type": "number", "multipleOf": 5}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def _sound(model: str, rng: random.Random) -> dict[str, Any]:
+    """A body that is answered."""
+    text = {"type": "text", "text": "What is in the image?"}
+    image = image_part(small_image(rng.choice(["PNG", "JPEG", "GIF", "WEBP"])))
+    messages: list[dict[str, Any]] = [{"role": "user", "content": rng.choice(["Hello", [text]])}]
+    if rng.random() < 0.3:
+        messages = [{"role": "user", "content": [image, text]}]
+    if rng.random() < 0.3:
+        call = {"id": "1", "type": "function", "function": {"name": "book", "arguments": "{}"}}
+        messages += [
+            {"role": "assistant", "content": rng.choice(["Yes", "", None]), "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "done"},
+            {"role": "user", "content": "And?"},
+        ]
+    if rng.random() < 0.3:
+        messages.insert(0, {"role": rng.choice(["system", "developer"]), "content": "Be brief."})
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": 2}
+    optional = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "repetition_penalty": 1.1,
+        "seed": 7,
+        "stop": ["x", "yz"],
+        "n": 2,
+        "logprobs": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "response_format": rng.choice(
+            [schema_format(SCHEMA), {"type": "json_object"}, {"type": "boxes"}, {"type": "text"}]
+        ),
+        "tools": [TOOL],
+        "tool_choice": rng.choice(["none", "auto", "required"]),
+        "metadata": {"a": "b"},
+        "user": "me",
+    }
+    for key in rng.sample(sorted(optional), rng.randint(0, 5)):
+        body[key] = optional[key]
+    return body
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Containers and keys of everything inside of a value."""
+    found = []
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in value if isinstance(value, dict) else keys:
+        found.append((value, key))
+        found += _places(value[key])
+    return found
+
+
+def _damage(body: dict[str, Any], rng: random.Random) -> None:
+    """Change one place of the body."""
+    places = _places(body)
+    if not places:
+        return
+    container, key = rng.choice(places)
+    other, from_key = rng.choice(places)
+    how = rng.randrange(6)
+    if how == 0:
+        container[key] = copy.deepcopy(rng.choice(ODD))
+    elif how == 1:
+        del container[key]
+    elif how == 2:
+        container[key] = copy.deepcopy(other[from_key])
+    elif how == 3:
+        container[key] = [container[key]] * rng.choice([0, 1, 2, 40])
+    elif how == 4 and isinstance(container, dict):
+        container[rng.choice(["", "x", "type", "role", "$ref", "properties"])] = container[key]
+    elif isinstance(container[key], str):
+        text = container[key]
+        at = rng.randint(0, len(text))
+        container[key] = text[:at] + rng.choice(["", "\0", "\ud800", "{", "}" * 50]) + text[at:]
+
+
+def _scramble(data: bytes, rng: random.Random) -> bytes:
+    """Change bytes of the body, which may be JSON no more."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at, how = rng.randrange(len(changed) + 1), rng.randrange(4)
+        if how == 0 and changed:
+            changed[at % len(changed)] = rng.randrange(256)
+        elif how == 1:
+            changed[at:at] = rng.choice([b"[", b'"', b"\\u", b"\xff", b"{" * 300, b"1e999", b"\0"])
+        elif how == 2:
+            del changed[at : at + rng.randint(1, 30)]
+        else:
+            changed[at:at] = changed[: rng.randint(0, 50)]
+    return bytes(changed)
+
+
+def fuzzed_body(model: str, seed: int) -> bytes:
+    """A body by its number: one in twenty is sound, one in four is damaged in its bytes."""
+    rng = random.Random(seed)
+    body = _sound(model, rng)
+    if seed % 20:
+        for _ in range(rng.randint(1, 3)):
+            _damage(body, rng)
+    data = json.dumps(body).encode("utf-8", "surrogatepass")
+    return _scramble(data, rng) if seed % 4 == 3 else data

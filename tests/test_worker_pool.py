@@ -116,7 +116,7 @@ def test_a_fault_is_told_by_its_place_alone(pool):
 
 def test_a_worker_that_keeps_memory_is_replaced(pool):
     with pool.worker() as worker:
-        hoarder = worker.call(jobs.hoard, area.MAX_GROWN_BYTES + 8 * MIB, seconds=1).value
+        hoarder = worker.call(jobs.hoard, area.MAX_RSS_INCREASE + 8 * MIB, seconds=1).value
     assert hoarder not in pids(pool)
 
 

@@ -1,8 +1,8 @@
-"""Worker processes for input from strangers: killed at their limits, and replaced.
+"""Pool of worker processes for untrusted input, with limits on time and memory.
 
-A pool has one template process, started once, that loads what jobs need and forks the workers (see
-`finesight.worker_process`). A worker that hangs, grows or crashes takes nothing else with it: its
-job fails with a `WorkerLimitError`, and the template forks the next worker in milliseconds.
+A pool has one template process, which loads the state of the jobs and forks the workers (see
+`finesight.worker_process`). A worker that exceeds a limit or crashes is replaced. Its job fails
+with `WorkerLimitError`, other jobs are not affected. A fork takes milliseconds.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NICE = 10
 """Scheduling priority of workers, below the process that started them."""
 
 WALL_FACTOR = 15
-"""Limit of wall-clock time over that of processor time: workers may have to wait for a core."""
+"""Ratio of the limits of wall-clock time and processor time: workers may wait for a core."""
 
 MAX_JOBS = 500
-MAX_GROWN_BYTES = 32 << 20
-"""A worker is replaced after so many jobs, or when it has kept so much memory."""
+MAX_RSS_INCREASE = 32 << 20
+"""A worker is replaced after this number of jobs, or when its resident memory has increased."""
 
 SETUP_SECONDS = 120.0
 
@@ -48,7 +48,7 @@ main(int(sys.argv[1]))
 """Program of the template: modules are found where this process finds them."""
 
 _INHERITED = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TMPDIR", "TZ")
-"""How variables begin that the template inherits: keys and tokens stay with this process."""
+"""Prefixes of environment variables that the template inherits. API keys are not among them."""
 
 _ENVIRONMENT = {
     # A process with threads must not fork.
@@ -61,7 +61,7 @@ _ENVIRONMENT = {
 
 
 class WorkerLimitError(UserError):
-    """A job went over a limit and was stopped, or crashed."""
+    """A job exceeded a limit and was stopped, or crashed."""
 
 
 class WorkerLostError(Exception):
@@ -86,19 +86,19 @@ class Reply:
 
 
 class Worker:
-    """A worker process as the pool sees it. `call` runs a job; `start`, `ready` and `finish` do so
-    without waiting.
+    """Connection to a worker process.
 
-    One thread uses a worker at a time, but any thread may `kill` it. As a context manager, it is
-    closed in the end.
+    `call` runs a job and blocks; `start`, `ready` and `finish` run one without blocking. One thread
+    uses a worker at a time, but any thread may `kill` or `close` it. The context manager closes it.
     """
 
-    def __init__(self, pool: WorkerPool, connection: socket.socket) -> None:
+    def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
         self._pool, self._connection = pool, connection
+        self._memory_bytes, self._cpu_seconds = memory_bytes, 0.0
+        self._lock = threading.Lock()
         self.killed = self._pending = False
-        self._cpu_seconds = 0.0
         self.jobs = 0
-        self.grown_bytes = 0
+        self.rss_increase = 0
 
     def __enter__(self) -> Worker:
         return self
@@ -112,13 +112,13 @@ class Worker:
         """Run `function(state, *args)` in the worker and wait for its result.
 
         Args:
-            function: Function of a module, which takes the state of the pool first.
+            function: Module-level function. Its first argument is the state of the pool.
             seconds: Limit of processor time.
             deadline: Time on the clock of `time.monotonic` at which waiting ends.
 
         Raises:
             UserError: The function raised it.
-            WorkerLimitError: The job went over a limit, or crashed.
+            WorkerLimitError: The job exceeded a limit, or crashed.
             WorkerLostError: The worker was killed.
         """
         self.start(function, *args, seconds=seconds)
@@ -137,8 +137,9 @@ class Worker:
         self.jobs += 1
         self._pending = True
         try:
-            self._connection.settimeout(None)
-            write_frame(self._connection, [head, *(buffer.raw() for buffer in buffers)])
+            with self._lock:
+                self._connection.settimeout(None)
+                write_frame(self._connection, [head, *(buffer.raw() for buffer in buffers)])
         except OSError as error:
             raise self._ended() from error
 
@@ -147,8 +148,9 @@ class Worker:
         if self.killed:
             return True
         try:
-            self._connection.settimeout(max(0.0, seconds) or 1e-6)
-            self._connection.recv(1, socket.MSG_PEEK)
+            with self._lock:
+                self._connection.settimeout(max(0.0, seconds) or 1e-6)
+                self._connection.recv(1, socket.MSG_PEEK)
         except (TimeoutError, BlockingIOError):
             return False
         except OSError:
@@ -158,13 +160,14 @@ class Worker:
     def finish(self) -> Reply:
         """Receive the result. Raises as `call` does."""
         try:
-            self._connection.settimeout(None)
-            head, *buffers = read_frame(self._connection)
+            with self._lock:
+                self._connection.settimeout(None)
+                head, *buffers = read_frame(self._connection, self._memory_bytes)
         except (EOFError, OSError) as error:
             raise self._ended() from error
         self._pending = False
         meta = json.loads(head)
-        self.grown_bytes = int(meta["grown_bytes"])
+        self.rss_increase = int(meta["rss_increase"])
         try:
             _raise_error(meta)
         except (WorkerFault, MemoryError) as error:
@@ -178,19 +181,20 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether it can take no further job: it was killed, or its last one has not ended."""
+        """Return whether the worker was killed or still runs a job."""
         return self.killed or self._pending
 
     def kill(self) -> None:
-        """End the worker: at once where it waits, else at its limit of time at the latest."""
+        """End the worker: at once if it is idle, else at its time limit at the latest."""
         self.killed = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the worker and free its connection. No other thread may use it any more."""
+        """End the worker and free its connection. A blocked `call` raises WorkerLostError."""
         self.kill()
-        self._connection.close()
+        with self._lock:
+            self._connection.close()
 
     def _ended(self) -> Exception:
         if self.killed or self._pool.closed:
@@ -200,7 +204,7 @@ class Worker:
     def _over_limit(self) -> WorkerLimitError:
         return WorkerLimitError(
             f"took more than {self._cpu_seconds:g} s of processor time or"
-            f" {self._pool.memory_bytes >> 20} MiB of memory, and was stopped",
+            f" {self._memory_bytes >> 20} MiB of memory, and was stopped",
             expected="input that is quick to read",
             remedy="make it smaller or simpler",
         )
@@ -218,13 +222,13 @@ def _raise_error(meta: Mapping[str, Any]) -> None:
 
 
 class WorkerPool:
-    """Workers forked from one template, which runs `setup(*args)` once and gives jobs its result.
+    """Pool of workers that are forked from one template process.
 
     Args:
-        setup: Function of a module, which returns the state. It must start no thread.
+        setup: Module-level function that returns the state of the jobs. It must not start threads.
         args: Arguments of `setup`; they are pickled.
-        idle: Number of workers kept for `worker`, forked in advance.
-        memory_bytes: Memory that a worker may take beyond the template's.
+        idle: Number of idle workers, forked in advance.
+        memory_bytes: Memory limit of a worker, in addition to the memory of the template.
     """
 
     def __init__(self, setup: Callable[..., Any], *args: Any, idle: int, memory_bytes: int) -> None:
@@ -246,15 +250,15 @@ class WorkerPool:
                 self._idle.append(self._fork(self.memory_bytes))
 
     def fork(self, memory_bytes: int | None = None) -> Worker:
-        """Fork a worker of one's own, with a limit of memory of its own; `close` ends it."""
+        """Fork a worker for the caller, with its own memory limit. The caller closes it."""
         with self._lock:
             return self._fork(self.memory_bytes if memory_bytes is None else memory_bytes)
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[Worker]:
-        """Lend an idle worker for the block, or a new one where none is left."""
+        """Lend an idle worker, or fork one if none is idle."""
         with self._lock:
-            # An idle worker from which something can be read has ended.
+            # An idle worker whose connection is readable has ended.
             while self._idle and self._idle[-1].ready(0.0):
                 self._idle.pop().close()
             worker = self._idle.pop() if self._idle else self._fork(self.memory_bytes)
@@ -281,20 +285,20 @@ class WorkerPool:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _take_back(self, worker: Worker) -> None:
-        """Keep a worker that is idle and fresh; put a new one in the place of any other."""
-        fresh = worker.jobs < MAX_JOBS and worker.grown_bytes < MAX_GROWN_BYTES
+        """Return a worker to the idle ones, or replace it."""
+        fresh = worker.jobs < MAX_JOBS and worker.rss_increase < MAX_RSS_INCREASE
         with self._lock:
             if worker.busy or not fresh:
                 worker.close()
             if self.closed or len(self._idle) >= self._idle_count:
                 worker.close()
                 return
-            # Without a new one, the next job forks its own.
+            # If the fork fails, the next job forks its own worker.
             with contextlib.suppress(OSError):
                 self._idle.append(self._fork(self.memory_bytes) if worker.killed else worker)
 
     def _fork(self, memory_bytes: int) -> Worker:
-        """Ask the template for a worker; a template that has ended is started again."""
+        """Fork a worker. Starts the template again if it has ended."""
         if self.closed:
             raise WorkerLostError(f"a pool of {self._idle_count} workers is closed")
         ours, theirs = socket.socketpair()
@@ -305,17 +309,17 @@ class WorkerPool:
             except OSError:
                 self._end_template()
                 socket.send_fds(self._started(), [message], [theirs.fileno()])
-        return Worker(self, ours)
+        return Worker(self, ours, memory_bytes)
 
     def _started(self) -> socket.socket:
-        """The connection to the template, which is started where there is none."""
+        """Return the connection to the template. Starts it if there is none."""
         if self._control is None:
             self._control, theirs = socket.socketpair()
             with theirs:
                 number = theirs.fileno()
                 inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
-                # A group of its own: Ctrl-C in a terminal does not reach it, and it is killed as
-                # one.
+                # A process group of its own: Ctrl-C in a terminal does not reach it, and one
+                # signal kills the template and all workers.
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-c", _TEMPLATE, str(number), json.dumps(sys.path)],
                     pass_fds=[number],

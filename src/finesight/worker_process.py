@@ -56,18 +56,22 @@ class Job:
 
 
 def write_frame(connection: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
-    """Send a message of several parts, which stay apart."""
+    """Send a message of several parts."""
     lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
     connection.sendall(_COUNT.pack(len(parts)) + lengths)
     for part in parts:
         connection.sendall(part)
 
 
-def read_frame(connection: socket.socket) -> list[bytearray]:
-    """Receive a message. Raises EOFError where the other side has closed the connection."""
+def read_frame(connection: socket.socket, max_bytes: int | None = None) -> list[bytearray]:
+    """Receive a message. Raises EOFError where it is too large, or the connection is closed."""
     (count,) = _COUNT.unpack(_read(connection, _COUNT.size))
-    lengths = _read(connection, count * _LENGTH.size)
-    return [_read(connection, length) for (length,) in _LENGTH.iter_unpack(lengths)]
+    if max_bytes is not None and count * _LENGTH.size > max_bytes:
+        raise EOFError(f"a message of {count} parts")
+    lengths = [length for (length,) in _LENGTH.iter_unpack(_read(connection, count * _LENGTH.size))]
+    if max_bytes is not None and sum(lengths) > max_bytes:
+        raise EOFError(f"a message of {sum(lengths)} bytes")
+    return [_read(connection, length) for length in lengths]
 
 
 def _read(connection: socket.socket, length: int) -> bytearray:
@@ -88,9 +92,10 @@ def raw(array: NDArray[np.generic]) -> memoryview:
 
 
 def main(number: int) -> None:
-    """Load the state, then fork a worker for each connection until the pool closes the control.
+    """Load the state, then fork a worker for each connection that arrives.
 
-    `number` is the file descriptor of the control.
+    Args:
+        number: File descriptor of the control connection. The process ends when the pool closes it.
     """
     control = socket.socket(fileno=number)
     # Ctrl-C goes to every process of the terminal; the pool ends this one.
@@ -134,7 +139,7 @@ def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -
                 reply = _run(job, state)
                 meta = reply[0] | {
                     "cpu_seconds": time.process_time() - began,
-                    "grown_bytes": _resident_bytes() - base,
+                    "rss_increase": _resident_bytes() - base,
                 }
                 write_frame(connection, [json.dumps(meta).encode(), *map(raw, reply[1])])
         status = 0
@@ -143,7 +148,7 @@ def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -
 
 
 def _run(job: Job, state: Any) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """The reply to a job. Past a limit of time, the kernel ends this process."""
+    """Run a job. The kernel kills this process if the job exceeds a time limit."""
     signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
     try:
@@ -156,7 +161,7 @@ def _run(job: Job, state: Any) -> tuple[dict[str, Any], Sequence[NDArray[np.gene
 def _outcome(
     function: Callable[[], Output],
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """The reply of a function that may fail: its output or its error."""
+    """Run a function and return its output or its error as a reply."""
     try:
         output = function()
     except UserError as error:
@@ -173,7 +178,7 @@ def _outcome(
 
 
 def _confine(memory_bytes: int, nice: int) -> None:
-    """Lower the priority, bound the memory, and be silent: native code may print what it reads."""
+    """Set the priority and the memory limit, and discard output: native code may print input."""
     silence = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(silence, number)
@@ -182,7 +187,7 @@ def _confine(memory_bytes: int, nice: int) -> None:
     os.nice(nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
-        # Where memory runs out, a worker goes before the process that started it.
+        # Out of memory, the kernel kills a worker before the server.
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
         limit = _statm(0) + memory_bytes

@@ -53,7 +53,7 @@ class RankTokenizer:
         return self._ids(text) if text else ()
 
     def forget(self) -> None:
-        """Drop the cached ids of texts."""
+        """Clear the token cache."""
         self._ids.clear()
 
     def id_of(self, token: str) -> int:

@@ -18,17 +18,17 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 CACHE_BYTES = 16 << 20
-"""Of texts and their ids that a tokenizer keeps: prompts return in sample after sample."""
+"""Memory limit of the token cache of a tokenizer: prompts recur in sample after sample."""
 
 LARGEST_SHARE = 16
-"""Part of the cache that one text may take; longer ones are not kept."""
+"""A text that takes more than one such part of the cache is not cached."""
 
 _ID_BYTES = 28
 """Of a Python number."""
 
 
 class TokenCache:
-    """Ids of texts by text. Those that were not used for longest are dropped.
+    """LRU cache of token ids by text, limited in bytes.
 
     Args:
         tokenize: Function that computes the ids of a text.
@@ -61,7 +61,7 @@ class TokenCache:
         return ids
 
     def clear(self) -> None:
-        """Drop all texts."""
+        """Remove all texts."""
         with self._lock:
             self._ids.clear()
             self.bytes = 0
@@ -94,7 +94,7 @@ class TextTokenizer(Protocol):
         """The ids of a text that holds no special token, whatever it spells."""
 
     def forget(self) -> None:
-        """Drop the cached ids of texts."""
+        """Clear the token cache."""
 
     def id_of(self, token: str) -> int:
         """The id of a special token by its name. Raises UserError when there is none."""
@@ -141,7 +141,7 @@ class Tokenizer:
         return self._ids(text) if text else ()
 
     def forget(self) -> None:
-        """Drop the cached ids of texts."""
+        """Clear the token cache."""
         self._ids.clear()
 
     def id_of(self, token: str) -> int:

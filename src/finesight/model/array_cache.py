@@ -1,4 +1,4 @@
-"""Results of functions that return arrays, kept up to a number of bytes."""
+"""Cache of array results, limited in bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Given = ParamSpec("Given")
 Arrays = TypeVar("Arrays", bound=NDArray[Any] | tuple[NDArray[Any], ...])
 
 CACHE_BYTES = 64 << 20
-"""Of all results of one function: those of hundreds of image sizes of a thousand tokens each."""
+"""Memory limit per function: enough for hundreds of image sizes of a thousand tokens."""
 
 
 def array_cache(
     max_bytes: int = CACHE_BYTES,
 ) -> Callable[[Callable[Given, Arrays]], Callable[Given, Arrays]]:
-    """Cache results by their arguments; those not used for longest are dropped.
+    """Cache results by their arguments and evict the least recently used ones.
 
-    A cache by number, such as `functools.lru_cache`, has no bound where sizes come from strangers.
-    Results are shared: callers must not write to them.
+    `functools.lru_cache` limits the number of results, not their memory. Results are shared:
+    callers must not modify them.
     """
 
     def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:

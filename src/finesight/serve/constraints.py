@@ -1,9 +1,9 @@
-"""Answers held to a grammar that is compiled and followed in a process of its own.
+"""Constrained decoding with grammars that run in worker processes.
 
-Grammars come from strangers. llguidance bounds the work of a step, but neither the time of a single
-operation nor its memory: the mask of `.*.*.*...` takes a minute. So each constrained answer has a
-worker process, with limits on both, which is killed past them. The model never waits for it longer
-than `infer.engine.PATIENCE_SECONDS`.
+Grammars are untrusted. llguidance limits the work of a step, but neither the time nor the memory of
+a single operation: the mask of `.*.*.*...` takes a minute. Each constrained answer therefore has a
+worker process with limits on both. The model never waits for it longer than
+`infer.engine.PATIENCE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from finesight.serve.worker_jobs import Spec, compile_grammar, next_mask
 from finesight.worker_pool import Worker, WorkerLostError, WorkerPool
 
 REMEMBERED = 1024
-"""Grammars that are known to compile, by digest."""
+"""Number of grammars that are remembered as valid, by digest."""
 
 
 class Constraints:
-    """Makes constraints for the answers of one model, and remembers which grammars compile."""
+    """Factory of constraints for one model. Remembers which grammars are valid."""
 
     def __init__(
         self, pool: WorkerPool, limits: Limits, vocabulary: int, end_ids: Sequence[int]
@@ -42,19 +42,19 @@ class Constraints:
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
 
     def is_accepted(self, spec: Spec) -> bool:
-        """Whether a grammar has compiled before."""
+        """Return whether a grammar has compiled before."""
         with self._lock:
             return _digest(spec) in self._accepted
 
     def accept(self, spec: Spec) -> None:
-        """Remember that a grammar compiles."""
+        """Remember that a grammar is valid."""
         with self._lock:
             self._accepted[_digest(spec)] = None
             while len(self._accepted) > REMEMBERED:
                 self._accepted.popitem(last=False)
 
     def follow(self, spec: Spec) -> WorkerConstraint:
-        """Make the constraint of one answer. Its process starts when the answer does."""
+        """Create the constraint of one answer. Its worker starts with the answer."""
         return WorkerConstraint(self, spec)
 
 
@@ -63,9 +63,10 @@ def _digest(spec: Spec) -> bytes:
 
 
 class WorkerConstraint(Constraint):
-    """Constraint that is computed by a worker process, while the model computes logits.
+    """Constraint whose masks a worker process computes while the model computes logits.
 
-    `failed` says that the grammar went over a limit: only the end of the answer is allowed then.
+    Attributes:
+        failed: Whether the grammar exceeded a limit. Only the end token is allowed then.
     """
 
     def __init__(self, constraints: Constraints, spec: Spec) -> None:
@@ -73,7 +74,7 @@ class WorkerConstraint(Constraint):
         self._starting: Future[Worker] | None = None
         self._worker: Worker | None = None
         self._started: Worker | None = None
-        """The same, once it has its first job: only the thread of the model uses it then."""
+        """The worker once it has its first job. Only the thread of the model uses it."""
         self._mask: NDArray[np.int32] | None = None
         self._spent = 0.0
         self._lock = threading.Lock()
@@ -86,7 +87,7 @@ class WorkerConstraint(Constraint):
         self._starting = self._constraints.starters.submit(self._start)
 
     def ready(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the mask of the next token; return whether `allow` has it."""
+        """Wait up to `seconds` for the next mask. Return whether it is available."""
         if self._mask is not None or self.failed:
             return True
         assert self._starting is not None, f"the mask of a {self._spec[0]} that has not begun"
@@ -108,7 +109,7 @@ class WorkerConstraint(Constraint):
         return True
 
     def allow(self) -> NDArray[np.int32]:
-        """Return the mask; past a limit, it allows only the end."""
+        """Return the mask of the next token."""
         while not self.ready(1.0):
             pass
         if self.failed:
@@ -117,7 +118,7 @@ class WorkerConstraint(Constraint):
         return self._mask
 
     def take(self, token: int) -> None:
-        """Let the worker compute the mask after this token."""
+        """Accept a token and start to compute the next mask."""
         self._mask = None
         if self.failed or self._started is None:
             return
@@ -128,19 +129,19 @@ class WorkerConstraint(Constraint):
             self._fail()
 
     def close(self) -> None:
-        """End the worker; any thread may do so at any time."""
+        """End the worker. Any thread may call this at any time."""
         with self._lock:
             self._closed = True
             worker = self._worker
         if worker is not None:
-            worker.kill()
+            worker.close()
 
     def _start(self) -> Worker:
         limits = self._constraints.limits
         worker = self._constraints.pool.fork(limits.schema_bytes)
         with self._lock:
             if self._closed:
-                worker.kill()
+                worker.close()
             self._worker = worker
         worker.start(compile_grammar, self._spec, True, seconds=limits.schema_seconds)
         return worker

@@ -1,4 +1,4 @@
-"""Formats of images that the server takes."""
+"""Image formats that the server accepts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finesight.data.headers import FORMATS
 from finesight.errors import UserError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Taken always. Decoders of the others are slow or seldom tested with hostile files."""
+"""Formats that are always accepted. Decoders of the others are slow or rarely fuzzed."""
 
 
 def read_formats(more: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One request on its way to the model: everything in it is read by worker processes."""
+"""Preparation of a request in worker processes: parsing, tokenization, image decoding."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ from finesight.worker_pool import Reply, Worker, WorkerLostError, WorkerPool
 from finesight.worker_process import Output
 
 CHARACTERS_PER_TOKEN = 16
-"""Texts of more characters than this for each token of the context are refused untokenized."""
+"""Longer texts, per token of the context length, are refused before tokenization."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Image of a request: its number and place, and the URL or uploaded file where it has to be
-    taken from."""
+    """Image of a request.
+
+    Attributes:
+        number: Number of the image in the request, from 1.
+        param: Path of its field in the body.
+        url: URL to fetch it from, None for a data URL.
+        file_id: Id of the uploaded file, if it is one.
+    """
 
     number: int
     param: str
@@ -46,13 +52,19 @@ class ImageRequest:
 
     @property
     def remote(self) -> bool:
-        """Whether it has to be taken from there: else its data URL was written to the folder."""
+        """Return whether the image is not part of the body."""
         return self.url is not None or self.file_id is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A parsed body. `sample` is its conversation as JSON, for `Preparation.encode`."""
+    """Parsed body of a request.
+
+    Attributes:
+        question: All fields except for the messages.
+        images: Images in the order of the messages.
+        sample: Conversation as JSON, for `Preparation.encode`.
+    """
 
     question: Parameters
     images: tuple[ImageRequest, ...]
@@ -61,10 +73,9 @@ class Body:
 
 @dataclass(slots=True)
 class Preparation:
-    """Reads one request in workers of the pool, within its limits of time.
+    """Prepares one request in workers of the pool, within its limits.
 
-    Its methods block, and are for a thread. `cancel` may be called from any other thread: what runs
-    ends with ClientGone.
+    The methods block. Any thread may call `cancel`: a blocked method raises ClientGone then.
 
     Attributes:
         pool: Workers whose state is `load_state` of the model.
@@ -85,14 +96,14 @@ class Preparation:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cancel(self) -> None:
-        """Stop reading: nobody waits for it."""
+        """Stop the preparation."""
         with self._lock:
             self._cancelled = True
             if self._worker is not None:
                 self._worker.kill()
 
     def read(self, body: NDArray[np.uint8], max_tokens: int) -> Body:
-        """Parse and check a body; images of data URLs are in the folder then. Raises Refused."""
+        """Parse and check a body, and write images of data URLs to the folder. Raises Refused."""
         characters = min(self.limits.text_characters, CHARACTERS_PER_TOKEN * max_tokens)
         with self._working() as worker:
             reply = self._call(worker, read_body, body, self.folder, self.limits, characters)
@@ -149,7 +160,7 @@ class Preparation:
 
     @contextlib.contextmanager
     def _held(self, worker: Worker) -> Iterator[None]:
-        """Let `cancel` kill this worker for the length of the block."""
+        """Allow `cancel` to kill this worker within the block."""
         with self._lock:
             self._worker = worker
             if self._cancelled:
@@ -182,7 +193,7 @@ class Preparation:
 
     @contextlib.contextmanager
     def _answering(self, param: str, folder: Path) -> Iterator[None]:
-        """Turn what goes wrong in a worker into what the client is told."""
+        """Convert errors of workers to responses."""
         try:
             yield
         except WorkerLostError as error:

@@ -1,7 +1,7 @@
-"""Jobs of the server's worker processes: all that reads what clients send.
+"""Jobs of the server's worker processes: parsing, tokenization, image decoding, grammars.
 
-Each function takes the `WorkerState` of the process that runs it; `serve.preparation` and
-`serve.constraints` call them through a `finesight.worker_pool.WorkerPool`.
+The first argument of each job is the `WorkerState` of its process. `serve.preparation` and
+`serve.constraints` run the jobs through a `finesight.worker_pool.WorkerPool`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ Spec = tuple[str, tuple[Any, ...]]
 
 @dataclass(slots=True)
 class WorkerState:
-    """What a worker process holds: `outline` and `matched` are of the request that it works on."""
+    """State of a worker process.
+
+    Attributes:
+        renderer: Renderer of the model.
+        grammars: Grammar compiler of the model.
+        outline: Tokens of the current request.
+        matched: Grammar of the current answer.
+    """
 
     renderer: Renderer
     grammars: Grammars
@@ -46,7 +53,7 @@ class WorkerState:
 
 
 def load_state(renderer: Renderer, vocabulary: int) -> WorkerState:
-    """Load what the jobs of one model need, in the process that workers are forked from."""
+    """Load the state of the template process."""
     grammars = Grammars(renderer, vocabulary)
     grammars.load_tokenizer()
     return WorkerState(renderer, grammars)
@@ -55,7 +62,7 @@ def load_state(renderer: Renderer, vocabulary: int) -> WorkerState:
 def _refusing(
     job: Callable[Given, Output],
 ) -> Callable[Given, Output]:
-    """Make a refusal the result of a job: other errors than UserError are faults of ours."""
+    """Return a Refused exception of a job as its result."""
 
     @functools.wraps(job)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Output:
@@ -72,10 +79,11 @@ def _refusing(
 def read_body(
     state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: Limits, characters: int
 ) -> Output:
-    """Parse the body of a chat completion and write the images of its data URLs to `folder`.
+    """Parse the body of a chat completion, and write the images of its data URLs.
 
-    The value has the `question` without its messages, and `images`: number, place in the body, and
-    the URL or the id of the file where the image is not yet there. The array is the sample as JSON.
+    Returns:
+        The value has the `question` without its messages, and `images` as arguments of
+        `preparation.ImageRequest`. The array is the conversation as JSON.
     """
     question = parsed(Question, body.tobytes())
     check_limits(question, limits, characters)
@@ -119,24 +127,27 @@ def _write_image(url: str, path: Path, most: int) -> None:
 def inspect_image(
     state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
 ) -> Output:
-    """Read the header of an image. The value is its height and width."""
+    """Read the header of an image. Returns height and width."""
     return Output(picture_size(path, max_pixels, formats))
 
 
 def encode_outline(
     state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_tokens: int
 ) -> Output:
-    """Tokenize a sample that `read_body` gave; its images are in `folder`.
+    """Tokenize a conversation of `read_body`, whose images are in `folder`.
 
-    The value has the `spans` of images and the `width` of patches, the arrays are ids and
-    positions. Raises UserError for as many tokens as `max_tokens` or more, before any image is
-    decoded.
+    Returns:
+        The value has the `spans` of the images and the `width` of a patch. The arrays are the ids
+        and the position ids.
+
+    Raises:
+        UserError: The prompt has `max_tokens` tokens or more. No image was decoded.
     """
     located = Located(Sample.model_validate_json(sample.tobytes()), folder)
     try:
         outline = state.renderer.prompt_outline(located)
     finally:
-        # What strangers wrote seldom comes again.
+        # Keep no texts of clients.
         state.renderer.tokenizer.forget()
     if outline.tokens >= max_tokens:
         raise UserError(
@@ -155,13 +166,13 @@ def encode_outline(
 
 
 def image_patches(state: WorkerState, number: int) -> Output:
-    """Decode image `number` of the outline that this worker made last, counted from 0."""
+    """Decode an image of the current request, counted from 0, into patches."""
     assert state.outline is not None, f"image {number} of no outline"
     return Output(None, [state.renderer.span_patches(state.outline.spans[number])])
 
 
 def compile_grammar(state: WorkerState, spec: Spec, with_mask: bool) -> Output:
-    """Compile the grammar of an answer. The array is the mask of its first token."""
+    """Compile the grammar of an answer. Returns the mask of the first token."""
     name, args = spec
     kinds: Mapping[str, Callable[..., Matched]] = {
         "json_object": state.grammars.json_object,
@@ -174,7 +185,7 @@ def compile_grammar(state: WorkerState, spec: Spec, with_mask: bool) -> Output:
 
 
 def next_mask(state: WorkerState, token: int) -> Output:
-    """Accept a token of the answer. The array is the mask of the next one."""
+    """Accept a token of the answer. Returns the mask of the next token."""
     assert state.matched is not None, f"token {token} of no answer"
     state.matched.take(token)
     return _mask(state.matched)

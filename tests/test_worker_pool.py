@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -148,6 +151,55 @@ def test_a_job_that_is_cancelled(pool, end):
     if end == "close":
         with pytest.raises(WorkerLostError):
             pool.fork()
+
+
+@pytest.mark.parametrize("job", ["running", "idle"])
+def test_a_worker_ends_at_once_with_its_connection(pool, job):
+    """Cancelled jobs would otherwise pile up until their time limits."""
+    with pool.fork() as worker:
+        pid = int(worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+        if job == "running":
+            worker.start(jobs.spin, seconds=600)
+            assert not worker.ready(0.2)
+    assert not alive(pid)
+
+
+PARENT = """
+import sys, time
+import numpy as np, pool_jobs as jobs
+from finesight.worker_pool import WorkerPool
+pool = WorkerPool(jobs.load, 7, idle=1, memory_bytes=64 << 20)
+pool.start()
+busy = pool.fork()
+print(busy.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+print(pool._process.pid, flush=True)
+busy.start(jobs.spin, seconds=600)
+time.sleep(600)
+"""
+
+
+def test_no_process_survives_its_parent():
+    command = [sys.executable, "-c", PARENT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        busy, template = int(parent.stdout.readline()), int(parent.stdout.readline())
+        # Its idle worker as well.
+        group = members(template)
+        time.sleep(0.3)
+        parent.kill()
+    assert {busy, template} < group
+    assert all(not alive(pid) for pid in group)
+
+
+def members(group: int) -> set[int]:
+    """Processes of a process group."""
+    found = set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(entry)) == group:
+                found.add(int(entry))
+    return found
 
 
 def test_workers_have_low_priority_and_hold_nothing_of_the_pool(pool):

@@ -185,7 +185,7 @@ class Worker:
         return self.killed or self._pending
 
     def kill(self) -> None:
-        """End the worker: at once if it is idle, else at its time limit at the latest."""
+        """End the worker and its job."""
         self.killed = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -294,7 +294,7 @@ class WorkerPool:
                 worker.close()
                 return
             # If the fork fails, the next job forks its own worker.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError, WorkerFault):
                 self._idle.append(self._fork(self.memory_bytes) if worker.killed else worker)
 
     def _fork(self, memory_bytes: int) -> Worker:

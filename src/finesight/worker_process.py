@@ -2,7 +2,8 @@
 
 `main` is the template process of a pool. It loads what jobs need once, stays single-threaded, and
 forks a worker for each connection that the pool sends it. A worker runs one job after another. Each
-job has a limit of processor time, which the kernel enforces.
+job has a limit of processor time, which the kernel enforces. The kernel also kills a worker as soon
+as the pool closes its connection, or the process of the pool ends.
 
 Requests are pickled: they come from the pool alone. Replies are JSON and raw arrays: a worker may
 be compromised by a file that it decodes, and nothing that it sends back may run code.
@@ -11,6 +12,7 @@ be compromised by a file that it decodes, and nothing that it sends back may run
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -130,13 +132,14 @@ def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -
     status = 1
     try:
         _confine(memory_bytes, nice)
+        _signal_hangup(connection)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 head, *buffers = read_frame(connection)
                 job: Job = pickle.loads(head, buffers=buffers)
                 began = time.process_time()
-                reply = _run(job, state)
+                reply = _run(job, state, connection)
                 meta = reply[0] | {
                     "cpu_seconds": time.process_time() - began,
                     "rss_increase": _resident_bytes() - base,
@@ -147,13 +150,35 @@ def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -
         os._exit(status)
 
 
-def _run(job: Job, state: Any) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """Run a job. The kernel kills this process if the job exceeds a time limit."""
+def _signal_hangup(connection: socket.socket) -> None:
+    """Have the kernel send SIGIO when the pool closes the connection, or sends a job."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    number = connection.fileno()
+    fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(number, fcntl.F_GETFL)
+    fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _check_open(connection: socket.socket) -> None:
+    """Raise EOFError if the pool has closed the connection."""
+    with contextlib.suppress(BlockingIOError):
+        if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            raise EOFError
+
+
+def _run(
+    job: Job, state: Any, connection: socket.socket
+) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
+    """Run a job. The kernel kills this process if the job exceeds a time limit or is cancelled."""
     signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
+    # The pool sends nothing while a job runs: SIGIO means that it has closed the connection.
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
     try:
+        _check_open(connection)
         return _outcome(lambda: job.function(state, *job.args))
     finally:
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -150,8 +150,8 @@ def serve(
         stack.callback(place.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="finesight-serve-"))
         workers = make_workers(renderer, vocabulary, limits)
-        workers.start()
         stack.callback(workers.close)
+        workers.start()
         service = Service(answerer, rows=limits.rows, waiting=limits.waiting)
         stack.callback(service.close, finish=False)
         # Before the others: threads that wait for a worker end with it.

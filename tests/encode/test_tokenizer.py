@@ -106,6 +106,6 @@ def test_texts_are_forgotten(path: Path):
     tokenizer = Tokenizer(path)
     before = tokenizer.encode("Hello")
     assert tokenizer._ids.bytes > 0
-    tokenizer.forget()
+    tokenizer.clear_cache()
     assert tokenizer._ids.bytes == 0
     assert tokenizer.encode("Hello") == before

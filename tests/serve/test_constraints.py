@@ -37,7 +37,7 @@ def made(answerer, vocabulary) -> Constraints:
 
 @pytest.fixture
 def following(made) -> Iterator[WorkerConstraint]:
-    constraint = made.follow(("json_schema", (TICKET,)))
+    constraint = made.create(("json_schema", (TICKET,)))
     constraint.begin()
     yield constraint
     constraint.close()
@@ -66,7 +66,7 @@ def test_masks_are_those_of_the_grammar(answerer, made, vocabulary, spec):
         "boxes": grammars.boxes,
         "calls": grammars.calls,
     }[name](*args)
-    there = made.follow(spec)
+    there = made.create(spec)
     there.begin()
     rng = random.Random(0)
     for _ in range(100):
@@ -83,7 +83,7 @@ def test_masks_are_those_of_the_grammar(answerer, made, vocabulary, spec):
 
 
 def test_beyond_its_limits_only_the_end_is_allowed(answerer, made):
-    slow = made.follow(("json_schema", (SCHEMAS["stars"],)))
+    slow = made.create(("json_schema", (SCHEMAS["stars"],)))
     slow.begin()
     end = sorted(answerer.renderer.end_ids)
     assert tokens(slow.allow()) == end
@@ -102,7 +102,7 @@ def test_all_tokens_of_an_answer_have_one_budget_of_time(answerer, made, followi
 def test_it_may_be_closed_at_any_time(made, when):
     schema = SCHEMAS["stars"] if when == "while it computes" else TICKET
     made.limits = replace(made.limits, schema_seconds=60.0)
-    constraint = made.follow(("json_schema", (schema,)))
+    constraint = made.create(("json_schema", (schema,)))
     if when == "before":
         constraint.close()
     constraint.begin()

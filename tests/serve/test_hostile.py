@@ -36,7 +36,7 @@ from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.errors import Refused
 from finesight.serve.formats import read_formats
-from finesight.serve.guard import ByteBudget, Held
+from finesight.serve.guard import ByteBudget, Reservation
 
 SHORT = replace(LIMITS, image_seconds=0.4, schema_seconds=0.3, prepare_seconds=2.0)
 
@@ -204,15 +204,15 @@ def test_nothing_is_tokenized_in_the_process_of_the_server(strict, monkeypatch):
 
 def test_bytes_that_all_requests_hold_together():
     budget = ByteBudget(100)
-    first, second = Held(budget), Held(budget)
-    first.take(60)
+    first, second = Reservation(budget), Reservation(budget)
+    first.reserve(60)
     with pytest.raises(Refused) as raised:
-        second.take(60)
+        second.reserve(60)
     assert (raised.value.status, raised.value.extra_headers) == (503, {"Retry-After": "2"})
-    second.take(40)
+    second.reserve(40)
     first.release()
     assert budget.used == 40
-    second.take(60)
+    second.reserve(60)
     second.release()
     assert budget.used == 0
 

@@ -52,7 +52,7 @@ class RankTokenizer:
         """The ids of a text that holds no special token, whatever it spells."""
         return self._ids(text) if text else ()
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Clear the token cache."""
         self._ids.clear()
 

@@ -93,7 +93,7 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text that holds no special token, whatever it spells."""
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Clear the token cache."""
 
     def id_of(self, token: str) -> int:
@@ -140,7 +140,7 @@ class Tokenizer:
         """The ids of a text that holds no special token, whatever it spells."""
         return self._ids(text) if text else ()
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Clear the token cache."""
         self._ids.clear()
 

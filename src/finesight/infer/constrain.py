@@ -148,8 +148,8 @@ class Grammars:
 class Matched(Constraint):
     """An answer that has come so far through its grammar.
 
-    Neither making one nor `allow` has a limit of time: grammars of strangers belong into a process
-    of their own (`serve.constraints`).
+    Neither compilation nor `allow` has a limit of time: untrusted grammars belong in a worker
+    process (`serve.constraints`).
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, end_ids: Sequence[int]) -> None:
@@ -163,7 +163,7 @@ class Matched(Constraint):
             : self._numbers
         ].copy()
         if self._matcher.is_error() or not mask.any():
-            return only(self._end_ids, self._numbers)
+            return mask_of(self._end_ids, self._numbers)
         return mask
 
     def take(self, token: int) -> None:
@@ -177,8 +177,8 @@ class Matched(Constraint):
         return bool(self._matcher.is_error())
 
 
-def only(tokens: Sequence[int], numbers: int) -> NDArray[np.int32]:
-    """A mask of so many numbers that allows these tokens alone."""
+def mask_of(tokens: Sequence[int], numbers: int) -> NDArray[np.int32]:
+    """Build a mask, of this many 32-bit words, that allows only these tokens."""
     bits = np.zeros(numbers, dtype=np.uint32)
     for token in tokens:
         bits[token // WIDTH] |= np.uint32(1 << token % WIDTH)

@@ -30,7 +30,15 @@ from finesight.serve.constraints import Constraints, WorkerConstraint
 from finesight.serve.conversation import image_name
 from finesight.serve.errors import ClientGone, Refused, refused
 from finesight.serve.fetch import Fetcher
-from finesight.serve.guard import Held, Receive, Scope, Send, Stalled, held_by, logged
+from finesight.serve.guard import (
+    Receive,
+    Reservation,
+    Scope,
+    Send,
+    Stalled,
+    logged,
+    reservation_of,
+)
 from finesight.serve.limits import Limits
 from finesight.serve.media import Media
 from finesight.serve.metrics import Metrics
@@ -82,7 +90,7 @@ class Desk:
             watch = asyncio.create_task(reply.watch())
             stack.callback(watch.cancel)
             media = Media(folder, request.scope["state"]["owner"], self.fetcher, self.store)
-            await reply.begin(body, media, held_by(request.scope))
+            await reply.begin(body, media, reservation_of(request.scope))
             if not reply.question.stream:
                 return await reply.whole()
             return Streamed(reply, stack.pop_all())
@@ -121,7 +129,9 @@ class Reply:
         """On the clock of the event loop."""
         return self.started + self.desk.limits.seconds
 
-    async def begin(self, body: list[NDArray[np.uint8]], media: Media, held: Held) -> None:
+    async def begin(
+        self, body: list[NDArray[np.uint8]], media: Media, reservation: Reservation
+    ) -> None:
         """Read the request and ask the model. Raises Refused and ClientGone.
 
         `body` is emptied once it is parsed: it may be large.
@@ -130,12 +140,12 @@ class Reply:
         try:
             async with asyncio.timeout_at(self.deadline):
                 read, prompt = await run(self._read, body)
-                held.release()
+                reservation.release()
                 for image in read.images:
                     await media.open_media(image)
                 if prompt is None:
                     prompt = await run(self.preparation.encode, read, self.desk.service.longest)
-                held.take(prompt.patches_ND.nbytes)
+                reservation.reserve(prompt.patches_ND.nbytes)
                 await self.desk.askers.run(self._ask, _stub(read, media.folder), prompt)
         except TimeoutError as error:
             raise self._late() from error
@@ -220,13 +230,13 @@ class Reply:
         is waited for once."""
         read = self.preparation.read(body[0], self.desk.service.longest)
         body.clear()
-        self._take(read.question)
+        self._set_question(read.question)
         if any(image.remote for image in read.images):
             return read, None
         return read, self.preparation.encode(read, self.desk.service.longest)
 
-    def _take(self, question: Parameters) -> None:
-        """Note what is asked. Raises Refused for a model that is not there."""
+    def _set_question(self, question: Parameters) -> None:
+        """Set the parameters. Raises Refused for a model that is not there."""
         names = self.desk.service.names
         if question.model not in names:
             raise Refused(
@@ -244,7 +254,7 @@ class Reply:
             self.preparation.check_grammar(*found)
             constraints.accept(found[0])
         for _ in range(self.question.n or 1):
-            self.forms.append(None if found is None else constraints.follow(found[0]))
+            self.forms.append(None if found is None else constraints.create(found[0]))
         options = [self._options(number, form) for number, form in enumerate(self.forms)]
         self.asked.ask(located, options, prompt)
 

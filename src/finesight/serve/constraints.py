@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.errors import UserError
-from finesight.infer.constrain import WIDTH, only
+from finesight.infer.constrain import WIDTH, mask_of
 from finesight.infer.request import Constraint
 from finesight.serve.limits import Limits
 from finesight.serve.worker_jobs import Spec, compile_grammar, next_mask
@@ -36,7 +36,7 @@ class Constraints:
         self, pool: WorkerPool, limits: Limits, vocabulary: int, end_ids: Sequence[int]
     ) -> None:
         self.pool, self.limits = pool, limits
-        self.end_only = only(end_ids, -(-vocabulary // WIDTH))
+        self.end_only = mask_of(end_ids, -(-vocabulary // WIDTH))
         self.starters = ThreadPoolExecutor(2, thread_name_prefix="finesight-grammars")
         self._lock = threading.Lock()
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
@@ -53,7 +53,7 @@ class Constraints:
             while len(self._accepted) > REMEMBERED:
                 self._accepted.popitem(last=False)
 
-    def follow(self, spec: Spec) -> WorkerConstraint:
+    def create(self, spec: Spec) -> WorkerConstraint:
         """Create the constraint of one answer. Its worker starts with the answer."""
         return WorkerConstraint(self, spec)
 

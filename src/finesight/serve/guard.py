@@ -39,8 +39,8 @@ FRAMES = 20
 """Of a fault, the innermost ones: one that many answers share has been raised in each of them."""
 
 
-HELD = "finesight_held"
-"""Under this name a request's state has what it holds of the server's memory."""
+RESERVATION = "finesight_reservation"
+"""Key of the `Reservation` in the state of a request."""
 
 GONE = 499
 """Status, in logs and figures alone, of a request whose client disconnected before its answer."""
@@ -50,38 +50,38 @@ class Stalled(Exception):
     """A client takes nothing of its answer."""
 
 
-class Held:
-    """Bytes that one request holds, of a budget for all; for the thread of the event loop."""
+class Reservation:
+    """Bytes of a `ByteBudget` that one request has reserved. Not thread-safe."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget, self._size = budget, 0
 
-    def take(self, size: int) -> None:
-        """Hold so many bytes more. Raises Refused where the budget has no room for them."""
+    def reserve(self, size: int) -> None:
+        """Reserve more bytes. Raises Refused if they exceed the budget."""
         if self._budget.used + size > self._budget.most:
             raise Refused(503, f"requests hold {self._budget.used} bytes already", wait=2)
         self._budget.used += size
         self._size += size
 
     def release(self) -> None:
-        """Give back all that is held."""
+        """Release all bytes."""
         self._budget.used -= self._size
         self._size = 0
 
 
 @dataclass(slots=True)
 class ByteBudget:
-    """Bytes that all requests may hold together, and how many they do."""
+    """Limit of the bytes of all requests together, and the number in use."""
 
     most: int
     used: int = 0
 
 
-def held_by(scope: Scope) -> Held:
-    """What a request holds."""
-    held = scope["state"][HELD]
-    assert isinstance(held, Held), f"{HELD} is a {type(held)}"
-    return held
+def reservation_of(scope: Scope) -> Reservation:
+    """Return the reservation of a request."""
+    found = scope["state"][RESERVATION]
+    assert isinstance(found, Reservation), f"{RESERVATION} is a {type(found)}"
+    return found
 
 
 class Guard:
@@ -93,8 +93,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", f"a connection of the type {scope['type']}"
-        scope["state"][HELD] = held = Held(self._budget)
-        passing = Passing(scope, receive, send, self._limits, held)
+        scope["state"][RESERVATION] = reservation = Reservation(self._budget)
+        passing = Passing(scope, receive, send, self._limits, reservation)
         started = time.monotonic()
         try:
             try:
@@ -110,7 +110,7 @@ class Guard:
         except Exception as error:
             await passing.refuse(logged(error))
         finally:
-            held.release()
+            reservation.release()
             seconds = time.monotonic() - started
             # The route as it is declared: a path may hold anything.
             route = scope.get("route")
@@ -147,10 +147,10 @@ class Passing:
         receive: Receive,
         send: Send,
         limits: Limits,
-        held: Held,
+        reservation: Reservation,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._limits, self._held = limits, held
+        self._limits, self._reservation = limits, reservation
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._whole = self._complete = False
         self._received = 0
@@ -179,7 +179,7 @@ class Passing:
         size = len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         self._received += size
-        self._held.take(size)
+        self._reservation.reserve(size)
         if self._received > self._limits.body_bytes:
             raise self._too_large(str(self._received))
         return message

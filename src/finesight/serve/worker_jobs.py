@@ -148,7 +148,7 @@ def encode_outline(
         outline = state.renderer.prompt_outline(located)
     finally:
         # Keep no texts of clients.
-        state.renderer.tokenizer.forget()
+        state.renderer.tokenizer.clear_cache()
     if outline.tokens >= max_tokens:
         raise UserError(
             f"the prompt has {outline.tokens} tokens",

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.errors import UserError
-from finesight.worker_process import FORK, Job, Output, read_frame, write_frame
+from finesight.worker_process import FORK, Output, WorkerJob, read_frame, write_frame
 
 NICE = 10
 """Scheduling priority of workers, below the process that started them."""
@@ -77,7 +77,7 @@ class WorkerFault(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class WorkerReply:
     """Result of a job: the value and arrays of its `Output`, and the processor time it took."""
 
     value: Any
@@ -108,7 +108,7 @@ class Worker:
 
     def call(
         self, function: Callable[..., Output], *args: Any, seconds: float, deadline: float = np.inf
-    ) -> Reply:
+    ) -> WorkerReply:
         """Run `function(state, *args)` in the worker and wait for its result.
 
         Args:
@@ -131,7 +131,7 @@ class Worker:
     def start(self, function: Callable[..., Output], *args: Any, seconds: float) -> None:
         """Send a job to the worker."""
         self._cpu_seconds = seconds
-        job = Job(function, args, seconds, seconds * WALL_FACTOR)
+        job = WorkerJob(function, args, seconds, seconds * WALL_FACTOR)
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
         self.jobs += 1
@@ -157,7 +157,7 @@ class Worker:
             return True
         return True
 
-    def finish(self) -> Reply:
+    def finish(self) -> WorkerReply:
         """Receive the result. Raises as `call` does."""
         try:
             with self._lock:
@@ -177,7 +177,7 @@ class Worker:
             np.frombuffer(buffer, dtype=np.dtype(kind)).reshape(shape)
             for buffer, (kind, shape) in zip(buffers, meta["arrays"], strict=True)
         )
-        return Reply(meta["value"], arrays, float(meta["cpu_seconds"]))
+        return WorkerReply(meta["value"], arrays, float(meta["cpu_seconds"]))
 
     @property
     def busy(self) -> bool:

@@ -48,7 +48,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WorkerJob:
     """Function of the template's state and `args`, with limits on its time in seconds."""
 
     function: Callable[..., Output]
@@ -137,7 +137,7 @@ def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 head, *buffers = read_frame(connection)
-                job: Job = pickle.loads(head, buffers=buffers)
+                job: WorkerJob = pickle.loads(head, buffers=buffers)
                 began = time.process_time()
                 reply = _run(job, state, connection)
                 meta = reply[0] | {
@@ -167,7 +167,7 @@ def _check_open(connection: socket.socket) -> None:
 
 
 def _run(
-    job: Job, state: Any, connection: socket.socket
+    job: WorkerJob, state: Any, connection: socket.socket
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
     """Run a job. The kernel kills this process if the job exceeds a time limit or is cancelled."""
     signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)

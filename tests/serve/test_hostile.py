@@ -36,7 +36,7 @@ from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.errors import Refused
 from finesight.serve.formats import read_formats
-from finesight.serve.guard import ByteBudget, Reservation
+from finesight.serve.guard import ByteBudget, ByteReservation
 
 SHORT = replace(LIMITS, image_seconds=0.4, schema_seconds=0.3, prepare_seconds=2.0)
 
@@ -204,7 +204,7 @@ def test_nothing_is_tokenized_in_the_process_of_the_server(strict, monkeypatch):
 
 def test_bytes_that_all_requests_hold_together():
     budget = ByteBudget(100)
-    first, second = Reservation(budget), Reservation(budget)
+    first, second = ByteReservation(budget), ByteReservation(budget)
     first.reserve(60)
     with pytest.raises(Refused) as raised:
         second.reserve(60)

@@ -31,8 +31,8 @@ from finesight.serve.conversation import image_name
 from finesight.serve.errors import ClientGone, Refused, refused
 from finesight.serve.fetch import Fetcher
 from finesight.serve.guard import (
+    ByteReservation,
     Receive,
-    Reservation,
     Scope,
     Send,
     Stalled,
@@ -130,7 +130,7 @@ class Reply:
         return self.started + self.desk.limits.seconds
 
     async def begin(
-        self, body: list[NDArray[np.uint8]], media: Media, reservation: Reservation
+        self, body: list[NDArray[np.uint8]], media: Media, reservation: ByteReservation
     ) -> None:
         """Read the request and ask the model. Raises Refused and ClientGone.
 

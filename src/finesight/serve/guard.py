@@ -40,7 +40,7 @@ FRAMES = 20
 
 
 RESERVATION = "finesight_reservation"
-"""Key of the `Reservation` in the state of a request."""
+"""Key of the `ByteReservation` in the state of a request."""
 
 GONE = 499
 """Status, in logs and figures alone, of a request whose client disconnected before its answer."""
@@ -50,7 +50,7 @@ class Stalled(Exception):
     """A client takes nothing of its answer."""
 
 
-class Reservation:
+class ByteReservation:
     """Bytes of a `ByteBudget` that one request has reserved. Not thread-safe."""
 
     def __init__(self, budget: ByteBudget) -> None:
@@ -77,10 +77,10 @@ class ByteBudget:
     used: int = 0
 
 
-def reservation_of(scope: Scope) -> Reservation:
+def reservation_of(scope: Scope) -> ByteReservation:
     """Return the reservation of a request."""
     found = scope["state"][RESERVATION]
-    assert isinstance(found, Reservation), f"{RESERVATION} is a {type(found)}"
+    assert isinstance(found, ByteReservation), f"{RESERVATION} is a {type(found)}"
     return found
 
 
@@ -93,7 +93,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", f"a connection of the type {scope['type']}"
-        scope["state"][RESERVATION] = reservation = Reservation(self._budget)
+        scope["state"][RESERVATION] = reservation = ByteReservation(self._budget)
         passing = Passing(scope, receive, send, self._limits, reservation)
         started = time.monotonic()
         try:
@@ -147,7 +147,7 @@ class Passing:
         receive: Receive,
         send: Send,
         limits: Limits,
-        reservation: Reservation,
+        reservation: ByteReservation,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._limits, self._reservation = limits, reservation

@@ -27,7 +27,7 @@ from finesight.serve.worker_jobs import (
     read_body,
 )
 from finesight.vision.patches import end_to_end
-from finesight.worker_pool import Reply, Worker, WorkerLostError, WorkerPool
+from finesight.worker_pool import Worker, WorkerLostError, WorkerPool, WorkerReply
 from finesight.worker_process import Output
 
 CHARACTERS_PER_TOKEN = 16
@@ -179,7 +179,7 @@ class Preparation:
         param: str = "messages",
         seconds: float = np.inf,
         folder: Path | None = None,
-    ) -> Reply:
+    ) -> WorkerReply:
         left = self.limits.prepare_seconds - self._spent
         if left <= 0:
             raise Refused(
@@ -204,7 +204,7 @@ class Preparation:
             raise refused(error, param, hidden=f"{folder}/") from error
 
 
-def _outline(reply: Reply, folder: Path) -> Outline:
+def _outline(reply: WorkerReply, folder: Path) -> Outline:
     ids_T, positions_3T = reply.arrays
     spans = tuple(
         Span(

@@ -90,5 +90,5 @@ def test_a_line_costs_a_few_numbers(tmp_path: Path) -> None:
 
 
 def test_a_device_without_an_end_is_refused() -> None:
-    with pytest.raises(Unreadable, match="is a device"):
+    with pytest.raises(Unreadable, match="a device, not a regular file"):
         find_lines(Path("/dev/zero"))

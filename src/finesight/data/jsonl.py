@@ -130,10 +130,19 @@ def sample_from(record: dict[str, Any], where: str) -> Sample:
         raise _explained(error, where) from error
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a data file without a byte order mark. Raises UserError when unreadable."""
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a data file without a byte order mark. Raises UserError when unreadable, and
+    for one of over `most` bytes."""
     with opened(path) as file:
-        return file.read().removeprefix(MARK)
+        content = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(content) > most:
+        raise UserError(
+            f"a file of more than {most:,} bytes",
+            where=str(path),
+            expected="the labels of one image, or the description of a data set",
+            remedy="split the file, or take it out of the folder",
+        )
+    return content.removeprefix(MARK)
 
 
 def parse(line: bytes, where: str) -> Sample:

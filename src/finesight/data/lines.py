@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from finesight.data.index_files import Index, indexed
 from finesight.errors import UserError, look_beside
+from finesight.regular_file import SpecialFile, open_regular
 
 MARK = b"\xef\xbb\xbf"
 """UTF-8's byte order mark, which some editors put at the start."""
@@ -26,6 +27,9 @@ NEWLINE, SPACE = b"\n "
 
 BLOCK = 2**22
 """Bytes that are looked through at once."""
+
+LARGEST_LINE = 2**25
+"""Bytes of a line: parsed, JSON takes up to 30 times its size in memory."""
 
 State = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds."""
@@ -71,19 +75,23 @@ def find_lines(path: Path) -> Lines:
     """All lines of a file, in one passage. Raises Unreadable for one that is missing or cannot be
     read."""
     with opened(path) as file:
-        return Lines(path, indexed(file, path, "lines", lambda: _found(file)), state_of(file))
+        return Lines(path, indexed(file, path, "lines", lambda: _found(file, path)), state_of(file))
 
 
-def _found(file: BinaryIO) -> Index:
+def _found(file: BinaryIO, path: Path) -> Index:
     whole = hashlib.sha256()
     starts: list[NDArray[np.int64]] = []
     blanks: list[NDArray[np.int64]] = []
-    at = found = 0
+    at = found = lines = 0
     # Beside the search for lines: a digest takes as long as that.
     with ThreadPoolExecutor(1) as beside:
-        while block := file.read(BLOCK) + file.readline():
+        while block := file.read(BLOCK) + file.readline(LARGEST_LINE + 1):
             hashed = beside.submit(whole.update, block)
             starts_L, is_blank_L = _starts(block, first=at == 0)
+            long_L = np.flatnonzero(np.diff(starts_L, append=len(block)) > LARGEST_LINE)
+            if len(long_L):
+                raise _too_long(path, lines + int(long_L[0]) + 1)
+            lines += len(starts_L)
             starts.append(starts_L[~is_blank_L] + at)
             blanks.append(found + np.cumsum(~is_blank_L)[is_blank_L])
             found, at = found + len(starts[-1]), at + len(block)
@@ -114,15 +122,32 @@ def _starts(block: bytes, *, first: bool) -> tuple[NDArray[np.int64], NDArray[np
 def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
     """The lines that are not blank, each with its file and number, in one passage: of a pipe, too.
     Raises Unreadable."""
-    with opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            content = _content(line, number)
-            if content.strip():
-                yield content, f"{path}:{number}"
+    with opened(path, may_be_pipe=True) as file:
+        for number, line in numbered_lines(file, path):
+            if line.strip():
+                yield line, f"{path}:{number}"
 
 
-def _content(line: bytes, number: int) -> bytes:
-    return line.removeprefix(MARK) if number == 1 else line
+def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield each line with its number from 1, without a byte order mark.
+
+    Raises:
+        Unreadable: A line has more than `LARGEST_LINE` bytes.
+    """
+    lines = iter(partial(file.readline, LARGEST_LINE + 1), b"")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > LARGEST_LINE:
+            raise _too_long(path, number)
+        yield number, line.removeprefix(MARK) if number == 1 else line
+
+
+def _too_long(path: Path, number: int) -> Unreadable:
+    return Unreadable(
+        f"a line of more than {LARGEST_LINE:,} bytes",
+        where=f"{path}:{number}",
+        expected="one row a line",
+        remedy="split the line, or save its images as files and name their paths",
+    )
 
 
 def state_of(file: BinaryIO) -> State:
@@ -146,18 +171,16 @@ def unchanged(path: Path, state: State) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The data file, open for reading. Raises Unreadable when it cannot be opened or read."""
+def opened(path: Path, *, may_be_pipe: bool = False) -> Iterator[BinaryIO]:
+    """The data file, open for reading. Raises Unreadable when it cannot be opened or read, for a
+    device and, unless it `may_be_pipe`, for a pipe."""
     try:
-        with path.open("rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # such as /dev/zero, without an end
-                raise Unreadable(
-                    "is a device",
-                    where=str(path),
-                    expected="a data file",
-                    remedy="check the path",
-                )
+        with path.open("rb") if may_be_pipe and path.is_fifo() else open_regular(path) as file:
             yield file
+    except SpecialFile as error:
+        raise Unreadable(
+            error.what, where=error.where, expected=error.expected, remedy=error.remedy
+        ) from error
     except FileNotFoundError as error:
         raise Unreadable(
             "no such file",

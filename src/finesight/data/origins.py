@@ -25,6 +25,7 @@ from finesight.errors import UserError, look_beside
 from finesight.remote.address import data_address, is_on_a_hub
 from finesight.remote.archive import is_archive, unpack
 from finesight.remote.https import Pictures, fetch_address, is_address
+from finesight.regular_file import refuse_special
 from finesight.remote.repository import Repository, open_repository
 from finesight.storage import explained, make_folder, refuse_existing, working_folder
 
@@ -93,6 +94,7 @@ def _from_file(file: Path, work: Path, request: Request) -> Brought:
 
 
 def _refuse_missing(archive: Path) -> None:
+    refuse_special(archive)
     if not archive.is_file():
         raise UserError(
             "no such file",

@@ -11,6 +11,7 @@ from typing import Any
 
 from finesight.data.index_files import identity
 from finesight.errors import UserError
+from finesight.regular_file import refuse_special
 from finesight.storage import require_room, write_folder_once
 
 PICTURES = "images"
@@ -42,6 +43,7 @@ def parquet_module(path: Path) -> Any:
 
 def metadata(path: Path) -> Any:
     """What the file says of itself. Raises UserError for one that is no Parquet."""
+    refuse_special(path)
     try:
         return parquet_module(path).read_metadata(path)
     except (ValueError, OSError) as error:

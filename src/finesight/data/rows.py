@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finesight.data.jsonl import read_bytes
+from finesight.data.lines import MARK, numbered_lines, opened
 from finesight.data.parquet_groups import metadata, parquet_module, undamaged
 from finesight.errors import UserError
 
@@ -22,9 +23,6 @@ Record = dict[str, Any]
 
 LOOKED_AT = 4096
 """Bytes at the start of a file of JSON that tell an array from lines."""
-
-_MARK = b"\xef\xbb\xbf"
-"""The byte order mark that some editors put before UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +126,8 @@ def _decoded(content: bytes, source: Path, line: int) -> str:
 
 def _json(source: Path) -> Rows:
     """A JSON array of objects, or one object a line, whatever the suffix says."""
-    try:
-        with source.open("rb") as file:
-            start = file.read(LOOKED_AT).removeprefix(_MARK).lstrip()
-    except OSError:
-        read_bytes(source)  # says it in our words
-        raise
+    with opened(source) as file:
+        start = file.read(LOOKED_AT).removeprefix(MARK).lstrip()
     if start.startswith(b"["):
         array = _parsed(_text(source), source, 1)
         rows = [_row(record, n, f"row {n}", source) for n, record in enumerate(array, start=1)]
@@ -149,8 +143,8 @@ def _refuse_one_object(source: Path) -> None:
 
     A file whose first line is whole is not read any further.
     """
-    with source.open("rb") as file:
-        if _is_object(file.readline().removeprefix(_MARK)):
+    with opened(source) as file:
+        if _is_object(next(numbered_lines(file, source), (1, b""))[1]):
             return
     content = read_bytes(source)
     if _is_object(content):
@@ -171,11 +165,10 @@ def _is_object(content: bytes) -> bool:
 
 def _json_lines(source: Path) -> Iterator[Row]:
     """One line at a time: a file of any size takes no more memory than its longest line."""
-    with source.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            content = (line.removeprefix(_MARK) if number == 1 else line).removesuffix(b"\n")
-            if content.strip():
-                record = _parsed(_decoded(content, source, number), source, number)
+    with opened(source) as file:
+        for number, line in numbered_lines(file, source):
+            if line.strip():
+                record = _parsed(_decoded(line.removesuffix(b"\n"), source, number), source, number)
                 yield _row(record, number, f"line {number}", source)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from finesight.errors import UserError
+from finesight.regular_file import open_regular
 from finesight.remote.inside import inside
 from finesight.remote.members import PIECE, Tar, counted, intact, open_tar_file, too_much
 from finesight.storage import explained, make_folder
@@ -95,7 +96,7 @@ class _Member:
 
 @contextlib.contextmanager
 def _zipped(archive: Path) -> Iterator[Iterator[_Member]]:
-    with zipfile.ZipFile(archive) as file:
+    with open_regular(archive) as raw, zipfile.ZipFile(raw) as file:
         yield _zip_members(archive, file)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finesight.errors import UserError
+from finesight.regular_file import open_regular
 
 MOST_MEMBERS = 2_000_000
 
@@ -130,8 +131,9 @@ def open_tar_file(archive: Path, start: int = 0) -> Iterator[Tar]:
     openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     with contextlib.ExitStack() as stack:
         with intact(archive):
-            raw = openers.get(archive.suffix.lower(), open)(archive, "rb")
-            sips = _Sips(stack.enter_context(raw))
+            raw = stack.enter_context(open_regular(archive))
+            opener = openers.get(archive.suffix.lower())
+            sips = _Sips(raw if opener is None else stack.enter_context(opener(raw, "rb")))
             sips.seek(start)
             file = stack.enter_context(tarfile.open(fileobj=sips, mode="r:"))
         yield Tar(archive, file)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.data.rows import Row, Rows, rows_of
 from finesight.digests import DIGESTS
+from finesight.regular_file import refuse_special
 
 PICTURE_SUFFIXES = frozenset(
     {
@@ -72,7 +73,8 @@ class Inventory:
 
 
 def inventory(root: Path) -> Inventory:
-    """All files below `root`; links to folders are followed, each folder once."""
+    """All files below `root`; links to folders are followed, each folder once. Raises SpecialFile
+    where one is a named pipe, a socket or a device."""
     return Inventory(root, tuple(sorted(_walk(root))))
 
 
@@ -109,10 +111,41 @@ def is_json_object(path: Path) -> bool:
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, breadth first, and each folder once.
+
+    Raises:
+        SpecialFile: A named pipe, a socket or a device is among them.
+    """
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        inner = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        # Changed in place: it is how os.walk is told where to go.
-        folders[:] = [name for name, real in inner.items() if name[0] != "." and real not in seen]
-        yield from (Path(folder, name) for name in names if name[0] != "." and name != DIGESTS)
+    waiting = deque([str(root)])
+    while waiting:
+        folder = waiting.popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in _entries(folder):
+            if _is(entry.is_dir):
+                waiting.append(entry.path)
+                continue
+            if not _is(entry.is_file):
+                refuse_special(Path(entry.path))  # a link to nowhere stays
+            if entry.name != DIGESTS:
+                yield Path(entry.path)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link into a folder that may not be looked into
+        return False
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """List the entries of a folder by name, without hidden ones; none if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(shown, key=lambda entry: entry.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -61,13 +62,14 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: The file cannot be opened.
     """
     refuse_special(path)  # some devices act when they are opened
-    file = open(path, "rb", opener=_open_at_once)
-    mode = os.fstat(file.fileno()).st_mode
-    if is_special(mode):
-        file.close()
-        raise SpecialFile.at(path, mode)
-    return file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null character in the name
+        raise OSError(errno.EINVAL, str(error)) from error
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise SpecialFile.at(path, mode)

@@ -22,10 +22,10 @@ from finesight.data.opening import Request
 from finesight.data.rows import open_rows
 from finesight.data.tar_rows import is_tar, is_webdataset, open_tar
 from finesight.errors import UserError, look_beside
+from finesight.regular_file import refuse_special
 from finesight.remote.address import data_address, is_on_a_hub
 from finesight.remote.archive import is_archive, unpack
 from finesight.remote.https import Pictures, fetch_address, is_address
-from finesight.regular_file import refuse_special
 from finesight.remote.repository import Repository, open_repository
 from finesight.storage import explained, make_folder, refuse_existing, working_folder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from finesight.errors import UserError
 
@@ -54,7 +54,7 @@ def refuse_special(path: Path) -> None:
         raise SpecialFile.at(path, mode)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, without waiting for the writer of a named pipe.
 
     Raises:

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,6 +27,9 @@ from finesight.digests import DIGESTS, digest
 from finesight.errors import UserError
 
 _PARTIAL = ".partial"
+
+AT_ONCE = 2**20
+"""Bytes of small pieces that are written together."""
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another output folder, then start again",
@@ -261,18 +264,23 @@ def _seal(folder: Path) -> None:
         for file in files:
             disk.sync_path(file)
         listed = dict(zip(names, digests, strict=True))
-    _write_new(folder / DIGESTS, (json.dumps(listed, indent=1) + "\n").encode())
+    _write_new(folder / DIGESTS, ((json.dumps(listed, indent=1) + "\n").encode(),))
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         disk.sync_path(inner)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Put `data` at `path` in one rename; a file that was there stays whole until then."""
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Put the pieces one after another at `path` in one rename, as `write_file` does."""
     disk, partial = _DISK.get(), _hidden(path)
     make_folder(path.parent)
     with explained(path):
         try:
-            _write_new(partial, data)
+            _write_new(partial, pieces)
             disk.rename(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -357,10 +365,17 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
     file = _DISK.get().create(path)
     try:
-        _write_all(file, data)
+        waiting, size = list[bytes](), 0
+        for piece in pieces:
+            waiting.append(piece)
+            size += len(piece)
+            if size >= AT_ONCE:
+                _write_all(file, b"".join(waiting))
+                waiting, size = [], 0
+        _write_all(file, b"".join(waiting))
         _DISK.get().sync(file)
     finally:
         os.close(file)

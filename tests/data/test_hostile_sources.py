@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
-from scenery import paint
+from scenery import paint, write_jsonl
 
-from finesight.data import lines
+from finesight.data import lines, spool
 from finesight.data.importing import Summary, import_file
+from finesight.data.jsonl import read_samples
 from finesight.data.opening import Request
 from finesight.data.origins import brought
 from finesight.errors import UserError
@@ -134,3 +138,224 @@ def test_line_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for read in (lines.find_lines, lambda path: [*lines.read_lines(path)]):
             with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than 9 bytes"):
                 read(path)
+
+
+MANY = 10_001
+"""Boxes, one more than a sample may have."""
+
+LONG = "9" * 5000
+"""More digits than Python turns into a number."""
+
+
+def boxes_of(what: str) -> Any:
+    """What a sample with too many boxes holds, by format."""
+    box = {"bbox_2d": [1, 2, 3, 4]}
+    swift = {"bbox": [[1, 2, 3, 4]] * MANY}
+    asked = [{"role": "user", "content": "<image>?"}]
+    return {
+        "query": {"image": "a.png", "query": "?", "response": json.dumps([box] * MANY)},
+        "ms-swift": {
+            "messages": [*asked, {"role": "assistant", "content": "<bbox>" * MANY}],
+            "images": ["a.png"],
+            "objects": swift,
+        },
+        "qwen-vl": {
+            "conversations": [
+                {"from": "user", "value": "<img>a.png</img>?"},
+                {"from": "assistant", "value": "<box>(1,1),(2,9)</box>" * MANY},
+            ]
+        },
+        "samples": {
+            "id": "1",
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "box", "xyxy": [1, 2, 3, 4]}] * MANY,
+                },
+            ],
+        },
+        "table": {"image": "a.png", "box": [[1, 2, 3, 4]] * MANY},
+    }[what]
+
+
+@pytest.mark.parametrize("name", ["query", "ms-swift", "qwen-vl", "samples", "table"])
+def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
+    paint(tmp_path / "a.png")
+    source = write_jsonl(tmp_path / "a.jsonl", [boxes_of(name)])
+    columns = {"image": "image", "box": "box"} if name == "table" else {}
+    error = refusal(source, columns=columns, prompt="?" if name == "table" else None)
+    assert "line 1: 10,001 boxes" in error.what
+    assert "at most 10,000" in error.expected
+    if name == "samples":
+        with pytest.raises(UserError, match="10,001 boxes"):
+            read_samples(source)
+
+
+def yolo_lines(folder: Path, lines: str) -> Path:
+    paint(folder / "a.png")
+    (folder / "a.txt").write_text(lines)
+    (folder / "classes.txt").write_text("dog\n")
+    return folder
+
+
+def voc_file(folder: Path, objects: str, size: str = "") -> Path:
+    paint(folder / "a.png")
+    head = f"<filename>a.png</filename>{size}"
+    (folder / "a.xml").write_text(f"<annotation>{head}{objects}</annotation>")
+    return folder
+
+
+def voc_object(xmax: str = "9") -> str:
+    corners = f"<xmin>1</xmin><ymin>1</ymin><xmax>{xmax}</xmax><ymax>9</ymax>"
+    return f"<object><name>dog</name><bndbox>{corners}</bndbox></object>"
+
+
+def labelme_file(folder: Path, shapes: str) -> Path:
+    paint(folder / "a.png")
+    (folder / "a.json").write_text('{"imagePath": "a.png", "shapes": [%s]}' % shapes)
+    return folder
+
+
+def labelme_shape(number: str = "9") -> str:
+    return '{"label": "dog", "shape_type": "rectangle", "points": [[1, 1], [%s, 9]]}' % number
+
+
+def coco_file(folder: Path, annotations: str, more: str = "") -> Path:
+    paint(folder / "a.png")
+    (folder / "a.json").write_text(
+        '{"images": [{"id": 1, "file_name": "a.png"%s}], "annotations": [%s], '
+        '"categories": [{"id": 1, "name": "dog"}]}' % (more, annotations)
+    )
+    return folder / "a.json"
+
+
+def coco_box(number: str = "9") -> str:
+    return '{"image_id": 1, "category_id": 1, "bbox": [1, 1, %s, 9]}' % number
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: yolo_lines(folder, "0 .5 .5 .1 .1\n" * MANY),
+        lambda folder: voc_file(folder, voc_object() * MANY),
+        lambda folder: labelme_file(folder, ",".join([labelme_shape()] * MANY)),
+        lambda folder: coco_file(folder, ",".join([coco_box()] * MANY)),
+    ],
+    ids=["yolo", "voc", "labelme", "coco"],
+)
+def test_too_many_boxes_of_an_image(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    (tmp_path / "set").mkdir()
+    assert re.search("10,001 (boxes|shapes)", refusal(make(tmp_path / "set")).what)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: yolo_lines(folder, f"{LONG} .5 .5 .1 .1\n"),
+        lambda folder: yolo_lines(folder, f"0 {LONG} .5 .1 .1\n"),
+        lambda folder: voc_file(folder, voc_object(LONG)),
+        lambda folder: labelme_file(folder, labelme_shape(LONG)),
+        lambda folder: labelme_file(folder, labelme_shape(LONG[:400])),
+        lambda folder: labelme_file(folder, labelme_shape("1e999")),
+        lambda folder: labelme_file(folder, labelme_shape("NaN")),
+        lambda folder: coco_file(folder, coco_box(LONG)),
+        lambda folder: coco_file(folder, coco_box(LONG[:400])),
+        lambda folder: coco_file(folder, coco_box("1e999")),
+        lambda folder: coco_file(folder, coco_box("NaN")),
+        lambda folder: coco_file(folder, coco_box(), f', "width": {LONG[:400]}, "height": 20'),
+    ],
+)
+def test_numbers_that_are_no_coordinates(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    (tmp_path / "set").mkdir()
+    refusal(make(tmp_path / "set"))
+
+
+def test_voc_size_of_thousands_of_digits_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    size = f"<size><width>{LONG}</width><height>{LONG}</height></size>"
+    assert imported(voc_file(tmp_path / "set", voc_object(), size)).written[0].samples == 1
+
+
+def test_notes_that_are_no_json_become_null(tmp_path: Path) -> None:
+    content = '{"query": "?", "response": "x", "a": 1e999, "b": [NaN, {"c": -Infinity}], "d": 5}\n'
+    (tmp_path / "a.jsonl").write_text(content)
+    imported(tmp_path / "a.jsonl")
+    written = (tmp_path / "out" / "data.jsonl").read_text()
+    notes = json.loads(written, parse_constant=pytest.fail)["meta"]
+    assert notes == {"a": None, "b": [None, {"c": None}], "d": 5}
+
+
+def test_frames_a_second_without_end(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    video = {"type": "video", "frames": ["a.png"], "fps": 1e999}
+    messages = [{"role": "user", "content": [video]}, {"role": "assistant", "content": "x"}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "messages": messages}])
+    assert "fps" in refusal(source).what
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({"query": "?", "answers": ["x"] * MANY}, "10,001 answers"),
+        ({"query": "x" * 2**20, "answers": ["x"] * 1000}, "1,000 answers to a question"),
+    ],
+)
+def test_too_many_answers(tmp_path: Path, record: dict[str, Any], what: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [record])
+    assert what in refusal(source, columns={"question": "query", "answer": "answers"}).what
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({"query": "?", "response": "x", "images": ["a.png"] * 30_001}, "30,001 images"),
+        ({"conversations": [{"from": "user", "value": "x"}] * MANY}, "10,001 messages"),
+        ({"query": "?", "response": "bbox_2d" + "[0," * 100_000}, "bbox_2d outside of JSON"),
+        ({"query": "?", "response": "<|object_ref_start|>" * 50_000}, "the mark"),
+        ({"conversations": [{"from": "user", "value": "<|vision_start|>" * 50_000}]}, "the mark"),
+        ({"query": "?", "response": "x", "deep": [[]] * 10**6}, "1,000,002 lists and objects"),
+        ({"query": "?", "response": '{"bbox_2d": %s}' % ("[" * 900 + "]" * 900)}, "bbox_2d"),
+    ],
+)
+def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what: str) -> None:
+    paint(tmp_path / "a.png")
+    assert what in refusal(write_jsonl(tmp_path / "a.jsonl", [record])).what
+
+
+def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
+    deep = "[" * 500 + "]" * 500
+    (tmp_path / "a.jsonl").write_text('{"query": "?", "response": "x", "k": %s}\n' % deep)
+    assert "recursion limit exceeded" in refusal(tmp_path / "a.jsonl").what
+
+
+def test_a_small_source_that_becomes_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of all classes stand in the question about each image."""
+    paint(tmp_path / "a.png")
+    categories = [{"id": n, "name": f"class {n}"} for n in range(1000)]
+    images = [{"id": n, "file_name": "a.png"} for n in range(1000)]
+    boxes = [{"image_id": 0, "category_id": 0, "bbox": [1, 1, 9, 9]}]
+    document = {"images": images, "annotations": boxes, "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    monkeypatch.setattr(spool, "FREE_BYTES", 2**20)
+    monkeypatch.setattr(spool, "MOST_RATIO", 10)
+    assert "bytes of samples out of" in refusal(tmp_path / "a.json").what
+
+
+def test_large_files_of_labels(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    yolo_lines(tmp_path / "set", "0 .5 .5 .1 .1" + " " * 2**24)
+    assert "a file of more than 16,777,216 bytes" in refusal(tmp_path / "set").what
+    (tmp_path / "set" / "data.yaml").write_text("names: [dog]\n#" + " " * 2**19)
+    assert "a file of more than 524,288 bytes" in refusal(tmp_path / "set").what
+
+
+def test_lists_of_paths_that_name_no_file(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    paint(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "data.yaml").write_text("names: [dog]\ntrain: list.txt\n")
+    for line in ("/", ".", "a\0b.png", "x" * 5000 + ".png"):
+        (tmp_path / "set" / "list.txt").write_text(f"a.png\n{line}\n")
+        refusal(tmp_path / "set")

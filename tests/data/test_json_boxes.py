@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
-from finesight.data.json_boxes import Item, around_boxes, box_item, json_values, unfenced
+from finesight.data.json_boxes import LEVELS, Item, around_boxes, box_item, json_values, unfenced
 
 ONE = '{"bbox_2d": [1, 2, 3, 4], "label": "dog"}'
 
@@ -22,6 +23,33 @@ def test_values_are_found_from_left_to_right_and_none_within_another() -> None:
 
 def test_too_deep_a_nesting_is_passed_over() -> None:
     assert list(json_values("[" * 100_000, "{")) == []
+
+
+def test_value_over_the_limit_of_levels_is_passed_over() -> None:
+    deepest = "[" * LEVELS + "]" * LEVELS
+    assert len(list(json_values(deepest))) == 1
+    assert list(json_values(f"[{deepest}]")) == []
+    assert list(json_values("[" * 900 + "]" * 900)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 2_000_000,
+        "[0," * 1_000_000,
+        ("[" + "0," * 1000) * 1000,
+        ('{"a":[' + "0," * 1000) * 1000,
+        "```[" + '"bbox_2d" x]' * 500_000,
+    ],
+)
+def test_brackets_that_never_close_take_linear_time(text: str) -> None:
+    """In the square of its length any of these takes minutes."""
+    signal.alarm(30)
+    try:
+        assert list(json_values(text)) == []
+        assert unfenced(text) == text
+    finally:
+        signal.alarm(0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from scenery import paint
 
 from finesight.data.headers import DamagedPicture
-from finesight.data.pictures import Pictures, copy_all, data_url, same_pictures
+from finesight.data.pictures import Pictures, data_url, named, same_pictures
 from finesight.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_a_path_may_start_at_the_current_folder(
     pictures = Pictures(Path("data"), Path("out"))
     assert pictures.take("./data/train/1.png") == picture
     nearer = paint(tmp_path / "data" / "data" / "train" / "1.png")
-    assert pictures.take("./data/train/1.png") == nearer
+    assert Pictures(Path("data"), Path("out")).take("./data/train/1.png") == nearer
     with pytest.raises(DamagedPicture, match="no such picture") as caught:
         pictures.take("train/2.png")
     assert f"{tmp_path / 'data'}, the folder of the data file" in caught.value.expected
@@ -115,10 +115,11 @@ def test_equal_content_is_one_picture(tmp_path: Path) -> None:
 
 def test_copies_of_the_same_name_get_numbers(tmp_path: Path) -> None:
     one, two = paint(tmp_path / "1" / "a.png", shade=1), paint(tmp_path / "2" / "a.png", shade=2)
-    (tmp_path / "out").mkdir()
-    copies = copy_all([one, two], tmp_path / "out")
-    assert [copy.name for copy in copies.values()] == ["a.png", "a-2.png"]
-    assert all(copy.read_bytes() == path.read_bytes() for path, copy in copies.items())
+    out = tmp_path / "out"
+    out.mkdir()
+    copies = named([one, two], out, out, copy=True)
+    assert list(copies.values()) == ["pictures/a.png", "pictures/a-2.png"]
+    assert all((out / copy).read_bytes() == path.read_bytes() for path, copy in copies.items())
 
 
 def test_a_path_as_windows_writes_it(tmp_path: Path) -> None:
@@ -126,4 +127,4 @@ def test_a_path_as_windows_writes_it(tmp_path: Path) -> None:
     pictures = Pictures(tmp_path, tmp_path / "out")
     assert pictures.take("in\\a.png") == pictures.take(".\\in\\a.png") == picture
     own = paint(tmp_path / "in\\a.png", shade=1)
-    assert pictures.take("in\\a.png") == own
+    assert Pictures(tmp_path, tmp_path / "out").take("in\\a.png") == own

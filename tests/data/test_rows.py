@@ -102,7 +102,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.json", b'[{"a": 1},\n {"a": }]', "a.json:2", "broken JSON"),
         ("a.json", b'{"a": 1}\n\xff', "a.json:2", "not UTF-8"),
         ("a.jsonl", b'{"a": 1}\n"b"\n', "a.jsonl, line 2", "holds str 'b'"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d!"}', "a.jsonl, line 2", "half of a character"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d!"}', "a.jsonl:2", "half of a character"),
         ("a.json", b"[" * 100_000, "a.json:1", "broken JSON"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3", "more or fewer cells"),
         ("a.csv", b"a,b\n1,2\n1\n", "a.csv:3", "more or fewer cells"),

@@ -16,7 +16,7 @@ from finesight.check.samples import paths_of
 from finesight.check.texts import without_marks
 from finesight.data.jsonl import as_record, write_samples
 from finesight.data.opening import Drafts
-from finesight.data.pictures import named
+from finesight.data.pictures import ImageNames
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 from finesight.data.shards import PATTERN, is_pattern
 from finesight.errors import UserError
@@ -94,14 +94,14 @@ class Mending:
             )
         files = []
         used: set[Path] = set()
+        names = ImageNames(staging, out, copy=False)
         for draft, name in zip(drafts, _file_names(drafts), strict=True):
             samples = []
             for sample in self._kept(draft, album):
-                paths = [Path(path) for path in paths_of(sample)]
-                names = named(paths, staging, out, copy=False)
-                used.update(paths, (staging / name for name in names.values()))
-                by_path = {str(path): name for path, name in names.items()}
-                samples.append(sample.with_files(by_path.__getitem__))
+                paths = list(paths_of(sample))
+                used.update(map(Path, paths), (staging / names.name(path) for path in paths))
+                samples.append(sample.with_files(names.name))
+                names.copy(paths)
             if not samples:
                 raise UserError(
                     f"none of {len(draft)} rows is left; nothing was written",

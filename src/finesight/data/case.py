@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from finesight.data.rules import BadTurns
@@ -29,7 +29,7 @@ class Case:
         if len(self.answers) == 1:
             return [self._sample(self.id, self.answers[0], self.references)]
         return [
-            self._sample(f"{self.id}-{number}", answer, self.references)
+            self._sample(answer_id(self.id, number), answer, self.references)
             for number, answer in enumerate(self.answers, start=1)
         ]
 
@@ -39,14 +39,15 @@ class Case:
         references = (*(text_of(answer).rstrip("\n") for answer in others), *self.references)
         return self._sample(self.id, first, references)
 
-    def renamed(self, name: str) -> Case:
-        """The same case with another id."""
-        return replace(self, id=name)
-
     def _sample(self, name: str, answer: tuple[Part, ...], references: tuple[str, ...]) -> Sample:
         last = Message(role="assistant", content=answer)
         messages = (*self.turns, last)
         return Sample(id=name, messages=messages, references=references, meta=self.meta)
+
+
+def answer_id(name: str, number: int) -> str:
+    """Return the id of the sample with one of several answers, counted from 1."""
+    return f"{name}-{number}"
 
 
 def case_of(name: str, messages: Sequence[Message], meta: dict[str, Any]) -> Case:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from finesight.data.boxes import BadBox
-from finesight.data.case import Case
+from finesight.data.case import Case, answer_id
 from finesight.data.formats import recognised
 from finesight.data.formats import table as table_format
 from finesight.data.formats.format import BadOption, Format, Reading, StrayMark, UnreadKey
+from finesight.data.formats.inventory import inventory
 from finesight.data.headers import DamagedPicture
-from finesight.data.jsonl import write_samples
+from finesight.data.jsonl import as_line, as_record
+from finesight.data.limits import TooMany, check_count
+from finesight.data.lines import LARGEST_LINE
 from finesight.data.opening import Request, Source, open_source
-from finesight.data.pictures import FOLDER, named, same_pictures
+from finesight.data.pictures import FOLDER, ImageNames, same_pictures
 from finesight.data.rows import Row
 from finesight.data.rules import BadTurns, check_sample
-from finesight.data.sample import Sample, files_of
+from finesight.data.sample import Sample
 from finesight.data.split import hold_out_last, split_by_picture
+from finesight.data.spool import Piece, Spool
 from finesight.errors import UserError
-from finesight.storage import write_file, write_folder
+from finesight.storage import write_folder, write_pieces
 
 DESCRIBED = 5
 """Bad rows that are described; the others are counted."""
@@ -31,6 +36,13 @@ DESCRIBED = 5
 SINGLE_FAULTS = 0.1
 """The share of the rows with bad boxes up to which these are faults of single rows. Above, boxes
 were probably read in another form than they are in, and those that pass are wrong as well."""
+
+LARGEST_CASE = 2**28
+"""Bytes of all samples out of one row."""
+
+SPARE, MOST_ESCAPED = 100, 6
+"""Bytes of a line beside id and content, and bytes that a character of an id may take: a sample
+must be short enough to be read again."""
 
 LEFT_OUT = "left_out.jsonl"
 """Where rows that cannot be used are listed, with --unusable drop."""
@@ -40,6 +52,7 @@ SHOWN_IN_EVAL = "shows a picture of the evaluation rows"
 REASONS: dict[type[UserError], str] = {
     DamagedPicture: "a picture is missing or damaged",
     BadBox: "a box is none, or lies outside of its picture",
+    TooMany: "more boxes, messages or answers than a sample may have",
     BadTurns: "turns are out of order or empty",
     StrayMark: "marks in the text that its format does not read",
     UnreadKey: "a key whose value would be lost",
@@ -75,10 +88,38 @@ class Summary:
     listed: Path | None = None
 
 
-Cases = list[Case]
+class _Imported(NamedTuple):
+    """A case whose samples are written already, but for their ids: where in the `Spool`.
+
+    There is one piece for each training sample, and one for the evaluation sample.
+    """
+
+    id: str
+    training: tuple[Piece, ...]
+    evaluation: Piece
+    images: tuple[str, ...]
+
+    def lines(self, spool: Spool, *, measured: bool) -> Iterator[bytes]:
+        """Yield the lines of its samples."""
+        if measured or len(self.training) == 1:
+            yield _line(self.id, spool.read(self.evaluation))
+            return
+        for number, piece in enumerate(self.training, start=1):
+            yield _line(answer_id(self.id, number), spool.read(piece))
+
+
+Cases = list[_Imported]
 """What one row says."""
 
-Dropped = list[tuple[Row, UserError]]
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A row that cannot be used; the `row` itself is kept of the first one only."""
+
+    place: str
+    reason: str
+    problem: UserError
+    row: Row | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +133,11 @@ class _Part:
     def __len__(self) -> int:
         """How many samples the rows make."""
         cases = (case for cases in self.rows for case in cases)
-        return sum(1 if self.measured else len(case.answers) for case in cases)
+        return sum(1 if self.measured else len(case.training) for case in cases)
 
-    def samples(self) -> Iterator[Sample]:
-        for case in (case for cases in self.rows for case in cases):
-            yield from [case.for_evaluation()] if self.measured else case.for_training()
+    def images(self) -> dict[str, None]:
+        """Every image and frame once, in order."""
+        return dict.fromkeys(image for cases in self.rows for image in _images(cases))
 
 
 def import_file(source: Path, out: Path, request: Request) -> Summary:
@@ -108,32 +149,41 @@ def import_file(source: Path, out: Path, request: Request) -> Summary:
     dropped are listed in `out`/left_out.jsonl instead.
     """
     opened = open_source(source, request)
-    with write_folder(out) as staging:
+    with write_folder(out) as staging, Spool(staging, _size(opened, request)) as spool:
         reading = opened.reading(request, staging)
-        rows, dropped = _read(opened, reading, request)
+        names = ImageNames(staging, out, reading.pictures.saved_names, copy=request.copy_pictures)
+        rows, refused = _read(opened, reading, request, spool, names)
         parts = _parts(_with_own_ids(rows), request)
-        pictures = _pictures(case for part in parts for cases in part.rows for case in cases)
-        names = named(pictures, staging, out, copy=request.copy_pictures)
-        written = [_write(part, names, staging, out) for part in parts]
-        _write_left_out(dropped, staging)
-        _remove_unused(staging, names)
-    used = sum(part.rows for part in written)
-    unselected = opened.rows.total - len(rows) - len(dropped)
-    left_out = Counter({UNSELECTED: unselected, SHOWN_IN_EVAL: sum(map(bool, rows)) - used})
+        used = dict.fromkeys(image for part in parts for image in part.images())
+        names.copy(used)
+        written = [_write(part, spool, staging, out) for part in parts]
+        _write_left_out(refused, staging)
+        _remove_unused(staging, {names.name(image) for image in used})
+    in_files = sum(part.rows for part in written)
+    unselected = opened.rows.total - len(rows) - len(refused)
+    left_out = Counter({UNSELECTED: unselected, SHOWN_IN_EVAL: sum(map(bool, rows)) - in_files})
     left_out.update(reading.left_out)
-    left_out.update(reason_of(problem) for _, problem in dropped)
+    left_out.update(one.reason for one in refused)
     return Summary(
         format=opened.form.name,
         known_by=opened.known_by,
         rows=opened.rows.total,
         written=tuple(written),
         left_out={reason: count for reason, count in left_out.items() if count},
-        pictures=len(names),
+        pictures=len(used),
         clipped_boxes=reading.clipped,
         noted=dict(+reading.noted),
         unused_columns=_unused(opened, request),
-        listed=out / LEFT_OUT if dropped else None,
+        listed=out / LEFT_OUT if refused else None,
     )
+
+
+def _size(opened: Source, request: Request) -> int:
+    """Return the bytes of the source's own files."""
+    files = request.files
+    if not files:
+        files = inventory(opened.path).files if opened.path.is_dir() else (opened.path,)
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
 def reason_of(problem: UserError) -> str:
@@ -142,32 +192,36 @@ def reason_of(problem: UserError) -> str:
     return next(fits, OTHER_REASON)
 
 
-def _read(opened: Source, reading: Reading, request: Request) -> tuple[list[Cases], Dropped]:
-    """All rows that can be used, and the others with what is wrong with them.
+def _read(
+    opened: Source, reading: Reading, request: Request, spool: Spool, names: ImageNames
+) -> tuple[list[Cases], list[_Refused]]:
+    """All rows that can be used, written into the spool, and the others with what is wrong.
 
     Raises one UserError for all of the others where they are not to be dropped, none is left, or
     so many boxes are bad that the others are likely to be wrong as well.
     """
     rows: list[Cases] = []
-    bad: Dropped = []
+    bad: list[_Refused] = []
     for row in opened.selected():
         clipped = reading.clipped
         reading.raw.clear()
+        start = spool.end
         try:
-            cases = opened.form.cases(row, reading)
-            for sample in (sample for case in cases for sample in case.for_training()):
-                check_sample(sample, "")
-            rows.append(cases)
+            rows.append([_imported(c, spool, names) for c in opened.form.cases(row, reading)])
         except BadOption:
             raise
         except UserError as problem:
             reading.clipped = clipped
-            bad.append((row, problem))
-    boxes = [row for row, problem in bad if isinstance(problem, BadBox)]
-    suspicious = len(boxes) > max(1, SINGLE_FAULTS * (len(rows) + len(bad)))
+            spool.cut(start)
+            # Not with its traceback, which holds the row and all that was made of it.
+            problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+            bad.append(_Refused(row.place, reason_of(problem), problem, None if bad else row))
+    boxes = sum(isinstance(one.problem, BadBox) for one in bad)
+    suspicious = boxes > max(1, SINGLE_FAULTS * (len(rows) + len(bad)))
     if bad and (request.unusable == "refuse" or suspicious or not any(rows)):
-        other = _other_format(bad[0][0], reading, opened.form)
-        raise _refusal(bad, rows, opened.path, other, suspicious=suspicious) from bad[0][1]
+        assert bad[0].row is not None, "the first refused row was not kept"
+        other = _other_format(bad[0].row, reading, opened.form)
+        raise _refusal(bad, rows, opened.path, other, suspicious=suspicious)
     if not any(rows):
         reasons = [f"{count} {reason}" for reason, count in reading.left_out.items()]
         raise UserError(
@@ -177,6 +231,53 @@ def _read(opened: Source, reading: Reading, request: Request) -> tuple[list[Case
             remedy="check the source, or choose another --format",
         )
     return rows, bad
+
+
+def _imported(case: Case, spool: Spool, names: ImageNames) -> _Imported:
+    """Check the samples of a case and write them into the spool. Raises UserError."""
+    images: dict[str, None] = {}
+
+    def name(image: str) -> str:
+        images[image] = None
+        return names.name(image)
+
+    training = []
+    start = spool.end
+    for sample in case.for_training():
+        check_sample(sample, "")
+        training.append(spool.add(_encoded(sample, name)))
+        if spool.end - start > LARGEST_CASE:
+            raise TooMany(
+                f"{len(case.answers):,} answers to a question of {training[0].size:,} bytes",
+                expected=f"samples of at most {LARGEST_CASE:,} bytes out of one row",
+                remedy="split the row, or leave it out",
+            )
+    evaluation = training[0]
+    if len(case.answers) > 1:
+        evaluation = spool.add(_encoded(case.for_evaluation(), name))
+    return _Imported(case.id, tuple(training), evaluation, tuple(images))
+
+
+def _encoded(sample: Sample, name: Callable[[str], str]) -> bytes:
+    """The JSON of a sample from the key after the id on. Raises UserError for text that no file
+    can hold, and for a sample of more bytes than a line may have."""
+    record = as_record(sample, name)
+    del record["id"]
+    try:
+        encoded = as_line(record)[1:].encode()
+        sample.id.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text with half of a character, {error.object[error.start]!r}",
+            expected="text that UTF-8 can hold",
+            remedy="correct the row: it was probably cut in the middle of a character",
+        ) from error
+    check_count(len(encoded) + MOST_ESCAPED * len(sample.id), LARGEST_LINE - SPARE, "bytes")
+    return encoded
+
+
+def _line(name: str, encoded: bytes) -> bytes:
+    return b'{"id": %s, %s\n' % (as_line(name).encode(), encoded)
 
 
 def _other_format(row: Row, reading: Reading, form: Format) -> str | None:
@@ -190,17 +291,17 @@ def _other_format(row: Row, reading: Reading, form: Format) -> str | None:
 
 
 def _refusal(
-    bad: Dropped, good: list[Cases], source: Path, other: str | None, *, suspicious: bool
+    bad: list[_Refused], good: list[Cases], source: Path, other: str | None, *, suspicious: bool
 ) -> UserError:
     lines = [f"{len(bad)} of {len(bad) + len(good)} rows cannot be used; nothing was written"]
-    for row, problem in bad[:DESCRIBED]:
-        place = f"{problem.where.lstrip(', ')}: " if problem.where else ""
-        lines.append(f"  {row.place}: {place}{problem.what}")
+    for one in bad[:DESCRIBED]:
+        where = one.problem.where.lstrip(", ")
+        lines.append(f"  {one.place}: {where}{': ' if where else ''}{one.problem.what}")
     if len(bad) > DESCRIBED:
         lines.append(f"  and {len(bad) - DESCRIBED} more")
     if suspicious:
         lines.append(f"  so many bad boxes (over {SINGLE_FAULTS:.0%} of the rows) are no accident")
-    first = bad[0][1]
+    first = bad[0].problem
     remedy = first.remedy
     if other is not None:
         remedy = f"give {other}"
@@ -212,10 +313,12 @@ def _refusal(
 def _with_own_ids(rows: list[Cases]) -> list[Cases]:
     """The rows' cases, those whose id is not theirs alone with their number added to it."""
     uses = Counter(case.id for cases in rows for case in cases)
+    if len(uses) == sum(map(len, rows)):
+        return rows
     numbers = itertools.count(1)
     return [
         [
-            case if uses[case.id] == 1 else case.renamed(f"{case.id}-row{number}")
+            case if uses[case.id] == 1 else case._replace(id=f"{case.id}-row{number}")
             for case, number in zip(cases, numbers, strict=False)
         ]
         for cases in rows
@@ -226,7 +329,7 @@ def _parts(rows: list[Cases], request: Request) -> list[_Part]:
     """The files to write. Nothing held out: one; everything held out: eval.jsonl alone."""
     if request.eval_last is None and request.split is None:
         return [_Part("data.jsonl", rows)]
-    per_row = [_pictures(cases) for cases in rows]
+    per_row = [[Path(i) for i in dict.fromkeys(_images(cases))] for cases in rows]
     keys = same_pictures(path for paths in per_row for path in paths)
     shown = [frozenset(keys[path] for path in paths) for paths in per_row]
     if request.split is not None:
@@ -241,33 +344,30 @@ def _parts(rows: list[Cases], request: Request) -> list[_Part]:
     return parts if train else parts[1:]
 
 
-def _pictures(cases: Iterable[Case]) -> list[Path]:
-    """Every picture and frame once, in order."""
-    parts = (piece for case in cases for piece in case.for_evaluation().parts())
-    return [Path(file) for file in dict.fromkeys(file for part in parts for file in files_of(part))]
+def _images(cases: Cases) -> Iterator[str]:
+    return (image for case in cases for image in case.images)
 
 
-def _write(part: _Part, names: Mapping[Path, str], staging: Path, out: Path) -> Written:
-    # Not a list: samples of all rows at once would double the memory that an import takes.
-    samples = (sample.with_files(lambda file: names[Path(file)]) for sample in part.samples())
-    write_samples(staging / part.name, samples)
+def _write(part: _Part, spool: Spool, staging: Path, out: Path) -> Written:
+    cases = (case for cases in part.rows for case in cases)
+    lines = (line for case in cases for line in case.lines(spool, measured=part.measured))
+    write_pieces(staging / part.name, lines)
     return Written(out / part.name, sum(map(bool, part.rows)), len(part))
 
 
-def _write_left_out(dropped: Dropped, staging: Path) -> None:
-    if dropped:
-        lines = [
-            {"place": row.place, "reason": reason_of(problem), "problem": str(problem)}
-            for row, problem in dropped
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_file(staging / LEFT_OUT, text.encode())
+def _write_left_out(refused: list[_Refused], staging: Path) -> None:
+    if refused:
+        lines = (
+            {"place": one.place, "reason": one.reason, "problem": str(one.problem)}
+            for one in refused
+        )
+        write_pieces(staging / LEFT_OUT, (f"{as_line(line)}\n".encode() for line in lines))
 
 
-def _remove_unused(staging: Path, names: Mapping[Path, str]) -> None:
+def _remove_unused(staging: Path, used: set[str]) -> None:
     """Take away pictures out of a table whose rows were left out."""
     for saved in (staging / FOLDER).glob("*"):
-        if saved not in names and saved.relative_to(staging).as_posix() not in names.values():
+        if saved.relative_to(staging).as_posix() not in used:
             saved.unlink()
 
 
@@ -275,6 +375,6 @@ def _unused(opened: Source, request: Request) -> tuple[str, ...]:
     """Columns of a table that no role was given to."""
     if opened.form is not table_format.FORMAT:
         return ()
-    head, mapped = opened.head[0], request.columns.values()
-    used = {name for column in mapped for name in (column, *table_format.several(column, head))}
-    return tuple(name for name in head if name not in used and name != "id")
+    known, mapped = opened.columns, request.columns.values()
+    used = {name for column in mapped for name in (column, *table_format.several(column, known))}
+    return tuple(name for name in known if name not in used and name != "id")

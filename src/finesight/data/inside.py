@@ -18,8 +18,10 @@ from finesight.digests import digest
 LARGEST = 256 * 2**20
 """Bytes of a picture: it is read at once."""
 
-_IN_TAR = re.compile(r"(?P<container>.+?)/@(?P<start>\d+)\+(?P<size>\d+)/.+", re.DOTALL)
-_IN_ROW = re.compile(r"(?P<container>.+?)/@(?P<row>\d+)/(?P<name>.+)", re.DOTALL)
+_IN_TAR = re.compile(
+    r"(?P<container>.+?)/@(?P<start>[0-9]{1,18})\+(?P<size>[0-9]{1,18})/.+", re.DOTALL
+)
+_IN_ROW = re.compile(r"(?P<container>.+?)/@(?P<row>[0-9]{1,18})/(?P<name>.+)", re.DOTALL)
 
 
 def in_tar(start: int, size: int, name: str) -> str:

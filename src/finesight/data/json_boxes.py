@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 BOX_KEY = "bbox_2d"
 LABEL_KEYS = ("label", "text_content")
-_FENCE = re.compile(rf"```(?:json)?\s*([\[{{][^`]*?\"{BOX_KEY}\"[^`]*[\]}}])\s*```")
+_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
+
+LEVELS = 200
+"""Levels of a JSON value that is found in a text."""
+
+_DECODER = json.JSONDecoder()
+
+WASTED = 4
+"""Times the length of a text that JSON is looked for in it in vain: brackets that open and never
+close would take the square of it."""
 
 
 class Found(NamedTuple):
@@ -29,21 +38,44 @@ class Item(NamedTuple):
 
 def json_values(text: str, openings: str = "[{") -> Iterator[Found]:
     """The JSON values in a text that begin with one of `openings`, from left to right, none within
-    another; what begins so and is no JSON is passed over."""
-    decoder, at = json.JSONDecoder(), 0
+    another; what begins so and is no JSON of at most `LEVELS` levels is passed over. Ends early in
+    a text that is made of such."""
     opening = re.compile(f"[{re.escape(openings)}]")
-    while found := opening.search(text, at):
+    at, left = 0, WASTED * len(text) + 100_000
+    while left > 0 and (found := opening.search(text, at)):
         try:
-            value, at = decoder.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
+            value, at = _DECODER.raw_decode(text, found.start())
+        except json.JSONDecodeError as error:
             at = found.end()
+            left -= error.pos - at + error.pos // 16 + 10  # it counts the lines before it
+        except (ValueError, RecursionError):  # a number of thousands of digits; as many levels
+            return
         else:
-            yield Found(found.start(), at, value)
+            if not _is_too_deep(value):
+                yield Found(found.start(), at, value)
+
+
+def _is_too_deep(value: object) -> bool:
+    """Return whether a value nests over `LEVELS` deep: printing it would exceed Python's limit."""
+    level = [value]
+    for _ in range(LEVELS):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, list | dict)
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def unfenced(text: str) -> str:
     """The text without code fences around JSON with boxes."""
-    return _FENCE.sub(r"\1", text)
+    if "```" not in text:
+        return text
+    return _FENCE.sub(lambda found: found[1] if f'"{BOX_KEY}"' in found[1] else found[0], text)
 
 
 def around_boxes(text: str) -> Iterator[str | list[object]]:

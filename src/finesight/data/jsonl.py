@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from finesight import storage
+from finesight.data.limits import check_json
 from finesight.data.lines import MARK, Lines, find_lines, opened, read_lines
 from finesight.data.rules import check_sample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Part,
+    Sample,
+    TextPart,
+    VideoPart,
+    shortest,
+)
 from finesight.errors import UserError
 
 KEYS = tuple(
@@ -108,18 +120,55 @@ def no_samples(path: Path | str) -> UserError:
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Write samples so that `read_samples` gives them back; the file appears in one piece."""
-    lines = [json.dumps(as_record(sample), ensure_ascii=False) + "\n" for sample in samples]
-    storage.write_file(path, "".join(lines).encode())
+    lines = (f"{as_line(as_record(sample))}\n".encode() for sample in samples)
+    storage.write_pieces(path, lines)
 
 
-def as_record(sample: Sample) -> dict[str, Any]:
-    """The sample as JSON data, without the keys that say nothing (no label, no references)."""
-    record = sample.model_dump(mode="json", exclude_none=True, exclude={"references", "meta"})
+as_line = json.JSONEncoder(ensure_ascii=False).encode
+"""Write JSON data as one line of text, which may hold what UTF-8 cannot."""
+
+
+def as_record(sample: Sample, renamed: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """The sample as JSON data, without the keys that say nothing (no label, no references); its
+    images and frames as `renamed`, where that is given."""
+    record: dict[str, Any] = {
+        "id": sample.id,
+        "messages": [
+            {
+                "role": message.role,
+                "content": [_part_record(part, renamed or str) for part in message.content],
+            }
+            for message in sample.messages
+        ],
+    }
     if sample.references:
         record["references"] = list(sample.references)
     if sample.meta:
-        record["meta"] = sample.meta
+        record["meta"] = json_data(sample.meta)
     return record
+
+
+def _part_record(part: Part, renamed: Callable[[str], str]) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, ImagePart):
+        return {"type": "image", "image": renamed(part.image)}
+    if isinstance(part, VideoPart):
+        return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
+    label = {} if part.label is None else {"label": part.label}
+    xyxy = [shortest(number) for number in part.xyxy]
+    return {"type": "box", "image": part.image, **label, "xyxy": xyxy}
+
+
+def json_data(value: Any) -> Any:
+    """Return a value as JSON has it: NaN and infinity are null, other types become their text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): json_data(inner) for key, inner in value.items()}
+    return [json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
 def sample_from(record: dict[str, Any], where: str) -> Sample:
@@ -145,8 +194,18 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     return content.removeprefix(MARK)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of at most 200 nested levels and 4300 digits a number; NaN is a number.
+
+    Unlike `json.loads`, deeper text is refused by a ValueError, never a RecursionError, and so are
+    lone surrogates, which no file can hold.
+    """
+    return from_json(text)
+
+
 def parse(line: bytes, where: str) -> Sample:
     """The sample of a line by its types alone. Raises UserError at `where`."""
+    check_json(line, where)
     try:
         return Sample.model_validate_json(line)
     except ValidationError as error:

@@ -63,14 +63,14 @@ class Request:
 class Source:
     """A source as rows: the format that reads them, what it was known by, and which are wanted.
 
-    `head` are the first of the `chosen` rows, whose bounds are those of a slice.
+    `columns` are the keys of the first of the `chosen` rows, whose bounds are those of a slice.
     """
 
     path: Path
     rows: Rows
     form: Format
     known_by: str
-    head: tuple[Record, ...]
+    columns: tuple[str, ...]
     chosen: tuple[int, int]
 
     def selected(self) -> Iterator[Row]:
@@ -171,7 +171,8 @@ def open_source(source: Path, request: Request) -> Source:
     if form is None:
         form, known_by = _format(head, source, request)
     check_use(form, known_by, request)
-    return Source(source, rows, form, known_by, head, (start, stop))
+    columns = tuple(map(str, head[0])) if head else ()
+    return Source(source, rows, form, known_by, columns, (start, stop))
 
 
 def _check(request: Request) -> None:

@@ -3,7 +3,6 @@ by one, each with its faults."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from finesight.data.case import Case
 from finesight.data.formats import samples as samples_format
 from finesight.data.formats.format import Reading
+from finesight.data.jsonl import parse_json
 from finesight.data.opening import Drafts, Request, Source, check_use
 from finesight.data.parquet_samples import first_record
 from finesight.data.rows import Row, Rows
@@ -36,8 +36,8 @@ def holds_samples(path: Path) -> bool:
 def _tar_record(path: Path) -> dict[str, object] | None:
     content = first_json(path)
     try:
-        record = None if content is None else json.loads(content)
-    except (ValueError, RecursionError):
+        record = None if content is None else parse_json(content)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
 

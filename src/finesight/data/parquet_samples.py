@@ -9,7 +9,6 @@ their paths are relative to the file's folder.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from finesight.data.index_files import Index, indexed
 from finesight.data.inside import in_row
-from finesight.data.jsonl import Located, sample_from
+from finesight.data.jsonl import Located, parse_json, sample_from
 from finesight.data.lines import State, opened, state_of, unchanged
 from finesight.data.parquet_groups import (
     PICTURES,
@@ -107,10 +106,10 @@ def _record(record: dict[str, Any], where: str) -> dict[str, Any]:
     """The row as JSON data: texts that hold JSON read, keys without a value left out."""
     try:
         read = {
-            name: json.loads(value) if name in WRITTEN_AS_JSON and isinstance(value, str) else value
+            name: parse_json(value) if name in WRITTEN_AS_JSON and isinstance(value, str) else value
             for name, value in record.items()
         }
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"broken JSON: {error}",
             where=where,

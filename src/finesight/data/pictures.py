@@ -16,6 +16,8 @@ from finesight.data.headers import DamagedPicture, picture_size
 from finesight.data.inside import content, is_inside
 from finesight.digests import digest
 from finesight.errors import UserError
+from finesight.file_names import is_utf8, readable_name, spellings
+from finesight.storage import explained
 
 if TYPE_CHECKING:
     # Not needed but for imports from the web, and slow to import.
@@ -60,8 +62,11 @@ class Pictures:
         self._folder, self._target = folder, target / FOLDER
         self._checked, self._literally, self._web = checked, literally, web
         self._within = within.resolve() if within else None
+        self.saved_names: set[str] = set()
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved: dict[str, Path] = {}
+        self._found: dict[str, Path] = {}
+        self._resolved: dict[str, str] = {}
 
     def take(self, value: object) -> Path:
         """The picture that a cell means: a path, its bytes, a data URL (RFC 2397, in base64), or
@@ -73,12 +78,15 @@ class Pictures:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
             return self._save(value)
+        if isinstance(value, str) and value in self._found:
+            return self._found[value]
         if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
             return self._save(_decoded(value.strip()))
         if self._web is not None and isinstance(value, str) and "://" in value:
             return self._fetch(self._web, value.strip())
         if isinstance(value, str) and value.strip():
-            return self._find(value.strip())
+            found = self._found[value] = self._find(value.strip())
+            return found
         raise UserError(
             f"a picture given as {type(value).__name__} {str(value)[:60]!r}",
             expected="a path, or a column of pictures in Parquet",
@@ -100,15 +108,16 @@ class Pictures:
                 " their paths into the data",
             )
         # Scripts write paths that start at the folder they were run in, not at their file's.
-        spellings = dict.fromkeys((name.removeprefix("file://"), name.replace("\\", "/")))
         folders = (self._folder, self._within or Path.cwd())
-        places = [folder / spelling for spelling in spellings for folder in folders]
         if self._literally:
-            places = [self._folder / name]
+            places = [os.path.join(self._folder, name)]
+        else:
+            names = spellings(name.removeprefix("file://"))
+            places = [os.path.join(folder, one) for one in names for folder in folders]
         # os.path's test also stands names that cannot be one, too long or with a zero byte.
         place = next(filter(self._is_there, places), None)
         if place is None and not self._checked:
-            return places[0].absolute()
+            return Path(places[0]).absolute()
         if place is None and self._within:
             raise DamagedPicture(
                 "no such picture in the source",
@@ -125,15 +134,23 @@ class Pictures:
                 f" the folder of the data file, or at {Path.cwd()}, the current one",
                 remedy="correct the path, or change to the folder where the paths start",
             )
-        path = _settled(place)
+        path = Path(self._settled(place))
         if self._checked:
             self.size(path)
         return path
 
-    def _is_there(self, place: Path) -> bool:
+    def _is_there(self, place: str) -> bool:
         if not os.path.exists(place):
             return False
-        return self._within is None or _settled(place).is_relative_to(self._within)
+        return self._within is None or Path(self._settled(place)).is_relative_to(self._within)
+
+    def _settled(self, place: str) -> str:
+        # The folder resolved, as `..` steps out of where a link leads to, not of where it stands.
+        path = Path(place)
+        folder = str(path.parent)
+        if folder not in self._resolved:
+            self._resolved[folder] = os.path.realpath(folder)
+        return os.path.join(self._resolved[folder], path.name)
 
     def _fetch(self, web: WebPictures, address: str) -> Path:
         if address.startswith("file://"):
@@ -152,7 +169,10 @@ class Pictures:
         key = hashlib.sha256(data).hexdigest()
         if key not in self._saved:
             suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), "")
-            path = self._target / f"{len(self._saved) + 1:06d}{suffix}"
+            numbers = itertools.count(len(self._saved) + 1)
+            names = (f"{number:06d}{suffix}" for number in numbers)
+            path = self._target / next(name for name in names if name not in self.saved_names)
+            self.saved_names.add(path.name)
             self._target.mkdir(exist_ok=True)
             path.write_bytes(data)
             try:
@@ -203,25 +223,68 @@ def _decoded(url: str) -> bytes:
     )
 
 
-def named(pictures: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
-    """What files of `out` call each picture: its path from `out`, which is still `staging`.
+class ImageNames:
+    """What files of `out` call each image: its path from `out`, which is still `staging`.
 
-    With `copy`, pictures that do not lie in `staging` are copied there first; those inside of tars
-    and Parquet files always are, as what lies where in there may change.
+    An image outside of `staging` keeps its place. It is to be copied into `staging`/pictures with
+    `copy`, where it lies inside of a tar or a Parquet file, as what lies where in there may change,
+    and where a name on its path is not UTF-8, as files of samples are. Copies keep their names, as
+    far as these are free and can be written; `taken` are names that are not free.
     """
-    places = list(pictures)
-    outside = [path for path in places if not path.is_relative_to(staging)]
-    copied = [path for path in outside if copy or is_inside(path)]
-    copies = copy_all(copied, staging) if copied else {}
-    home = out.resolve()
-    names = {}
-    for path in places:
-        inside = copies.get(path, path)
-        if inside.is_relative_to(staging):
-            names[path] = inside.relative_to(staging).as_posix()
-        else:
-            names[path] = Path(os.path.relpath(path, home)).as_posix()
-    return names
+
+    def __init__(
+        self, staging: Path, out: Path, taken: set[str] | None = None, *, copy: bool
+    ) -> None:
+        self._staging, self._home, self._copy = staging, out.resolve(), copy
+        self._taken = set[str]() if taken is None else taken
+        self._names: dict[str, str] = {}
+        self._copies: dict[str, Path] = {}
+        self._numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+
+    def name(self, image: str) -> str:
+        """Return the name of an image by its absolute path."""
+        if image not in self._names:
+            self._names[image] = self._new_name(Path(image))
+        return self._names[image]
+
+    def copy(self, images: Iterable[str]) -> None:
+        """Copy those of the named images that are to be copied, each once."""
+        for image in images:
+            target = self._copies.pop(image, None)
+            if target is not None:
+                with explained(target):
+                    target.parent.mkdir(exist_ok=True)
+                    found = content(Path(image))
+                    if isinstance(found, Path):
+                        shutil.copyfile(found, target)
+                    else:
+                        target.write_bytes(found.getbuffer())
+
+    def _new_name(self, path: Path) -> str:
+        if path.is_relative_to(self._staging):
+            return path.relative_to(self._staging).as_posix()
+        name = Path(os.path.relpath(path, self._home)).as_posix()
+        if not self._copy and is_utf8(name) and not is_inside(path):
+            return name
+        target = self._staging / FOLDER / self._free(readable_name(path.name))
+        self._copies[str(path)] = target
+        return target.relative_to(self._staging).as_posix()
+
+    def _free(self, name: str) -> str:
+        stem, suffix = os.path.splitext(name)
+        free = name
+        while free in self._taken:
+            free = f"{stem}-{next(self._numbers[name])}{suffix}"
+        self._taken.add(free)
+        return free
+
+
+def named(pictures: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
+    """What files of `out` call each picture, those to be copied now copied; see `ImageNames`."""
+    names = ImageNames(staging, out, copy=copy)
+    found = {path: names.name(str(path)) for path in pictures}
+    names.copy(map(str, found))
+    return found
 
 
 def same_pictures(paths: Iterable[Path]) -> dict[Path, str]:
@@ -240,22 +303,3 @@ def same_pictures(paths: Iterable[Path]) -> dict[Path, str]:
         for file in files
     }
     return {path: keys[file] for path, file in resolved.items()}
-
-
-def copy_all(paths: Iterable[Path], target: Path) -> dict[Path, Path]:
-    """Copy each picture once into `target`/pictures; two of the same name get numbers."""
-    folder = target / FOLDER
-    folder.mkdir(exist_ok=True)
-    copies: dict[Path, Path] = {}
-    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
-    for path in paths:
-        copy = folder / path.name
-        while copy.exists():
-            copy = folder / f"{path.stem}-{next(numbers[path.name])}{path.suffix}"
-        found = content(path)
-        if isinstance(found, Path):
-            shutil.copyfile(found, copy)
-        else:
-            copy.write_bytes(found.getbuffer())
-        copies[path] = copy
-    return copies

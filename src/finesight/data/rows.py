@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finesight.data.jsonl import read_bytes
+from finesight.data.jsonl import parse_json, read_bytes
+from finesight.data.limits import check_json
 from finesight.data.lines import MARK, numbered_lines, opened
 from finesight.data.parquet_groups import metadata, parquet_module, undamaged
 from finesight.errors import UserError
@@ -23,6 +24,9 @@ Record = dict[str, Any]
 
 LOOKED_AT = 4096
 """Bytes at the start of a file of JSON that tell an array from lines."""
+
+_BROKEN_AT = re.compile(r"(.*) at line ([0-9]+) column [0-9]+", re.DOTALL)
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +133,11 @@ def _json(source: Path) -> Rows:
     with opened(source) as file:
         start = file.read(LOOKED_AT).removeprefix(MARK).lstrip()
     if start.startswith(b"["):
-        array = _parsed(_text(source), source, 1)
-        rows = [_row(record, n, f"row {n}", source) for n, record in enumerate(array, start=1)]
-        return _in_memory(rows)
+        array = _parsed(read_bytes(source), source, 1)
+        for number, record in enumerate(array, start=1):
+            if not isinstance(record, dict):
+                raise _no_object(record, f"row {number}", source)
+        return rows_of(array, lambda number, one: Row(number, f"row {number}", one, source.stem))
     if source.suffix.lower() == ".json":
         _refuse_one_object(source)
     total = sum(1 for _ in _json_lines(source))
@@ -149,7 +155,7 @@ def _refuse_one_object(source: Path) -> None:
     content = read_bytes(source)
     if _is_object(content):
         raise UserError(
-            f"one object with the keys {', '.join(json.loads(content))[:80]}",
+            f"one object with the keys {', '.join(parse_json(content))[:80]}",
             where=str(source),
             expected="a JSON array of objects, or one object on each line",
             remedy="write the list of its rows alone into a file",
@@ -158,51 +164,58 @@ def _refuse_one_object(source: Path) -> None:
 
 def _is_object(content: bytes) -> bool:
     try:
-        return isinstance(json.loads(content), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(content), dict)
+    except ValueError:
         return False
 
 
 def _json_lines(source: Path) -> Iterator[Row]:
     """One line at a time: a file of any size takes no more memory than its longest line."""
+    stem = source.stem
     with opened(source) as file:
         for number, line in numbered_lines(file, source):
             if line.strip():
-                record = _parsed(_decoded(line.removesuffix(b"\n"), source, number), source, number)
-                yield _row(record, number, f"line {number}", source)
+                check_json(line, f"{source}:{number}")
+                record = _parsed(line.removesuffix(b"\n"), source, number)
+                if not isinstance(record, dict):
+                    raise _no_object(record, f"line {number}", source)
+                yield Row(number, f"line {number}", record, stem)
 
 
-def _parsed(text: str, source: Path, line: int) -> Any:
+def _parsed(content: bytes, source: Path, line: int) -> Any:
+    """The data of JSON that begins at a line of a file. Raises UserError naming the broken line."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
-        raise UserError(
-            f"broken JSON: {error}",
+        return parse_json(content)
+    except ValueError as error:
+        raise _broken(content, str(error), source, line) from error
+
+
+def _broken(content: bytes, problem: str, source: Path, line: int) -> UserError:
+    _decoded(content, source, line)
+    found = _BROKEN_AT.fullmatch(problem)
+    what, at = (found[1], line + int(found[2]) - 1) if found else (problem, line)
+    if "hex escape" in what and _HALF.search(content):
+        return UserError(
+            "text with half of a character",
             where=f"{source}:{at}",
-            expected="a JSON array of objects, or one object on each line",
-            remedy="correct this line or the one above it",
-        ) from error
-
-
-def _row(record: object, number: int, place: str, source: Path) -> Row:
-    if not isinstance(record, dict):
-        raise UserError(
-            f"holds {type(record).__name__} {str(record)[:60]!r}",
-            where=f"{source}, {place}",
-            expected="an object with named values",
-            remedy="correct the row",
-        )
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"text with half of a character, {error.object[error.start]!r}",
-            where=f"{source}, {place}",
             expected="escapes such as \\ud83d\\ude00 in pairs",
             remedy="correct the row: it was probably cut in the middle of a character",
-        ) from error
-    return Row(number, place, record, source.stem)
+        )
+    return UserError(
+        f"broken JSON: {what}",
+        where=f"{source}:{at}",
+        expected="a JSON array of objects, or one object on each line",
+        remedy="correct this line or the one above it",
+    )
+
+
+def _no_object(record: object, place: str, source: Path) -> UserError:
+    return UserError(
+        f"holds {type(record).__name__} {str(record)[:60]!r}",
+        where=f"{source}, {place}",
+        expected="an object with named values",
+        remedy="correct the row",
+    )
 
 
 def _separator(source: Path) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from finesight.data.boxes import ROUNDING, BadBox
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.limits import (
+    MAX_ANSWERS,
+    MAX_BOXES,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    check_count,
+)
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.errors import UserError
 
 
@@ -25,13 +32,35 @@ def check_sample(sample: Sample, where: str, *, answered: bool = True) -> None:
     stand in user turns; boxes have an area and name a picture of the sample. Whether they lie
     inside of it needs the picture's header: `finesight data import` and the renderer see to it.
     """
+    check_counts(sample, where)
     check_order(sample, where, answered=answered)
+    pictures, boxes = 0, list[BoxPart]()
     for number, message in enumerate(sample.messages):
-        _check_content(message, f"{where}, message {number}")
-    pictures = sum(isinstance(part, ImagePart) for part in sample.parts())
-    for part in sample.parts():
-        if isinstance(part, BoxPart):
-            _check_box(part, pictures, where)
+        is_said = is_shown = False
+        for part in message.content:
+            if isinstance(part, TextPart):
+                is_said = is_said or (part.text != "" and not part.text.isspace())
+            elif isinstance(part, BoxPart):
+                boxes.append(part)
+            else:
+                is_shown = True
+                pictures += isinstance(part, ImagePart)
+        if is_shown and message.role != "user":
+            raise _shown_by_another(message, f"{where}, message {number}")
+        if not (is_said or is_shown) and not any(isinstance(p, BoxPart) for p in message.content):
+            raise _empty(message, f"{where}, message {number}")
+    for box in boxes:
+        _check_box(box, pictures, where)
+
+
+def check_counts(sample: Sample, where: str) -> None:
+    """Refuse a sample of too many messages, parts or boxes. Raises TooMany at `where`."""
+    check_count(len(sample.messages), MAX_MESSAGES, "messages", where)
+    parts = sum(len(message.content) for message in sample.messages)
+    if parts > MAX_BOXES:
+        check_count(sum(isinstance(p, BoxPart) for p in sample.parts()), MAX_BOXES, "boxes", where)
+        check_count(parts, MAX_PARTS, "parts", where)
+    check_count(len(sample.references), MAX_ANSWERS, "references", where)
 
 
 def check_order(sample: Sample, where: str, *, answered: bool = True) -> None:
@@ -55,23 +84,22 @@ def check_order(sample: Sample, where: str, *, answered: bool = True) -> None:
         )
 
 
-def _check_content(message: Message, where: str) -> None:
-    sees = any(isinstance(part, ImagePart | VideoPart) for part in message.content)
-    if sees and message.role != "user":
-        raise BadTurns(
-            f"a picture in a turn of the {message.role}",
-            where=where,
-            expected="pictures in user turns: a model answers with text and boxes",
-            remedy="move the picture to the user's turn",
-        )
-    texts = [part.text for part in message.content if isinstance(part, TextPart)]
-    if len(texts) == len(message.content) and not "".join(texts).strip():
-        raise BadTurns(
-            f"an empty turn of the {message.role}",
-            where=where,
-            expected="some text, a picture or a box",
-            remedy="fill it in, or leave the sample out",
-        )
+def _shown_by_another(message: Message, where: str) -> BadTurns:
+    return BadTurns(
+        f"a picture in a turn of the {message.role}",
+        where=where,
+        expected="pictures in user turns: a model answers with text and boxes",
+        remedy="move the picture to the user's turn",
+    )
+
+
+def _empty(message: Message, where: str) -> BadTurns:
+    return BadTurns(
+        f"an empty turn of the {message.role}",
+        where=where,
+        expected="some text, a picture or a box",
+        remedy="fill it in, or leave the sample out",
+    )
 
 
 def _check_box(box: BoxPart, pictures: int, where: str) -> None:

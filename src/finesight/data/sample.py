@@ -6,6 +6,7 @@ A JSONL file holds one sample a line. Paths are relative to the file's folder; b
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ class VideoPart(Record):
 
     type: Literal["video"] = "video"
     frames: tuple[str, ...] = Field(min_length=1)
-    fps: float = Field(default=2.0, gt=0)
+    fps: float = Field(default=2.0, gt=0, allow_inf_nan=False)
 
 
 def shortest(number: float) -> int | float:
@@ -87,13 +88,18 @@ class Sample(Record):
 
     def with_files(self, renamed: Callable[[str], str]) -> Sample:
         """The same sample with every path of a picture or frame replaced by `renamed(path)`."""
-        messages = tuple(
-            message.model_copy(
-                update={"content": tuple(_renamed(part, renamed) for part in message.content)}
-            )
-            for message in self.messages
+        return self.with_parts(lambda part: _renamed(part, renamed))
+
+    def with_parts(self, changed: Callable[[Part], Part]) -> Sample:
+        """Return the same sample with every part replaced by `changed(part)`."""
+        messages = []
+        for message in self.messages:
+            parts = tuple(map(changed, message.content))
+            same = all(map(operator.is_, parts, message.content))
+            messages.append(message if same else Message(role=message.role, content=parts))
+        return Sample(
+            id=self.id, messages=tuple(messages), references=self.references, meta=self.meta
         )
-        return self.model_copy(update={"messages": messages})
 
 
 def files_of(part: Part) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ Nothing is unpacked. Joined rows of several such tars are one data set.
 from __future__ import annotations
 
 import itertools
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from finesight.data.formats.inventory import PICTURE_SUFFIXES
+from finesight.data.jsonl import parse_json
+from finesight.data.limits import check_json
 from finesight.data.lines import opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
@@ -116,9 +117,10 @@ def _record(tar: Tar, sample: Sample) -> Record:
 
 
 def _parsed(text: str, member: tarfile.TarInfo, source: Path) -> Record:
+    check_json(text.encode(), f"{source}, {member.name}")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise UserError(
             f"{member.name}: broken JSON: {error}",
             where=str(source),

@@ -44,7 +44,9 @@ WITHOUT_PATHS = ("type", "detail")
 DESCRIBED = 5
 """Bad records that are described; the others are counted."""
 
-_PICTURE = re.compile(r"<img>([^<]*)</img>|<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
+_PICTURE = re.compile(
+    r"<img>([^<]*)</img>|<\|vision_start\|>((?:(?!<\|vision_).)*)<\|vision_end\|>", re.DOTALL
+)
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _DEMAND = re.compile(

@@ -20,6 +20,7 @@ from finesight.data.boxes import BadBox, BoxForm
 from finesight.data.case import Case
 from finesight.data.formats.format import BadOption, Reading, Scene, plain
 from finesight.data.headers import SIDEWAYS, DamagedPicture, open_header, orientation
+from finesight.data.limits import MAX_BOXES, check_count
 from finesight.data.rows import Record, Row
 from finesight.data.sample import BoxPart, Message, Part, TextPart
 from finesight.errors import UserError
@@ -71,6 +72,7 @@ def questions(row: Row, pictured: Pictured, reading: Reading, usual: BoxForm) ->
     Raises BadOption for a bad template, BadBox for a box outside of its picture (see `fitted`) and
     for a picture of another size than the source says.
     """
+    check_count(len(pictured.objects), MAX_BOXES, "boxes")
     scene = Scene(reading)
     image = scene.picture(pictured.picture)
     check_size(pictured.size, scene.pictures[-1], reading)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from finesight.data.boxes import BoxForm
 from finesight.data.formats.format import Scene, pieces, plain, worded
 from finesight.data.json_boxes import BOX_KEY, Item, around_boxes, box_item, unfenced
+from finesight.data.limits import MAX_BOXES, check_count
 from finesight.data.sample import BoxPart, Part, TextPart, shortest
 from finesight.errors import UserError
 
@@ -36,7 +37,8 @@ def answer_parts(answer: str, scene: Scene) -> Iterator[Part]:
     Raises UserError where `bbox_2d` or a mark remains as text, and where more than one picture or
     none is there for a box.
     """
-    for found in pieces(answer, _MARKED):
+    marked = pieces(answer, _MARKED) if "<|box_start|>" in answer else filter(None, (answer,))
+    for found in marked:
         if isinstance(found, str):
             yield from _json_parts(found, scene)
             continue
@@ -105,6 +107,7 @@ def _as_json(boxes: Boxes) -> str:
 def _boxes_in(text: str) -> Iterator[str | Boxes]:
     for piece in around_boxes(text):
         if not isinstance(piece, str):
+            check_count(len(piece), MAX_BOXES, "boxes")
             yield [_item(value) for value in piece]
             continue
         if BOX_KEY in piece:

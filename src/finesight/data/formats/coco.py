@@ -33,7 +33,8 @@ from finesight.data.formats.by_picture import (
 )
 from finesight.data.formats.format import BadOption, Format, Reading, Scene, Writing, never, plain
 from finesight.data.formats.inventory import is_json_object
-from finesight.data.jsonl import Located, read_bytes
+from finesight.data.jsonl import Located, parse_json, read_bytes
+from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_count
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.data.sample import Message, Part
 from finesight.errors import UserError
@@ -106,7 +107,9 @@ def read(row: Row, reading: Reading) -> list[Case]:
         return _captions(row, annotations, meta, reading)
     names: dict[str, str] = row.record["names"]
     noted: Counter[str] = Counter()
-    objects = [_marked(one, names) for one in annotations if _is_object(one, noted)]
+    marked = [one for one in annotations if _is_object(one, noted)]
+    check_count(len(marked), MAX_BOXES, "boxes")
+    objects = [_marked(one, names) for one in marked]
     pictured = Pictured(
         row.record["path"], objects, list(names.values()), _size(image), meta, noted
     )
@@ -145,8 +148,8 @@ def _document(source: Path) -> dict[str, list[Record]] | None:
     if b'"annotations"' not in content:
         return None
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
+        document = parse_json(content)
+    except ValueError:
         return None  # lines of JSON, or broken: said by whoever reads rows
     lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}
     if not all(isinstance(one, list) for one in lists.values()):
@@ -258,6 +261,7 @@ def _captions(
             remedy="leave --ask out, or give the document of the instances",
         )
     texts = [_caption(one) for one in annotations if "caption" in one]
+    check_count(len(texts), MAX_ANSWERS, "captions")
     if not texts:
         reading.left_out[UNCAPTIONED] += 1
         return []

@@ -27,13 +27,15 @@ from finesight.data.formats.format import (
     worded,
 )
 from finesight.data.formats.picture_path import is_path
-from finesight.data.formats.turns import Role, Turn, pictures_named, read_turns, said_in, turns_of
+from finesight.data.formats.turns import Role, Turn, images_of, read_turns, said_in, turns_of
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
 from finesight.data.sample import ImagePart, Part
 from finesight.errors import UserError
 
-MARK = re.compile(r"<\|vision_start\|>(?P<path>.*?)<\|vision_end\|>|<image>", re.DOTALL)
+MARK = re.compile(
+    r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
+)
 
 
 def detect(records: Sequence[Record]) -> str | None:
@@ -48,7 +50,7 @@ def detect(records: Sequence[Record]) -> str | None:
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
     scene = Scene(reading)
-    named = pictures_named(row.record)
+    named = images_of(row.record)
     unplaced = iter(named)
 
     def parts_of(role: Role, text: str) -> Iterator[Part]:

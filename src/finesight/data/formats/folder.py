@@ -14,6 +14,7 @@ from finesight.data.formats.by_picture import TRIMMED, inside, text_beside, text
 from finesight.data.formats.format import Format, Reading, Scene, Writing, never, plain
 from finesight.data.formats.inventory import inventory
 from finesight.data.jsonl import Located, read_bytes
+from finesight.data.limits import LARGEST_LABELS
 from finesight.data.rows import Row, Rows, rows_of
 from finesight.data.sample import Message
 from finesight.errors import UserError
@@ -47,7 +48,7 @@ def read(row: Row, reading: Reading) -> list[Case]:
         return []
     file = Path(row.record["text"])
     try:
-        text = read_bytes(file).decode().replace("\r\n", "\n").rstrip("\n")
+        text = read_bytes(file, LARGEST_LABELS).decode().replace("\r\n", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file.name}: byte {error.start} is not UTF-8 text",

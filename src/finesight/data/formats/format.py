@@ -12,6 +12,7 @@ from typing import Literal
 from finesight.data.boxes import BadBox, Box, BoxForm, BoxFormat, BoxUnits, fitted, four_numbers
 from finesight.data.case import Case
 from finesight.data.jsonl import Located
+from finesight.data.limits import MAX_BOXES, check_count
 from finesight.data.pictures import Pictures
 from finesight.data.rows import Record, Row, Rows
 from finesight.data.sample import BoxPart, ImagePart, Part, TextPart
@@ -61,7 +62,9 @@ class RawBox:
     label: str | None = None
 
 
-_REFERENCE = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.DOTALL)
+_REFERENCE = re.compile(
+    r"<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>", re.DOTALL
+)
 
 
 @dataclass(slots=True)
@@ -88,6 +91,8 @@ class Reading:
 
     def form(self, usual: BoxForm) -> BoxForm:
         """How boxes are meant: what the user declared, else the format's `usual`."""
+        if self.box_format is None and self.box_units is None:
+            return usual
         return replace(
             usual,
             format=self.box_format or usual.format,
@@ -133,6 +138,7 @@ class Scene:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
+        self._boxes = 0
         self.pictures: list[Path] = []
 
     def picture(self, value: object) -> ImagePart:
@@ -151,6 +157,8 @@ class Scene:
                 expected="a picture before the box",
                 remedy="put the picture first, or leave the row out",
             )
+        self._boxes += 1
+        check_count(self._boxes, MAX_BOXES, "boxes")
         place = len(self.pictures) - 1 if image is None else image
         if place >= len(self.pictures):
             raise BadBox(
@@ -241,7 +249,7 @@ def pieces(text: str, mark: re.Pattern[str]) -> Iterator[str | re.Match[str]]:
 
 def plain(text: str) -> TextPart:
     """Text of a turn. Raises StrayMark where it holds a mark that another format reads."""
-    found = _MARKS.search(text)
+    found = _MARKS.search(text) if "<" in text else None
     if found:
         raise StrayMark(
             f"the mark {found[0]!r} in the text {text[:60]!r}",
@@ -253,7 +261,7 @@ def plain(text: str) -> TextPart:
 
 def worded(text: str) -> TextPart:
     """Text of a turn as `plain` takes it, what Qwen2-VL marks as a reference being its words."""
-    return plain(_REFERENCE.sub(r"\1", text))
+    return plain(_REFERENCE.sub(r"\1", text) if "<" in text else text)
 
 
 def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -270,7 +278,7 @@ def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 def refuse_unread(record: Record, keys: Iterable[str] = UNREAD_KEYS) -> None:
     """Raise UnreadKey where one of `keys` holds anything: it would be lost."""
-    lost = sorted(key for key in keys if holds(record.get(key)))
+    lost = sorted(key for key in keys if key in record and holds(record[key]))
     if lost:
         raise UnreadKey(
             f"the key {lost[0]!r} with {str(record[lost[0]])[:60]}",

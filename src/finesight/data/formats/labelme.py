@@ -24,8 +24,15 @@ from finesight.data.case import Case
 from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
 from finesight.data.formats.by_picture import Gathered, boxes_by_picture, distinct
 from finesight.data.formats.format import Format, Reading, Writing, never
-from finesight.data.formats.inventory import inventory, is_json_object, open_described
-from finesight.data.jsonl import Located, read_bytes
+from finesight.data.formats.inventory import (
+    START,
+    inventory,
+    is_json_object,
+    open_described,
+)
+from finesight.data.jsonl import Located, parse_json, read_bytes
+from finesight.data.limits import MAX_BOXES, check_count, check_json
+from finesight.data.lines import LARGEST_LINE, opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
 
@@ -49,6 +56,7 @@ def read(row: Row, reading: Reading) -> list[Case]:
     file = Path(row.record["file"])
     record = _record(file)
     noted: Counter[str] = Counter()
+    check_count(len(record["shapes"]), MAX_BOXES, "shapes")
     objects = [mark for shape in record["shapes"] for mark in _marked(shape, noted)]
     picture = _picture(file, record)
     pictured = Pictured(picture, objects, row.record["classes"], _size(record), noted=noted)
@@ -65,9 +73,11 @@ def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, b
 
 def _record(file: Path) -> Record:
     """The content of a file. Raises UserError when it is not LabelMe's."""
+    content = read_bytes(file, LARGEST_LINE)
+    check_json(content, str(file))
     try:
-        record = json.loads(read_bytes(file))
-    except (ValueError, RecursionError) as error:
+        record = parse_json(content)
+    except ValueError as error:
         raise UserError(
             f"broken JSON: {error}",
             expected="a file as LabelMe saves it",
@@ -86,8 +96,9 @@ def _record(file: Path) -> Record:
 def _is_labelme(file: Path) -> bool:
     try:
         return "imagePath" in _record(file)
-    except UserError:
-        return False
+    except UserError:  # told, with its file, when it is its turn
+        with opened(file) as content:
+            return b'"shapes"' in content.read(START)
 
 
 def _classes_in(file: Path) -> set[str]:
@@ -112,7 +123,7 @@ def _marked(shape: Record, noted: Counter[str]) -> Iterator[Marked]:
         return
     try:
         corners = [(float(x), float(y)) for x, y in points or ()]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         corners = []
     if len(corners) < 2 or not isinstance(shape.get("label"), str) or not shape["label"].strip():
         raise BadBox(

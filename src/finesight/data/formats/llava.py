@@ -12,7 +12,6 @@ is dropped, as each family writes its own. Of a list of pictures each has its `<
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from finesight.data.case import Case
 from finesight.data.formats import conversations, texts
@@ -43,7 +42,8 @@ def read(row: Row, reading: Reading) -> Case:
     turns = row.record.get("conversations")
     if isinstance(turns, list):
         turns = [_without_breaks(turn) for turn in turns]
-    return conversations.read(replace(row, record={**row.record, "conversations": turns}), reading)
+    record = {**row.record, "conversations": turns}
+    return conversations.read(Row(row.number, row.place, record, row.stem), reading)
 
 
 def _without_breaks(turn: object) -> object:

@@ -43,6 +43,7 @@ from finesight.data.formats.turns import (
     Role,
     Turn,
     history_of,
+    images_of,
     pictures_named,
     read_turns,
     turns_of,
@@ -86,7 +87,7 @@ def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
     refuse_unread(row.record, ("label",))
     scene, objects = Scene(reading), _Objects.of(row.record.get("objects"))
-    named = pictures_named(row.record)
+    named = images_of(row.record)
     pictures = iter(named)
 
     def parts_of(role: Role, text: str) -> Iterator[Part]:

@@ -30,8 +30,9 @@ from finesight.data.formats.format import (
     refuse_unread,
     worded,
 )
-from finesight.data.formats.turns import Role, notes_of, pictures_named, refuse_more, role_of
+from finesight.data.formats.turns import Role, images_of, notes_of, refuse_more, role_of
 from finesight.data.jsonl import Located
+from finesight.data.limits import MAX_MESSAGES, check_count
 from finesight.data.pictures import data_url
 from finesight.data.rows import Record, Row
 from finesight.data.sample import ImagePart, Message, Part, TextPart
@@ -63,9 +64,10 @@ def read(row: Row, reading: Reading) -> Case:
             expected="a list of messages",
             remedy="correct the row",
         )
+    check_count(len(messages), MAX_MESSAGES, "messages")
     system = row.record.get("system")
     messages = [{"role": "system", "content": system}, *messages] if holds(system) else messages
-    unplaced = iter(pictures_named(row.record))
+    unplaced = iter(images_of(row.record))
     turns: list[tuple[Role, list[Part]]] = []
     for message in messages:
         role, content = _said(message)

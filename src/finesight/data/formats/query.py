@@ -26,7 +26,7 @@ from finesight.data.formats.format import (
     pieces,
     worded,
 )
-from finesight.data.formats.turns import Role, Turn, history_of, pictures_named, read_turns
+from finesight.data.formats.turns import Role, Turn, history_of, images_of, read_turns
 from finesight.data.json_boxes import BOX_KEY
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
@@ -53,7 +53,7 @@ def read(row: Row, reading: Reading) -> Case:
     turns: list[Turn] = [("system", str(system))] if system else []
     turns += history_of(record)
     turns += [("user", _text(record, "query")), ("assistant", _text(record, "response"))]
-    named = pictures_named(record)
+    named = images_of(record)
     pictures = iter(named)
 
     def parts_of(role: Role, text: str) -> Iterator[Part]:

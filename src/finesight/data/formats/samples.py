@@ -12,7 +12,7 @@ from finesight.data.formats import texts
 from finesight.data.formats.format import Format, Reading, Writing
 from finesight.data.jsonl import Located, as_record, sample_from
 from finesight.data.rows import Record, Row
-from finesight.data.rules import check_order, check_sample
+from finesight.data.rules import check_counts, check_order, check_sample
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 
 
@@ -47,6 +47,7 @@ def read(row: Row, reading: Reading) -> Case:
     """
     sample = sample_from({**row.record, "id": row.id}, "")
     if reading.lenient:
+        check_counts(sample, "")
         check_order(sample, "")  # a case has no place for other orders
     else:
         check_sample(sample, "")
@@ -63,10 +64,7 @@ def case_of(sample: Sample, reading: Reading) -> Case:
         xyxy = reading.box(part.xyxy, pictures[part.image], BoxForm(), part.label)
         return part.model_copy(update={"xyxy": xyxy})
 
-    *turns, last = (
-        message.model_copy(update={"content": tuple(map(fitted, message.content))})
-        for message in sample.messages
-    )
+    *turns, last = sample.with_parts(fitted).messages
     return Case(sample.id, tuple(turns), (last.content,), sample.references, sample.meta)
 
 

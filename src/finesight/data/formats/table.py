@@ -12,7 +12,7 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
@@ -29,6 +29,7 @@ from finesight.data.formats.format import (
     plain,
 )
 from finesight.data.jsonl import Located
+from finesight.data.limits import MAX_ANSWERS, check_count
 from finesight.data.rows import Record, Row
 from finesight.data.rules import EmptyAnswer
 from finesight.data.sample import BoxPart, Message, Part, TextPart, shortest
@@ -41,6 +42,9 @@ COLUMNS = (*_WRITTEN, "fields")
 
 _GAP = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 """White space or a semicolon that parts two numbers or two boxes."""
+
+LONGEST = 2**20
+"""Characters of a cell with boxes: more than as many boxes have as a sample may have."""
 
 _USUAL_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
@@ -77,7 +81,9 @@ def read(row: Row, reading: Reading) -> Case:
     user = Message(role="user", content=reading.asked(parts))
     boxes = tuple(_boxes(row, reading, scene))
     end = "\n" if boxes else ""
-    texts = [_words(answer, "answer") for answer in listed(_cell(row, reading, "answer"))]
+    said = listed(_cell(row, reading, "answer"))
+    check_count(len(said), MAX_ANSWERS, "answers")
+    texts = [_words(answer, "answer") for answer in said]
     answers = [(*answer_parts(f"{text}{end}", scene), *boxes) for text in texts]
     answers += [(TextPart(text=f"{form}{end}"), *boxes) for form in _form(row, reading)]
     if boxes and not answers:
@@ -119,7 +125,7 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
     )
 
 
-def several(column: str, record: Record) -> list[str]:
+def several(column: str, record: Collection[str]) -> list[str]:
     """The columns that a role is mapped to, where its value is not one column's name as a whole."""
     return [name if name in record else name.strip() for name in column.split(",")]
 
@@ -216,6 +222,7 @@ def _box_list(value: object) -> list[object]:
     """One box or a list of them; in a cell of text as "1, 2, 3, 4", with or without brackets and
     commas, as Python and numpy print them."""
     if isinstance(value, str) and value.strip():
+        check_count(len(value), LONGEST, "characters of boxes")
         try:
             parsed = ast.literal_eval(_GAP.sub(",", value.strip()))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -16,6 +15,8 @@ from finesight.data.formats.format import (
     merged,
     refuse_unread,
 )
+from finesight.data.jsonl import json_data
+from finesight.data.limits import MAX_MESSAGES, MAX_PARTS, check_count
 from finesight.data.rows import Record, Row
 from finesight.data.sample import Message, Part
 from finesight.errors import UserError
@@ -31,9 +32,12 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 SPEAKER_KEYS = ("from", "role")
-TEXT_KEYS = ("value", "content")
 MORE_KEYS = ("loss", "loss_scale", "weight", "tool_calls", "function_call", "audio", "refusal")
 """What a turn may say beyond its text: tools, other media, and how much of it is learned."""
+
+_UNNOTED = frozenset({"id", *UNREAD_KEYS})
+_UNREAD = frozenset(UNREAD_KEYS)
+_MORE = frozenset(MORE_KEYS)
 
 
 def read_turns(
@@ -48,7 +52,10 @@ def read_turns(
     `read` names the keys of the row that are read; others are kept as notes, and those whose
     meaning would be lost are refused.
     """
-    refuse_unread(row.record, (key for key in UNREAD_KEYS if key not in read))
+    unread = row.record.keys() & _UNREAD
+    if unread:
+        refuse_unread(row.record, unread.difference(read))
+    check_count(len(turns), MAX_MESSAGES, "messages")
     messages: list[Message] = []
     asked = False
     for role, text in turns:
@@ -78,7 +85,7 @@ def turns_of(record: Record, key: str = "conversations") -> list[Turn]:
 
 def _turn(turn: object) -> Turn:
     if isinstance(turn, dict):
-        role, text = role_of(turn), next((turn[key] for key in TEXT_KEYS if key in turn), None)
+        role, text = role_of(turn), turn["value"] if "value" in turn else turn.get("content")
         if role is not None and isinstance(text, str):
             refuse_more(turn)
             return role, text
@@ -91,12 +98,14 @@ def _turn(turn: object) -> Turn:
 
 def refuse_more(turn: Record) -> None:
     """Raise UnreadKey where a turn calls tools, or is not to be learned in full."""
-    refuse_unread({key: turn.get(key) for key in MORE_KEYS if turn.get(key) != 1}, MORE_KEYS)
+    said = turn.keys() & _MORE
+    if said:
+        refuse_unread({key: turn[key] for key in said if turn[key] != 1}, MORE_KEYS)
 
 
 def role_of(turn: Record) -> Role | None:
     """Who speaks in a turn, if it is one of ours."""
-    speaker = next((turn[key] for key in SPEAKER_KEYS if key in turn), None)
+    speaker = turn["from"] if "from" in turn else turn.get("role")
     return ROLES.get(speaker) if isinstance(speaker, str) else None
 
 
@@ -119,6 +128,13 @@ def pictures_named(record: Record) -> list[object]:
     return [item for value in values for item in listed(value)]
 
 
+def images_of(record: Record) -> list[object]:
+    """The images that a record names beside its texts, in order. Raises TooMany."""
+    named = pictures_named(record)
+    check_count(len(named), MAX_PARTS, "images")
+    return named
+
+
 def history_of(record: Record) -> list[Turn]:
     """The earlier rounds under `history`, pairs of what the user and the assistant said."""
     turns: list[Turn] = []
@@ -139,6 +155,6 @@ def notes_of(record: Record, *read: str) -> Record:
     Keys that are refused where they hold anything are here only where they hold nothing. NaN, which
     JSON does not know and tables have for what is missing, becomes null.
     """
-    known = {"id", *read, *UNREAD_KEYS}
-    notes = {key: value for key, value in record.items() if key not in known}
-    return dict(json.loads(json.dumps(notes, default=str), parse_constant=lambda name: None))
+    notes = record.keys() - _UNNOTED
+    notes.difference_update(read)
+    return {str(key): json_data(value) for key, value in record.items() if key in notes}

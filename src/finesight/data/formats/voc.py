@@ -28,6 +28,8 @@ from finesight.data.formats.format import Format, Reading, Writing, never
 from finesight.data.formats.inventory import inventory, open_described
 from finesight.data.headers import DamagedPicture
 from finesight.data.jsonl import Located, read_bytes
+from finesight.data.limits import LARGEST_LABELS
+from finesight.data.numbers import whole_number
 from finesight.data.rows import Row, Rows
 from finesight.errors import UserError
 
@@ -94,7 +96,7 @@ def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, b
 
 
 def _parsed(file: Path) -> ElementTree.Element:
-    content = read_bytes(file)
+    content = read_bytes(file, LARGEST_LABELS)
     parser = ElementTree.XMLParser(target=_Guarded())
     try:
         parser.feed(content)
@@ -113,7 +115,7 @@ def _is_annotation(file: Path) -> bool:
     try:
         return _parsed(file).tag == "annotation"
     except UserError:  # told, with its file, when it is its turn
-        return b"<annotation" in read_bytes(file)
+        return b"<annotation" in read_bytes(file, LARGEST_LABELS)
 
 
 def _classes_in(file: Path) -> set[str]:
@@ -161,11 +163,11 @@ def _picture(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
 
 
 def _size(root: ElementTree.Element) -> Size | None:
-    width, height = root.findtext("size/width", ""), root.findtext("size/height", "")
-    size = (height.strip(), width.strip())
+    height, width = (
+        whole_number(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
+    )
     # Some tools write 0 for what they do not know.
-    known = all(text.isdecimal() and int(text) for text in size)
-    return (int(size[0]), int(size[1])) if known else None
+    return (height, width) if height and width else None
 
 
 def _element(one: Gathered, writing: Writing) -> ElementTree.Element:

@@ -34,8 +34,11 @@ from finesight.data.formats.by_picture import (
     text_beside,
 )
 from finesight.data.formats.format import Format, Reading, Writing, listed, never
-from finesight.data.formats.inventory import inventory
+from finesight.data.formats.inventory import START, inventory
 from finesight.data.jsonl import Located, read_bytes
+from finesight.data.limits import LARGEST_DESCRIPTION, LARGEST_LABELS, MAX_BOXES, check_count
+from finesight.data.lines import opened
+from finesight.data.numbers import whole_number
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.errors import UserError
 from finesight.yaml_text import parsed
@@ -48,6 +51,7 @@ OUTLINED = "outlines, read as the boxes around them"
 KEYPOINTS = "keypoints, not read"
 LOOKED_AT = 20
 
+_UPWARDS = re.compile(r"^(?:\.\./)+")
 _LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
 
 
@@ -96,15 +100,14 @@ def read(row: Row, reading: Reading) -> list[Case]:
     """See the head of this file for what is read."""
     record = row.record
     labels = Path(record["labels"])
-    if not labels.is_file():
+    if not os.path.isfile(labels):
         reading.left_out[UNLABELLED] += 1
         return []
     noted: Counter[str] = Counter()
-    objects = [
-        _marked(line, number, record, noted)
-        for number, line in enumerate(read_bytes(labels).decode("utf-8", "replace").split("\n"), 1)
-        if line.strip()
-    ]
+    text = read_bytes(labels, LARGEST_LABELS).decode("utf-8", "replace")
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    check_count(len(lines), MAX_BOXES, "boxes")
+    objects = [_marked(line, number, record, noted) for number, line in lines]
     pictured = Pictured(
         record["image"], objects, record["classes"], meta=record["meta"], noted=noted
     )
@@ -161,7 +164,7 @@ def _by_yaml(source: Path) -> _Set | None:
 
 def _description(file: Path) -> Record:
     try:
-        content = parsed(read_bytes(file))
+        content = parsed(read_bytes(file, LARGEST_DESCRIPTION))
     except yaml.YAMLError:
         return {}  # some other program's file
     return content if isinstance(content, dict) else {}
@@ -199,9 +202,7 @@ def _place(entry: str, root: str, file: Path, split: str) -> Path:
     """Where an entry of data.yaml is: from `path` or the file on; tools also write a `../` more
     than there is, and a `path` from a folder of their own on."""
     home = file.parent
-    inner = entry
-    while inner.startswith("../"):
-        inner = inner.removeprefix("../")
+    inner = _UPWARDS.sub("", entry)
     places = [home / root / entry, home / entry, home / Path(root).name / entry, home / inner]
     for place in places:
         if os.path.exists(place):
@@ -217,8 +218,17 @@ def _place(entry: str, root: str, file: Path, split: str) -> Path:
 def _pictures_at(place: Path) -> list[Path]:
     if os.path.isdir(place):
         return inventory(place).pictures()
-    lines = read_bytes(place).decode("utf-8", "replace").split("\n")
-    return [place.parent / line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in os.fsdecode(read_bytes(place)).split("\n")]
+    listed_pictures = [place.parent / line for line in lines if line]
+    unnamed = next((picture for picture in listed_pictures if not picture.name), None)
+    if unnamed is not None:
+        raise UserError(
+            f"{unnamed} is listed as an image",
+            where=str(place),
+            expected="one path of an image on each line",
+            remedy="correct the list",
+        )
+    return listed_pictures
 
 
 def _by_names(source: Path) -> _Set | None:
@@ -226,16 +236,16 @@ def _by_names(source: Path) -> _Set | None:
     if not source.is_dir():
         return None
     pictures = inventory(source).pictures()
-    labelled = (path for path in pictures if _label_file(path).is_file())
+    labelled = (path for path in pictures if os.path.isfile(_label_file(path)))
     looked = [_label_file(path) for path in itertools.islice(labelled, LOOKED_AT)]
-    lines = [line for file in looked for line in file.read_text("utf-8", "replace").splitlines()]
+    lines = [line for file in looked for line in _first_lines(file)]
     said = [line for line in lines if line.strip()]
     # Single broken lines do not make a text of it: they are refused when it is their turn.
     if not said or 2 * sum(_LINE.fullmatch(line) is not None for line in said) <= len(said):
         return None
     for name in LISTS_OF_NAMES:
         if (source / name).is_file():
-            texts = read_bytes(source / name).decode("utf-8", "replace").split("\n")
+            texts = _list_of_names(source / name)
             names = dict(enumerate(text.strip() for text in texts if text.strip()))
             known_by = f"label files with numbers, {name}"
             return _Set(names, tuple(("", path) for path in pictures), False, known_by)
@@ -245,6 +255,26 @@ def _by_names(source: Path) -> _Set | None:
         expected=f"data.yaml with `names`, or one of {', '.join(LISTS_OF_NAMES)}",
         remedy="write the names of the classes into classes.txt, one a line, the first being 0",
     )
+
+
+def _first_lines(file: Path) -> list[str]:
+    """The whole lines at the start of a file."""
+    with opened(file) as content:
+        start = content.read(START)
+    lines = start.decode("utf-8", "replace").splitlines()
+    return lines[:-1] if len(start) == START and len(lines) > 1 else lines
+
+
+def _list_of_names(file: Path) -> list[str]:
+    try:
+        return read_bytes(file, LARGEST_LABELS).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(file),
+            expected="the names of the classes in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
 
 
 def _label_file(picture: Path) -> Path:
@@ -274,10 +304,10 @@ def _marked(line: str, number: int, record: Record, noted: Counter[str]) -> Mark
             expected="a class number, then centre and size, or the corners of an outline",
             remedy="correct the line; a sixth number, a confidence, has no place in labels",
         )
-    kind = int(pieces[0])
+    kind = whole_number(pieces[0])
     if kind not in record["names"]:
         raise UserError(
-            f"{name}:{number}: class {kind}",
+            f"{name}:{number}: class {pieces[0][:40]}",
             expected=f"one of the {len(record['names'])} names, the first being 0",
             remedy="add the name, or correct the line",
         )

@@ -15,6 +15,10 @@ _UNSEEN = re.compile(
 """Characters that move the cursor, colour or reorder what follows, or cannot be written at all."""
 
 
+MOST_CHARACTERS = 10_000
+"""Of each part of a message: values of others, with millions of characters, may stand in it."""
+
+
 def printable(text: str) -> str:
     """The text with such characters as escapes: names and messages of others reach the terminal."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -29,8 +33,8 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
-        self.what, self.where = printable(what), printable(where)
-        self.expected, self.remedy = printable(expected), printable(remedy)
+        self.what, self.where = printable(_cut(what)), printable(_cut(where))
+        self.expected, self.remedy = printable(_cut(expected)), printable(_cut(remedy))
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -44,6 +48,10 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments do not survive the way back from a worker process.
         return _rebuild, (type(self), self.what, self.where, self.expected, self.remedy)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:

@@ -213,25 +213,26 @@ def voc_object(xmax: str = "9") -> str:
 
 def labelme_file(folder: Path, shapes: str) -> Path:
     paint(folder / "a.png")
-    (folder / "a.json").write_text('{"imagePath": "a.png", "shapes": [%s]}' % shapes)
+    (folder / "a.json").write_text(f'{{"imagePath": "a.png", "shapes": [{shapes}]}}')
     return folder
 
 
 def labelme_shape(number: str = "9") -> str:
-    return '{"label": "dog", "shape_type": "rectangle", "points": [[1, 1], [%s, 9]]}' % number
+    points = f"[[1, 1], [{number}, 9]]"
+    return f'{{"label": "dog", "shape_type": "rectangle", "points": {points}}}'
 
 
 def coco_file(folder: Path, annotations: str, more: str = "") -> Path:
     paint(folder / "a.png")
     (folder / "a.json").write_text(
-        '{"images": [{"id": 1, "file_name": "a.png"%s}], "annotations": [%s], '
-        '"categories": [{"id": 1, "name": "dog"}]}' % (more, annotations)
+        f'{{"images": [{{"id": 1, "file_name": "a.png"{more}}}], "annotations": [{annotations}], '
+        '"categories": [{"id": 1, "name": "dog"}]}'
     )
     return folder / "a.json"
 
 
 def coco_box(number: str = "9") -> str:
-    return '{"image_id": 1, "category_id": 1, "bbox": [1, 1, %s, 9]}' % number
+    return f'{{"image_id": 1, "category_id": 1, "bbox": [1, 1, {number}, 9]}}'
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what:
 
 def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
     deep = "[" * 500 + "]" * 500
-    (tmp_path / "a.jsonl").write_text('{"query": "?", "response": "x", "k": %s}\n' % deep)
+    (tmp_path / "a.jsonl").write_text(f'{{"query": "?", "response": "x", "k": {deep}}}\n')
     assert "recursion limit exceeded" in refusal(tmp_path / "a.jsonl").what
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from finesight.data.rules import BadTurns, check_sample
 from finesight.data.sample import Sample
 from finesight.data.split import hold_out_last, split_by_picture
 from finesight.data.spool import Piece, Spool
-from finesight.errors import UserError
+from finesight.errors import UserError, printable
 from finesight.storage import write_folder, write_pieces
 
 DESCRIBED = 5
@@ -37,7 +37,7 @@ SINGLE_FAULTS = 0.1
 """The share of the rows with bad boxes up to which these are faults of single rows. Above, boxes
 were probably read in another form than they are in, and those that pass are wrong as well."""
 
-LARGEST_CASE = 2**28
+LARGEST_ROW = 2**28
 """Bytes of all samples out of one row."""
 
 SPARE, MOST_ESCAPED = 100, 6
@@ -88,6 +88,15 @@ class Summary:
     listed: Path | None = None
 
 
+class _Encoded(NamedTuple):
+    """A case as the JSON of its samples, but for their ids; see `_Imported`."""
+
+    id: str
+    training: tuple[bytes, ...]
+    evaluation: bytes
+    images: tuple[str, ...]
+
+
 class _Imported(NamedTuple):
     """A case whose samples are written already, but for their ids: where in the `Spool`.
 
@@ -112,14 +121,30 @@ Cases = list[_Imported]
 """What one row says."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Refused:
-    """A row that cannot be used; the `row` itself is kept of the first one only."""
+    """The rows that cannot be used: the first of them, and of all how many and why.
 
-    place: str
-    reason: str
-    problem: UserError
-    row: Row | None
+    `lines` are those of left_out.jsonl, in the spool.
+    """
+
+    first: Row | None = None
+    described: list[tuple[str, UserError]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    boxes: int = 0
+    lines: list[Piece] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def add(self, row: Row, problem: UserError) -> None:
+        """Take note of a row. The problem loses its traceback, which holds all of the row."""
+        problem.__traceback__ = problem.__cause__ = problem.__context__ = None
+        self.first = self.first or row
+        if len(self.described) < DESCRIBED:
+            self.described.append((row.place, problem))
+        self.reasons[reason_of(problem)] += 1
+        self.boxes += isinstance(problem, BadBox)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +182,14 @@ def import_file(source: Path, out: Path, request: Request) -> Summary:
         used = dict.fromkeys(image for part in parts for image in part.images())
         names.copy(used)
         written = [_write(part, spool, staging, out) for part in parts]
-        _write_left_out(refused, staging)
+        if refused.lines:
+            write_pieces(staging / LEFT_OUT, map(spool.read, refused.lines))
         _remove_unused(staging, {names.name(image) for image in used})
     in_files = sum(part.rows for part in written)
     unselected = opened.rows.total - len(rows) - len(refused)
     left_out = Counter({UNSELECTED: unselected, SHOWN_IN_EVAL: sum(map(bool, rows)) - in_files})
     left_out.update(reading.left_out)
-    left_out.update(one.reason for one in refused)
+    left_out.update(refused.reasons)
     return Summary(
         format=opened.form.name,
         known_by=opened.known_by,
@@ -194,33 +220,31 @@ def reason_of(problem: UserError) -> str:
 
 def _read(
     opened: Source, reading: Reading, request: Request, spool: Spool, names: ImageNames
-) -> tuple[list[Cases], list[_Refused]]:
+) -> tuple[list[Cases], _Refused]:
     """All rows that can be used, written into the spool, and the others with what is wrong.
 
     Raises one UserError for all of the others where they are not to be dropped, none is left, or
     so many boxes are bad that the others are likely to be wrong as well.
     """
     rows: list[Cases] = []
-    bad: list[_Refused] = []
+    bad = _Refused()
     for row in opened.selected():
         clipped = reading.clipped
         reading.raw.clear()
-        start = spool.end
         try:
-            rows.append([_imported(c, spool, names) for c in opened.form.cases(row, reading)])
+            encoded = _encoded_cases(opened.form.cases(row, reading), names)
         except BadOption:
             raise
         except UserError as problem:
             reading.clipped = clipped
-            spool.cut(start)
-            # Not with its traceback, which holds the row and all that was made of it.
-            problem.__traceback__ = problem.__cause__ = problem.__context__ = None
-            bad.append(_Refused(row.place, reason_of(problem), problem, None if bad else row))
-    boxes = sum(isinstance(one.problem, BadBox) for one in bad)
-    suspicious = boxes > max(1, SINGLE_FAULTS * (len(rows) + len(bad)))
-    if bad and (request.unusable == "refuse" or suspicious or not any(rows)):
-        assert bad[0].row is not None, "the first refused row was not kept"
-        other = _other_format(bad[0].row, reading, opened.form)
+            bad.add(row, problem)
+            if request.unusable == "drop":
+                bad.lines.append(spool.add(_left_out(row, problem)))
+        else:
+            rows.append([_spooled(case, spool) for case in encoded])
+    suspicious = bad.boxes > max(1, SINGLE_FAULTS * (len(rows) + len(bad)))
+    if bad.first and (request.unusable == "refuse" or suspicious or not any(rows)):
+        other = _other_format(bad.first, reading, opened.form)
         raise _refusal(bad, rows, opened.path, other, suspicious=suspicious)
     if not any(rows):
         reasons = [f"{count} {reason}" for reason, count in reading.left_out.items()]
@@ -233,29 +257,39 @@ def _read(
     return rows, bad
 
 
-def _imported(case: Case, spool: Spool, names: ImageNames) -> _Imported:
-    """Check the samples of a case and write them into the spool. Raises UserError."""
-    images: dict[str, None] = {}
+def _encoded_cases(cases: list[Case], names: ImageNames) -> list[_Encoded]:
+    """Check the samples of a row and make JSON of them. Raises UserError."""
+    encoded = []
+    size = 0
+    for case in cases:
+        images: dict[str, None] = {}
 
-    def name(image: str) -> str:
-        images[image] = None
-        return names.name(image)
+        def name(image: str, images: dict[str, None] = images) -> str:
+            images[image] = None
+            return names.name(image)
 
-    training = []
-    start = spool.end
-    for sample in case.for_training():
-        check_sample(sample, "")
-        training.append(spool.add(_encoded(sample, name)))
-        if spool.end - start > LARGEST_CASE:
-            raise TooMany(
-                f"{len(case.answers):,} answers to a question of {training[0].size:,} bytes",
-                expected=f"samples of at most {LARGEST_CASE:,} bytes out of one row",
-                remedy="split the row, or leave it out",
-            )
-    evaluation = training[0]
-    if len(case.answers) > 1:
-        evaluation = spool.add(_encoded(case.for_evaluation(), name))
-    return _Imported(case.id, tuple(training), evaluation, tuple(images))
+        training = []
+        for sample in case.for_training():
+            check_sample(sample, "")
+            training.append(_encoded(sample, name))
+            size += len(training[-1])
+            if size > LARGEST_ROW:
+                raise TooMany(
+                    f"over {LARGEST_ROW:,} bytes of samples: {len(cases):,} questions, and"
+                    f" {len(case.answers):,} answers to a question of {len(training[0]):,} bytes",
+                    expected=f"at most {LARGEST_ROW:,} bytes out of one row",
+                    remedy="split the row, or leave it out",
+                )
+        several = len(case.answers) > 1
+        evaluation = _encoded(case.for_evaluation(), name) if several else training[0]
+        encoded.append(_Encoded(case.id, tuple(training), evaluation, tuple(images)))
+    return encoded
+
+
+def _spooled(case: _Encoded, spool: Spool) -> _Imported:
+    training = tuple(map(spool.add, case.training))
+    evaluation = training[0] if len(training) == 1 else spool.add(case.evaluation)
+    return _Imported(case.id, training, evaluation, case.images)
 
 
 def _encoded(sample: Sample, name: Callable[[str], str]) -> bytes:
@@ -290,18 +324,24 @@ def _other_format(row: Row, reading: Reading, form: Format) -> str | None:
     return None if other is form else f"--format {other.name}: {row.place} has {known_by}"
 
 
+def _left_out(row: Row, problem: UserError) -> bytes:
+    """The line of left_out.jsonl for a row."""
+    line = {"place": row.place, "reason": reason_of(problem), "problem": str(problem)}
+    return f"{as_line({key: printable(text) for key, text in line.items()})}\n".encode()
+
+
 def _refusal(
-    bad: list[_Refused], good: list[Cases], source: Path, other: str | None, *, suspicious: bool
+    bad: _Refused, good: list[Cases], source: Path, other: str | None, *, suspicious: bool
 ) -> UserError:
     lines = [f"{len(bad)} of {len(bad) + len(good)} rows cannot be used; nothing was written"]
-    for one in bad[:DESCRIBED]:
-        where = one.problem.where.lstrip(", ")
-        lines.append(f"  {one.place}: {where}{': ' if where else ''}{one.problem.what}")
+    for place, problem in bad.described:
+        where = problem.where.lstrip(", ")
+        lines.append(f"  {place}: {where}{': ' if where else ''}{problem.what}")
     if len(bad) > DESCRIBED:
         lines.append(f"  and {len(bad) - DESCRIBED} more")
     if suspicious:
         lines.append(f"  so many bad boxes (over {SINGLE_FAULTS:.0%} of the rows) are no accident")
-    first = bad[0].problem
+    first = bad.described[0][1]
     remedy = first.remedy
     if other is not None:
         remedy = f"give {other}"
@@ -353,15 +393,6 @@ def _write(part: _Part, spool: Spool, staging: Path, out: Path) -> Written:
     lines = (line for case in cases for line in case.lines(spool, measured=part.measured))
     write_pieces(staging / part.name, lines)
     return Written(out / part.name, sum(map(bool, part.rows)), len(part))
-
-
-def _write_left_out(refused: list[_Refused], staging: Path) -> None:
-    if refused:
-        lines = (
-            {"place": one.place, "reason": one.reason, "problem": str(one.problem)}
-            for one in refused
-        )
-        write_pieces(staging / LEFT_OUT, (f"{as_line(line)}\n".encode() for line in lines))
 
 
 def _remove_unused(staging: Path, used: set[str]) -> None:

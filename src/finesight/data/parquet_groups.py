@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finesight.data.index_files import identity
+from finesight.data.parquet_values import records
 from finesight.errors import UserError
+from finesight.file_names import is_utf8
 from finesight.regular_file import refuse_special
 from finesight.storage import require_room, write_folder_once
 
@@ -26,6 +29,13 @@ with another number it has another FORMAT."""
 
 MOST_ROWS = 1024
 """Of such a group."""
+
+
+_DAMAGE = (
+    *(ValueError, NotImplementedError, OSError, LookupError, OverflowError, TypeError),
+    MemoryError,
+)
+"""What pyarrow raises for files that say what cannot be."""
 
 
 def parquet_module(path: Path) -> Any:
@@ -45,9 +55,23 @@ def metadata(path: Path) -> Any:
     """What the file says of itself. Raises UserError for one that is no Parquet."""
     refuse_special(path)
     try:
-        return parquet_module(path).read_metadata(path)
-    except (ValueError, OSError) as error:
+        return parquet_module(path).read_metadata(_named(path))
+    except _DAMAGE as error:
         raise _damaged(path, error) from error
+
+
+def open_parquet(path: Path, metadata: Any = None) -> Any:
+    """pyarrow's reader of a file, to be closed. Raises ValueError or OSError for a damaged one."""
+    return parquet_module(path).ParquetFile(_named(path), metadata=metadata)
+
+
+def _named(path: Path) -> Any:
+    """A path as pyarrow takes it; the file itself, where a name is not UTF-8."""
+    if is_utf8(str(path)):
+        return str(path)
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path))
 
 
 @contextmanager
@@ -55,7 +79,7 @@ def undamaged(path: Path) -> Iterator[None]:
     """Turn what is raised in the block because of a damaged file into a UserError."""
     try:
         yield
-    except (ValueError, NotImplementedError, OSError) as error:
+    except _DAMAGE as error:
         # pyarrow raises OSError without a number for what it cannot read.
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -85,15 +109,15 @@ def texts(path: Path, group: int) -> Any:
 
 def first_text(path: Path) -> dict[str, Any]:
     """All columns of the first row but the pictures, of a file that has rows."""
-    with parquet_module(path).ParquetFile(path) as file:
+    with open_parquet(path) as file:
         names = _but_pictures(file)
-        record: dict[str, Any] = next(file.iter_batches(1, columns=names)).to_pylist()[0]
-        return record
+        return next(records(next(file.iter_batches(1, columns=names)), str(path)))
 
 
 def has_pictures(path: Path) -> bool:
     """Whether the rows bring their pictures along."""
-    return PICTURES in parquet_module(path).read_schema(path).names
+    with undamaged(path), open_parquet(path) as file:
+        return PICTURES in file.schema_arrow.names
 
 
 def picture(path: Path, row: int, name: str) -> bytes:
@@ -101,7 +125,7 @@ def picture(path: Path, row: int, name: str) -> bytes:
     Raises OSError where there is none, or none that can be read."""
     try:
         return _found(_divided(path, _version(path)), row, name)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, LookupError, OverflowError, MemoryError) as error:
         raise OSError(f"cannot be read as Parquet: {error}") from error
 
 
@@ -144,13 +168,13 @@ def _pictures(path: Path, version: int, group: int) -> Any:
 
 
 def _opened(path: Path, version: int) -> Any:
-    return parquet_module(path).ParquetFile(path, metadata=_metadata(path, version))
+    return open_parquet(path, _metadata(path, version))
 
 
 @lru_cache(64)
 def _metadata(path: Path, version: int) -> Any:
     """Read once: that of many groups takes longer to read than a group."""
-    return parquet_module(path).read_metadata(path)
+    return parquet_module(path).read_metadata(_named(path))
 
 
 @lru_cache(1024)
@@ -197,7 +221,7 @@ def _divide(path: Path, target: Path) -> None:
     # Page by page: no column of a large group is in memory as a whole.
     with (
         undamaged(path),
-        parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file,
+        parquet.ParquetFile(_named(path), pre_buffer=False, buffer_size=2**20) as file,
         parquet.ParquetWriter(target, file.schema_arrow) as writer,
     ):
         for number, group in enumerate(_groups(path)):

@@ -29,6 +29,7 @@ from finesight.data.parquet_groups import (
     texts,
     undamaged,
 )
+from finesight.data.parquet_values import records
 from finesight.digests import digest
 from finesight.errors import UserError
 
@@ -61,7 +62,7 @@ class ParquetSamples:
         group = int(np.searchsorted(ends_G, index, side="right"))
         before = int(ends_G[group - 1]) if group else 0
         with unchanged(self.path, self.state), undamaged(self.path):
-            (record,) = texts(self.path, group).slice(index - before, 1).to_pylist()
+            (record,) = records(texts(self.path, group).slice(index - before, 1), self.where(index))
         sample = sample_from(_record(record, self.where(index)), self.where(index))
         if not self.pictured:
             return Located(sample, self.path.parent)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from finesight.data.jsonl import parse_json, read_bytes
 from finesight.data.limits import check_json
 from finesight.data.lines import MARK, numbered_lines, opened
-from finesight.data.parquet_groups import metadata, parquet_module, undamaged
+from finesight.data.parquet_groups import metadata, open_parquet, parquet_module, undamaged
+from finesight.data.parquet_values import batch_rows, check_rows, records
 from finesight.errors import UserError
 
 Record = dict[str, Any]
@@ -262,13 +263,14 @@ def _refuse_twins(names: Sequence[str], source: Path) -> None:
 
 
 def _parquet(source: Path) -> Rows:
-    parquet = parquet_module(source)
+    parquet_module(source)
     if not source.exists():
         read_bytes(source)  # says it in our words
-    total = metadata(source).num_rows
+    found = metadata(source)
+    check_rows(source, found)
 
     def select(start: int, stop: int) -> Iterator[Row]:
-        with undamaged(source), parquet.ParquetFile(source) as table:
+        with undamaged(source), open_parquet(source) as table:
             position = 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).num_rows
@@ -277,10 +279,11 @@ def _parquet(source: Path) -> Rows:
                 position += size
 
     def _batches(table: Any, group: int, position: int, start: int, stop: int) -> Iterator[Row]:
-        for batch in table.iter_batches(batch_size=64, row_groups=[group]):
-            for record in batch.to_pylist():
+        rows = batch_rows(table.metadata.row_group(group))
+        for batch in table.iter_batches(batch_size=rows, row_groups=[group]):
+            for record in records(batch, str(source)):
                 if start <= position < stop:
                     yield Row(position + 1, f"row {position + 1}", record, source.stem)
                 position += 1
 
-    return Rows(total, select)
+    return Rows(found.num_rows, select)

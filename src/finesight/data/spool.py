@@ -60,12 +60,6 @@ class Spool:
                 raise
         return piece
 
-    def cut(self, end: int) -> None:
-        """Forget the pieces from `end` on."""
-        if end != self.end:
-            self._file.seek(end)
-            self.end = end
-
     def read(self, piece: Piece) -> bytes:
         """Return a piece; call `add` no more after this."""
         self._file.seek(piece.start)

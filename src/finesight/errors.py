@@ -24,6 +24,14 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def escaped_json(text: str) -> str:
+    """Return JSON text with lone surrogates as escapes, so that it can be written as UTF-8.
+
+    Python has them in the names of files that are not UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class UserError(Exception):
     """Something in the user's input or machine is wrong; the command ends with exit code 2.
 

@@ -36,25 +36,21 @@ def readable_name(name: str) -> str:
 def _readable(name: str) -> str:
     if is_utf8(name):
         return name
-    content = name.encode("utf-8", "surrogateescape" if _is_escaped(name) else "replace")
-    return decoded_name(content)
-
-
-def _is_escaped(name: str) -> bool:
-    return all("\udc80" <= c <= "\udcff" for c in name if "\ud800" <= c <= "\udfff")
+    try:
+        return decoded_name(name.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
 
 
 def decoded_name(content: bytes) -> str:
-    """Return the bytes of a name as text: UTF-8, else GBK, else with %XX for what is neither."""
-    for encoding in ("utf-8", CHINESE):
-        try:
-            name = content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding == "utf-8" or name.isprintable():
-            return name
-    name = content.decode("utf-8", "surrogateescape")
-    return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
+    """Return the bytes of a name as text: UTF-8 or GBK. Raises UnicodeDecodeError for others."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        name = content.decode(CHINESE)
+        if not name.isprintable():
+            raise error from None
+        return name
 
 
 def spellings(name: str) -> Iterator[str]:

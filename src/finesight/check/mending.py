@@ -19,7 +19,7 @@ from finesight.data.opening import Drafts
 from finesight.data.pictures import ImageNames
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 from finesight.data.shards import PATTERN, is_pattern
-from finesight.errors import UserError
+from finesight.errors import UserError, escaped_json
 from finesight.storage import write_file
 
 LISTS = LEFT_OUT, CHANGES = "left_out.jsonl", "changes.jsonl"
@@ -199,4 +199,5 @@ def _remove_unused(staging: Path, used: set[Path]) -> None:
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+    lines = (f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    return "".join(map(escaped_json, lines)).encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -123,4 +124,6 @@ def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
 
 def main() -> None:
     """The entry point of the installed command."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     sys.exit(run(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from finesight.cli.options import (
     Prompt,
     SourceFormat,
     column_map,
+    echo_json,
 )
 from finesight.errors import UserError
 
@@ -145,7 +145,7 @@ def _carried_out(
 
     def tell(finding: Finding) -> None:
         if as_json:
-            typer.echo(json.dumps(finding.as_json(), ensure_ascii=False))
+            echo_json(finding.as_json())
 
     with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
         check = Check(subjects, Path(folder), judge, KEPT if html else SHOWN)
@@ -158,7 +158,7 @@ def _carried_out(
                 write_page(html, check_page(checked))
         mended = check.mending.write(Path(folder), fix, album, check.drafts) if fix else None
     if as_json:
-        typer.echo(json.dumps(as_record(checked, mended), ensure_ascii=False))
+        echo_json(as_record(checked, mended))
     elif mended:
         typer.echo("\n".join(["", *mended.as_lines()]))
     return exit_code(checked.severity)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import AsJson
+from finesight.cli.options import AsJson, echo_json
 
 if TYPE_CHECKING:
     from finesight.data.exporting import Exported
@@ -46,7 +45,7 @@ def export_data(
     located = [Located(sample, samples.parent) for sample in read_samples(samples)]
     done = export(located, out, to, copy_pictures=copy_pictures)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(done), ensure_ascii=False, default=str))
+        echo_json(dataclasses.asdict(done))
     else:
         typer.echo("\n".join(_lines(out, done)))
 

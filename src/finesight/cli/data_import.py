@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +19,7 @@ from finesight.cli.options import (
     RowRange,
     SourceFormat,
     column_map,
+    echo_json,
     row_bounds,
 )
 from finesight.errors import printable
@@ -118,7 +118,7 @@ def import_data(
     for note in found.notes:
         typer.echo(printable(f"{source}: {note}"), err=True)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
+        echo_json(dataclasses.asdict(summary))
     else:
         typer.echo("\n".join(map(printable, _lines(source, summary))))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import PageLanguage
+from finesight.cli.options import PageLanguage, echo_json
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,6 +101,6 @@ def _print(renderer: Rendering, chosen: Sequence[Located], as_json: bool) -> Non
         outline = renderer.outline(located)
         if as_json:
             record = as_record(outline, renderer.tokenizer)
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            echo_json(record)
         else:
             typer.echo("\n".join(as_lines(outline, renderer.tokenizer)) + "\n")

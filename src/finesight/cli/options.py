@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Literal
 
 import typer
 
-from finesight.errors import UserError
+from finesight.errors import UserError, escaped_json
 
 RunOrModel = Annotated[
     str,
@@ -119,3 +120,8 @@ PageLanguage = Annotated[
     Literal["en", "zh"] | None,
     typer.Option("--language", help="Of the page: English or Chinese; by default the locale's."),
 ]
+
+
+def echo_json(data: object) -> None:
+    """Print data as one line of JSON, in UTF-8 also where it names files that are not."""
+    typer.echo(escaped_json(json.dumps(data, ensure_ascii=False, default=str)))

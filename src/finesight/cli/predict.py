@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights
+from finesight.cli.options import Device, Precision, RunOrModel, Weights, echo_json
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def predict(
         )
     for prediction in predictions:
         if as_json:
-            typer.echo(json.dumps(prediction.as_json(), ensure_ascii=False))
+            echo_json(prediction.as_json())
         else:
             typer.echo(prediction.as_text())
     if draw is not None:

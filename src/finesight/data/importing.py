@@ -27,7 +27,7 @@ from finesight.data.rules import BadTurns, check_sample
 from finesight.data.sample import Sample
 from finesight.data.split import hold_out_last, split_by_picture
 from finesight.data.spool import Piece, Spool
-from finesight.errors import UserError, printable
+from finesight.errors import UserError, escaped_json
 from finesight.storage import write_folder, write_pieces
 
 DESCRIBED = 5
@@ -327,7 +327,7 @@ def _other_format(row: Row, reading: Reading, form: Format) -> str | None:
 def _left_out(row: Row, problem: UserError) -> bytes:
     """The line of left_out.jsonl for a row."""
     line = {"place": row.place, "reason": reason_of(problem), "problem": str(problem)}
-    return f"{as_line({key: printable(text) for key, text in line.items()})}\n".encode()
+    return f"{escaped_json(as_line(line))}\n".encode()
 
 
 def _refusal(

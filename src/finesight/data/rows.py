@@ -18,6 +18,7 @@ from finesight.data.lines import MARK, numbered_lines, opened
 from finesight.data.parquet_groups import metadata, open_parquet, parquet_module, undamaged
 from finesight.data.parquet_values import batch_rows, check_rows, records
 from finesight.errors import UserError
+from finesight.file_names import readable_name
 
 Record = dict[str, Any]
 """One row as JSON-like data; Parquet adds bytes."""
@@ -41,9 +42,11 @@ class Row:
 
     @property
     def id(self) -> str:
-        """The record's own id, or one made of the file's name and the row's number."""
+        """The record's own id, or one made of the file's name and the row's number; as text that
+        can be written, also where it is the name of a file."""
         own = self.record.get("id")
-        return str(own) if isinstance(own, str | int) else f"{self.stem}-{self.number}"
+        is_own = isinstance(own, str | int)
+        return readable_name(str(own) if is_own else f"{self.stem}-{self.number}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from finesight.data.limits import check_json
 from finesight.data.lines import opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
+from finesight.file_names import readable_name
 from finesight.remote.members import Tar, open_tar_file
 
 TEXTS = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
@@ -87,7 +88,7 @@ def parts_of(member: tarfile.TarInfo) -> tuple[str, str]:
     """What the files of a sample share, and what comes after the first point of the name."""
     folder, slash, name = member.name.rpartition("/")
     stem, _, ending = name.partition(".")
-    return _below(folder or slash) + stem, ending.lower()
+    return _below(folder or slash) + stem, readable_name(ending.lower())
 
 
 @lru_cache(1024)

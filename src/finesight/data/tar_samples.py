@@ -22,6 +22,7 @@ from finesight.data.lines import State, opened, state_of, unchanged
 from finesight.data.tar_rows import Sample as Members
 from finesight.data.tar_rows import parts_of, samples_in
 from finesight.errors import UserError
+from finesight.file_names import readable_name
 from finesight.remote.members import Tar, open_tar_file
 
 
@@ -48,10 +49,13 @@ class TarSamples:
         with unchanged(self.path, self.state), open_tar_file(self.path, start) as tar:
             members = list(itertools.takewhile(lambda one: one.offset < stop, tar.headers()))
             content, folder = _json(tar, members)
+        folder = readable_name(folder)
         sample = parse(content, self.where(index))
+        # By their names and, where these are not UTF-8, by what they say.
         beside = {
-            member.name: in_tar(member.offset_data, member.size, posixpath.basename(member.name))
+            name: in_tar(member.offset_data, member.size, posixpath.basename(member.name))
             for member in members
+            for name in (member.name, readable_name(member.name))
         }
 
         def placed(name: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from finesight.errors import UserError
+from finesight.file_names import DOS, decoded_name, readable_name
 from finesight.regular_file import open_regular
 from finesight.remote.inside import inside
 from finesight.remote.members import PIECE, Tar, counted, intact, open_tar_file, too_much
@@ -29,6 +32,11 @@ MOST_RATIO = 100
 
 FREE_BYTES = 100 * 10**6
 """So many come out of any archive before the ratio counts: small ones may be very regular."""
+
+_IS_UTF8 = 0x800
+"""The flag of a zip archive's member whose name is UTF-8."""
+
+_UNICODE_PATH = 0x7075
 
 _BESIDES = ("__MACOSX/", ".DS_Store", "Thumbs.db")
 
@@ -79,7 +87,7 @@ def unpack(archive: Path, target: Path) -> None:
         for member in members:
             if any(part in member.name for part in _BESIDES):
                 continue
-            path = inside(target, member.name, str(archive))
+            path = inside(target, readable_name(member.name), str(archive))
             budget.member(path)
             make_folder(path.parent)
             with member.open() as source, path.open("xb") as out:
@@ -115,8 +123,33 @@ def _zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Member]:
         if info.is_dir():
             inside(archive, info.filename.rstrip("/") or "/", str(archive))
             continue
-        # The name as it stands in the file: ZipFile cuts at a zero byte and turns backslashes.
-        yield _Member(info.orig_filename, partial(file.open, info))
+        yield _Member(_zip_name(info), partial(file.open, info))
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name as it stands in the file: ZipFile cuts at a zero byte and turns backslashes.
+
+    One that is not said to be UTF-8 may have its UTF-8 in a field of its own. Else it is in the
+    encoding of whoever made the archive: UTF-8 or GBK if it can be, as ZipFile has it if not.
+    """
+    name = info.orig_filename
+    if info.flag_bits & _IS_UTF8:
+        return name
+    try:
+        content = name.encode(DOS)
+        return _unicode_name(info.extra, content) or decoded_name(content)
+    except UnicodeError:
+        return name
+
+
+def _unicode_name(extra: bytes, name: bytes) -> str | None:
+    """The name in Info-ZIP's field for UTF-8, which holds a checksum of the other one."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        field_, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and field_[:5] == b"\1" + struct.pack("<I", zlib.crc32(name)):
+            return field_[5:].decode()
+    return None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.child_processes import FileLock
@@ -122,7 +123,16 @@ class Run:
         """Write manifest and recipe; with the manifest, the first file, the folder counts as a
         run: whatever else is in a folder without one belongs to somebody else."""
         sweep(self.folder)
-        write_file(self.folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        try:
+            text = manifest.model_dump_json(indent=1)
+        except PydanticSerializationError as error:
+            raise UserError(
+                "a path of the recipe has a name that is not UTF-8, which no manifest can hold",
+                where=str(self.folder),
+                expected="model, data and output in folders whose names are UTF-8",
+                remedy="rename the folder; `finesight data import` gives images such names",
+            ) from error
+        write_file(self.folder / MANIFEST, f"{text}\n".encode())
         write_file(self.folder / RECIPE, dump_recipe(recipe).encode())
 
     def keep_metric(self, recipe: Recipe) -> None:

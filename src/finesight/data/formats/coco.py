@@ -14,7 +14,6 @@ holds them all, else the one that holds most. Of several folders the document's 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_count
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.data.sample import Message, Part
 from finesight.errors import UserError
+from finesight.file_names import existing
 
 CAPTION_PROMPT = "Describe the picture."
 """What is asked of a picture with captions unless --prompt says other."""
@@ -84,7 +84,7 @@ def open_document(source: Path) -> tuple[Rows, str] | None:
         record = {
             "id": Path(name).stem,
             "image": image,
-            "path": str(folder / name),
+            "path": str(existing(folder, name) or folder / name),
             "annotations": by_image.get(str(image.get("id")), []),
             "names": names if boxed else None,
         }
@@ -177,7 +177,7 @@ def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
     most, best = 0, list[Path]()
     for places in _places(source.parent.resolve() / source.name):
         looked += places
-        found = {place: sum(os.path.exists(place / name) for name in names) for place in places}
+        found = {place: sum(existing(place, n) is not None for n in names) for place in places}
         if max(found.values(), default=0) > most:
             most = max(found.values())
             best = [place for place in places if found[place] == most]
@@ -202,7 +202,7 @@ def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
 
 
 def _file_name(image: Record) -> str:
-    """With slashes, also where tools on Windows wrote backslashes."""
+    """With slashes, also where tools on Windows wrote backslashes: a stem is told by these."""
     return str(image.get("file_name")).replace("\\", "/")
 
 

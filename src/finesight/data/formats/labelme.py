@@ -35,6 +35,7 @@ from finesight.data.limits import MAX_BOXES, check_count, check_json
 from finesight.data.lines import LARGEST_LINE, opened
 from finesight.data.rows import Record, Row, Rows
 from finesight.errors import UserError
+from finesight.file_names import existing
 
 VERSION = "5.5.0"
 """The version of LabelMe whose files these are written like."""
@@ -138,11 +139,11 @@ def _marked(shape: Record, noted: Counter[str]) -> Iterator[Marked]:
 
 def _picture(file: Path, record: Record) -> str | bytes:
     """Its path, also one as Windows writes it, or its bytes where no file is there."""
-    named = file.parent / str(record.get("imagePath") or "")
-    places = [named, file.parent / str(record.get("imagePath")).replace("\\", "/")]
-    for place in places:
-        if os.path.isfile(place):
-            return str(place)
+    name = str(record.get("imagePath") or "")
+    named = file.parent / name
+    found = existing(file.parent, name)
+    if found is not None and os.path.isfile(found):
+        return str(found)
     data = record.get("imageData")
     if not isinstance(data, str) or not data:
         return str(named)  # refused with its path by whoever takes the picture

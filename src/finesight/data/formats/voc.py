@@ -32,6 +32,7 @@ from finesight.data.limits import LARGEST_LABELS
 from finesight.data.numbers import whole_number
 from finesight.data.rows import Row, Rows
 from finesight.errors import UserError
+from finesight.file_names import existing
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 FLAGS = ("difficult", "truncated", "occluded")
@@ -152,7 +153,8 @@ def _picture(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
     name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
     folder = root.findtext("folder", "").strip()
     homes = [file.parent, *(file.parent.parent / inner for inner in (*FOLDERS, folder))]
-    found = next((home / name for home in homes if os.path.isfile(home / name)), None)
+    places = (existing(home, name) for home in homes)
+    found = next((place for place in places if place and os.path.isfile(place)), None)
     if found is not None or not required:
         return found or homes[0] / name
     raise DamagedPicture(

@@ -41,6 +41,7 @@ from finesight.data.lines import opened
 from finesight.data.numbers import whole_number
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.errors import UserError
+from finesight.file_names import existing
 from finesight.yaml_text import parsed
 
 CENTRE_AND_SIZE = BoxForm(format="cxcywh", units="1")
@@ -203,14 +204,15 @@ def _place(entry: str, root: str, file: Path, split: str) -> Path:
     than there is, and a `path` from a folder of their own on."""
     home = file.parent
     inner = _UPWARDS.sub("", entry)
-    places = [home / root / entry, home / entry, home / Path(root).name / entry, home / inner]
-    for place in places:
-        if os.path.exists(place):
-            return place
+    names = [os.path.join(root, entry), entry, os.path.join(Path(root).name, entry), inner]
+    for name in names:
+        found = existing(home, name)
+        if found is not None:
+            return found
     raise UserError(
         f"{split}: {entry} is not found",
         where=str(file),
-        expected=f"one of {', '.join(dict.fromkeys(map(str, places)))}",
+        expected=f"one of {', '.join(dict.fromkeys(str(home / name) for name in names))}",
         remedy=f"correct `{split}` or `path`, from the folder of {file.name} on",
     )
 
@@ -219,7 +221,9 @@ def _pictures_at(place: Path) -> list[Path]:
     if os.path.isdir(place):
         return inventory(place).pictures()
     lines = [line.strip() for line in os.fsdecode(read_bytes(place)).split("\n")]
-    listed_pictures = [place.parent / line for line in lines if line]
+    listed_pictures = [
+        existing(place.parent, line) or place.parent / line for line in lines if line
+    ]
     unnamed = next((picture for picture in listed_pictures if not picture.name), None)
     if unnamed is not None:
         raise UserError(

@@ -1,0 +1,270 @@
+"""Data sets whose files are called in GBK, as unzip leaves them, from import to training."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from scenery import paint, write_jsonl
+from small_run import make_task
+from test_file_names import CAT, in_gbk
+
+from finesight.cli.app import run
+from finesight.data.importing import Summary, import_file
+from finesight.data.jsonl import read_samples
+from finesight.data.opening import Request
+from finesight.data.origins import brought
+from finesight.data.sources import samples_at
+from finesight.digests import verify_folder
+
+NAME = f"{CAT}.jpg"
+
+
+def image() -> bytes:
+    content = io.BytesIO()
+    Image.new("L", (40, 20)).save(content, "JPEG")
+    return content.getvalue()
+
+
+def imported(source: Path, out: Path, **request: object) -> Summary:
+    with brought(str(source), out, Request(**request)) as found:  # type: ignore[arg-type]
+        return import_file(found.path, out, found.request)
+
+
+def plain_folder(folder: Path) -> Path:
+    paint(folder / in_gbk(NAME))
+    (folder / in_gbk(f"{CAT}.txt")).write_text("a cat")
+    return folder
+
+
+def folder_in_gbk(folder: Path) -> Path:
+    paint(folder / in_gbk(CAT) / in_gbk(CAT) / "a.jpg")
+    (folder / in_gbk(CAT) / in_gbk(CAT) / "a.txt").write_text("a cat")
+    return folder / in_gbk(CAT)
+
+
+def rows(folder: Path) -> Path:
+    paint(folder / in_gbk(CAT) / in_gbk(NAME))
+    row = {"image": f"{CAT}\\{NAME}", "query": "?", "response": "a cat"}
+    return write_jsonl(folder / "a.jsonl", [row])
+
+
+def rows_in_gbk(folder: Path) -> Path:
+    """The file of rows is called in GBK, and so are ids that are made of its name."""
+    paint(folder / "a.jpg")
+    row = {"image": "a.jpg", "query": "?", "response": "a cat"}
+    return write_jsonl(folder / in_gbk(f"{CAT}.jsonl"), [row])
+
+
+def yolo(folder: Path) -> Path:
+    paint(folder / in_gbk(NAME))
+    (folder / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
+    (folder / "classes.txt").write_text(CAT)
+    return folder
+
+
+def yolo_list(folder: Path) -> Path:
+    paint(folder / "images" / in_gbk(NAME))
+    (folder / "labels").mkdir()
+    (folder / "labels" / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
+    (folder / "list.txt").write_bytes(f"./images/{NAME}\n".encode("gbk"))
+    (folder / "data.yaml").write_text(f"names: [{CAT}]\ntrain: list.txt\n")
+    return folder
+
+
+def voc(folder: Path) -> Path:
+    paint(folder / in_gbk(NAME))
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    (folder / in_gbk(f"{CAT}.xml")).write_text(
+        f"<annotation><filename>{NAME}</filename><object><name>{CAT}</name>{box}</object>"
+        "</annotation>"
+    )
+    return folder
+
+
+def labelme(folder: Path) -> Path:
+    paint(folder / in_gbk(NAME))
+    shape = {"label": CAT, "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    (folder / in_gbk(f"{CAT}.json")).write_text(json.dumps({"imagePath": NAME, "shapes": [shape]}))
+    return folder
+
+
+def coco(folder: Path) -> Path:
+    paint(folder / "images" / in_gbk(NAME))
+    document = {
+        "images": [{"id": 1, "file_name": NAME}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}],
+        "categories": [{"id": 1, "name": CAT}],
+    }
+    (folder / "a.json").write_text(json.dumps(document))
+    return folder / "a.json"
+
+
+class _Unflagged(zipfile.ZipInfo):
+    """A member as Windows writes it: its name in GBK, which no flag says."""
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode("gbk"), 0
+
+
+def zipped(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr(_Unflagged(f"{CAT}/{NAME}"), image())
+        archive.writestr(_Unflagged(f"{CAT}/{CAT}.txt"), "a cat")
+    return folder / "a.zip"
+
+
+def tarred(folder: Path) -> Path:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", encoding="gbk") as archive:
+        for name, data in ((f"{CAT}/{NAME}", image()), (f"{CAT}/{CAT}.txt", b"a cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    folder.mkdir(exist_ok=True)
+    (folder / "a.tar.gz").write_bytes(gzip.compress(content.getvalue()))
+    (folder / "a.tar").write_bytes(content.getvalue())
+    return folder / "a.tar.gz"
+
+
+def web_dataset(folder: Path) -> Path:
+    tarred(folder)
+    return folder / "a.tar"
+
+
+MADE = [
+    *(plain_folder, folder_in_gbk, rows, rows_in_gbk, yolo, yolo_list, voc, labelme, coco),
+    *(zipped, tarred, web_dataset),
+]
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_every_source_in_gbk_is_imported(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    request: dict[str, object] = {}
+    if make in (plain_folder, folder_in_gbk, zipped, tarred):
+        request = {"prompt": "?"}
+    elif make is web_dataset:
+        request = {"columns": {"image": "image", "answer": "txt"}, "prompt": "?"}
+    out = tmp_path / "out"
+    assert imported(make(tmp_path / "set"), out, **request).written[0].samples == 1
+    (sample,) = read_samples(out / "data.jsonl")
+    shown = out / sample.messages[0].content[0].image
+    assert shown.is_file()
+    assert os.fsencode(out / "data.jsonl").decode()
+    assert all(os.fsencode(path).decode() for path in out.rglob("*"))
+    if make not in (folder_in_gbk, rows_in_gbk, web_dataset):
+        assert shown.name == NAME
+    if make is not rows:
+        assert CAT in sample.id or make is folder_in_gbk
+    verify_folder(out)
+
+
+def test_names_that_become_the_same_are_both_kept(tmp_path: Path) -> None:
+    """One is called in GBK and the other, of the same characters, in UTF-8."""
+    for shade, name in enumerate((CAT, in_gbk(CAT))):
+        paint(tmp_path / "set" / f"{name}.png", shade=shade * 99)
+        (tmp_path / "set" / f"{name}.txt").write_text(f"shade {shade * 99}")
+    imported(tmp_path / "set", tmp_path / "out", prompt="?", copy_pictures=True)
+    samples = read_samples(tmp_path / "out" / "data.jsonl")
+    assert len({sample.id for sample in samples}) == 2
+    for sample in samples:
+        picture = Image.open(tmp_path / "out" / sample.messages[0].content[0].image)
+        assert sample.messages[-1].content[0].text == f"shade {picture.getpixel((0, 0))}"
+
+
+def test_a_name_in_the_field_for_utf_8(tmp_path: Path) -> None:
+    """As other programs write it beside a name in any encoding."""
+    import struct
+    import zlib
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for suffix, data in ((".jpg", image()), (".txt", b"a cat")):
+            member = zipfile.ZipInfo(f"x{suffix}")
+            check = struct.pack("<I", zlib.crc32(f"x{suffix}".encode()))
+            field = b"\1" + check + f"{CAT}{suffix}".encode()
+            member.extra = struct.pack("<HH", 0x7075, len(field)) + field
+            archive.writestr(member, data)
+    imported(tmp_path / "a.zip", tmp_path / "out", prompt="?")
+    assert (tmp_path / "out" / "pictures" / NAME).is_file()
+
+
+def test_a_tar_to_train_on_whose_names_are_in_gbk(tmp_path: Path) -> None:
+    sample = {
+        "id": "1",
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": NAME}]},
+            {"role": "assistant", "content": "a cat"},
+        ],
+    }
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="gbk") as archive:
+        for name, data in ((NAME, image()), (f"{CAT}.json", json.dumps(sample).encode())):
+            member = tarfile.TarInfo(f"{CAT}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    located = samples_at(tmp_path / "a.tar").located(0)
+    assert "/@" in str(located.path(located.sample.messages[0].content[0].image))
+
+
+def test_from_import_to_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source lies in a folder that is called in GBK as well; what is made of it does not, and
+    a run in such a folder is refused."""
+    recipe = make_task(tmp_path / "task", samples=4, held_out=2)
+    home = tmp_path / in_gbk(CAT)
+    (home / in_gbk(CAT)).mkdir(parents=True)
+    for number, picture in enumerate(sorted((tmp_path / "task").glob("train*.png"))):
+        shutil.copy(picture, home / in_gbk(CAT) / in_gbk(f"{CAT}{number}.png"))
+    names = [f"{CAT}/{CAT}{number}.png" for number in range(4)]
+    write_jsonl(home / "a.jsonl", [{"image": n, "query": "?", "response": "x"} for n in names])
+    monkeypatch.chdir(home)
+    assert run(["data", "check", "a.jsonl", "--fix", str(tmp_path / "fixed")]) == 0
+    assert run(["data", "import", "a.jsonl", str(tmp_path / "data")]) == 0
+    recipe["data"] = {"train": str(tmp_path / "data" / "data.jsonl")}
+    recipe["output"] = str(tmp_path / "run")
+    recipe["train"] |= {"epochs": 1, "batch": 2, "save_every": 10}
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(["data", "check", "r.yaml"]) == 0
+    assert run(["data", "show", "r.yaml", "--json"]) == 0
+    assert run(["train", "r.yaml"]) == 0
+    monkeypatch.chdir(home)
+    shutil.copytree(recipe["model"], "tiny")
+    Path("r.yaml").write_text(yaml.safe_dump(recipe | {"output": "run", "model": "tiny"}))
+    capsys.readouterr()
+    assert run(["train", "r.yaml"]) == 2
+    assert "a name that is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str]) -> None:
+    """To a terminal that takes nothing but UTF-8."""
+    folder = plain_folder(tmp_path / in_gbk(CAT))
+    (folder / in_gbk("\u4e2d.jpg")).write_text("no picture")
+    (folder / in_gbk("\u4e2d.txt")).write_text("x")
+    code = "from finesight.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "data", "check", str(folder), "--prompt", "?", *options]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr.decode(errors="replace")
+    assert b"not a picture" in done.stdout
+    for line in done.stdout.splitlines() if options else []:
+        json.loads(line.decode())

@@ -360,3 +360,13 @@ def test_lists_of_paths_that_name_no_file(tmp_path: Path) -> None:
     for line in ("/", ".", "a\0b.png", "x" * 5000 + ".png"):
         (tmp_path / "set" / "list.txt").write_text(f"a.png\n{line}\n")
         refusal(tmp_path / "set")
+
+
+@pytest.mark.parametrize("request_", [{"eval_last": 1}, {"split": 0.5, "seed": 1}])
+def test_no_file_without_samples_is_written(tmp_path: Path, request_: dict[str, Any]) -> None:
+    """Images without a text are rows, too, but say nothing: here all that are trained on."""
+    for number, name in enumerate("ab"):
+        paint(tmp_path / "set" / f"{name}.png", shade=number)
+    (tmp_path / "set" / "b.txt").write_text("a house")
+    error = refusal(tmp_path / "set", prompt="?", **request_)
+    assert "would hold no samples: its 1 rows say nothing" in error.what

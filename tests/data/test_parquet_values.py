@@ -99,14 +99,6 @@ def test_rows_that_take_no_bytes(tmp_path: Path) -> None:
         open_rows(path)
 
 
-def test_lists_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "a.parquet", {"a": pyarrow.array([[0] * 1000] * 2)})
-    assert len(read(path)[1]["a"]) == 1000
-    monkeypatch.setattr(parquet_values, "MOST_VALUES", 1999)
-    with pytest.raises(UserError, match=r"2,000 values of a\.[\s\S]*row_group_size=1000"):
-        open_rows(path)
-
-
 def test_rows_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.parquet", {"a": ["x" * n for n in (10, 3000, 10)]})
     monkeypatch.setattr(parquet_values, "LARGEST_ROW", 4000)

@@ -381,7 +381,16 @@ def _parts(rows: list[Cases], request: Request) -> list[_Part]:
         _Part("train.jsonl", [rows[place] for place in train]),
         _Part("eval.jsonl", [rows[place] for place in held_out], measured=True),
     ]
-    return parts if train else parts[1:]
+    parts = parts if train else parts[1:]
+    for part in parts:
+        if not len(part):
+            raise UserError(
+                f"{part.name} would hold no samples: its {len(part.rows)} rows say nothing",
+                where="the rows held out",
+                expected="rows with answers on both sides",
+                remedy="hold out other rows, or another share of them",
+            )
+    return parts
 
 
 def _images(cases: Cases) -> Iterator[str]:

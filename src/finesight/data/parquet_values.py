@@ -20,9 +20,6 @@ LARGEST_ROW = 2**28
 LARGEST_BATCH = 2**29
 """Bytes that the rows of a batch take, at most, where values repeat."""
 
-MOST_VALUES = 2**26
-"""Values of a column of lists in one row group: those of a row are read at once."""
-
 MOST_ROWS = 64
 """Rows that are read at once."""
 
@@ -34,48 +31,30 @@ _UNREPRESENTABLE = (ValueError, OverflowError, LookupError)
 """What a date out of range, or an unknown time zone, raises when it is turned into Python's."""
 
 
-def check_rows(path: Path, metadata: Any) -> None:
-    """Refuse a file of more rows than bytes, or with lists that no memory would hold.
+def check_rows(path: Path, rows: int) -> None:
+    """Refuse a file of more rows than bytes.
 
     Raises:
-        UserError: The file is one that would take hours, or fill the memory, to read.
+        UserError: All rows are the same, and reading them would take hours or fill the memory.
     """
     size = path.stat().st_size
-    if metadata.num_rows > max(SURE_ROWS, size):
+    if rows > max(SURE_ROWS, size):
         raise UserError(
-            f"{metadata.num_rows:,} rows in {size:,} bytes: they are all the same",
+            f"{rows:,} rows in {size:,} bytes: they are all the same",
             where=str(path),
             expected="rows that differ, at least a byte for each",
             remedy="check how the file was made; write each row once",
         )
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for place in range(group.num_columns):
-            column = group.column(place)
-            if column.num_values > max(MOST_VALUES, group.num_rows):
-                raise UserError(
-                    f"{column.num_values:,} values of {column.path_in_schema} in one row group",
-                    where=str(path),
-                    expected=f"at most {MOST_VALUES:,}",
-                    remedy="write the file with row_group_size=1000",
-                )
 
 
 def batch_rows(group: Any) -> int:
     """Return how many rows of a row group to read at once.
 
-    A dictionary holds a value once for all rows that have it: read, each has its own.
+    A dictionary holds a value once for all rows that have it: read, each row has its own. The group
+    is asked for its size alone: asked for a damaged column, pyarrow ends the process.
     """
-    columns = [group.column(place) for place in range(group.num_columns)]
-    largest = max(
-        (
-            column.total_uncompressed_size
-            for column in columns
-            if any("DICTIONARY" in encoding for encoding in column.encodings)
-        ),
-        default=1,
-    )
-    return max(1, min(MOST_ROWS, LARGEST_BATCH // max(1, largest)))
+    size: int = group.total_byte_size
+    return max(1, min(MOST_ROWS, LARGEST_BATCH // max(1, size)))
 
 
 def records(batch: Any, where: str) -> Iterator[dict[str, Any]]:

@@ -270,7 +270,7 @@ def _parquet(source: Path) -> Rows:
     if not source.exists():
         read_bytes(source)  # says it in our words
     found = metadata(source)
-    check_rows(source, found)
+    check_rows(source, found.num_rows)
 
     def select(start: int, stop: int) -> Iterator[Row]:
         with undamaged(source), open_parquet(source) as table:

@@ -154,7 +154,8 @@ class _Objects:
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
         kind = objects.get("bbox_type") or "real"
         unknown = objects.keys() - {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
-        if unknown or kind not in FORMS or (holds(value) and not objects):
+        is_known = isinstance(kind, str) and kind in FORMS
+        if unknown or not is_known or (holds(value) and not objects):
             raise UserError(
                 f"objects {str(value)[:80]}",
                 expected="{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: numbers}",

@@ -41,7 +41,7 @@ def paths_of(sample: Sample) -> Iterator[str]:
 
 def _order(sample: Sample, place: Place) -> Iterator[Finding]:
     try:
-        check_order(sample, "")
+        check_order(sample.messages, "")
     except BadTurns as problem:
         yield problem_finding(problem, place)
 

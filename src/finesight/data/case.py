@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finesight.data.rules import BadTurns
-from finesight.data.sample import Message, Part, Sample, TextPart
+from finesight.data.sample import Message, Part, Role, Sample, TextPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,27 @@ def answer_id(name: str, number: int) -> str:
     return f"{name}-{number}"
 
 
-def case_of(name: str, messages: Sequence[Message], meta: dict[str, Any]) -> Case:
-    """A case with the last message as its one answer. Raises UserError if it is not one."""
-    if not messages or messages[-1].role != "assistant":
+def case_of(
+    name: str, messages: Sequence[tuple[Role, tuple[Part, ...]]], meta: dict[str, Any]
+) -> Case:
+    """Build a case whose last message is its only answer.
+
+    Args:
+        name: The id of the case.
+        messages: Role and content of each message.
+        meta: Further fields of the row.
+
+    Raises:
+        BadTurns: The last message is not the assistant's.
+    """
+    if not messages or messages[-1][0] != "assistant":
         raise BadTurns(
             f"{len(messages)} messages without an answer at the end",
             expected="an assistant's message at the end",
             remedy="add the answer, or leave the row out",
         )
-    return Case(name, tuple(messages[:-1]), (messages[-1].content,), meta=meta)
+    turns = tuple(Message(role=role, content=content) for role, content in messages[:-1])
+    return Case(name, turns, (messages[-1][1],), meta=meta)
 
 
 def text_of(content: tuple[Part, ...]) -> str:

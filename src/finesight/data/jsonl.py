@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,29 +131,40 @@ as_line = json.JSONEncoder(ensure_ascii=False).encode
 def as_record(sample: Sample, renamed: Callable[[str], str] | None = None) -> dict[str, Any]:
     """The sample as JSON data, without the keys that say nothing (no label, no references); its
     images and frames as `renamed`, where that is given."""
+    fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)
+    return {"id": sample.id, **fields}
+
+
+def sample_fields(
+    messages: Sequence[Message],
+    references: Sequence[str],
+    meta: dict[str, Any],
+    renamed: Callable[[str], str],
+) -> dict[str, Any]:
+    """Build the JSON fields of a sample except its id, as `as_record` does."""
     record: dict[str, Any] = {
-        "id": sample.id,
         "messages": [
             {
                 "role": message.role,
-                "content": [_part_record(part, renamed or str) for part in message.content],
+                "content": [_part_record(part, renamed) for part in message.content],
             }
-            for message in sample.messages
+            for message in messages
         ],
     }
-    if sample.references:
-        record["references"] = list(sample.references)
-    if sample.meta:
-        record["meta"] = json_data(sample.meta)
+    if references:
+        record["references"] = list(references)
+    if meta:
+        record["meta"] = json_data(meta)
     return record
 
 
 def _part_record(part: Part, renamed: Callable[[str], str]) -> dict[str, Any]:
-    if isinstance(part, TextPart):
+    # Comparing the tag is faster than isinstance: the metaclass of pydantic models is ABCMeta.
+    if part.type == "text":
         return {"type": "text", "text": part.text}
-    if isinstance(part, ImagePart):
+    if part.type == "image":
         return {"type": "image", "image": renamed(part.image)}
-    if isinstance(part, VideoPart):
+    if part.type == "video":
         return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
     label = {} if part.label is None else {"label": part.label}
     xyxy = [shortest(number) for number in part.xyxy]

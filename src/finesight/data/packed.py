@@ -55,7 +55,7 @@ def draft_packed(place: Path | str, request: Request, saved: Path) -> Drafts:
 
     def read(row: Row, reading: Reading) -> Case:
         located = samples.located(row.number - 1)
-        check_order(located.sample, "")  # a case has no place for other orders
+        check_order(located.sample.messages, "")  # a case has no place for other orders
         sample = located.sample.with_files(lambda name: str(located.path(name).absolute()))
         return samples_format.case_of(sample, reading)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from finesight.data.boxes import ROUNDING, BadBox
 from finesight.data.limits import (
@@ -12,8 +13,11 @@ from finesight.data.limits import (
     MAX_PARTS,
     check_count,
 )
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import BoxPart, Message, Sample
 from finesight.errors import UserError
+
+MAX_LISTED_ROLES = 10
+"""Roles that an error message lists; it counts the others."""
 
 
 class BadTurns(UserError):
@@ -32,56 +36,71 @@ def check_sample(sample: Sample, where: str, *, answered: bool = True) -> None:
     stand in user turns; boxes have an area and name a picture of the sample. Whether they lie
     inside of it needs the picture's header: `finesight data import` and the renderer see to it.
     """
-    check_counts(sample, where)
-    check_order(sample, where, answered=answered)
+    check_messages(sample.messages, sample.references, where, answered=answered)
+
+
+def check_messages(
+    messages: Sequence[Message], references: Sequence[str], where: str, *, answered: bool = True
+) -> None:
+    """Refuse the messages and references of a sample as `check_sample` does."""
+    check_limits(messages, references, where)
+    check_order(messages, where, answered=answered)
     pictures, boxes = 0, list[BoxPart]()
-    for number, message in enumerate(sample.messages):
+    for number, message in enumerate(messages):
         is_said = is_shown = False
         for part in message.content:
-            if isinstance(part, TextPart):
+            if part.type == "text":
                 is_said = is_said or (part.text != "" and not part.text.isspace())
-            elif isinstance(part, BoxPart):
+            elif part.type == "box":
                 boxes.append(part)
             else:
                 is_shown = True
-                pictures += isinstance(part, ImagePart)
+                pictures += part.type == "image"
         if is_shown and message.role != "user":
             raise _shown_by_another(message, f"{where}, message {number}")
-        if not (is_said or is_shown) and not any(isinstance(p, BoxPart) for p in message.content):
+        if not (is_said or is_shown or any(part.type == "box" for part in message.content)):
             raise _empty(message, f"{where}, message {number}")
     for box in boxes:
         _check_box(box, pictures, where)
 
 
-def check_counts(sample: Sample, where: str) -> None:
+def check_limits(messages: Sequence[Message], references: Sequence[str], where: str) -> None:
     """Refuse a sample of too many messages, parts or boxes. Raises TooMany at `where`."""
-    check_count(len(sample.messages), MAX_MESSAGES, "messages", where)
-    parts = sum(len(message.content) for message in sample.messages)
+    check_count(len(messages), MAX_MESSAGES, "messages", where)
+    check_count(len(references), MAX_ANSWERS, "references", where)
+    parts = 0
+    for message in messages:
+        parts += len(message.content)
     if parts > MAX_BOXES:
-        check_count(sum(isinstance(p, BoxPart) for p in sample.parts()), MAX_BOXES, "boxes", where)
+        boxes = sum(part.type == "box" for message in messages for part in message.content)
+        check_count(boxes, MAX_BOXES, "boxes", where)
         check_count(parts, MAX_PARTS, "parts", where)
-    check_count(len(sample.references), MAX_ANSWERS, "references", where)
 
 
-def check_order(sample: Sample, where: str, *, answered: bool = True) -> None:
+def check_order(messages: Sequence[Message], where: str, *, answered: bool = True) -> None:
     """Refuse, as BadTurns, roles that are not in the order that `check_sample` speaks of."""
-    roles = [message.role for message in sample.messages]
+    roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
     if not turns or not in_turn:
         raise BadTurns(
-            f"the messages' roles are {', '.join(roles)}",
+            f"the messages' roles are {_listed(roles)}",
             where=where,
             expected="an optional system, then user and assistant in turn, starting with user",
             remedy="put the messages in order; join two turns of the same role into one",
         )
     if answered and turns[-1] != "assistant":
         raise BadTurns(
-            f"the messages' roles are {', '.join(roles)}: there is no answer at the end",
+            f"the messages' roles are {_listed(roles)}: there is no answer at the end",
             where=where,
             expected="an assistant message at the end",
             remedy="add the answer, or leave the sample out (only prediction needs no answer)",
         )
+
+
+def _listed(roles: Sequence[str]) -> str:
+    more = len(roles) - MAX_LISTED_ROLES
+    return ", ".join(roles[:MAX_LISTED_ROLES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shown_by_another(message: Message, where: str) -> BadTurns:

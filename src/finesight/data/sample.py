@@ -65,12 +65,16 @@ class BoxPart(Record):
 Part = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminator("type")]
 
 
+Role = Literal["system", "user", "assistant"]
+"""Who says a message."""
+
+
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Message(Record):
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: Annotated[tuple[Part, ...], BeforeValidator(_as_parts)]
 
 

@@ -27,10 +27,10 @@ from finesight.data.formats.format import (
     worded,
 )
 from finesight.data.formats.picture_path import is_path
-from finesight.data.formats.turns import Role, Turn, images_of, read_turns, said_in, turns_of
+from finesight.data.formats.turns import Turn, images_of, read_turns, said_in, turns_of
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import ImagePart, Part
+from finesight.data.sample import ImagePart, Part, Role
 from finesight.errors import UserError
 
 MARK = re.compile(

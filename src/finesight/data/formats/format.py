@@ -119,8 +119,7 @@ class Reading:
 
         A prompt after text starts a new line. Raises UserError when there is no word at all.
         """
-        said = any(isinstance(part, TextPart) and part.text.strip() for part in parts)
-        if self.prompt is None and not said:
+        if self.prompt is None and not any(p.type == "text" and p.text.strip() for p in parts):
             raise UserError(
                 f"a question without words (pictures: {len(parts)})",
                 expected="something that the model is asked about the picture",
@@ -267,13 +266,22 @@ def worded(text: str) -> TextPart:
 def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
     """The parts, neighbouring texts as one."""
     whole: list[Part] = []
+    run: list[TextPart] = []
     for part in parts:
-        before = whole[-1] if whole else None
-        if isinstance(part, TextPart) and isinstance(before, TextPart):
-            whole[-1] = TextPart(text=before.text + part.text)
-        else:
-            whole.append(part)
+        if part.type == "text":
+            run.append(part)
+            continue
+        if run:
+            whole.append(_joined(run))
+            run = []
+        whole.append(part)
+    if run:
+        whole.append(_joined(run))
     return tuple(whole)
+
+
+def _joined(run: Sequence[TextPart]) -> TextPart:
+    return run[0] if len(run) == 1 else TextPart(text="".join(part.text for part in run))
 
 
 def refuse_unread(record: Record, keys: Iterable[str] = UNREAD_KEYS) -> None:

@@ -40,7 +40,6 @@ from finesight.data.formats.format import (
 )
 from finesight.data.formats.query import placed
 from finesight.data.formats.turns import (
-    Role,
     Turn,
     history_of,
     images_of,
@@ -50,7 +49,7 @@ from finesight.data.formats.turns import (
 )
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, Message, Part, TextPart, shortest
+from finesight.data.sample import BoxPart, Message, Part, Role, TextPart, shortest
 from finesight.errors import UserError
 
 MARK = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")

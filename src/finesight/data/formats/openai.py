@@ -30,12 +30,12 @@ from finesight.data.formats.format import (
     refuse_unread,
     worded,
 )
-from finesight.data.formats.turns import Role, images_of, notes_of, refuse_more, role_of
+from finesight.data.formats.turns import images_of, notes_of, refuse_more, role_of
 from finesight.data.jsonl import Located
 from finesight.data.limits import MAX_MESSAGES, check_count
 from finesight.data.pictures import data_url
 from finesight.data.rows import Record, Row
-from finesight.data.sample import ImagePart, Message, Part, TextPart
+from finesight.data.sample import ImagePart, Part, Role, TextPart
 from finesight.errors import UserError
 
 
@@ -73,8 +73,9 @@ def read(row: Row, reading: Reading) -> Case:
         role, content = _said(message)
         parts = [part for item in content for part in _parts(item, role, scene, unplaced)]
         if turns and turns[-1][0] == role:
-            parts = _joined(turns.pop()[1], parts)
-        turns.append((role, parts))
+            _join(turns[-1][1], parts)
+        else:
+            turns.append((role, parts))
     left = len(list(unplaced))
     if left:
         raise MarksDiffer(
@@ -84,7 +85,7 @@ def read(row: Row, reading: Reading) -> Case:
         )
     first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
     made = [
-        Message(role=role, content=reading.asked(parts) if place == first else parts)
+        (role, reading.asked(parts) if place == first else parts)
         for place, (role, parts) in enumerate((role, merged(parts)) for role, parts in turns)
     ]
     return case_of(row.id, made, notes_of(row.record, "messages", "system", *PICTURE_KEYS))
@@ -132,12 +133,11 @@ def _is_picture(item: object) -> bool:
     return isinstance(item, dict) and item.get("type") in ("image_url", "image")
 
 
-def _joined(before: list[Part], after: list[Part]) -> list[Part]:
-    """Two messages of the same role as one turn; text after text starts a new line."""
+def _join(before: list[Part], after: list[Part]) -> None:
+    """Add a message to one of the same role before it; text after text starts a new line."""
     if before and after and isinstance(before[-1], TextPart) and isinstance(after[0], TextPart):
-        line = TextPart(text=f"{before[-1].text}\n{after[0].text}")
-        return [*before[:-1], line, *after[1:]]
-    return before + after
+        before.append(TextPart(text="\n"))
+    before += after
 
 
 def write(samples: Sequence[Located], writing: Writing) -> texts.Files:

@@ -17,10 +17,10 @@ from finesight.data.case import Case
 from finesight.data.formats import texts
 from finesight.data.formats.boxed_text import answer_parts
 from finesight.data.formats.format import Format, Reading, Scene, Writing, worded
-from finesight.data.formats.turns import Role, read_turns, said_in, turns_of
+from finesight.data.formats.turns import read_turns, said_in, turns_of
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import ImagePart, Part, TextPart
+from finesight.data.sample import ImagePart, Part, Role, TextPart
 from finesight.errors import UserError
 
 _PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)

@@ -26,11 +26,11 @@ from finesight.data.formats.format import (
     pieces,
     worded,
 )
-from finesight.data.formats.turns import Role, Turn, history_of, images_of, read_turns
+from finesight.data.formats.turns import Turn, history_of, images_of, read_turns
 from finesight.data.json_boxes import BOX_KEY
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import Part
+from finesight.data.sample import Part, Role
 from finesight.errors import UserError
 
 TAG = re.compile("<image>")

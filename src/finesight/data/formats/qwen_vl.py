@@ -26,10 +26,10 @@ from finesight.data.formats.format import (
     plain,
     refuse_unread,
 )
-from finesight.data.formats.turns import Role, read_turns, said_in, turns_of
+from finesight.data.formats.turns import read_turns, said_in, turns_of
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, ImagePart, Message, Part
+from finesight.data.sample import BoxPart, ImagePart, Message, Part, Role
 from finesight.errors import UserError
 
 _POINT = r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)"

@@ -12,7 +12,7 @@ from finesight.data.formats import texts
 from finesight.data.formats.format import Format, Reading, Writing
 from finesight.data.jsonl import Located, as_record, sample_from
 from finesight.data.rows import Record, Row
-from finesight.data.rules import check_counts, check_order, check_sample
+from finesight.data.rules import check_limits, check_order, check_sample
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 
 
@@ -47,8 +47,8 @@ def read(row: Row, reading: Reading) -> Case:
     """
     sample = sample_from({**row.record, "id": row.id}, "")
     if reading.lenient:
-        check_counts(sample, "")
-        check_order(sample, "")  # a case has no place for other orders
+        check_limits(sample.messages, sample.references, "")
+        check_order(sample.messages, "")  # a case has no place for other orders
     else:
         check_sample(sample, "")
     return case_of(sample.with_files(lambda name: str(reading.pictures.take(name))), reading)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 from finesight.data.case import Case, case_of
 from finesight.data.formats.format import (
@@ -18,10 +17,9 @@ from finesight.data.formats.format import (
 from finesight.data.jsonl import json_data
 from finesight.data.limits import MAX_MESSAGES, MAX_PARTS, check_count
 from finesight.data.rows import Record, Row
-from finesight.data.sample import Message, Part
+from finesight.data.sample import Part, Role
 from finesight.errors import UserError
 
-Role = Literal["system", "user", "assistant"]
 Turn = tuple[Role, str]
 
 ROLES: dict[str, Role] = {
@@ -56,13 +54,13 @@ def read_turns(
     if unread:
         refuse_unread(row.record, unread.difference(read))
     check_count(len(turns), MAX_MESSAGES, "messages")
-    messages: list[Message] = []
+    messages: list[tuple[Role, tuple[Part, ...]]] = []
     asked = False
     for role, text in turns:
         parts = merged(parts_of(role, text))
         if role == "user" and not asked:
             parts, asked = reading.asked(parts), True
-        messages.append(Message(role=role, content=parts))
+        messages.append((role, parts))
     return case_of(row.id, messages, notes_of(row.record, *read))
 
 

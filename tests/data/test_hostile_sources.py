@@ -317,11 +317,54 @@ def test_too_many_answers(tmp_path: Path, record: dict[str, Any], what: str) -> 
         ({"conversations": [{"from": "user", "value": "<|vision_start|>" * 50_000}]}, "the mark"),
         ({"query": "?", "response": "x", "deep": [[]] * 10**6}, "1,000,002 lists and objects"),
         ({"query": "?", "response": '{"bbox_2d": %s}' % ("[" * 900 + "]" * 900)}, "bbox_2d"),
+        ({"messages": [{"role": "user", "content": "x"}] * 9999}, "user, user and 9989 more"),
     ],
 )
 def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what: str) -> None:
     paint(tmp_path / "a.png")
     assert what in refusal(write_jsonl(tmp_path / "a.jsonl", [record])).what
+
+
+@pytest.mark.parametrize(
+    "record", [{"conversation": []}, {"messages": [{"role": "assistant", "content": "x"}]}]
+)
+def test_images_without_a_user_message(tmp_path: Path, record: dict[str, Any]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [record | {"images": ["a.png"] * 2}])
+    assert "2 images but no user message" in refusal(source).what
+
+
+def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
+    swift = {
+        "messages": [
+            {"role": "user", "content": "<ref-object>" * 50_000},
+            {"role": "assistant", "content": "x"},
+        ],
+        "objects": {"ref": ["a" * 20] * 50_000},
+    }
+    openai = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]},
+            {"role": "user", "content": "x" * 3_000_000},
+            *[{"role": "user", "content": "x"}] * 4000,
+            {"role": "assistant", "content": "x"},
+        ]
+    }
+    paint(tmp_path / "a.png")
+    for name, row, size in (("swift", swift, 1_000_000), ("openai", openai, 3_008_000)):
+        out = tmp_path / name
+        import_file(write_jsonl(tmp_path / f"{name}.jsonl", [row]), out, Request())
+        (sample,) = read_samples(out / "data.jsonl")
+        assert len(sample.messages[0].content[-1].text) == size
+
+
+def test_more_classes_than_a_question_may_name(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    source = coco_file(tmp_path / "set", coco_box())
+    document = json.loads(source.read_text())
+    document["categories"] += [{"id": n, "name": f"{n}"} for n in range(2, 100_002)]
+    source.write_text(json.dumps(document))
+    assert "would name 100,001 classes" in refusal(source).what
+    assert imported(source, ask="grounding").written[0].samples == 1
 
 
 def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:

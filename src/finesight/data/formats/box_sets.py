@@ -37,6 +37,9 @@ NOTHING = "none"
 UNREAD = "pictures whose objects are all of kinds that are not read"
 UNASKED = "pictures without objects, of which --ask grounding asks nothing"
 
+MAX_CLASSES = 100_000
+"""Classes that a question may name, which is asked of each image."""
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -83,6 +86,13 @@ def questions(row: Row, pictured: Pictured, reading: Reading, usual: BoxForm) ->
         reading.left_out[UNREAD] += 1
         return []
     if reading.ask == "detection":
+        if len(pictured.classes) > MAX_CLASSES:
+            raise BadOption(
+                f"a question that would name {len(pictured.classes):,} classes",
+                where="--ask detection",
+                expected=f"at most {MAX_CLASSES:,}",
+                remedy="give --ask grounding, which asks for one class at a time",
+            )
         asked = worded(reading.prompt, DETECTION_PROMPT, {"labels": ", ".join(pictured.classes)})
         told = "{labels}" in (reading.prompt if reading.prompt is not None else DETECTION_PROMPT)
         meta = {**pictured.meta, **({"classes": list(pictured.classes)} if told else {})}

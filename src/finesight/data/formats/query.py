@@ -82,7 +82,13 @@ def placed(turns: list[Turn], pictures: int) -> list[Turn]:
             expected="one for each picture, or none",
             remedy="correct the row",
         )
-    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), 0)
+    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
+    if first is None:
+        raise UserError(
+            f"{pictures} images but no user message",
+            expected="a user message that the images belong to",
+            remedy="correct the row",
+        )
     role, text = turns[first]
     return [*turns[:first], (role, "<image>" * pictures + text), *turns[first + 1 :]]
 

@@ -124,7 +124,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     storage.write_pieces(path, lines)
 
 
-as_line = json.JSONEncoder(ensure_ascii=False).encode
+as_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 """Write JSON data as one line of text, which may hold what UTF-8 cannot."""
 
 

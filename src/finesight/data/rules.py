@@ -81,8 +81,8 @@ def check_order(messages: Sequence[Message], where: str, *, answered: bool = Tru
     """Refuse, as BadTurns, roles that are not in the order that `check_sample` speaks of."""
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
-    if not turns or not in_turn:
+    in_turn = turns[::2].count("user") + turns[1::2].count("assistant")
+    if not turns or in_turn < len(turns):
         raise BadTurns(
             f"the messages' roles are {_listed(roles)}",
             where=where,

@@ -84,7 +84,7 @@ class Sample(Record):
     id: str
     messages: tuple[Message, ...] = Field(min_length=1)
     references: tuple[str, ...] = ()
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = Field(default_factory=dict)
 
     def parts(self) -> Iterator[Part]:
         """The parts of all messages, in order."""

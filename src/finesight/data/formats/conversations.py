@@ -38,6 +38,10 @@ MARK = re.compile(
 )
 
 
+KEYS = ("conversations", "system", *PICTURE_KEYS)
+"""Keys of a record that are read."""
+
+
 def detect(records: Sequence[Record]) -> str | None:
     """Turns whatever they hold: formats with marks of their own are asked first."""
     said = [said_in(record) for record in records]
@@ -49,6 +53,11 @@ def detect(records: Sequence[Record]) -> str | None:
 
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
+    return read_conversation(row, reading, turns_of(row.record))
+
+
+def read_conversation(row: Row, reading: Reading, turns: Sequence[Turn]) -> Case:
+    """Build the case of a row from the role and text of each turn."""
     scene = Scene(reading)
     named = images_of(row.record)
     unplaced = iter(named)
@@ -68,8 +77,7 @@ def read(row: Row, reading: Reading) -> Case:
             else:
                 yield worded(piece)
 
-    read_keys = ("conversations", "system", *PICTURE_KEYS)
-    case = read_turns(row, reading, turns_of(row.record), parts_of, *read_keys)
+    case = read_turns(row, reading, turns, parts_of, *KEYS)
     left = len(list(unplaced))
     if left:
         raise MarksDiffer(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from finesight.data.case import Case
 from finesight.data.formats import conversations, texts
 from finesight.data.formats.format import Format, Reading, Writing
-from finesight.data.formats.turns import said_in
+from finesight.data.formats.turns import said_in, turns_of
 from finesight.data.jsonl import Located
 from finesight.data.rows import Record, Row
 from finesight.errors import UserError
@@ -39,17 +39,8 @@ def detect(records: Sequence[Record]) -> str | None:
 
 def read(row: Row, reading: Reading) -> Case:
     """See the head of this file for what is read."""
-    turns = row.record.get("conversations")
-    if isinstance(turns, list):
-        turns = [_without_breaks(turn) for turn in turns]
-    record = {**row.record, "conversations": turns}
-    return conversations.read(Row(row.number, row.place, record, row.stem), reading)
-
-
-def _without_breaks(turn: object) -> object:
-    if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-        return {**turn, "value": turn["value"].replace("<image>\n", "<image>")}
-    return turn
+    turns = [(role, text.replace("<image>\n", "<image>")) for role, text in turns_of(row.record)]
+    return conversations.read_conversation(row, reading, turns)
 
 
 def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:

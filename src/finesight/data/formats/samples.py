@@ -12,7 +12,7 @@ from finesight.data.formats import texts
 from finesight.data.formats.format import Format, Reading, Writing
 from finesight.data.jsonl import Located, as_record, sample_from
 from finesight.data.rows import Record, Row
-from finesight.data.rules import check_limits, check_order, check_sample
+from finesight.data.rules import check_limits, check_order
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 
 
@@ -46,26 +46,29 @@ def read(row: Row, reading: Reading) -> Case:
     A lenient reading keeps faults in the sample; a box without its picture has no raw numbers.
     """
     sample = sample_from({**row.record, "id": row.id}, "")
-    if reading.lenient:
-        check_limits(sample.messages, sample.references, "")
-        check_order(sample.messages, "")  # a case has no place for other orders
-    else:
-        check_sample(sample, "")
+    check_limits(sample.messages, sample.references, "")
+    check_order(sample.messages, "")  # a case has no place for other orders
     return case_of(sample.with_files(lambda name: str(reading.pictures.take(name))), reading)
 
 
 def case_of(sample: Sample, reading: Reading) -> Case:
     """The sample, whose paths are absolute, with its boxes read as those of any row."""
-    pictures = [Path(part.image) for part in sample.parts() if isinstance(part, ImagePart)]
+    if any(part.type == "box" for part in sample.parts()):
+        sample = _with_fitted_boxes(sample, reading)
+    *turns, last = sample.messages
+    return Case(sample.id, tuple(turns), (last.content,), sample.references, sample.meta)
+
+
+def _with_fitted_boxes(sample: Sample, reading: Reading) -> Sample:
+    images = [Path(part.image) for part in sample.parts() if isinstance(part, ImagePart)]
 
     def fitted(part: Part) -> Part:
-        if not isinstance(part, BoxPart) or part.image >= len(pictures):
+        if not isinstance(part, BoxPart) or part.image >= len(images):
             return part
-        xyxy = reading.box(part.xyxy, pictures[part.image], BoxForm(), part.label)
+        xyxy = reading.box(part.xyxy, images[part.image], BoxForm(), part.label)
         return part.model_copy(update={"xyxy": xyxy})
 
-    *turns, last = sample.with_parts(fitted).messages
-    return Case(sample.id, tuple(turns), (last.content,), sample.references, sample.meta)
+    return sample.with_parts(fitted)
 
 
 def write(samples: Sequence[Located], writing: Writing) -> texts.Files:

@@ -50,9 +50,8 @@ def read_turns(
     `read` names the keys of the row that are read; others are kept as notes, and those whose
     meaning would be lost are refused.
     """
-    unread = row.record.keys() & _UNREAD
-    if unread:
-        refuse_unread(row.record, unread.difference(read))
+    if not _UNREAD.isdisjoint(row.record):
+        refuse_unread(row.record, _UNREAD.difference(read))
     check_count(len(turns), MAX_MESSAGES, "messages")
     messages: list[tuple[Role, tuple[Part, ...]]] = []
     asked = False
@@ -96,9 +95,8 @@ def _turn(turn: object) -> Turn:
 
 def refuse_more(turn: Record) -> None:
     """Raise UnreadKey where a turn calls tools, or is not to be learned in full."""
-    said = turn.keys() & _MORE
-    if said:
-        refuse_unread({key: turn[key] for key in said if turn[key] != 1}, MORE_KEYS)
+    if not _MORE.isdisjoint(turn):
+        refuse_unread({key: turn[key] for key in _MORE & turn.keys() if turn[key] != 1}, MORE_KEYS)
 
 
 def role_of(turn: Record) -> Role | None:
@@ -122,8 +120,11 @@ def said_in(record: Record) -> list[tuple[Role | None, str]]:
 
 def pictures_named(record: Record) -> list[object]:
     """The pictures that a record names beside its texts, in order."""
-    values = [record[key] for key in PICTURE_KEYS if holds(record.get(key))]
-    return [item for value in values for item in listed(value)]
+    named: list[object] = []
+    for key in PICTURE_KEYS:
+        if key in record and holds(record[key]):
+            named += listed(record[key])
+    return named
 
 
 def images_of(record: Record) -> list[object]:
@@ -155,4 +156,6 @@ def notes_of(record: Record, *read: str) -> Record:
     """
     notes = record.keys() - _UNNOTED
     notes.difference_update(read)
+    if not notes:
+        return {}
     return {str(key): json_data(value) for key, value in record.items() if key in notes}

@@ -12,7 +12,7 @@ from finesight.data.formats import texts
 from finesight.data.formats.format import Format, Reading, Writing
 from finesight.data.jsonl import Located, as_record, sample_from
 from finesight.data.rows import Record, Row
-from finesight.data.rules import check_limits, check_order
+from finesight.data.rules import check_limits, check_order, check_sample
 from finesight.data.sample import BoxPart, ImagePart, Part, Sample
 
 
@@ -46,8 +46,11 @@ def read(row: Row, reading: Reading) -> Case:
     A lenient reading keeps faults in the sample; a box without its picture has no raw numbers.
     """
     sample = sample_from({**row.record, "id": row.id}, "")
-    check_limits(sample.messages, sample.references, "")
-    check_order(sample.messages, "")  # a case has no place for other orders
+    if reading.lenient:
+        check_limits(sample.messages, sample.references, "")
+        check_order(sample.messages, "")  # a case has no place for other orders
+    else:
+        check_sample(sample, "")
     return case_of(sample.with_files(lambda name: str(reading.pictures.take(name))), reading)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from finesight import storage
 from finesight.data.limits import check_json
@@ -203,15 +202,6 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
             remedy="split the file, or take it out of the folder",
         )
     return content.removeprefix(MARK)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of at most 200 nested levels and 4300 digits a number; NaN is a number.
-
-    Unlike `json.loads`, deeper text is refused by a ValueError, never a RecursionError, and so are
-    lone surrogates, which no file can hold.
-    """
-    return from_json(text)
 
 
 def parse(line: bytes, where: str) -> Sample:

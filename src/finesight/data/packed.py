@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from finesight.bounded_files import parse_json
 from finesight.data.case import Case
 from finesight.data.formats import samples as samples_format
 from finesight.data.formats.format import Reading
-from finesight.data.jsonl import parse_json
 from finesight.data.opening import Drafts, Request, Source, check_use
 from finesight.data.parquet_samples import first_record
 from finesight.data.rows import Row, Rows

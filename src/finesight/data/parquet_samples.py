@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from finesight.bounded_files import parse_json
 from finesight.data.index_files import Index, indexed
 from finesight.data.inside import in_row
-from finesight.data.jsonl import Located, parse_json, sample_from
+from finesight.data.jsonl import Located, sample_from
 from finesight.data.lines import State, opened, state_of, unchanged
 from finesight.data.parquet_groups import (
     PICTURES,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finesight.data.jsonl import parse_json, read_bytes
+from finesight.bounded_files import parse_json
+from finesight.data.jsonl import read_bytes
 from finesight.data.limits import check_json
 from finesight.data.lines import MARK, numbered_lines, opened
 from finesight.data.parquet_groups import metadata, open_parquet, parquet_module, undamaged

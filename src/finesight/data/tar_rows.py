@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from finesight.bounded_files import parse_json
 from finesight.data.formats.inventory import PICTURE_SUFFIXES
-from finesight.data.jsonl import parse_json
 from finesight.data.limits import check_json
 from finesight.data.lines import opened
 from finesight.data.rows import Record, Row, Rows

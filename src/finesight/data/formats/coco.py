@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from finesight.bounded_files import parse_json
 from finesight.data.boxes import BoxForm
 from finesight.data.case import Case
 from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
@@ -32,7 +33,7 @@ from finesight.data.formats.by_picture import (
 )
 from finesight.data.formats.format import BadOption, Format, Reading, Scene, Writing, never, plain
 from finesight.data.formats.inventory import is_json_object
-from finesight.data.jsonl import Located, parse_json, read_bytes
+from finesight.data.jsonl import Located, read_bytes
 from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_count
 from finesight.data.rows import Record, Row, Rows, rows_of
 from finesight.data.sample import Message, Part

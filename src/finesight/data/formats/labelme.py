@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from finesight.bounded_files import parse_json
 from finesight.data.boxes import BadBox, BoxForm
 from finesight.data.case import Case
 from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
@@ -30,7 +31,7 @@ from finesight.data.formats.inventory import (
     is_json_object,
     open_described,
 )
-from finesight.data.jsonl import Located, parse_json, read_bytes
+from finesight.data.jsonl import Located, read_bytes
 from finesight.data.limits import MAX_BOXES, check_count, check_json
 from finesight.data.lines import LARGEST_LINE, opened
 from finesight.data.rows import Record, Row, Rows
